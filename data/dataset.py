@@ -1,0 +1,190 @@
+"""`ImageDataset`: images and labels as whole tensors that stay on the device, and how batches are made of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels.images import make_erase_boxes
+
+__all__ = ["Augmentation", "ImageDataset", "channel_statistics"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """What happens to an image of the training set each time it is read; by default nothing."""
+
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    crop_padding: int = 0
+    """Pad by this many black pixels on every side, then crop the original size at a random place."""
+    erase_probability: float = 0.0
+    """How often a random rectangle is blanked (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020)."""
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding is a number of pixels, at least 0, got {self.crop_padding}")
+        if not 0.0 <= self.erase_probability <= 1.0:
+            raise ValueError(f"erase_probability is a probability in [0, 1], got {self.erase_probability}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageDataset:
+    """One split of a dataset.
+
+    Raises:
+        ValueError: sizes, types, labels or statistics that do not fit together (says which).
+    """
+
+    name: str
+    split: str
+    images: Tensor
+    """uint8 [N, C, H, W], 0 to 255; or float32, which is used as it is (see `from_tensors`)."""
+    labels: Tensor
+    """int64 [N], in [0, num_classes)."""
+    num_classes: int
+    classes: tuple[str, ...] = ()
+    """The classes' names; empty: their numbers."""
+    mean: tuple[float, ...] = ()
+    """Of each channel, where 255 counts as 1; empty: 0."""
+    std: tuple[float, ...] = ()
+    """Of each channel, where 255 counts as 1; empty: 1."""
+    augmentation: Augmentation = Augmentation()
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            object.__setattr__(self, "classes", tuple(str(i) for i in range(self.num_classes)))
+        problem = self._shape_problem() or self._label_problem() or self._statistics_problem()
+        if problem:
+            raise ValueError(f"dataset {self.name} ({self.split}): {problem}")
+        object.__setattr__(self, "images", self.images.contiguous())
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        name: str = "custom",
+        split: str = "train",
+        flip: bool = False,
+    ) -> "ImageDataset":
+        """A dataset of your own tensors.
+
+        Args:
+            images: [N, C, H, W]: float32, used as it is, or uint8, divided by 255.
+            labels: int64 [N], in [0, num_classes).
+            flip: mirror images with probability 1/2; for uint8 images, `augmentation` offers more.
+
+        Raises:
+            ValueError: see the class.
+        """
+        augmentation = Augmentation(flip=flip)
+        return cls(
+            name=name, split=split, images=images, labels=labels, num_classes=num_classes, augmentation=augmentation
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def mean255(self) -> Tensor:
+        """float32 [C]: a network reads (value - mean255) * inv_std255. Zero for float images."""
+        return self._per_channel(self.mean, 0.0, lambda mean: mean * 255.0)
+
+    @property
+    def inv_std255(self) -> Tensor:
+        """float32 [C], see `mean255`. One for float images."""
+        return self._per_channel(self.std, 1.0, lambda std: 1.0 / (std * 255.0))
+
+    def batch_options(self) -> dict[str, Any]:
+        """How `load_batch` of the kernels makes a batch of this dataset: normalisation and augmentation."""
+        _, height, width = self.image_shape
+        probability = self.augmentation.erase_probability
+        return {
+            "mean": self.mean255,
+            "inv_std": self.inv_std255,
+            "flip": self.augmentation.flip,
+            "crop_padding": self.augmentation.crop_padding,
+            "erase_probability": probability,
+            "erase_boxes": make_erase_boxes(height, width, self.images.device) if probability else None,
+        }
+
+    def to(self, device: torch.device | str) -> "ImageDataset":
+        """This dataset with its tensors on `device`; itself where they are there already."""
+        images, labels = self.images.to(device), self.labels.to(device)
+        if images is self.images and labels is self.labels:
+            return self
+        return replace(self, images=images, labels=labels)
+
+    def _per_channel(self, values: Sequence[float], default: float, scale: Callable[[float], float]) -> Tensor:
+        channels = self.images.shape[1]
+        if self.images.dtype != torch.uint8:
+            return torch.full((channels,), default, device=self.images.device)
+        # In float64 on the host, rounded once: the same bits on every device.
+        wide = [scale(value) for value in (values or [default] * channels)]
+        return torch.tensor(wide, dtype=torch.float32, device=self.images.device)
+
+    def _shape_problem(self) -> str | None:
+        images, labels = self.images, self.labels
+        if images.dim() != 4 or images.numel() == 0:
+            return f"images have the shape [N, C, H, W] with no size 0, got {list(images.shape)}"
+        if images.dtype not in (torch.uint8, torch.float32):
+            return f"images are uint8 or float32, got {images.dtype}; convert them, for instance with .float()"
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            return (
+                f"labels are int64 of the shape [{len(images)}], one for each image,"
+                f" got {labels.dtype} {list(labels.shape)}"
+            )
+        if images.device != labels.device:
+            return f"images and labels are on one device, got {images.device} and {labels.device}"
+        return None
+
+    def _label_problem(self) -> str | None:
+        if self.num_classes < 1 or len(self.classes) != self.num_classes:
+            return f"num_classes is {self.num_classes}, but there are {len(self.classes)} class names"
+        low, high = (int(bound) for bound in torch.aminmax(self.labels))
+        if low < 0 or high >= self.num_classes:
+            return f"labels are in [0, {self.num_classes - 1}], got values from {low} to {high}"
+        return None
+
+    def _statistics_problem(self) -> str | None:
+        channels = self.images.shape[1]
+        for word, values in {"mean": self.mean, "std": self.std}.items():
+            if values and len(values) != channels:
+                return f"{word} has one value for each of {channels} channels, got {len(values)}"
+        if any(value <= 0 for value in self.std):
+            return f"std is positive, got {self.std}"
+        if self.images.dtype == torch.uint8:
+            return None
+        if self.mean or self.std:
+            return "float images are used as they are; leave mean and std out, or pass uint8 images"
+        if self.augmentation.crop_padding or self.augmentation.erase_probability:
+            return "float images can only be flipped; pass uint8 images to crop and erase"
+        return None
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel of uint8 images [N, C, H, W], where 255 counts as 1.
+
+    Summed as integers, so that every machine gets the same floats.
+    """
+    count = images.numel() // images.shape[1]
+    values = torch.arange(256)
+    means, stds = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.reshape(-1), minlength=256)
+        mean = int((counts * values).sum()) / count
+        variance = int((counts * values * values).sum()) / count - mean * mean
+        means.append(mean / 255.0)
+        stds.append(variance**0.5 / 255.0)
+    return tuple(means), tuple(stds)

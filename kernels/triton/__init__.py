@@ -1,0 +1,63 @@
+"""The Triton backend: the functions of `unlocked.kernels.reference` as fused kernels.
+
+The names are imported when first asked for, so that this package can be imported, and asked why it is unavailable,
+where the triton package is missing.
+"""
+
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from unlocked.kernels.triton.head import local_head
+    from unlocked.kernels.triton.images import load_batch
+    from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+
+__all__ = [
+    "load_batch",
+    "local_head",
+    "norm_act_backward",
+    "norm_act_backward_full",
+    "norm_act_forward",
+    "unavailable",
+]
+
+_HOMES = {
+    "local_head": "head",
+    "load_batch": "images",
+    "norm_act_forward": "norm_act",
+    "norm_act_backward": "norm_act",
+    "norm_act_backward_full": "norm_act",
+}
+
+
+def unavailable(device: torch.device | str) -> str:
+    """Why the kernels can't run on `device`; "" if they can.
+
+    They run on CUDA devices of compute capability 8.0 or newer, and anywhere under Triton's interpreter
+    (TRITON_INTERPRET=1, set before triton is first imported), which is for tests.
+    """
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is missing; install unlocked[triton]"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1, for tests)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"Triton kernels need compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
+    return ""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,267 @@
+"""BatchNorm + LeakyReLU + latents + pooling in Triton, forward and backward: the launches and their checks.
+
+Launches: one where at most 1024 rows (B x H x W) are normalised, as in linear blocks; else two, a reduction over the
+batch and one pass over the whole tensor (see [Note: merged statistics] in `norm_act_kernels.py`). The forward pass
+takes one more where the output's pooling windows don't nest in the latents' windows. Results repeat bit by bit.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels.reference import NormActResult, PoolKind
+from unlocked.kernels.triton import norm_act_kernels as kernels
+from unlocked.kernels.triton.norm_act_plan import Shape, backward_plan, forward_plan
+
+__all__ = ["Launch", "norm_act_backward", "norm_act_backward_full", "norm_act_forward"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_ROWS = 1 << 30  # rows and windows are counted in 32 bits, with room to round up
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as data: made from shapes alone, so that it can also be compiled ahead of time."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    num_warps: int
+    arguments: tuple[Any, ...]
+    constants: Any
+
+
+def norm_act_forward(
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    latent_size: int,
+    pool: PoolKind = "none",
+    pool_size: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+    out: Tensor | None = None,
+) -> NormActResult:
+    """Training-mode BatchNorm + LeakyReLU, latents and the next layer's input: see `kernels.reference`.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit; windows that do not tile the plane; B x H x W >= 2**30.
+    """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    if conv_bias is not None:
+        vectors["conv_bias"] = conv_bias
+    _check(conv, vectors)
+    result, launches = _forward_launches(
+        conv, weight, bias, running_mean, running_var, conv_bias, latent_size, pool, pool_size, momentum, eps,
+        negative_slope, out,
+    )  # fmt: skip
+    _run(conv, launches)
+    return result
+
+
+def norm_act_backward(
+    latents_grad: Tensor,
+    conv: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask_sums: Tensor,
+    mask_xhat_sums: Tensor,
+    *,
+    latent_size: int,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(conv_grad like `conv`, weight_grad [C], bias_grad [C], both float32) from the latents' gradient [B, C p p].
+
+    Raises:
+        ValueError: as `norm_act_forward`.
+    """
+    _check(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
+    side = _latent_side(conv, latent_size)
+    if side == 0:
+        raise ValueError("latent_size 0 has no latents' gradient; call norm_act_backward_full")
+    wanted = (conv.shape[0], conv.shape[1] * side * side)
+    for name, given in {"latents_grad": latents_grad, "mask_sums": mask_sums, "mask_xhat_sums": mask_xhat_sums}.items():
+        if given.shape != wanted or given.device != conv.device:
+            raise ValueError(f"{name} must be {wanted} on {conv.device}, got {tuple(given.shape)} on {given.device}")
+    sums = (mask_sums.contiguous(), mask_xhat_sums.contiguous())
+    result, launches = _backward_launches(
+        latents_grad.contiguous(), conv, mean, rstd, weight, bias, sums, side, negative_slope
+    )
+    _run(conv, launches)
+    return result
+
+
+def norm_act_backward_full(
+    activations_grad: Tensor,
+    conv: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `norm_act_backward`, from a gradient at every activation (like `conv`, any strides)."""
+    _check(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
+    if activations_grad.shape != conv.shape or activations_grad.device != conv.device:
+        raise ValueError(
+            f"activations_grad must be {tuple(conv.shape)} on {conv.device} like conv, "
+            f"got {tuple(activations_grad.shape)} on {activations_grad.device}"
+        )
+    result, launches = _backward_launches(activations_grad, conv, mean, rstd, weight, bias, None, 0, negative_slope)
+    _run(conv, launches)
+    return result
+
+
+def _forward_launches(
+    conv: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, conv_bias: Tensor | None,
+    latent_size: int, pool: PoolKind, pool_size: int, momentum: float, eps: float, negative_slope: float,
+    out: Tensor | None,
+) -> tuple[NormActResult, list[Launch]]:  # fmt: skip
+    shape = _shape(conv)
+    batch, channels = shape.batch, shape.channels
+    side = _latent_side(conv, latent_size)
+    output = _output(conv, pool, pool_size, out)
+    plan = forward_plan(shape, side, pool, pool_size)
+    mean, rstd = conv.new_empty((2, channels), dtype=torch.float32).unbind()
+    latents = conv.new_empty((batch, channels * side * side) if side else 0)
+    mask_sums, mask_xhat_sums = conv.new_empty((2, *latents.shape), dtype=torch.float32).unbind()
+    strides, out_strides = _strides(conv), _strides(output)
+    launches, partials, per_partial = [], None, 1
+    if plan.reduction is not None:
+        grid, num_warps, num_partials, per_partial, constants = plan.reduction
+        partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
+        arguments: tuple[Any, ...] = (conv, partials, shape.rows, per_partial, channels, *strides)
+        launches.append(Launch(kernels.moments_kernel, grid, num_warps, arguments, constants))
+    for grid, num_warps, num_windows, num_tiles, constants in plan.passes:
+        sums = (latents, mask_sums, mask_xhat_sums) if constants["LATENTS"] else (None, None, None)
+        arguments = (
+            conv, weight, bias, conv_bias, running_mean, running_var, partials, mean, rstd, *sums, output,
+            shape.rows, per_partial, num_windows, num_tiles, channels, momentum, eps, negative_slope,
+            *strides, *out_strides,
+        )  # fmt: skip
+        launches.append(Launch(kernels.forward_kernel, grid, num_warps, arguments, constants))
+    return NormActResult(latents, output, mean, rstd, mask_sums, mask_xhat_sums), launches
+
+
+def _backward_launches(
+    grad: Tensor, conv: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    sums: tuple[Tensor, Tensor] | None, side: int, negative_slope: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:  # fmt: skip
+    """`sums` None: `grad` is that of every activation, and `side` 0."""
+    shape = _shape(conv)
+    channels = shape.channels
+    plan = backward_plan(shape, side)
+    conv_grad = torch.empty_like(conv)
+    weight_grad, bias_grad = conv.new_empty((2, channels), dtype=torch.float32).unbind()
+    strides = (*_strides(conv), *(_strides(grad) if sums is None else (0, 0, 0, 0)))
+    scale = side * side / (shape.height * shape.width)
+    (last,) = plan.passes
+    launches, partials = [], None
+    if plan.reduction is not None:
+        grid, num_warps, num_partials, per_partial, constants = plan.reduction
+        partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
+        arguments: tuple[Any, ...]
+        if sums is None:
+            kernel = kernels.full_totals_kernel
+            counts = (shape.rows, per_partial, channels, negative_slope)
+            arguments = (grad, conv, mean, rstd, weight, bias, partials, *counts, *strides)
+        else:
+            kernel = kernels.window_totals_kernel
+            arguments = (grad, *sums, partials, last.num_windows, per_partial, channels, scale)
+        launches.append(Launch(kernel, grid, num_warps, arguments, constants))
+    arguments = (
+        grad, conv, mean, rstd, weight, bias, *(sums or (None, None)), partials, conv_grad, weight_grad, bias_grad,
+        shape.rows, last.num_windows, last.num_tiles, channels, scale, negative_slope, *strides, *_strides(conv_grad),
+    )  # fmt: skip
+    launches.append(Launch(kernels.backward_kernel, last.grid, last.num_warps, arguments, last.constants))
+    return (conv_grad, weight_grad, bias_grad), launches
+
+
+def _run(conv: Tensor, launches: Iterable[Launch]) -> None:
+    device: AbstractContextManager[Any] = torch.cuda.device(conv.device) if conv.is_cuda else nullcontext()
+    with device:
+        for kernel, grid, num_warps, arguments, constants in launches:
+            kernel[grid](*arguments, **constants, num_warps=num_warps)
+
+
+def _shape(conv: Tensor) -> Shape:
+    height, width = conv.shape[2:] if conv.dim() == 4 else (1, 1)
+    channels_last = conv.stride(1) == 1 and conv.shape[1] > 1
+    return Shape(conv.shape[0], conv.shape[1], height, width, channels_last, conv.element_size())
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.dim() == 4 else (*tensor.stride(), 1, 1)
+
+
+def _check(conv: Tensor, vectors: dict[str, Tensor]) -> None:
+    if conv.dtype not in _DTYPES:
+        raise ValueError(f"conv must be float32, bfloat16 or float16, got {conv.dtype}; kernels='torch' takes others")
+    if conv.dim() not in (2, 4) or conv.numel() == 0:
+        raise ValueError(f"conv must be [B, C] or [B, C, H, W] and not empty, got {tuple(conv.shape)}")
+    if conv.numel() // conv.shape[1] >= _MAX_ROWS:
+        raise ValueError(f"B x H x W must be below 2**30, got {tuple(conv.shape)}; use a smaller batch")
+    wanted = conv.shape[1:2]
+    for name, vector in vectors.items():
+        if vector.shape != wanted or vector.device != conv.device or not vector.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous vector [{wanted[0]}] on {conv.device}, as conv has {wanted[0]} channels, "
+                f"got {tuple(vector.shape)} on {vector.device} with strides {vector.stride()}"
+            )
+
+
+def _latent_side(conv: Tensor, latent_size: int) -> int:
+    """The side of the latents' grid; 0: no latents. [B, C] is a plane of one pixel."""
+    if conv.dim() == 2:
+        if latent_size not in (0, conv.shape[1]):
+            raise ValueError(
+                f"a linear block's fused latents are its {conv.shape[1]} activations (or none: 0), got {latent_size}"
+            )
+        return min(latent_size, 1)
+    height, width = conv.shape[2:]
+    if latent_size < 0 or (latent_size and (height % latent_size or width % latent_size)):
+        raise ValueError(
+            f"latent pooling to {latent_size} does not tile {height} x {width} pixels; valid: 0 (no latents) or a "
+            "divisor of both"
+        )
+    return latent_size
+
+
+def _output(conv: Tensor, pool: PoolKind, pool_size: int, out: Tensor | None) -> Tensor:
+    """`out`, checked, or a new tensor in the memory format of `conv`."""
+    shape: tuple[int, ...] = tuple(conv.shape)
+    if pool == "max" and conv.dim() == 4 and min(shape[2:]) >= 2:
+        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
+    elif pool == "average" and conv.dim() == 4:
+        if pool_size < 1 or shape[2] % pool_size or shape[3] % pool_size:
+            raise ValueError(f"average pooling to {pool_size} does not tile {shape[2]} x {shape[3]} pixels")
+        shape = (*shape[:2], pool_size, pool_size)
+    elif pool != "none":
+        raise ValueError(f"pool must be none, max or average (the last two for planes of 2 x 2 or more), got {pool!r}")
+    if out is None:
+        channels_last = conv.dim() == 4 and conv.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=conv.dtype, device=conv.device, memory_format=memory_format)
+    if out.shape != shape or out.dtype != conv.dtype or out.device != conv.device:
+        raise ValueError(
+            f"out must be {shape}, {conv.dtype} on {conv.device}, got {tuple(out.shape)}, {out.dtype} on {out.device}"
+        )
+    return out
+
+
+def __getattr__(name: str) -> Any:
+    # Made when asked for: nobody who trains needs them.
+    if name == "AOT_SPECS":
+        from unlocked.kernels.triton.norm_act_specs import AOT_SPECS
+
+        return AOT_SPECS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,62 @@
+"""What `aot.py` compiles of the norm_act kernels: SmallConv's layers, made by the launchers from meta tensors."""
+
+from collections.abc import Iterator
+
+import torch
+
+from unlocked.kernels.reference import PoolKind
+from unlocked.kernels.triton.aot import AotSpec
+from unlocked.kernels.triton.norm_act import Launch, _backward_launches, _forward_launches
+
+__all__ = ["AOT_SPECS"]
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+# Shape, latent_size, pool: SmallConv at batch 64, its first layer at batch 2048, and windows that don't nest.
+_CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
+    ((64, 32, 32, 32), 4, "max"),
+    ((64, 64, 16, 16), 2, "max"),
+    ((64, 128, 8, 8), 2, "average"),
+    ((64, 512), 512, "none"),
+    ((2048, 32, 32, 32), 4, "max"),
+    ((64, 48, 12, 12), 4, "max"),
+)
+
+
+def _specs() -> Iterator[AotSpec]:
+    for shape, latent_size, pool in _CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            conv = torch.empty(shape, dtype=dtype, device="meta")
+            if conv.dim() == 4:
+                conv = conv.to(memory_format=torch.channels_last)
+            vector = torch.empty(shape[1], device="meta")
+            result, launches = _forward_launches(
+                conv, vector, vector, vector, vector, vector, latent_size, pool, 2, 0.1, 1e-5, 0.01, None
+            )
+            side = latent_size if conv.dim() == 4 else 1
+            sums = (result.mask_sums, result.mask_xhat_sums)
+            launches += _backward_launches(result.latents, conv, vector, vector, vector, vector, sums, side, 0.01)[1]
+            launches += _backward_launches(conv, conv, vector, vector, vector, vector, None, 0, 0.01)[1]
+            name = "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "_bf16")
+            yield from (_spec(launch, name) for launch in launches)
+
+
+def _spec(launch: Launch, name: str) -> AotSpec:
+    """Types and hints as Triton would find them in the arguments of the launch."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    for argument, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[argument] = value
+        elif isinstance(value, torch.Tensor):
+            signature[argument] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[argument] = "fp32"
+        else:
+            width = "i32" if value < 2**31 else "i64"
+            signature[argument] = width + (":16" if value % 16 == 0 else "")
+    kind = launch.kernel.fn.__name__.removesuffix("_kernel")
+    suffix = "_full" if constants.get("FULL") else ""
+    return AotSpec(f"norm_act_{kind}{suffix}_{name}", launch.kernel, signature, constants, launch.num_warps)
+
+
+AOT_SPECS = list(_specs())

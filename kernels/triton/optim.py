@@ -1,0 +1,392 @@
+"""Fused optimizers: all parameters of a stage are updated by one kernel launch that a CUDA graph can capture.
+
+`FusedOptimizer` stands in for torch.optim's SGD, Adam and AdamW and for the schedulefree package's AdamWScheduleFree
+and SGDScheduleFree; `from_torch` takes over one of those. Their update rules are in `optim_kernels`.
+"""
+
+import math
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from unlocked.kernels.triton.optim_kernels import AOT_SPECS, CHUNK, COUNTERS, HYPER, step_kernel
+
+__all__ = ["AOT_SPECS", "KINDS", "FusedOptimizer", "from_torch"]
+
+_MAX_TENSORS = 32  # tensors of a launch; more take several launches
+
+_SCHEDULE_FREE = {"warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0}
+# The options of each kind with the defaults of torch.optim and schedulefree.
+KINDS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
+    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    "schedule_free_adamw": {"lr": 0.0025, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **_SCHEDULE_FREE},
+    "schedule_free_sgd": {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, **_SCHEDULE_FREE},
+}
+# The names of the two state buffers, as the libraries' state dicts have them ("" where a kind has only one).
+_STATE_NAMES = {
+    "sgd": ("momentum_buffer", ""),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "schedule_free_adamw": ("z", "exp_avg_sq"),
+    "schedule_free_sgd": ("z", ""),
+}
+_UNSUPPORTED = ("dampening", "amsgrad", "maximize", "differentiable")
+# Entries that the library's groups need when they load one of our state dicts.
+_LIBRARY_ENTRIES: dict[str, dict[str, Any]] = {
+    "sgd": {"dampening": 0.0},
+    "adam": {},
+    "adamw": {"decoupled_weight_decay": True},
+    "schedule_free_adamw": {"foreach": True, "scheduled_lr": 0.0},
+    "schedule_free_sgd": {"foreach": True, "scheduled_lr": 0.0},
+}
+
+
+class FusedOptimizer:
+    """Stands in for a torch.optim optimizer, or one of the schedulefree package, over float32 tensors of one device.
+
+    Args:
+        params: the parameters; contiguous or channels-last, float32.
+        kind: one of `KINDS`: "sgd", "adam", "adamw", "schedule_free_adamw", "schedule_free_sgd".
+        options: the options of `KINDS[kind]`, with the meaning and the defaults they have in the library.
+
+    There is one parameter group. Its entries (lr, betas, ...) can be read and written, which also reaches a captured
+    graph; the write is ordered on the current stream. `warmup_steps`, `nesterov` and a momentum of zero are fixed.
+    A schedule-free optimizer starts in evaluation mode, as the library's does: call `train()` before the first step.
+
+    Raises:
+        ValueError: an option, a parameter or a gradient that the kernel can't take; a step in evaluation mode.
+    """
+
+    def __init__(self, params: Iterable[Tensor], kind: str = "adam", **options: Any) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"optimizer kind {kind!r} is not known; valid: {', '.join(KINDS)}")
+        if unknown := options.keys() - KINDS[kind].keys():
+            raise ValueError(f"{kind} does not take {sorted(unknown)}; valid: {', '.join(KINDS[kind])}")
+        self.kind = kind
+        self._params = list(params)
+        _check_params(self._params)
+        self._schedule_free = kind.startswith("schedule_free")
+        settings = {**KINDS[kind], **options}
+        _check_options(kind, settings)
+        self._momentum = kind == "sgd" and settings["momentum"] > 0
+
+        device = self._params[0].device
+        chunks = [triton.cdiv(p.numel(), CHUNK) for p in self._params]
+        self._first_chunk = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
+        total = max(self._first_chunk[-1], 1)
+        self._counters = torch.zeros(total, COUNTERS, dtype=torch.float64, device=device)
+        self._counters[:, 2] = -1.0  # lr_max starts below every learning rate
+        self._states = [
+            torch.zeros(total * CHUNK, device=device) if name and (kind != "sgd" or self._momentum) else None
+            for name in _STATE_NAMES[kind]
+        ]
+        self._hyper = torch.zeros(HYPER, dtype=torch.float64, device=device)
+        self._pushed = [0.0] * HYPER
+        self._launches: dict[tuple[bool, ...], list[_Launch]] = {}
+        if self._schedule_free:
+            settings["train_mode"] = False
+        self.param_groups = [_Group(settings, self._params, self._push)]
+        self._push(self.param_groups[0])
+
+    def step(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """Updates all parameters from `grads` (as many as parameters; default: their `.grad`).
+
+        A parameter whose gradient is None is left alone, its step count included.
+        """
+        if self._schedule_free and not self.param_groups[0]["train_mode"]:
+            raise ValueError("the schedule-free optimizer is in evaluation mode; call train() before step()")
+        params = self._params
+        given = [p.grad for p in params] if grads is None else list(grads)
+        if len(given) != len(params):
+            raise ValueError(f"step needs one gradient (or None) per parameter: {len(params)}, got {len(given)}")
+        present = tuple(g is not None for g in given)
+        launches = self._launches.get(present)
+        if launches is None:
+            launches = self._launches[present] = self._plan(present)
+        first, second = self._states
+        for launch in launches:
+            step_kernel[(launch.programs,)](
+                tuple(params[i] for i in launch.tensors),
+                tuple(_matching(given, params, i) for i in launch.tensors),
+                self._counters if first is None else first,
+                self._counters if second is None else second,
+                self._counters,
+                self._hyper,
+                SIZES=launch.sizes,
+                PROGRAMS=launch.first_programs,
+                CHUNKS=launch.first_chunks,
+                KIND=self.kind,
+                MOMENTUM=self._momentum,
+                NESTEROV=bool(self.param_groups[0].get("nesterov", False)),
+                CHUNK=CHUNK,
+                num_warps=4,
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the parameters' gradients, or fills them with zeros."""
+        for p in self._params:
+            if p.grad is not None:
+                if set_to_none:
+                    p.grad = None
+                else:
+                    p.grad.detach_().zero_()
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate, on the device as well: a captured graph uses it from its next replay on."""
+        self.param_groups[0]["lr"] = lr
+
+    def train(self) -> None:
+        """Schedule-free: puts the weights at which gradients are taken (y) into the parameters. Others: nothing."""
+        self._switch(True)
+
+    def eval(self) -> None:
+        """Schedule-free: puts the averaged weights (x), the training's result, into the parameters. Others: nothing."""
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, training: bool) -> None:
+        group = self.param_groups[0]
+        if not self._schedule_free or group["train_mode"] == training:
+            return
+        beta1 = _beta1(group)
+        for i, p in enumerate(self._params):
+            if p.numel():
+                # Before its first step a tensor has no z yet, and stays.
+                z = torch.where(self._counter(i, 0) > 0, self._state_view(0, i), p)
+                p.lerp_(z, 1 - beta1 if training else 1 - 1 / beta1)
+        group["train_mode"] = training
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of the library's optimizer of this kind, which can load it; tensors are copies.
+
+        Schedule-free kinds wait for the device: the library keeps their counters as Python numbers in the group.
+        """
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, p in enumerate(self._params):
+            names = [
+                (slot, name) for slot, name in enumerate(_STATE_NAMES[self.kind]) if self._states[slot] is not None
+            ]
+            if not p.numel() or not names:
+                continue
+            state[i] = {name: self._state_view(slot, i).clone() for slot, name in names}
+            if self._schedule_free:
+                state[i]["counters"] = self._counters[self._first_chunk[i], :3].clone()
+                if not self._counter(i, 0):
+                    del state[i]  # the library makes z in a tensor's first step
+            elif self.kind != "sgd":
+                state[i]["step"] = self._counter(i, 0).float()
+        group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        if self._schedule_free:
+            steps, weight_sum, lr_max, _ = self._counters[self._counters[:, 0].argmax()].tolist()
+            group |= {"k": int(steps), "weight_sum": weight_sum, "lr_max": lr_max}
+        group |= _LIBRARY_ENTRIES[self.kind]
+        group["params"] = list(range(len(self._params)))
+        return {"state": state, "param_groups": [group]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state dict of this class, or of the library's optimizer of this kind."""
+        groups = state_dict["param_groups"]
+        named = [{key: _plain(group.get(key)) for key in KINDS[self.kind]} for group in groups]
+        indices = [index for group in groups for index in group["params"]]
+        if len(indices) != len(self._params) or any(other != named[0] for other in named[1:]):
+            raise ValueError(
+                f"the state is of {len(indices)} parameters in {len(groups)} groups; this optimizer has "
+                f"{len(self._params)} parameters in one group (several groups must have equal options)"
+            )
+        if missing := [key for key, value in named[0].items() if value is None]:
+            raise ValueError(f"the state is not of a {self.kind} optimizer: its group has no {', '.join(missing)}")
+        self.param_groups[0].update(named[0])
+        self._counters.zero_()
+        self._counters[:, 2] = -1.0
+        for buffer in self._states:
+            if buffer is not None:
+                buffer.zero_()
+        for position, index in enumerate(indices):
+            if self._params[position].numel():
+                self._load_tensor(position, state_dict["state"].get(index, {}), groups[0])
+        if self._schedule_free:
+            self.param_groups[0]["train_mode"] = bool(groups[0].get("train_mode", False))
+
+    def _load_tensor(self, i: int, state: dict[str, Any], group: dict[str, Any]) -> None:
+        for slot, name in enumerate(_STATE_NAMES[self.kind]):
+            if self._states[slot] is not None and state.get(name) is not None:
+                view = self._state_view(slot, i)
+                if state[name].shape != view.shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {list(state[name].shape)}, the parameter {list(view.shape)}"
+                    )
+                view.copy_(state[name])
+        rows = self._counters[self._first_chunk[i] : self._first_chunk[i + 1]]
+        if "counters" in state:
+            rows[:, :3] = torch.as_tensor(state["counters"]).to(rows)
+        elif self._schedule_free and state:
+            rows[:, :3] = torch.tensor([group["k"], group["weight_sum"], group["lr_max"]], dtype=torch.float64).to(rows)
+        elif "step" in state:
+            rows[:, 0] = torch.as_tensor(state["step"]).to(rows)
+
+    def _counter(self, i: int, which: int) -> Tensor:
+        return self._counters[self._first_chunk[i], which]
+
+    def _state_view(self, slot: int, i: int) -> Tensor:
+        """The state of parameter i with the parameter's shape and memory layout."""
+        buffer, p = self._states[slot], self._params[i]
+        assert buffer is not None
+        return buffer.as_strided(p.shape, p.stride(), self._first_chunk[i] * CHUNK)
+
+    def _plan(self, present: tuple[bool, ...]) -> list["_Launch"]:
+        """Splits the parameters that have a gradient into launches of at most _MAX_TENSORS tensors."""
+        active = [i for i, p in enumerate(self._params) if present[i] and p.numel()]
+        launches = []
+        for begin in range(0, len(active), _MAX_TENSORS):
+            tensors = tuple(active[begin : begin + _MAX_TENSORS])
+            first_programs, programs = [], 0
+            for i in tensors:
+                first_programs.append(programs)
+                programs += self._first_chunk[i + 1] - self._first_chunk[i]
+            sizes = tuple(self._params[i].numel() for i in tensors)
+            chunks = tuple(self._first_chunk[i] for i in tensors)
+            launches.append(_Launch(tensors, sizes, tuple(first_programs), chunks, programs))
+        return launches
+
+    def _push(self, group: "_Group") -> None:
+        """Writes changed hyperparameters to the device, by fills: they carry their value in the launch."""
+        _check_options(self.kind, group)
+        if self.kind == "sgd" and (group["momentum"] > 0) != self._momentum:
+            raise ValueError(f"sgd was built {'with' if self._momentum else 'without'} momentum; build a new optimizer")
+        beta1, beta2 = _beta1(group), group["betas"][1] if "betas" in group else 0.0
+        logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
+        rest = [float(group.get(key, 0.0)) for key in ("eps", "weight_decay")]
+        average = [float(group.get(key, 0.0)) for key in ("warmup_steps", "r", "weight_lr_power")]
+        values = [float(group["lr"]), beta1, beta2, *rest, *logs, *average]
+        for i, value in enumerate(values):
+            if value != self._pushed[i]:
+                self._hyper[i].fill_(value)
+                self._pushed[i] = value
+
+
+def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer | None:
+    """The fused optimizer with the parameters, options and state of a library's, or None if there is no such.
+
+    Taken are torch.optim.SGD, Adam and AdamW and schedulefree's AdamWScheduleFree and SGDScheduleFree without
+    dampening, amsgrad, maximize or differentiable, over float32 parameters of one device with one set of options.
+    """
+    kind = _kind_of(optimizer)
+    groups = optimizer.param_groups
+    if kind is None or any(group.get(key) for group in groups for key in _UNSUPPORTED):
+        return None
+    if kind == "adam" and groups[0].get("decoupled_weight_decay"):
+        kind = "adamw"
+    options = [{key: _plain(group[key]) for key in KINDS[kind]} for group in groups]
+    modes = [{key: group.get(key) for key in ("train_mode", "k", "decoupled_weight_decay")} for group in groups]
+    if any(other != options[0] for other in options) or any(other != modes[0] for other in modes):
+        return None
+    params = [p for group in groups for p in group["params"]]
+    try:
+        fused = FusedOptimizer(params, kind, **options[0])
+    except ValueError:
+        return None
+    if optimizer.state:
+        fused.load_state_dict(optimizer.state_dict())
+    elif kind.startswith("schedule_free"):
+        fused.param_groups[0]["train_mode"] = modes[0]["train_mode"]
+    return fused
+
+
+def _kind_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """By exact type: a subclass may do anything. schedulefree is not imported, only recognised."""
+    known = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
+    if type(optimizer).__module__.partition(".")[0] == "schedulefree":
+        names = {"AdamWScheduleFree": "schedule_free_adamw", "SGDScheduleFree": "schedule_free_sgd"}
+        return names.get(type(optimizer).__name__)
+    return known.get(type(optimizer))
+
+
+def _plain(value: Any) -> Any:
+    """Python numbers for tensor options."""
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value.item() if isinstance(value, Tensor) else value
+
+
+class _Launch(NamedTuple):
+    """One kernel launch: the parameters' indices, and the kernel's three tables."""
+
+    tensors: tuple[int, ...]
+    sizes: tuple[int, ...]
+    first_programs: tuple[int, ...]
+    first_chunks: tuple[int, ...]
+    programs: int
+
+
+class _Group(UserDict[str, Any]):
+    """A parameter group whose changes reach the device; a change that is refused is undone."""
+
+    def __init__(self, settings: dict[str, Any], params: list[Tensor], push: Callable[["_Group"], None]) -> None:
+        self._push: Callable[[_Group], None] | None = None
+        super().__init__(settings)
+        self["params"] = params
+        self._push = push
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        before = self.data.get(key)
+        super().__setitem__(key, value)
+        if self._push is not None:
+            try:
+                self._push(self)
+            except ValueError:
+                super().__setitem__(key, before)
+                raise
+
+
+def _beta1(group: Mapping[str, Any]) -> float:
+    return float(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def _check_params(params: list[Tensor]) -> None:
+    if not params:
+        raise ValueError("the optimizer got no parameters")
+    for i, p in enumerate(params):
+        dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+        if p.dtype != torch.float32 or p.device != params[0].device or not dense:
+            raise ValueError(
+                f"parameters must be contiguous or channels-last float32 tensors on {params[0].device}; parameter {i} "
+                f"is {p.dtype} {list(p.shape)} with strides {p.stride()} on {p.device}"
+            )
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    beta1 = _beta1(options)
+    beta2 = options["betas"][1] if "betas" in options else 0.0
+    for name in ("lr", "eps", "weight_decay", "warmup_steps"):
+        if not options.get(name, 0.0) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {options[name]}")
+    if kind == "sgd":
+        if not beta1 >= 0:
+            raise ValueError(f"momentum must be at least 0, got {beta1}")
+        if options["nesterov"] and beta1 == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+    elif not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas (or momentum) must be at least 0 and below 1, got {beta1}, {beta2}")
+    elif kind.startswith("schedule_free") and beta1 == 0:
+        raise ValueError(f"{kind} needs a first beta (or momentum) above 0, got 0")
+
+
+def _matching(grads: Sequence[Tensor | None], params: list[Tensor], i: int) -> Tensor:
+    """The gradient of parameter i, copied only if its memory layout is not the parameter's."""
+    grad, param = grads[i], params[i]
+    assert grad is not None
+    if grad.shape != param.shape or grad.dtype != torch.float32 or grad.device != param.device:
+        raise ValueError(
+            f"the gradient of parameter {i} must be float32 {list(param.shape)} on {param.device}, got {grad.dtype} "
+            f"{list(grad.shape)} on {grad.device}"
+        )
+    if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
+        return grad
+    return torch.empty_like(param).copy_(grad)

@@ -1,0 +1,27 @@
+"""Networks as plain lists of blocks. Knows nothing of rules, optimizers or pipelines."""
+
+from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock
+from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
+from unlocked.models.initialisation import initialise
+from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
+from unlocked.models.registry import MODELS, get_model
+
+__all__ = [
+    "MODELS",
+    "Block",
+    "ConvBlock",
+    "DepthwiseBlock",
+    "KeyedDropout",
+    "LinearBlock",
+    "OutputBlock",
+    "get_model",
+    "initialise",
+    "mobilenet_v1",
+    "mobilenet_v1_small",
+    "replace_dropout",
+    "set_dropout_keys",
+    "small_conv",
+    "small_conv_l",
+    "vgg8",
+    "vgg11",
+]

@@ -1,0 +1,116 @@
+"""Dropout whose mask depends on a key alone, so that a layer drops the same elements wherever it runs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unlocked.kernels.philox import Purpose, keyed_uniform
+
+__all__ = ["KeyedDropout", "replace_dropout", "set_dropout_keys"]
+
+# Elements are counted from index * 2**40, so that no two dropouts of a layer share a stream.
+_INDEX_BITS = 40
+_CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_UNSUPPORTED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class _Key(NamedTuple):
+    seed: int
+    layer: int
+    microbatch: Tensor | int
+
+
+class KeyedDropout(nn.Module):
+    """Zeroes elements with probability `p` and scales the others by 1 / (1 - p); the identity in eval mode.
+
+    The mask is a function of (seed, layer, micro-batch, index) and of an element's place in the tensor's logical
+    order ([B, C, H, W], whatever the memory format). There is no generator, hence no state to save.
+
+    Args:
+        p: probability in [0, 1].
+        per_channel: draw once per [B, C] pair, as torch.nn.Dropout2d does, instead of once per element.
+        index: which of its layer's dropouts this is; `replace_dropout` counts them.
+
+    Raises:
+        ValueError: `p` is no probability; or, in training mode, no key was set.
+    """
+
+    def __init__(self, p: float = 0.5, *, per_channel: bool = False, index: int = 0) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"dropout is a probability in [0, 1], got {p}")
+        self.p = p
+        self.per_channel = per_channel
+        self.index = index
+        self._key: _Key | None = None
+
+    def set_key(self, seed: int, layer: int, microbatch: Tensor | int) -> None:
+        """Key the masks from now on.
+
+        `microbatch` is an int64 scalar tensor on the activations' device. It is kept, not read: whoever advances it
+        in place (a captured CUDA graph, say) gets the next mask.
+        """
+        self._key = _Key(seed, layer, microbatch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if self._key is None:
+            raise ValueError(
+                "KeyedDropout has no key: call set_key(seed, layer, microbatch) before training, or eval()"
+            )
+        shape = torch.Size((*x.shape[:2], *[1] * (x.dim() - 2))) if self.per_channel else x.shape
+        count = shape.numel()
+        counter = torch.arange(-(-count // 4), device=x.device) + (self.index << _INDEX_BITS)
+        seed, layer, microbatch = self._key
+        draws = keyed_uniform(seed, Purpose.DROPOUT, counter, major=microbatch, minor=layer)
+        keep = draws.reshape(-1)[:count].view(shape) >= self.p
+        scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
+        # `x` comes first: a product takes the memory format of its first operand.
+        return x * (keep * scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, per_channel={self.per_channel}, index={self.index}"
+
+
+def replace_dropout(module: nn.Module) -> nn.Module:
+    """Swap torch's dropout modules inside `module` for keyed ones, in place; returns it (or its replacement).
+
+    Dropout becomes per element, Dropout1d, 2d and 3d per channel. All keyed dropouts are then numbered in the order
+    of `module.modules()`. Dropout as a function call inside someone's forward() can't be seen here.
+
+    Raises:
+        ValueError: alpha dropout, which has no keyed form.
+    """
+    if (keyed := _keyed(module)) is not None:
+        return keyed
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if (keyed := _keyed(child)) is not None:
+                parent.add_module(name, keyed)
+    for index, dropout in enumerate(_dropouts(module)):
+        dropout.index = index
+    return module
+
+
+def set_dropout_keys(module: nn.Module, seed: int, layer: int, microbatch: Tensor | int) -> None:
+    """`set_key` on every keyed dropout inside `module`."""
+    for dropout in _dropouts(module):
+        dropout.set_key(seed, layer, microbatch)
+
+
+def _dropouts(module: nn.Module) -> list[KeyedDropout]:
+    return [m for m in module.modules() if isinstance(m, KeyedDropout)]
+
+
+def _keyed(module: nn.Module) -> KeyedDropout | None:
+    """The keyed twin of one of torch's dropout modules, or None for any other module."""
+    if isinstance(module, _UNSUPPORTED):
+        raise ValueError(
+            f"{type(module).__name__} has no keyed form; use torch.nn.Dropout or unlocked.models.KeyedDropout"
+        )
+    if isinstance(module, (nn.Dropout, *_CHANNEL_DROPOUTS)):
+        keyed = KeyedDropout(module.p, per_channel=isinstance(module, _CHANNEL_DROPOUTS))
+        return keyed.train(module.training)
+    return None

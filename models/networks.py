@@ -1,0 +1,252 @@
+"""The authors' networks (Apolinario et al., WACV 2025) from one table, as lists of blocks.
+
+What a row says: kind, width, latent size, stride, and whether a 2x2 max pool follows. The last convolutional
+block ends in an adaptive average pool; a linear block reads its output flattened.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
+
+__all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
+
+
+class _Row(NamedTuple):
+    kind: Literal["conv", "depthwise", "linear"]
+    width: int
+    latent_size: int  # side of the pooling; for linear, the number of latents
+    stride: int = 1
+    max_pool: bool = False
+
+
+@dataclass(frozen=True)
+class _Network:
+    rows: tuple[_Row, ...]
+    average: int  # side of the adaptive average pool after the last convolutional block
+    hidden: int | None  # None: as wide as the layer's own latents
+    reduced_rank: int
+
+
+def _conv(width: int, latent_size: int, *, stride: int = 1, max_pool: bool = False) -> _Row:
+    return _Row("conv", width, latent_size, stride, max_pool)
+
+
+def _dw(width: int, latent_size: int, *, stride: int = 1) -> _Row:
+    return _Row("depthwise", width, latent_size, stride)
+
+
+def _linear(width: int, latent_size: int) -> _Row:
+    return _Row("linear", width, latent_size)
+
+
+_SMALL_CONV = _Network(
+    (_conv(32, 4, max_pool=True), _conv(64, 2, max_pool=True), _conv(128, 2), _linear(512, 512)),
+    average=2,
+    hidden=None,
+    reduced_rank=20,
+)
+_SMALL_CONV_L = _Network(
+    (_conv(96, 4, max_pool=True), _conv(192, 2, max_pool=True), _conv(512, 2), _linear(1024, 2048)),
+    average=2,
+    hidden=None,
+    reduced_rank=20,
+)
+_VGG8 = _Network(
+    (
+        _conv(128, 4),
+        _conv(256, 2, max_pool=True),
+        _conv(256, 2),
+        _conv(256, 2, max_pool=True),
+        _conv(512, 2, max_pool=True),
+        _conv(512, 2),
+        _linear(1024, 1024),
+    ),
+    average=2,
+    hidden=2048,
+    reduced_rank=100,
+)
+_VGG11 = _Network(
+    (
+        _conv(64, 4, max_pool=True),
+        _conv(128, 2, max_pool=True),
+        _conv(256, 2),
+        _conv(256, 2, max_pool=True),
+        _conv(512, 2),
+        _conv(512, 2, max_pool=True),
+        _conv(512, 2),
+        _conv(512, 2),
+        _linear(4096, 2048),
+        _linear(4096, 2048),
+    ),
+    average=8,
+    hidden=2048,
+    reduced_rank=100,
+)
+_MOBILENET_V1 = _Network(
+    (
+        _conv(32, 8, stride=2),
+        _dw(64, 4),
+        _dw(128, 4, stride=2),
+        _dw(128, 4),
+        _dw(256, 2, stride=2),
+        _dw(256, 2),
+        _dw(512, 2, stride=2),
+        *[_dw(512, 2)] * 5,
+        _dw(1024, 1, stride=2),
+        _dw(1024, 1),
+    ),
+    average=1,
+    hidden=2048,
+    reduced_rank=20,
+)
+
+
+def small_conv(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+    """SmallConv: three convolutional blocks (32, 64, 128), one linear block (512), the output layer.
+
+    Args:
+        in_channels: of the images [B, in_channels, image_size, image_size].
+        num_classes: the output layer's width.
+        image_size: side of the square images in pixels; only checked, since no weight depends on it.
+        dropout: probability, after every pool.
+
+    Raises:
+        ValueError: a size is not positive, or the image is too small for a max pool (names the block and sizes).
+    """
+    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout)
+
+
+def small_conv_l(
+    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0
+) -> list[Block]:
+    """SmallConvL: SmallConv with widths 96, 192, 512 and 1024. Arguments and errors as `small_conv`.
+
+    The linear block has 1024 activations and 2048 latents: adaptive pooling repeats each of them.
+    """
+    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout)
+
+
+def vgg8(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+    """VGG8: six convolutional blocks and one linear block. Arguments and errors as `small_conv`."""
+    return _build(_VGG8, in_channels, num_classes, image_size, dropout)
+
+
+def vgg11(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+    """VGG11: eight convolutional blocks and two linear blocks. Arguments and errors as `small_conv`.
+
+    Made for larger images: at 32 pixels the last convolutional block holds 2 x 2 pixels, which the adaptive pool
+    to 8 x 8 repeats.
+    """
+    return _build(_VGG11, in_channels, num_classes, image_size, dropout)
+
+
+def mobilenet_v1(
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    same_padding: bool = False,
+) -> list[Block]:
+    """MobileNetV1: a strided convolution and thirteen depthwise-separable blocks. Arguments and errors as `small_conv`.
+
+    `same_padding`: pad depthwise convolutions by 1, where the authors pad by the stride (see `DepthwiseBlock`).
+    """
+    network = replace(_MOBILENET_V1, reduced_rank=100) if num_classes > 200 else _MOBILENET_V1
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding)
+
+
+def mobilenet_v1_small(
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    same_padding: bool = False,
+) -> list[Block]:
+    """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
+    network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding)
+
+
+def _build(
+    network: _Network,
+    in_channels: int,
+    num_classes: int,
+    image_size: int,
+    dropout: float,
+    same_padding: bool = False,
+) -> list[Block]:
+    for word, size in {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}.items():
+        if size < 1:
+            raise ValueError(f"{word} is a positive integer, got {size}")
+    blocks: list[Block] = []
+    counts = {"conv": 0, "depthwise": 0, "linear": 0}
+    last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
+    features, side = in_channels, image_size
+    for i, row in enumerate(network.rows):
+        counts[row.kind] += 1
+        name = f"{row.kind}{counts[row.kind]}"
+        pool: Pool = "average" if i == last_conv else "max" if row.max_pool else "none"
+        blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
+        features = row.width
+        if row.kind == "linear":
+            continue
+        padding = row.stride if row.kind == "depthwise" and not same_padding else 1
+        side = (side + 2 * padding - 3) // row.stride + 1
+        if pool == "max" and side < 2:
+            raise ValueError(
+                f"block {name}: a 2x2 max pool needs at least 2 x 2 pixels, got {side} x {side}"
+                f" from images of {image_size} x {image_size}; use larger images or a network with fewer pools"
+            )
+        side //= 2 if pool == "max" else 1
+        if i == last_conv:
+            features *= network.average**2
+    blocks.append(OutputBlock(features, num_classes))
+    return blocks
+
+
+def _make_block(
+    network: _Network, row: _Row, name: str, features: int, pool: Pool, dropout: float, same_padding: bool
+) -> Block:
+    """One row as a block. Dropout follows the pools, so a block without one has none."""
+    latents = row.latent_size if row.kind == "linear" else row.width * row.latent_size**2
+    hidden = latents if network.hidden is None else network.hidden
+    if row.kind == "linear":
+        return LinearBlock(
+            features,
+            row.width,
+            name=name,
+            latent_size=row.latent_size,
+            hidden=hidden,
+            reduced_rank=network.reduced_rank,
+        )
+    pool_size = network.average if pool == "average" else None
+    dropout = 0.0 if pool == "none" else dropout
+    if row.kind == "conv":
+        return ConvBlock(
+            features,
+            row.width,
+            name=name,
+            stride=row.stride,
+            pool=pool,
+            pool_size=pool_size,
+            dropout=dropout,
+            latent_size=row.latent_size,
+            hidden=hidden,
+            reduced_rank=network.reduced_rank,
+        )
+    return DepthwiseBlock(
+        features,
+        row.width,
+        name=name,
+        stride=row.stride,
+        same_padding=same_padding,
+        pool=pool,
+        pool_size=pool_size,
+        dropout=dropout,
+        latent_size=row.latent_size,
+        hidden=hidden,
+        reduced_rank=network.reduced_rank,
+    )

@@ -1,0 +1,34 @@
+"""What a layer minimises: the LLS family, LocalLosses, plain cross-entropy, and the base of a rule of one's own."""
+
+from unlocked.rules.base import CrossEntropy, HeadArguments, LayerInfo, LocalRule, Rule
+from unlocked.rules.lls import (
+    LLS,
+    LLS_M,
+    LLS_M_Random,
+    LLS_MxM,
+    LLS_MxM_Random,
+    LLS_MxM_reduced,
+    LLS_Random,
+    LLSConfig,
+    LocalLosses,
+)
+from unlocked.rules.registry import RULES, get_rule
+
+__all__ = [
+    "LLS",
+    "LLS_M",
+    "RULES",
+    "CrossEntropy",
+    "HeadArguments",
+    "LLSConfig",
+    "LLS_M_Random",
+    "LLS_MxM",
+    "LLS_MxM_Random",
+    "LLS_MxM_reduced",
+    "LLS_Random",
+    "LayerInfo",
+    "LocalLosses",
+    "LocalRule",
+    "Rule",
+    "get_rule",
+]

@@ -1,0 +1,22 @@
+"""What happens when: the schedule as data, the partitioner, the coordinator, the engines, and the public `Trainer`.
+
+Names are imported on first use, so that schedules can be built and simulated where torch is not installed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlocked.runtime.result import RunResult
+    from unlocked.runtime.trainer import Trainer
+
+__all__ = ["RunResult", "Trainer"]
+
+_HOMES = {"Trainer": "unlocked.runtime.trainer", "RunResult": "unlocked.runtime.result"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

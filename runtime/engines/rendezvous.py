@@ -1,0 +1,135 @@
+"""How the processes of a run find each other: the environment that launchers set, and torch's key-value store."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["World", "connect", "exchange"]
+
+_HANDSHAKE_SECONDS = 5.0
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    master_address: str
+    master_port: int
+
+    @property
+    def is_local(self) -> bool:
+        """All processes run on this machine."""
+        return self.local_size == self.size
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Reads what torchrun (or another launcher) has set.
+
+        Raises:
+            ValueError: a variable is missing or no number.
+        """
+        env = os.environ
+        try:
+            rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+            address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+            local_rank = int(env.get("LOCAL_RANK", rank))
+            local_size = int(env.get("LOCAL_WORLD_SIZE", size if address in _LOOPBACK else 1))
+        except KeyError as error:
+            raise ValueError(
+                f"the processes engine needs a launcher, but {error.args[0]} is not set; start it with "
+                "'torchrun --standalone --nproc-per-node=N launch/pipeline.py ...', or use --engine sequential"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers: {error}") from None
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks run from 0 to {size - 1}")
+        return cls(rank, size, local_rank, local_size, address, port)
+
+
+def connect(world: World, timeout: float) -> dist.Store:
+    """The run's key-value store: torchrun's own where there is one, else served by rank 0.
+
+    Raises:
+        ValueError: the port is taken, or nobody answers at MASTER_ADDR:MASTER_PORT within `timeout` seconds.
+    """
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serve = world.rank == 0 and not served_by_agent
+    where = f"{world.master_address}:{world.master_port}"
+    if not serve:
+        _await_listener(world, timeout)
+    try:
+        store = dist.TCPStore(
+            world.master_address,
+            world.master_port,
+            world.size,
+            is_master=serve,
+            timeout=timedelta(seconds=timeout if serve else _HANDSHAKE_SECONDS),
+            wait_for_workers=False,
+        )
+        store.set_timeout(timedelta(seconds=timeout))
+        if served_by_agent:
+            # The agent's store outlives a restart of its workers, so every attempt has keys of its own.
+            return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return store
+    except (RuntimeError, ValueError) as error:
+        if serve:
+            raise ValueError(
+                f"port {world.master_port} on {world.master_address} is taken or not this machine's; choose another "
+                "MASTER_PORT"
+            ) from error
+        raise ValueError(
+            f"{where} does not answer as rank 0 of this run: another program may hold the port, or rank 0 failed; choose "
+            "another MASTER_PORT"
+        ) from error
+
+
+def exchange(
+    store: dist.Store, key: str, produce: Callable[[], dict[str, Any]] | None, timeout: float
+) -> dict[str, Any]:
+    """Rank 0 (the one with `produce`) tells all others; its failure reaches them as well.
+
+    Raises:
+        ValueError: rank 0's message, on every rank.
+    """
+    if produce is not None:
+        try:
+            content = {"value": produce()}
+        except Exception as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            raise
+        store.set(key, json.dumps(content))
+        return content["value"]
+    store.wait([key], timedelta(seconds=timeout))
+    content = json.loads(store.get(key))
+    if "error" in content:
+        raise ValueError(content["error"])
+    value: dict[str, Any] = content["value"]
+    return value
+
+
+def _await_listener(world: World, timeout: float) -> None:
+    """Rank 0 may start later than we do: wait until its port is open."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((world.master_address, world.master_port), timeout=2.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"rank 0 did not open {world.master_address}:{world.master_port} within {timeout:g} s ({error}); "
+                    "check MASTER_ADDR, MASTER_PORT and that rank 0 runs"
+                ) from error
+            time.sleep(0.05)

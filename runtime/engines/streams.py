@@ -1,0 +1,232 @@
+"""All stages in one process on one device: a stream per stage, ring buffers between them, CUDA graphs over ticks.
+
+In tick t stage k works on the micro-batch at stream position t - k. Ticks are the order in which the host issues work;
+on the GPU only the true dependences order it (a slot is written before it is read, and read before it is written
+again), so stages drift within the rings' depth. A run of uniform training ticks is replayed as one captured graph;
+what lies between (a partial micro-batch, evaluation, the seam of an epoch) is issued stage by stage, from graphs of
+its own. On a CPU the same ticks run one after the other.
+"""
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from unlocked.runtime.engines.blocks import BlockGraph
+from unlocked.runtime.engines.local import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.job import Job
+from unlocked.runtime.metrics import FanOut, MetricsSink
+from unlocked.runtime.reporter import StageReporter
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.snapshots import load_layers
+from unlocked.workers.actions import Action, ActionKind, Item
+from unlocked.workers.errors import StageError
+from unlocked.workers.lane import Lane
+from unlocked.workers.ring import Ring
+from unlocked.workers.trace import Recorder, Span, write_chrome_trace
+
+__all__ = ["StreamsEngine"]
+
+BLOCK_TICKS = 32  # ticks in a captured graph: long enough to hide a launch, short enough for an orderly stop
+_BLOCKS_AHEAD = 3  # blocks that the host may issue ahead of the device
+
+
+class StreamsEngine:
+    """Runs a job on one device.
+
+    Args:
+        max_stages: at most that many stages, whatever the settings say (1: the plain loop, in graphs).
+    """
+
+    def __init__(self, max_stages: int | None = None) -> None:
+        self._max_stages = max_stages
+
+    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult:
+        began = time.perf_counter()
+        run = _Run(job, sinks, self._max_stages)
+        run.prepare()
+        setup = time.perf_counter() - began
+        with StopSignals() as signals:
+            seconds = run.train(signals)
+        return run.finish(seconds, setup, signals.received)
+
+
+class _Run:
+    """One run's lanes and what they have done so far."""
+
+    def __init__(self, job: Job, sinks: Sequence[MetricsSink], max_stages: int | None) -> None:
+        self.job, self.device, self.plan = job, job.device, job.plan
+        self.parts = _partition(job, max_stages)
+        self.lanes = _build_lanes(job, self.parts)
+        self.graphs = self.device.type == "cuda" and job.settings.graphs and self._capturable()
+        if job.settings.resume is not None:
+            for lane in self.lanes:
+                load_layers(job.settings.resume, lane.stage.layers)
+        self.fan_out = FanOut(sinks)
+        self.outlet = LocalOutlet(self.fan_out, num_stages=len(self.lanes))
+        self.fan_out.on_start(job.run_info(self.parts))
+        self.recorders = [Recorder(keep=job.settings.trace is not None) for _ in self.lanes]
+        self.reporters = [
+            StageReporter(
+                lane.stage,
+                job.plan,
+                recorder,
+                self.outlet,
+                lr_factor=job.lr_factor,
+                print_freq=job.settings.print_freq,
+                start=job.start,
+            )
+            for lane, recorder in zip(self.lanes, self.recorders, strict=True)
+        ]
+        self.block: BlockGraph | None = None
+        self._issued: deque[torch.cuda.Event] = deque()
+        self._end = len(job.plan)
+
+    def prepare(self) -> None:
+        """On CUDA: captures the block graph after a warm-up whose effects are undone."""
+        if self.graphs:
+            self.block = BlockGraph.capture(self.job, self.lanes, BLOCK_TICKS)
+
+    def train(self, signals: StopSignals) -> float:
+        """Issues every tick; returns the seconds until the device had done them."""
+        for recorder in self.recorders:
+            recorder.restart()
+        began = time.perf_counter()
+        tick, lag = self.job.start, len(self.lanes) - 1
+        while tick < self._end + lag:
+            if signals.received is not None:
+                self._end = min(self._end, tick)  # what stage 0 has begun flows through, nothing new enters
+                if tick >= self._end + lag:
+                    break
+            ticks = self._uniform_ticks(tick)
+            if ticks:
+                self._replay_block(tick)
+            else:
+                self._issue(tick)
+            tick += ticks or 1
+            for reporter in self.reporters:
+                reporter.poll()
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        for reporter in self.reporters:
+            reporter.poll(wait=True)
+        return seconds
+
+    def finish(self, seconds: float, setup: float, stopped_by: int | None) -> RunResult:
+        busy = [recorder.busy / max(seconds, 1e-9) for recorder in self.recorders]
+        if self.block is not None:
+            busy = self.block.busy_fraction()
+            for recorder, spans in zip(self.recorders, self.block.spans, strict=True):
+                recorder.spans += spans
+        if self.job.settings.trace is not None:
+            rows = {k: f"stage {k}: {', '.join(lane.stage.layer_names)}" for k, lane in enumerate(self.lanes)}
+            spans = [span for recorder in self.recorders for span in recorder.spans]
+            write_chrome_trace(self.job.settings.trace, spans, rows)
+        return finish_result(
+            self.job,
+            [lane.stage for lane in self.lanes],
+            self.outlet,
+            position=self._end,
+            images=self.reporters[0].images,
+            train_seconds=seconds,
+            setup_seconds=setup,
+            busy_fraction=busy,
+            stopped_by=stopped_by,
+        )
+
+    def _issue(self, tick: int) -> None:
+        """One tick, stage by stage. Later stages first: they read a slot before the stage before them refills it."""
+        for k, lane in reversed(list(enumerate(self.lanes))):
+            position = tick - k
+            if not self.job.start <= position < self._end:
+                continue
+            item = self.plan[position]
+            start = time.perf_counter()
+            with lane.on_stream():
+                self.reporters[k].before(item)
+                try:
+                    lane.issue(item, graphs=self.graphs)
+                    if item.kind == "snapshot":
+                        write_stage_snapshot(self.job, lane.stage, item, last=k == len(self.lanes) - 1)
+                except (ValueError, RuntimeError) as error:
+                    raise self._located(error, k, item) from error
+                self._add_time(k, item, start)
+                self.reporters[k].after(item)
+
+    def _add_time(self, k: int, item: Item, start: float) -> None:
+        """On a CPU a tick's actions are done when they are issued; a GPU's times come from events."""
+        if self.device.type == "cpu":
+            kind = {"evaluate": ActionKind.E, "snapshot": ActionKind.SNAP}.get(item.kind, ActionKind.F)
+            self.recorders[k].add(Action(k, kind, item.position), start, time.perf_counter())
+
+    def _uniform_ticks(self, tick: int) -> int:
+        """The block's ticks if all of its micro-batches are full ones of one epoch, past the epoch's first; else 0."""
+        block = self.block
+        if block is None or tick % block.alignment:
+            return 0
+        first, last = tick - len(self.lanes) + 1, tick + block.ticks - 1
+        if first < self.job.start or last >= self._end:
+            return 0
+        a, b = self.plan[first], self.plan[last]
+        uniform = a.kind == b.kind == "train" and a.epoch == b.epoch and a.index > 0
+        return block.ticks if uniform and b.index - a.index == last - first and b.size == self.plan.batch_size else 0
+
+    def _replay_block(self, tick: int) -> None:
+        block = self.block
+        assert block is not None
+        block.replay(self.plan[tick])
+        for k, (lane, reporter) in enumerate(zip(self.lanes, self.reporters, strict=True)):
+            lane.advance(block.ticks)
+            with lane.on_stream():
+                reporter.skip(list(self.plan.items(tick - k, tick - k + block.ticks)))
+        event = torch.cuda.Event()
+        event.record(block.stream)
+        self._issued.append(event)
+        if len(self._issued) > _BLOCKS_AHEAD:
+            self._issued.popleft().synchronize()
+
+    def _located(self, error: Exception, k: int, item: Item) -> StageError:
+        stage = self.lanes[k].stage
+        action = f"{k}{'E' if item.kind == 'evaluate' else 'F'}{item.position}"
+        where = f"{action} (epoch {item.epoch}, {item.kind} micro-batch {item.index})"
+        return StageError(rank=0, stage=k, layers=", ".join(stage.layer_names), action=where, cause=error)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _capturable(self) -> bool:
+        if all(lane.is_capturable for lane in self.lanes):
+            return True
+        warnings.warn(
+            "streams: no CUDA graphs, because an optimizer keeps state on the host; install triton for fused ones",
+            stacklevel=2,
+        )
+        return False
+
+
+def _partition(job: Job, max_stages: int | None) -> list[range]:
+    layers, stages = len(job.network.blocks), job.settings.stages
+    if max_stages == 1:
+        return [range(layers)]
+    count = layers if stages is None or isinstance(stages, str) else stages
+    costs = [1.0] * layers
+    if isinstance(stages, int) and stages < layers:
+        costs = job.costs()
+    return job.partition(costs, count)
+
+
+def _build_lanes(job: Job, parts: list[range]) -> list[Lane]:
+    plan, network, device = job.plan, job.network, job.device
+    rows = max(min(plan.batch_size, plan.train_size), min(plan.eval_batch_size, plan.eval_size))
+    rings = []
+    for k, part in enumerate(parts):
+        shape = network.output_shapes[part.start - 1] if k else network.input_shape
+        flat = len(network.infos[part.start].activation_shape) == 1
+        depth = job.settings.queue_depth if k else 1
+        rings.append(Ring(depth, rows, shape, device, flat_consumer=flat and k > 0))
+    outboxes = [*rings[1:], None]
+    return [Lane(job.stage(k, part), rings[k], outboxes[k], device) for k, part in enumerate(parts)]

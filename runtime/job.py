@@ -1,0 +1,160 @@
+"""What an engine is given: the network, the data, the plan of the stream and the settings; and how a stage is built."""
+
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from unlocked.data import ImageDataset
+from unlocked.kernels.dispatch import get_backend
+from unlocked.kernels.images import load_batch as torch_load_batch
+from unlocked.rules import Rule
+from unlocked.runtime.metrics import MetricsSink, RunInfo
+from unlocked.runtime.network import Network, build_layer, measure_costs
+from unlocked.runtime.partition import check_ownership, parse_stages, partition
+from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.snapshots import Snapshot
+from unlocked.workers.fused import choose_step
+from unlocked.workers.layer import Layer, OptimizerFactory
+from unlocked.workers.source import BatchSource
+from unlocked.workers.stage import Stage
+
+__all__ = ["Engine", "Job", "Settings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to run; nothing here changes a result, save `seed`, `kernels` (rounding) and `device` (rounding)."""
+
+    engine: str = "sequential"
+    seed: int = 0
+    stages: int | str | None = None
+    """Number of stages, an explicit list such as "0-1,2,3-4", or None: the engine's default."""
+    queue_depth: int = 4
+    device: str = "cpu"
+    kernels: str = "auto"
+    graphs: bool = True
+    """CUDA graphs, in the engines that can use them."""
+    print_freq: int = 50
+    """Training micro-batches between two readings of the sums on the device."""
+    snapshot_dir: Path | None = None
+    resume: Snapshot | None = None
+    trace: Path | None = None
+    timeout: float = 300.0
+    """Seconds that a stage waits for a neighbour before it gives up."""
+    start_timeout: float = 120.0
+    """Seconds that rank 0 waits for all stages to appear."""
+    coordinator_port: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
+    """How the model, the data and the rule are called in logs: keys model, dataset, rule."""
+
+    def __post_init__(self) -> None:
+        if self.queue_depth < 1:
+            raise ValueError(f"queue_depth is {self.queue_depth}; an edge needs at least 1 slot")
+        if self.print_freq < 1:
+            raise ValueError(f"print_freq is {self.print_freq}; it must be at least 1")
+        if self.timeout <= 0 or self.start_timeout <= 0:
+            raise ValueError(f"timeouts must be positive, got {self.timeout} and {self.start_timeout}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run, the same on every rank."""
+
+    network: Network
+    rule: Rule | Sequence[Rule]
+    optimizer: OptimizerFactory
+    lr_factor: Callable[[int], float]
+    train: ImageDataset
+    test: ImageDataset | None
+    plan: StreamPlan
+    settings: Settings
+    fingerprint: Mapping[str, Any]
+    """What must not differ when a run is resumed."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.settings.device)
+
+    @property
+    def start(self) -> int:
+        """The first stream position to run."""
+        return self.settings.resume.position if self.settings.resume else 0
+
+    def layer(self, index: int, device: torch.device | None = None) -> Layer:
+        device = device or self.device
+        return build_layer(
+            self.network,
+            index,
+            rule=self.rule,
+            optimizer=self.optimizer,
+            device=device,
+            step=choose_step(self.settings.kernels, device),
+        )
+
+    def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
+        """Stage `index` with its layers on `device`; stage 0 gets the data as well."""
+        device = device or self.device
+        source = None
+        if index == 0:
+            backend = None if device.type == "cpu" else get_backend(self.settings.kernels, device)
+            source = BatchSource(
+                self.train.to(device),
+                None if self.test is None else self.test.to(device),
+                seed=self.settings.seed,
+                batch_size=self.plan.batch_size,
+                eval_batch_size=self.plan.eval_batch_size,
+                load_batch=torch_load_batch if backend is None else backend.load_batch,
+            )
+        return Stage(index, [self.layer(i, device) for i in layers], source)
+
+    def costs(self, device: torch.device | None = None) -> list[float]:
+        """Measured seconds per layer and micro-batch."""
+        device = device or self.device
+        return measure_costs(
+            lambda index: self.layer(index, device), self.network, batch_size=self.plan.batch_size, device=device
+        )
+
+    def partition(self, costs: Sequence[float], num_stages: int) -> list[range]:
+        """Which layers each stage owns."""
+        stages = self.settings.stages
+        parts = (
+            parse_stages(stages, self.network.names) if isinstance(stages, str) else partition(list(costs), num_stages)
+        )
+        check_ownership(parts, len(self.network.blocks))
+        return parts
+
+    def run_info(self, parts: Sequence[range]) -> RunInfo:
+        names = self.settings.names
+        return RunInfo(
+            model=names.get("model", "custom"),
+            dataset=names.get("dataset", self.train.name),
+            engine=self.settings.engine,
+            rule=names.get("rule", "custom"),
+            stages=tuple(tuple(self.network.names[i] for i in part) for part in parts),
+            total=len(self.plan),
+            epochs=self.plan.epochs,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            batch_size=self.plan.batch_size,
+            start=self.start,
+            device=self.settings.device,
+        )
+
+
+class Engine(Protocol):
+    """Runs a job to its end, or to an orderly stop."""
+
+    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult: ...
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process held: on the GPU what torch allocated, on the CPU the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes

@@ -1,0 +1,281 @@
+"""What a run tells about itself: plain records, their aggregation over stages, and the sinks that receive them.
+
+The same records come from the in-process engines (directly) and from the coordinator (over the wire). Losing any of
+them never changes a result.
+"""
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+__all__ = [
+    "EpochAggregator",
+    "EpochPart",
+    "EpochResult",
+    "FanOut",
+    "Meters",
+    "MetricsSink",
+    "Rates",
+    "RunInfo",
+    "Scores",
+    "StageProgress",
+    "StepResult",
+    "rates_between",
+]
+
+NamedLosses = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInfo:
+    """What is about to run; constant over the run."""
+
+    model: str
+    dataset: str
+    engine: str
+    rule: str
+    stages: tuple[tuple[str, ...], ...]
+    """Layer names of each stage, in order."""
+    total: int
+    """Number of positions in the stream of micro-batches."""
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    start: int = 0
+    """First position this run executes (above 0 after a resume)."""
+    device: str = "cpu"
+    config: Mapping[str, object] = field(default_factory=dict)
+    """All settings, for the record."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layer names in network order."""
+        return tuple(layer for stage in self.stages for layer in stage)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageProgress:
+    """How far one stage is. All counters are totals since the stage started, so a lost record costs nothing."""
+
+    stage: int
+    position: int
+    """Stream positions completed: the next position to run."""
+    epoch: int
+    """Epoch of the micro-batch in hand, from 0."""
+    images: int
+    """Training images processed."""
+    busy_seconds: float
+    wait_seconds: float
+    seconds: float
+    """Wall-clock seconds of this stage's run so far."""
+    queue_fill: float = 0.0
+    """Share of the stage's incoming edge that is filled, 0 to 1."""
+    local_losses: NamedLosses = ()
+    """Latest (layer, local loss) pairs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Mean loss and accuracy in percent over a set of samples."""
+
+    loss: float
+    acc1: float
+    acc5: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meters:
+    """One reading of the training meters: seconds per step, of which waiting for data, and the scores."""
+
+    time: float
+    data: float
+    loss: float
+    acc1: float
+    acc5: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """The last stage's training meters, sent every `print_freq` steps."""
+
+    epoch: int
+    step: int
+    """Step within the epoch, from 0."""
+    steps: int
+    """Steps per epoch."""
+    recent: Meters
+    """Mean over the steps since the previous StepResult."""
+    mean: Meters
+    """Mean over the epoch so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochPart:
+    """One stage's contribution to an epoch's result; `train` and `evaluation` come from the last stage only."""
+
+    stage: int
+    epoch: int
+    local_losses: NamedLosses
+    """Mean local loss of each of the stage's layers over the epoch's training micro-batches."""
+    seconds: float
+    """Wall-clock seconds this stage spent from the epoch's first position to its last."""
+    train: Scores | None = None
+    evaluation: Scores | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochResult:
+    """A whole epoch, all stages together."""
+
+    epoch: int
+    train_loss: float
+    train_acc1: float
+    train_acc5: float
+    eval_loss: float | None
+    eval_acc1: float | None
+    eval_acc5: float | None
+    local_losses: NamedLosses
+    """(layer, mean local loss) in network order."""
+    seconds: float
+    """Wall-clock seconds of the epoch at the last stage."""
+
+
+class MetricsSink(Protocol):
+    """Receives the records of a run. Methods must return quickly: they are called beside the training."""
+
+    def on_start(self, info: RunInfo) -> None:
+        """Before the first position. The only method whose exception stops the run (a user's mistake)."""
+
+    def on_progress(self, progress: StageProgress) -> None:
+        """Now and then, for one stage."""
+
+    def on_step(self, step: StepResult) -> None:
+        """Every `print_freq` training steps."""
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """Once per epoch, in order."""
+
+    def on_message(self, text: str) -> None:
+        """One line for the user."""
+
+    def on_finish(self, summary: Mapping[str, object]) -> None:
+        """After the last position, also after an orderly stop."""
+
+
+class FanOut:
+    """A sink that passes everything to several sinks, one call at a time.
+
+    A sink that raises after the start is reported once on standard error and dropped: metrics never fail a run.
+    """
+
+    def __init__(self, sinks: Sequence[MetricsSink] = ()) -> None:
+        self._sinks = list(sinks)
+        self._lock = threading.Lock()
+
+    def on_start(self, info: RunInfo) -> None:
+        with self._lock:
+            for sink in self._sinks:
+                sink.on_start(info)
+
+    def on_progress(self, progress: StageProgress) -> None:
+        self._each("on_progress", progress)
+
+    def on_step(self, step: StepResult) -> None:
+        self._each("on_step", step)
+
+    def on_epoch(self, result: EpochResult) -> None:
+        self._each("on_epoch", result)
+
+    def on_message(self, text: str) -> None:
+        self._each("on_message", text)
+
+    def on_finish(self, summary: Mapping[str, object]) -> None:
+        self._each("on_finish", summary)
+
+    def _each(self, method: str, record: object) -> None:
+        with self._lock:
+            for sink in tuple(self._sinks):
+                try:
+                    getattr(sink, method)(record)
+                except Exception as error:  # a sink is an extra: whatever breaks in it must not break the run
+                    self._sinks.remove(sink)
+                    name = type(sink).__name__
+                    print(f"metrics: {name} is off after {type(error).__name__}: {error}", file=sys.stderr)
+
+
+class EpochAggregator:
+    """Joins the stages' `EpochPart`s into `EpochResult`s, released in epoch order.
+
+    Args:
+        stages: number of stages.
+        first_epoch: the first epoch this run reports (above 0 after a resume).
+    """
+
+    def __init__(self, stages: int, first_epoch: int | None = None) -> None:
+        if stages < 1:
+            raise ValueError(f"stages is {stages}; an aggregator needs at least 1")
+        self._stages = stages
+        self._next = first_epoch
+        self._parts: dict[int, dict[int, EpochPart]] = {}
+
+    def add(self, part: EpochPart) -> list[EpochResult]:
+        """Takes one part; returns the epochs that are now complete (usually none or one).
+
+        Raises:
+            ValueError: the part's stage does not exist, or the last stage's part has no training scores.
+        """
+        if not 0 <= part.stage < self._stages:
+            raise ValueError(f"epoch part from stage {part.stage}; valid: 0 to {self._stages - 1}")
+        if part.stage == self._stages - 1 and part.train is None:
+            raise ValueError(f"epoch {part.epoch}: the last stage ({part.stage}) must report its training scores")
+        if self._next is None:
+            self._next = part.epoch  # every stage passes the epochs in order, so the first part is the first epoch
+        if part.epoch < self._next:
+            return []  # a duplicate of what was released already
+        self._parts.setdefault(part.epoch, {})[part.stage] = part
+        done = []
+        while len(self._parts.get(self._next, ())) == self._stages:
+            done.append(_join(self._parts.pop(self._next)))
+            self._next += 1
+        return done
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Speeds of one stage between two of its progress records."""
+
+    images_per_second: float
+    positions_per_second: float
+    busy: float
+    """Share of the time spent working, 0 to 1."""
+
+
+def rates_between(earlier: StageProgress, later: StageProgress) -> Rates | None:
+    """The speeds between two records of the same stage; None when no time lies between them."""
+    seconds = later.seconds - earlier.seconds
+    if seconds <= 0:
+        return None
+    return Rates(
+        images_per_second=(later.images - earlier.images) / seconds,
+        positions_per_second=(later.position - earlier.position) / seconds,
+        busy=min(1.0, max(0.0, (later.busy_seconds - earlier.busy_seconds) / seconds)),
+    )
+
+
+def _join(parts: Mapping[int, EpochPart]) -> EpochResult:
+    last = parts[max(parts)]
+    assert last.train is not None
+    evaluation = last.evaluation
+    return EpochResult(
+        epoch=last.epoch,
+        train_loss=last.train.loss,
+        train_acc1=last.train.acc1,
+        train_acc5=last.train.acc5,
+        eval_loss=evaluation.loss if evaluation else None,
+        eval_acc1=evaluation.acc1 if evaluation else None,
+        eval_acc5=evaluation.acc5 if evaluation else None,
+        local_losses=tuple(pair for stage in sorted(parts) for pair in parts[stage].local_losses),
+        seconds=last.seconds,
+    )

@@ -1,0 +1,191 @@
+"""The stream of a whole run as arithmetic: which item stands at which position, without a list of them.
+
+An epoch is: its training micro-batches, with a snapshot mark after every `snapshot_every`-th training step of the run;
+then the statistics micro-batches; then the evaluation micro-batches. Epochs follow each other without a seam.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unlocked.workers.actions import Item, MarkKind
+
+__all__ = ["StreamPlan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """The order of everything that passes through the pipeline, with random access.
+
+    `plan[position]` costs O(log epochs) and nothing is stored, so that every stage (or machine) can hold the whole
+    plan, and a resumed run starts at any position. A partial last micro-batch is kept, never dropped or padded.
+
+    Attributes:
+        epochs: passes over the training data.
+        train_size: rows of training data.
+        batch_size: rows of a training or statistics micro-batch; the last of an epoch holds what is left over.
+        eval_size: rows of evaluation data; 0 = no evaluation (and then no statistics either).
+        eval_batch_size: rows of an evaluation micro-batch. More than `eval_size` means one smaller micro-batch.
+        statistics_batches: how many of the epoch's micro-batches re-estimate the BatchNorm statistics before each
+            evaluation, at most `steps_per_epoch`. The i-th has the size of the epoch's i-th training micro-batch.
+        snapshot_every: a snapshot mark follows every that many training micro-batches of the run; 0 = never.
+        max_steps: stop after that many training micro-batches; None = after `epochs`. The epoch in which the run
+            stops is cut, and is still evaluated.
+
+    Raises:
+        ValueError: a number out of its range, or a micro-batch larger than the training data.
+    """
+
+    epochs: int
+    train_size: int
+    batch_size: int
+    eval_size: int = 0
+    eval_batch_size: int = 1000
+    statistics_batches: int = 50
+    snapshot_every: int = 0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "train_size", "batch_size", "eval_batch_size"):
+            _require(name, getattr(self, name), minimum=1)
+        for name in ("eval_size", "statistics_batches", "snapshot_every"):
+            _require(name, getattr(self, name), minimum=0)
+        if self.max_steps is not None:
+            _require("max_steps", self.max_steps, minimum=1, hint=" (or None to train for all epochs)")
+        if self.batch_size > self.train_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the training data, which has {self.train_size} rows. "
+                f"Choose a batch_size of at most {self.train_size}."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training micro-batches of an uncut epoch."""
+        return -(-self.train_size // self.batch_size)
+
+    @property
+    def train_steps(self) -> int:
+        """Training micro-batches of the whole run."""
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run enters: fewer than `epochs` where `max_steps` ends it earlier."""
+        return -(-self.train_steps // self.steps_per_epoch)
+
+    @property
+    def statistics_per_epoch(self) -> int:
+        """Statistics micro-batches before each evaluation."""
+        return min(self.statistics_batches, self.steps_per_epoch) if self.eval_size else 0
+
+    @property
+    def evaluations_per_epoch(self) -> int:
+        """Evaluation micro-batches of an epoch."""
+        return -(-self.eval_size // self.eval_batch_size)
+
+    def __len__(self) -> int:
+        # The position of the step after the last one, were there one; every epoch entered has its tail by then.
+        return self._marked(self.train_steps) + self.num_epochs * self._tail
+
+    def __getitem__(self, position: int) -> Item:
+        """The item at `position`; negative positions count from the end.
+
+        Raises:
+            IndexError: no such position.
+        """
+        length = len(self)
+        if not -length <= position < length:
+            raise IndexError(f"position {position} is outside the plan, which has {length} items (0 to {length - 1}).")
+        return self._item(position % length)
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.items()
+
+    def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
+        """The items at positions `start`, ..., `stop` - 1 (`stop` None: to the end).
+
+        Raises:
+            ValueError: the window is not inside the plan.
+        """
+        length = len(self)
+        end = length if stop is None else stop
+        if not 0 <= start <= end <= length:
+            raise ValueError(f"window {start} to {end} is not inside the plan, which has {length} items.")
+        return map(self._item, range(start, end))
+
+    def position_of_step(self, step: int) -> int:
+        """The position of training micro-batch `step`, counted over the run from 0.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        if not 0 <= step < self.train_steps:
+            raise ValueError(f"step {step} is outside the run, which has steps 0 to {self.train_steps - 1}.")
+        return self._marked(step) + step // self.steps_per_epoch * self._tail
+
+    def position_of_epoch(self, epoch: int) -> int:
+        """The position of the first item of `epoch`.
+
+        Raises:
+            ValueError: the run has no such epoch.
+        """
+        if not 0 <= epoch < self.num_epochs:
+            raise ValueError(f"epoch {epoch} is outside the run, which has epochs 0 to {self.num_epochs - 1}.")
+        return self._epoch_start(epoch)
+
+    @property
+    def _tail(self) -> int:
+        """Items after an epoch's training part."""
+        return self.statistics_per_epoch + self.evaluations_per_epoch
+
+    def _snapshots(self, steps: int) -> int:
+        """Snapshot marks among the first `steps` training steps of the run and right after them."""
+        return steps // self.snapshot_every if self.snapshot_every else 0
+
+    def _marked(self, steps: int) -> int:
+        """Training and snapshot items up to and with the first `steps` steps: the position if there were no tails."""
+        return steps + self._snapshots(steps)
+
+    def _epoch_start(self, epoch: int) -> int:
+        return self._marked(epoch * self.steps_per_epoch) + epoch * self._tail
+
+    def _item(self, position: int) -> Item:
+        epoch = bisect_right(range(self.num_epochs), position, key=self._epoch_start) - 1
+        first = epoch * self.steps_per_epoch
+        stop = min(first + self.steps_per_epoch, self.train_steps)
+        # The place in the stream of training steps and snapshot marks alone, where marks stand at a fixed period.
+        marked = position - epoch * self._tail
+        beyond = marked - self._marked(stop)
+        if beyond >= 0:
+            return self._tail_item(position, epoch, beyond)
+        period = self.snapshot_every + 1
+        if self.snapshot_every and marked % period == self.snapshot_every:
+            index = marked // period - self._snapshots(first)
+            count = self._snapshots(stop) - self._snapshots(first)
+            return Item(position, "snapshot", epoch, index, 0, index == count - 1)
+        index = marked - (marked // period if self.snapshot_every else 0) - first
+        return self._data_item(position, "train", epoch, index, stop - first, self.batch_size, self.train_size)
+
+    def _tail_item(self, position: int, epoch: int, index: int) -> Item:
+        statistics = self.statistics_per_epoch
+        if index < statistics:
+            return self._data_item(position, "statistics", epoch, index, statistics, self.batch_size, self.train_size)
+        return self._data_item(
+            position,
+            "evaluate",
+            epoch,
+            index - statistics,
+            self.evaluations_per_epoch,
+            self.eval_batch_size,
+            self.eval_size,
+        )
+
+    @staticmethod
+    def _data_item(position: int, kind: MarkKind, epoch: int, index: int, count: int, batch: int, rows: int) -> Item:
+        return Item(position, kind, epoch, index, min(batch, rows - index * batch), index == count - 1)
+
+
+def _require(name: str, value: int, *, minimum: int, hint: str = "") -> None:
+    if value < minimum:
+        raise ValueError(f"{name}={value} is not valid. Give {name} of at least {minimum}{hint}.")

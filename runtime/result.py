@@ -1,0 +1,88 @@
+"""What a run leaves: figures per epoch, the final weights, and their digest."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlocked.runtime.metrics import EpochResult
+
+__all__ = ["RunResult", "pack_tensors", "unpack_tensors", "weights_digest"]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunResult:
+    """The outcome of `Trainer.fit`. Under `torchrun` only rank 0 holds figures and weights of all stages."""
+
+    engine: str
+    stages: list[list[str]]
+    """The layer names of each stage."""
+    epochs: list[EpochResult] = field(default_factory=list)
+    steps: int = 0
+    """Training micro-batches done, over the whole run including the part before a resume."""
+    train_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    images_per_second: float = 0.0
+    """Training images over `train_seconds`, in which evaluation counts as well."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Every parameter and buffer by layer and name, on the CPU."""
+    weights_sha256: str = ""
+    peak_memory_bytes: list[int] = field(default_factory=list)
+    busy_fraction: list[float] = field(default_factory=list)
+    stopped_by: int | None = None
+    """The signal number of an orderly stop, or None."""
+    predicted_stage_seconds: list[float] = field(default_factory=list)
+    measured_stage_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def test_acc1(self) -> float | None:
+        """Percent, after the last evaluated epoch."""
+        return next((e.eval_acc1 for e in reversed(self.epochs) if e.eval_acc1 is not None), None)
+
+    @property
+    def test_loss(self) -> float | None:
+        return next((e.eval_loss for e in reversed(self.epochs) if e.eval_loss is not None), None)
+
+    @property
+    def local_losses(self) -> dict[str, float]:
+        """Mean local loss per layer in the last epoch."""
+        return dict(self.epochs[-1].local_losses) if self.epochs else {}
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and little-endian bytes of all parameters and buffers, in layer order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(_little_endian(tensor))
+    return digest.hexdigest()
+
+
+def pack_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """Plain data that msgpack can carry from a stage to rank 0."""
+    return [
+        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "data": _little_endian(t)}
+        for n, t in tensors
+    ]
+
+
+def unpack_tensors(packed: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """The inverse of `pack_tensors`."""
+    result = {}
+    for entry in packed:
+        dtype = getattr(torch, entry["dtype"])
+        flat = torch.frombuffer(bytearray(entry["data"]), dtype=dtype) if entry["data"] else torch.empty(0, dtype=dtype)
+        result[entry["name"]] = flat.reshape(entry["shape"])
+    return result
+
+
+def _little_endian(tensor: Tensor) -> bytes:
+    array = tensor.detach().cpu().contiguous()
+    if array.dtype in (torch.bfloat16, torch.float16):
+        array = array.view(torch.int16)
+    values = array.numpy()
+    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()

@@ -1,0 +1,55 @@
+"""Orderly stops: SIGINT and SIGTERM ask the run to finish the micro-batches in hand, report and leave."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopSignals"]
+
+
+_SAME_REQUEST = 2.0
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM is noted in `received`; one that comes later acts as usual.
+
+    Launchers pass a signal on that the terminal has sent to all processes already, so whatever comes within
+    `_SAME_REQUEST` seconds of the first counts as the same request.
+
+    `notify` is called from the handler, in the main thread. Outside the main thread nothing is installed.
+    """
+
+    def __init__(self, notify: Callable[[int], None] | None = None) -> None:
+        self.received: int | None = None
+        self._notify = notify
+        self._previous: dict[int, Any] = {}
+        self._since = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            if self._notify is not None:
+                self._notify(number)
+        elif now - self._since > _SAME_REQUEST:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        with contextlib.suppress(ValueError):
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,229 @@
+"""The public API: one Trainer for every engine."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unlocked.data import ImageDataset
+from unlocked.kernels.dispatch import BACKENDS
+from unlocked.rules import Rule
+from unlocked.runtime.engines import get_engine
+from unlocked.runtime.job import Job, Settings
+from unlocked.runtime.learning_rate import constant
+from unlocked.runtime.metrics import MetricsSink
+from unlocked.runtime.network import Model, backpropagation_network, build_network
+from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.snapshots import find_snapshot
+from unlocked.workers.layer import OptimizerFactory
+
+__all__ = ["Trainer"]
+
+Data = ImageDataset | tuple[Tensor, Tensor]
+
+
+class Trainer:
+    """Trains a network whose layers learn by local rules.
+
+    Args:
+        model: blocks of `unlocked.models`, an nn.Sequential, or a list of modules; the last one gives the logits.
+        rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers or
+            one per local layer. "BP" trains end to end by backpropagation instead, for comparison (sequential only).
+        optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
+        engine: "sequential", "streams" or "processes" (under torchrun). All give the same numbers.
+        seed: keys initialisation, shuffling, augmentation and dropout.
+        stages: number of stages, or an explicit list such as "0-1,2,3-4"; default: one per layer (`streams`) or per
+            process (`processes`).
+        queue_depth: micro-batches that a stage may run ahead of the next one.
+        device: "cpu" or "cuda[:index]".
+        kernels: "auto", "torch", "triton" or "cuda".
+        graphs: capture CUDA graphs where the engine can.
+        keep_weights: start from the model's weights instead of drawing them by (seed, layer).
+        lr_factor: epoch -> factor of the initial learning rate.
+        statistics_batches: training micro-batches that re-estimate BatchNorm's statistics before each evaluation.
+        snapshot_every, snapshot_dir: save a snapshot every so many training micro-batches, below that folder.
+        resume: a snapshot folder to go on from; any engine and any number of stages.
+        print_freq: training micro-batches between two readings of the losses.
+        trace: file for a Chrome trace of every action.
+        sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`).
+        names: how model, dataset and rule are called in logs.
+
+    Raises:
+        ValueError: a setting is out of range; says what is valid.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rule: Rule | Sequence[Rule] | str,
+        optimizer: OptimizerFactory,
+        engine: str = "sequential",
+        seed: int = 0,
+        stages: int | str | None = None,
+        queue_depth: int = 4,
+        device: str = "cpu",
+        kernels: str = "auto",
+        graphs: bool = True,
+        keep_weights: bool = False,
+        lr_factor: Callable[[int], float] = constant,
+        statistics_batches: int = 50,
+        snapshot_every: int = 0,
+        snapshot_dir: str | Path | None = None,
+        resume: str | Path | None = None,
+        print_freq: int = 50,
+        trace: str | Path | None = None,
+        timeout: float = 300.0,
+        coordinator_port: int = 0,
+        sinks: Sequence[MetricsSink] = (),
+        names: dict[str, str] | None = None,
+    ) -> None:
+        if isinstance(rule, str) and rule != "BP":
+            raise ValueError(f"rule {rule!r}: give a rule such as LLS(), or 'BP'; names: unlocked.rules.get_rule")
+        if rule == "BP" and engine != "sequential":
+            raise ValueError(f"backpropagation is not local, so it can't run with engine {engine!r}; use sequential")
+        if kernels not in BACKENDS:
+            raise ValueError(f"kernels {kernels!r} is not known; valid: {', '.join(BACKENDS)}")
+        if snapshot_every and snapshot_dir is None:
+            raise ValueError(f"snapshot_every is {snapshot_every}, but there is no snapshot_dir to write to")
+        _check_device(device)
+        get_engine(engine)
+        self._model, self._rule, self._optimizer = model, rule, optimizer
+        self._keep_weights, self._lr_factor = keep_weights, lr_factor
+        self._statistics_batches, self._snapshot_every = statistics_batches, snapshot_every
+        self._sinks = tuple(sinks)
+        self.settings = Settings(
+            engine=engine,
+            seed=seed,
+            stages=stages,
+            queue_depth=queue_depth,
+            device=device,
+            kernels=kernels,
+            graphs=graphs,
+            print_freq=print_freq,
+            snapshot_dir=None if snapshot_dir is None else Path(snapshot_dir),
+            resume=None if resume is None else find_snapshot(Path(resume)),
+            trace=None if trace is None else Path(trace),
+            timeout=timeout,
+            coordinator_port=coordinator_port,
+            names=names or {},
+        )
+
+    def fit(
+        self,
+        train: Data,
+        *,
+        epochs: int,
+        batch_size: int,
+        eval_data: Data | None = None,
+        eval_batch_size: int | None = None,
+        max_steps: int | None = None,
+    ) -> RunResult:
+        """Trains for `epochs`, evaluating after each where there is `eval_data`.
+
+        Args:
+            train: an `ImageDataset`, or (samples [N, ...], labels [N] int64).
+            batch_size: rows of a micro-batch; the last of an epoch may be smaller.
+            eval_batch_size: rows of an evaluation micro-batch; default: `batch_size`.
+            max_steps: stop after that many training micro-batches.
+
+        Returns:
+            Figures and final weights. The model that was passed in holds the trained weights as well, on the engines
+            that run in this process.
+
+        Raises:
+            ValueError: data, sizes and network don't fit each other, or a loss became non-finite.
+            StageError: a stage failed; says which, and in which action.
+        """
+        began = time.perf_counter()
+        job = self._job(train, epochs, batch_size, eval_data, eval_batch_size or batch_size, max_steps)
+        prepared = time.perf_counter() - began
+        result = get_engine(self.settings.engine).run(job, self._sinks)
+        result.setup_seconds += prepared
+        return result
+
+    def _job(
+        self,
+        train: Data,
+        epochs: int,
+        batch_size: int,
+        eval_data: Data | None,
+        eval_batch_size: int,
+        max_steps: int | None,
+    ) -> Job:
+        train_set = _as_dataset(train)
+        test_set = None if eval_data is None else _as_dataset(eval_data, train_set.num_classes)
+        if test_set is not None and test_set.image_shape != train_set.image_shape:
+            raise ValueError(
+                f"evaluation samples have shape {test_set.image_shape}, training samples {train_set.image_shape}; "
+                "they must be equal"
+            )
+        plan = StreamPlan(
+            epochs=epochs,
+            train_size=len(train_set),
+            batch_size=batch_size,
+            eval_size=0 if test_set is None else len(test_set),
+            eval_batch_size=eval_batch_size,
+            statistics_batches=self._statistics_batches,
+            snapshot_every=self._snapshot_every,
+            max_steps=max_steps,
+        )
+        network = build_network(
+            self._model,
+            input_shape=tuple(train_set.image_shape),
+            num_classes=train_set.num_classes,
+            seed=self.settings.seed,
+            keep_weights=self._keep_weights,
+        )
+        if self._rule == "BP":
+            network = backpropagation_network(network)
+        assert self._rule == "BP" or not isinstance(self._rule, str)
+        fingerprint = {
+            "layers": network.names,
+            "seed": self.settings.seed,
+            "train_size": plan.train_size,
+            "batch_size": plan.batch_size,
+            "eval_size": plan.eval_size,
+            "eval_batch_size": plan.eval_batch_size,
+            "statistics_batches": plan.statistics_per_epoch,
+            "snapshot_every": plan.snapshot_every,
+        }
+        if self.settings.resume is not None:
+            self.settings.resume.check(fingerprint)
+            if self.settings.resume.position >= len(plan):
+                raise ValueError(
+                    f"the snapshot {self.settings.resume.folder} is at step {self.settings.resume.steps}, where this run "
+                    f"of {epochs} epochs has nothing left to do; give more epochs"
+                )
+        return Job(
+            network=network,
+            rule=[] if isinstance(self._rule, str) else self._rule,
+            optimizer=self._optimizer,
+            lr_factor=self._lr_factor,
+            train=train_set,
+            test=test_set,
+            plan=plan,
+            settings=self.settings,
+            fingerprint=fingerprint,
+        )
+
+
+def _as_dataset(data: Data, num_classes: int | None = None) -> ImageDataset:
+    if isinstance(data, ImageDataset):
+        return data
+    samples, labels = data
+    return ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known; valid: cpu, cuda, cuda:INDEX") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; valid: cpu, cuda, cuda:INDEX")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")

@@ -1,0 +1,51 @@
+"""How far ahead the stages may run: enough that none starves, little enough that an orderly stop is quick."""
+
+import math
+
+__all__ = ["WindowPolicy"]
+
+
+class WindowPolicy:
+    """Decides how far the stages may run: `granted` grows so that 0.5 to 1 s of the stream lies ahead.
+
+    Little enough that an orderly stop takes effect quickly, enough that no stage starves.
+
+    Args:
+        first, total: the run covers stream positions first to total - 1.
+        minimum: positions to grant ahead whatever the speed.
+        seconds: the lookahead aimed at; between one and two of these lie ahead.
+    """
+
+    def __init__(self, first: int, total: int, minimum: int, seconds: float = 0.5) -> None:
+        self.granted = first
+        self._total = total
+        self._minimum = minimum
+        self._seconds = seconds
+        self._leader = first
+        self._rate = 0.0  # positions per second
+        self._anchor: tuple[float, int] | None = None
+
+    @property
+    def lookahead(self) -> int:
+        """Positions that must at least lie ahead of the first stage."""
+        return max(self._minimum, math.ceil(self._rate * self._seconds))
+
+    def observe(self, position: int, now: float) -> None:
+        """A stage has completed the positions < `position` at time `now` (seconds)."""
+        self._leader = max(self._leader, min(position, self.granted))
+        if self._anchor is None:
+            self._anchor = (now, self._leader)
+        elapsed = now - self._anchor[0]
+        if elapsed >= 0.1:  # shorter spans measure the messages' jitter, not the stages
+            rate = (self._leader - self._anchor[1]) / elapsed
+            self._rate = rate if self._rate == 0.0 else (self._rate + rate) / 2
+            self._anchor = (now, self._leader)
+
+    def extend(self) -> bool:
+        """Grants more where needed; True if `granted` grew."""
+        if self._leader + self.lookahead < self.granted:
+            return False
+        # Until the speed is known, the smallest window; then twice the lookahead, so that grants are rare.
+        ahead = 2 * self.lookahead if self._rate > 0.0 else self._minimum
+        before, self.granted = self.granted, max(self.granted, min(self._total, self._leader + ahead))
+        return self.granted > before

@@ -1,0 +1,49 @@
+"""unlocked: trains networks by local learning rules as a pipeline, exactly as the plain loop would.
+
+Names are imported on first use: `import unlocked` alone needs neither torch nor a second of time.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlocked.data import load_dataset
+    from unlocked.rules import (
+        LLS,
+        LLS_M,
+        LayerInfo,
+        LLS_M_Random,
+        LLS_MxM,
+        LLS_MxM_Random,
+        LLS_MxM_reduced,
+        LLS_Random,
+        LocalLosses,
+        LocalRule,
+    )
+    from unlocked.runtime import Trainer
+
+__all__ = [
+    "LLS",
+    "LLS_M",
+    "LLS_M_Random",
+    "LLS_MxM",
+    "LLS_MxM_Random",
+    "LLS_MxM_reduced",
+    "LLS_Random",
+    "LayerInfo",
+    "LocalLosses",
+    "LocalRule",
+    "Trainer",
+    "__version__",
+    "load_dataset",
+]
+__version__ = "0.1.0"
+
+_HOMES = {"Trainer": "unlocked.runtime", "load_dataset": "unlocked.data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES.get(name, "unlocked.rules")), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,20 @@
+"""For all tests: helper modules beside this file can be imported, one thread, a fixed seed, no deadline on a shared
+machine."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, print_blob=True)
+settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,152 @@
+"""ImageDataset and the order of an epoch."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlocked.data import Augmentation, ImageDataset, epoch_order
+from unlocked.data.dataset import channel_statistics
+from unlocked.kernels.images import load_batch
+from unlocked.kernels.philox import Purpose, philox4x32
+
+
+def _dataset(**changes: Any) -> ImageDataset:
+    fields: dict[str, Any] = {
+        "name": "mine",
+        "split": "train",
+        "images": torch.randint(0, 256, (6, 2, 8, 8), dtype=torch.uint8),
+        "labels": torch.arange(6) % 3,
+        "num_classes": 3,
+        "mean": (0.5, 0.25),
+        "std": (0.2, 0.1),
+    }
+    return ImageDataset(**(fields | changes))
+
+
+def test_sizes_and_names() -> None:
+    data = _dataset()
+    assert (len(data), data.image_shape, data.classes) == (6, (2, 8, 8), ("0", "1", "2"))
+
+
+def test_a_batch_made_with_its_options_is_normalised() -> None:
+    data = _dataset()
+    zero = torch.zeros((), dtype=torch.int64)
+    batch, labels = load_batch(
+        data.images, data.labels, torch.arange(6), zero, 4, seed=0, epoch=zero, **data.batch_options()
+    )
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (data.mean, data.std))
+    expected = (data.images[:4].double() / 255 - mean) / std
+    torch.testing.assert_close(batch.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(labels, data.labels[:4])
+
+
+def test_augmentation_reaches_the_batch_options() -> None:
+    assert _dataset().batch_options()["erase_boxes"] is None
+    options = _dataset(augmentation=Augmentation(flip=True, crop_padding=2, erase_probability=0.5)).batch_options()
+    assert (options["flip"], options["crop_padding"], options["erase_probability"]) == (True, 2, 0.5)
+    assert options["erase_boxes"].amax() < 8
+
+
+def test_to_keeps_everything_else() -> None:
+    data = _dataset(augmentation=Augmentation(flip=True))
+    assert data.to("cpu") is data
+    if torch.cuda.is_available():
+        moved = data.to("cuda")
+        assert moved.images.is_cuda
+        assert moved.mean255.is_cuda
+        assert (moved.augmentation, moved.mean, moved.classes) == (data.augmentation, data.mean, data.classes)
+
+
+def test_own_tensors() -> None:
+    images = torch.randn(4, 1, 5, 5)
+    data = ImageDataset.from_tensors(images, torch.zeros(4, dtype=torch.int64), 2, flip=True)
+    assert data.images is images
+    assert data.augmentation == Augmentation(flip=True)
+    assert torch.equal((images - data.mean255) * data.inv_std255, images)
+    bytes_ = ImageDataset.from_tensors(torch.full((4, 1, 5, 5), 51, dtype=torch.uint8), data.labels, 2)
+    scaled = (bytes_.images.float() - bytes_.mean255) * bytes_.inv_std255
+    torch.testing.assert_close(scaled, torch.full((4, 1, 5, 5), 0.2))
+
+
+def test_images_become_contiguous() -> None:
+    images = torch.randint(0, 256, (6, 8, 8, 2), dtype=torch.uint8).permute(0, 3, 1, 2)
+    data = _dataset(images=images)
+    assert data.images.is_contiguous()
+    assert torch.equal(data.images, images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.zeros(6, 8, 8, dtype=torch.uint8)}, r"shape \[N, C, H, W\].*got \[6, 8, 8\]"),
+        ({"images": torch.zeros(0, 2, 8, 8, dtype=torch.uint8)}, "no size 0"),
+        ({"images": torch.zeros(6, 2, 8, 8, dtype=torch.float64)}, "uint8 or float32, got torch.float64"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"\[6\], one for each image, got torch.int64 \[5\]"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, "got torch.int32"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 0, 1])}, r"in \[0, 2\], got values from 0 to 3"),
+        ({"labels": torch.tensor([0, 1, -1, 2, 0, 1])}, "got values from -1 to 2"),
+        ({"classes": ("a", "b")}, "num_classes is 3, but there are 2 class names"),
+        ({"mean": (0.5,)}, "mean has one value for each of 2 channels, got 1"),
+        ({"std": (0.1, 0.0)}, "std is positive"),
+        ({"images": torch.zeros(6, 2, 8, 8)}, "leave mean and std out"),
+        (
+            {"images": torch.zeros(6, 2, 8, 8), "mean": (), "std": (), "augmentation": Augmentation(crop_padding=1)},
+            "can only be flipped",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"dataset mine \(train\): .*{message}"):
+        _dataset(**changes)
+
+
+@pytest.mark.parametrize("options", [{"crop_padding": -1}, {"erase_probability": 1.1}])
+def test_augmentation_is_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        Augmentation(**options)
+
+
+def test_channel_statistics() -> None:
+    images = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
+    mean, std = channel_statistics(images)
+    scaled = images.double() / 255
+    torch.testing.assert_close(torch.tensor(mean).double(), scaled.mean((0, 2, 3)), rtol=0, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(std).double(), scaled.std((0, 2, 3), correction=0), rtol=0, atol=1e-7)
+
+
+@given(n=st.integers(1, 300), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**32 - 1))
+def test_epoch_order_sorts_the_samples_draws(n: int, seed: int, epoch: int) -> None:
+    order = epoch_order(n, seed, epoch)
+    assert order.dtype == torch.int64
+    # Straight from the counter, in Python's integers: key (folded seed, purpose), counter (sample, 0, epoch, 0).
+    folded = (seed & 0xFFFFFFFF) ^ (((seed >> 32) & 0xFFFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF)
+    counter = (torch.arange(n), torch.tensor(0), torch.tensor(epoch), torch.tensor(0))
+    words = philox4x32(counter, (torch.tensor(folded), torch.tensor(int(Purpose.SHUFFLE))))
+    draws = [(int(a) >> 8, int(b) >> 8, i) for i, (a, b) in enumerate(zip(words[0], words[1], strict=True))]
+    assert order.tolist() == [i for *_, i in sorted(draws)]
+
+
+def test_epoch_order_depends_on_every_part_of_its_key() -> None:
+    orders = [
+        epoch_order(100, 0, 0),
+        epoch_order(100, 1, 0),
+        epoch_order(100, 0, 1),
+        epoch_order(100, 0, 0, purpose=Purpose.STATISTICS),
+    ]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    assert torch.equal(epoch_order(100, 0, torch.tensor(1)), orders[2])
+
+
+def test_epoch_order_is_even() -> None:
+    """Every sample comes to every eighth of the epoch about equally often."""
+    n, epochs = 64, 400
+    counts = torch.zeros(n, 8)
+    for epoch in range(epochs):
+        order = epoch_order(n, 0, epoch)
+        counts[order, torch.arange(n) // 8] += 1
+    chi_square = ((counts - epochs / 8) ** 2 / (epochs / 8)).sum().item()
+    freedom = (n - 1) * 7
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5

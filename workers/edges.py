@@ -1,0 +1,165 @@
+"""Edges: bounded, one-directional queues between two stages, made of fixed-size slots.
+
+A slot holds one micro-batch whole: labels first, then activations, in one buffer and one message, so that a partial
+micro-batch is a prefix of it. Both ends know every micro-batch's size from the stream's plan; nothing but numbers
+travels. The receiving end owns `queue_depth` slots with receives posted ahead, the sending end owns one.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unlocked.workers.actions import Item
+from unlocked.workers.errors import LinkLostError
+
+__all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "SlotLayout"]
+
+_ALIGNMENT = 64  # bytes: activations begin on a cache line, as torch's own allocations do
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """How a micro-batch lies in a slot's bytes.
+
+    `sample_shape` is one sample's activations, (C, H, W), (T, D) or (D,); four-dimensional batches travel in
+    channels-last memory, as every engine computes them.
+    """
+
+    max_rows: int
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of a micro-batch of `rows` samples: the length of its message."""
+        return self._labels_bytes(rows) + rows * prod(self.sample_shape) * self.dtype.itemsize
+
+    def allocate(self, device: torch.device) -> Tensor:
+        return torch.empty(self.nbytes(self.max_rows), dtype=torch.uint8, device=device)
+
+    def message(self, slot: Tensor, rows: int) -> Tensor:
+        """The bytes that travel."""
+        return slot[: self.nbytes(rows)]
+
+    def views(self, slot: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """(activations [rows, *sample_shape], labels [rows] int64) as views of the slot."""
+        labels = slot[: rows * 8].view(torch.int64)
+        flat = slot[self._labels_bytes(rows) : self.nbytes(rows)].view(self.dtype)
+        if len(self.sample_shape) == 3:
+            channels, height, width = self.sample_shape
+            return flat.view(rows, height, width, channels).permute(0, 3, 1, 2), labels
+        return flat.view(rows, *self.sample_shape), labels
+
+    @staticmethod
+    def _labels_bytes(rows: int) -> int:
+        return -(-rows * 8 // _ALIGNMENT) * _ALIGNMENT
+
+
+class InEdge(Protocol):
+    """Where a stage takes micro-batches from."""
+
+    def expect(self, items: Iterable[Item]) -> None:
+        """Tells which micro-batches will come, in order, so that receives can be posted ahead."""
+        ...
+
+    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+        """Waits for `item`; (activations, labels), valid until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Gives the slot of the oldest received micro-batch back."""
+        ...
+
+
+class OutEdge(Protocol):
+    """Where a stage puts its outputs."""
+
+    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
+        """Copies `item` into the slot, once the message before it has left, and lets it go without waiting for it."""
+        ...
+
+    def flush(self) -> None:
+        """Waits until everything has left."""
+        ...
+
+
+class ProcessInEdge:
+    """The receiving end between two ranks of a torch.distributed process group (Gloo or NCCL)."""
+
+    def __init__(self, layout: SlotLayout, *, source_rank: int, depth: int, device: torch.device, timeout: float) -> None:
+        self._layout, self._rank, self._timeout = layout, source_rank, timedelta(seconds=timeout)
+        self._free = deque(layout.allocate(device) for _ in range(depth))
+        self._expected: deque[Item] = deque()
+        self._posted: deque[tuple[Item, Tensor, dist.Work]] = deque()
+        self._held: deque[Tensor] = deque()
+
+    def expect(self, items: Iterable[Item]) -> None:
+        self._expected.extend(items)
+        self._post()
+
+    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+        expected, slot, work = self._posted.popleft()
+        assert expected == item, f"expected {expected}, asked for {item}"
+        _wait(work, self._timeout, f"stage {self._rank}")
+        self._held.append(slot)
+        return self._layout.views(slot, item.size)
+
+    def release(self) -> None:
+        self._free.append(self._held.popleft())
+        self._post()
+
+    def _post(self) -> None:
+        while self._free and self._expected:
+            item, slot = self._expected.popleft(), self._free.popleft()
+            with _link(f"stage {self._rank}"):
+                work = dist.irecv(self._layout.message(slot, item.size), src=self._rank)
+            assert work is not None
+            self._posted.append((item, slot, work))
+
+
+class ProcessOutEdge:
+    """The sending end between two ranks."""
+
+    def __init__(self, layout: SlotLayout, *, target_rank: int, device: torch.device, timeout: float) -> None:
+        self._layout, self._rank, self._timeout = layout, target_rank, timedelta(seconds=timeout)
+        self._slot = layout.allocate(device)
+        self._work: dist.Work | None = None
+
+    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
+        self.flush()
+        slot_output, slot_labels = self._layout.views(self._slot, item.size)
+        slot_output.copy_(output)
+        slot_labels.copy_(labels)
+        with _link(f"stage {self._rank}"):
+            self._work = dist.isend(self._layout.message(self._slot, item.size), dst=self._rank)
+
+    def flush(self) -> None:
+        if self._work is not None:
+            _wait(self._work, self._timeout, f"stage {self._rank}")
+            self._work = None
+
+
+class _link:  # noqa: N801 - reads as a statement
+    """Turns the backend's errors into one that names the neighbour."""
+
+    def __init__(self, neighbour: str) -> None:
+        self._neighbour = neighbour
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            reason = str(error).strip().splitlines()[0][:160]
+            raise LinkLostError(f"the link to {self._neighbour} broke ({reason})") from error
+
+
+def _wait(work: dist.Work, timeout: timedelta, neighbour: str) -> None:
+    with _link(neighbour):
+        work.wait(timeout)

@@ -1,0 +1,29 @@
+"""What a failing worker says: rank, stage, layer and action, first cause on top."""
+
+__all__ = ["LinkLostError", "NonFiniteLossError", "StageError", "StopRun"]
+
+
+class NonFiniteLossError(ValueError):
+    """A local loss became NaN or infinite."""
+
+    def __init__(self, layer: str, value: float, where: str = "") -> None:
+        self.layer = layer
+        super().__init__(
+            f"the loss of layer {layer} is {value}{where}; lower --lr or raise --temperature, and check the input data"
+        )
+
+
+class LinkLostError(RuntimeError):
+    """A neighbour's end of an edge is gone, or did not answer within the time limit."""
+
+
+class StageError(RuntimeError):
+    """A worker's failure with its place in the run. The cause is chained (`raise ... from`)."""
+
+    def __init__(self, *, rank: int, stage: int, layers: str, action: str, cause: BaseException) -> None:
+        self.cause = cause
+        super().__init__(f"stage {stage} (rank {rank}: {layers}) failed in {action}: {cause}")
+
+
+class StopRun(Exception):  # noqa: N818 - not an error
+    """An orderly stop was asked for."""

@@ -1,0 +1,318 @@
+"""The local step in closed form, on the fused kernels: no autograd, no full-size activation gradient.
+
+Which blocks and rules it covers is decided per layer (`choose_step`); all others keep the autograd step. The gradient
+of a bias in front of BatchNorm is exactly zero here; autograd computes rounding noise for it.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlocked.kernels.dispatch import get_backend
+from unlocked.kernels.reference import HeadResult, NormActResult
+from unlocked.models import ConvBlock, DepthwiseBlock, KeyedDropout, LinearBlock, OutputBlock
+from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory, count_correct
+
+__all__ = ["FusedStep", "choose_step", "fused_step"]
+
+
+def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
+    """The step factory for `kernels` on `device`; None: autograd for every layer.
+
+    Raises:
+        ValueError: a backend asked for by name can't run on `device`.
+    """
+    backend = get_backend(kernels, device)
+    if backend.__name__.endswith("reference"):
+        return None
+    return fused_step(backend)
+
+
+def fused_step(backend: ModuleType) -> StepFactory:
+    """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
+
+    def build(layer: Layer) -> Step:
+        layer.optimizer = _fuse_optimizer(layer)
+        body = _body(layer)
+        if body is None or layer.rule.head_arguments() is None:
+            return AutogradStep(layer)
+        return FusedStep(layer, backend, body)
+
+    return build
+
+
+class FusedStep:
+    """One layer's local step in closed form.
+
+    Args:
+        backend: a module with the operations of `kernels.reference`.
+        body: how the block's own arithmetic runs forward and back.
+    """
+
+    def __init__(self, layer: Layer, backend: ModuleType, body: "_Body") -> None:
+        self.layer, self.backend, self.body = layer, backend, body
+        self._dropout = next((m for m in layer.block.tail.modules() if isinstance(m, KeyedDropout) and m.p > 0), None)
+        body.backend = backend
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._dropout is None:
+            return self.body.forward(x, out)
+        result = cast(Tensor, self._dropout(self.body.forward(x, None)))
+        return result if out is None else out.copy_(result)
+
+    @torch.no_grad()
+    def update(self, labels: Tensor) -> Tensor:
+        layer = self.layer
+        arguments = layer.rule.head_arguments()
+        assert arguments is not None
+        latents = self.body.latents()
+        head: HeadResult = self.backend.local_head(
+            latents, labels, **arguments._asdict(), totals=layer.totals[:2]
+        )
+        if layer.is_output:
+            layer.totals[2:] += count_correct(latents, labels)[1:]
+        grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
+        self._apply(grads)
+        return head.loss_sum / labels.shape[0]
+
+    def _apply(self, grads: list[Tensor]) -> None:
+        optimizer = self.layer.optimizer
+        if optimizer is None:
+            return
+        if not isinstance(optimizer, torch.optim.Optimizer):  # a fused one takes them as they are
+            optimizer.step(grads)
+            return
+        for parameter, grad in zip(self.layer.parameters, grads, strict=True):
+            parameter.grad = grad.contiguous(memory_format=_format_of(parameter))
+        optimizer.step()
+
+
+class _Body(Protocol):
+    """A block's own arithmetic. `backward` returns the gradients in the order of the block's parameters."""
+
+    backend: ModuleType
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def latents(self) -> Tensor: ...
+
+    def backward(self, latents_grad: Tensor) -> list[Tensor]: ...
+
+
+class _Normalized:
+    """BatchNorm + LeakyReLU + latents + pool of one block, and back; shared by the bodies below."""
+
+    def __init__(self, block: Any, norm: nn.BatchNorm1d | nn.BatchNorm2d, latent_size: int) -> None:
+        self.block, self.norm, self.latent_size = block, norm, latent_size
+        self.conv: Tensor | None = None
+        self.result: NormActResult | None = None
+
+    def forward(
+        self, backend: ModuleType, conv: Tensor, bias: Tensor | None, out: Tensor | None, *, pool: bool = True
+    ) -> Tensor:
+        norm = self.norm
+        self.conv = conv
+        self.result = backend.norm_act_forward(
+            conv,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            bias,
+            latent_size=self.latent_size,
+            pool=self.block.pool if pool else "none",
+            pool_size=self.block.pool_size if pool else 1,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            negative_slope=self.block.negative_slope,
+            out=out,
+        )
+        assert self.result is not None
+        return self.result.output
+
+    def latents(self) -> Tensor:
+        assert self.result is not None
+        return self.result.latents
+
+    def backward(self, backend: ModuleType, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient at the convolution's output, BatchNorm's weight and bias gradients)."""
+        r, norm = self.result, self.norm
+        assert r is not None
+        assert self.conv is not None
+        conv, self.conv, self.result = self.conv, None, None
+        slope = self.block.negative_slope
+        if self.latent_size == 0:
+            full: tuple[Tensor, Tensor, Tensor] = backend.norm_act_backward_full(
+                grad, conv, r.mean, r.rstd, norm.weight, norm.bias, negative_slope=slope
+            )
+            return full
+        pooled: tuple[Tensor, Tensor, Tensor] = backend.norm_act_backward(
+            grad,
+            conv,
+            r.mean,
+            r.rstd,
+            norm.weight,
+            norm.bias,
+            r.mask_sums,
+            r.mask_xhat_sums,
+            latent_size=self.latent_size,
+            negative_slope=slope,
+        )
+        return pooled
+
+
+class _ConvBody:
+    """Convolution (library) -> normalise, activate, pool. The convolution runs without its bias; see the reference."""
+
+    backend: ModuleType
+
+    def __init__(self, block: ConvBlock, latent_size: int) -> None:
+        self.conv = block.conv
+        self.rest = _Normalized(block, block.norm, latent_size)
+        self._zero = None if self.conv.bias is None else torch.zeros_like(self.conv.bias)
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
+        self._x = x
+        return self.rest.forward(self.backend, _convolve(self.conv, x), self.conv.bias, out)
+
+    def latents(self) -> Tensor:
+        return self.rest.latents()
+
+    def backward(self, latents_grad: Tensor) -> list[Tensor]:
+        grad, weight_grad, bias_grad = self.rest.backward(self.backend, latents_grad)
+        kernel_grad = _convolution_backward(self.conv, grad, self._x)[1]
+        return [kernel_grad, *([] if self._zero is None else [self._zero]), weight_grad, bias_grad]
+
+
+class _DepthwiseBody:
+    """Depthwise convolution, normalise, pointwise convolution, normalise: the one block with a gradient inside."""
+
+    backend: ModuleType
+
+    def __init__(self, block: DepthwiseBlock, latent_size: int) -> None:
+        self.depthwise, self.pointwise = block.depthwise, block.pointwise
+        self.first = _Normalized(block, block.norm1, 0)
+        self.second = _Normalized(block, block.norm2, latent_size)
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
+        self._x = x
+        self._inner = self.first.forward(self.backend, _convolve(self.depthwise, x), None, None, pool=False)
+        return self.second.forward(self.backend, _convolve(self.pointwise, self._inner), None, out)
+
+    def latents(self) -> Tensor:
+        return self.second.latents()
+
+    def backward(self, latents_grad: Tensor) -> list[Tensor]:
+        grad, weight2, bias2 = self.second.backward(self.backend, latents_grad)
+        inner_grad, pointwise = _convolution_backward(self.pointwise, grad, self._inner, with_input=True)[:2]
+        grad, weight1, bias1 = self.first.backward(self.backend, inner_grad)
+        depthwise = _convolution_backward(self.depthwise, grad, self._x)[1]
+        return [depthwise, weight1, bias1, pointwise, weight2, bias2]
+
+
+class _LinearBody:
+    """Linear map (library, without its bias) -> normalise, activate."""
+
+    backend: ModuleType
+
+    def __init__(self, block: LinearBlock, latent_size: int) -> None:
+        self.linear = block.linear
+        self.rest = _Normalized(block, block.norm, latent_size)
+        self._zero = torch.zeros_like(self.linear.bias)
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
+        self._x = x.flatten(1)
+        return self.rest.forward(self.backend, F.linear(self._x, self.linear.weight), self.linear.bias, out)
+
+    def latents(self) -> Tensor:
+        return self.rest.latents()
+
+    def backward(self, latents_grad: Tensor) -> list[Tensor]:
+        grad, weight_grad, bias_grad = self.rest.backward(self.backend, latents_grad)
+        return [grad.T @ self._x, self._zero, weight_grad, bias_grad]
+
+
+class _OutputBody:
+    """The output layer: its logits are their own latents."""
+
+    backend: ModuleType
+
+    def __init__(self, block: OutputBlock) -> None:
+        self.linear = block.linear
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
+        self._x = x.flatten(1)
+        self._logits = F.linear(self._x, self.linear.weight, self.linear.bias)
+        return self._logits if out is None else out.copy_(self._logits)
+
+    def latents(self) -> Tensor:
+        return self._logits
+
+    def backward(self, latents_grad: Tensor) -> list[Tensor]:
+        return [latents_grad.T @ self._x, latents_grad.sum(0)]
+
+
+def _body(layer: Layer) -> _Body | None:
+    """The closed form of the layer's block, or None where there is none."""
+    block, info = layer.block, layer.info
+    p, shape = info.latent_size, info.activation_shape
+    if isinstance(block, OutputBlock):
+        return _OutputBody(block)
+    if isinstance(block, LinearBlock) and p == shape[0] and _usable(block.norm):
+        return _LinearBody(block, p)
+    if isinstance(block, ConvBlock | DepthwiseBlock):
+        height, width = shape[1:]
+        tiles = height % p == 0 and width % p == 0
+        pools = block.pool != "average" or (height % block.pool_size == 0 and width % block.pool_size == 0)
+        if not tiles or not pools:
+            return None
+        if isinstance(block, ConvBlock):
+            return _ConvBody(block, p) if _usable(block.norm) else None
+        return _DepthwiseBody(block, p) if _usable(block.norm1) and _usable(block.norm2) else None
+    return None
+
+
+def _usable(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _fuse_optimizer(layer: Layer) -> Any:
+    """One kernel for all of the layer's parameters, where Triton runs and knows the optimizer; else it as it is."""
+    optimizer = layer.optimizer
+    triton = importlib.import_module("unlocked.kernels.triton")
+    if optimizer is None or triton.unavailable(layer.device):
+        return optimizer
+    return importlib.import_module("unlocked.kernels.triton.optim").from_torch(optimizer) or optimizer
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _convolution_backward(
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, *, with_input: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        conv.weight,
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups,
+        [with_input, True, False],
+    )
+    return result
+
+
+def _format_of(parameter: Tensor) -> torch.memory_format:
+    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,234 @@
+"""A layer: one block with its rule and its optimizer, and the two halves of its local step.
+
+`forward` computes the output with the weights before the update and keeps what the update needs; `update` spends it.
+The output never carries a gradient, so nothing can come back from later layers. How the step is computed is a
+`Step`: through autograd (any block, any rule), or in closed form with fused kernels (`workers.fused`).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unlocked.models import Block, KeyedDropout, set_dropout_keys
+from unlocked.rules import LayerInfo, LocalRule
+from unlocked.workers.errors import NonFiniteLossError
+
+__all__ = ["AutogradStep", "Layer", "OptimizerFactory", "Step", "StepFactory"]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Step(Protocol):
+    """One way to compute a layer's local step."""
+
+    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """Training-mode forward; keeps what `update` needs. Returns the next layer's input, in `out` if given."""
+        ...
+
+    def update(self, labels: Tensor) -> Tensor:
+        """The local update for the activations that `forward` kept. Returns the mean loss, on the device."""
+        ...
+
+
+class Layer:
+    """Block, rule and optimizer of one layer, on one device.
+
+    Args:
+        block: the layer's network; its parameters are already initialised.
+        rule: the built local rule.
+        info: what the layer is called and where it stands.
+        optimizer: builds the layer's own optimizer; None for a layer that has no parameters.
+        step: chooses how the local step is computed; by default through autograd.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        rule: LocalRule,
+        info: LayerInfo,
+        optimizer: OptimizerFactory,
+        *,
+        device: torch.device,
+        step: "StepFactory | None" = None,
+    ) -> None:
+        self.info = info
+        self.block = block.to(device=device)
+        if device.type == "cuda" or any(p.dim() == 4 for p in block.parameters()):
+            # Convolutions and 2x2 pooling are faster with channels last, on CPUs and GPUs alike.
+            self.block = self.block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.rule = rule.to(device)
+        self.device = device
+        self.is_output = block.is_output
+        self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
+        self.optimizer: Any = optimizer(self.parameters) if self.parameters else None
+        self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
+        # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self.eval_totals = torch.zeros(3, dtype=torch.float64, device=device)
+        # Training micro-batches seen, on the device: the key of everything random in this layer.
+        self.clock = torch.zeros((), dtype=torch.int64, device=device)
+        self._keeps_clock = any(isinstance(m, KeyedDropout) and m.p > 0 for m in block.modules())
+        set_dropout_keys(block, info.seed, info.index, self.clock)
+        self._pending = 0  # training steps that the clock has not been told of, where nothing reads it per step
+        self._counted = torch.zeros_like(self.clock)  # the part of the clock that BatchNorm's own count knows of
+        self._mode: str | None = None
+        self.step: Step = (step or AutogradStep)(self)
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def is_capturable(self) -> bool:
+        """A CUDA graph can hold this layer's local step: the optimizer keeps all its state on the device."""
+        return self.optimizer is None or not isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def uncounted_steps(self) -> int:
+        """Steps that only the host has counted so far; see `restore_uncounted`."""
+        return self._pending
+
+    def restore_uncounted(self, steps: int) -> None:
+        """Undoes the counting of steps that were captured but not run."""
+        self._pending = steps
+
+    def set_mode(self, mode: str) -> None:
+        """`train`, `statistics` (train-mode forward without updates) or `evaluate`; free when nothing changes.
+
+        A schedule-free optimizer holds its weights at another point for training than for evaluation and for the
+        statistics that evaluation uses; its `train` and `eval` switch between them.
+        """
+        if mode == self._mode:
+            return
+        self._mode = mode
+        self.block.train(mode != "evaluate")
+        switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
+        if switch is not None:
+            switch()
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Action F of a training micro-batch."""
+        self.set_mode("train")
+        return self.step.forward(x, out)
+
+    def update(self, labels: Tensor) -> None:
+        """Action U: the local loss, its gradients, the optimizer's step.
+
+        Raises:
+            NonFiniteLossError: on the CPU, at once. On CUDA the totals tell when they are read.
+        """
+        loss = self.step.update(labels)
+        if self.device.type == "cpu" and not torch.isfinite(loss):
+            raise NonFiniteLossError(self.name, float(loss))
+        self.advance(1)
+
+    def advance(self, steps: int, *, on_device: bool = True) -> None:
+        """Counts training steps. A replayed graph has moved the device's clock itself (`on_device=False`)."""
+        if not self._keeps_clock:
+            self._pending += steps
+        elif on_device:
+            self.clock += steps
+
+    def _sync_clock(self) -> None:
+        """Brings the clock, and the count that BatchNorm keeps of its batches, up to date."""
+        if self._pending:
+            self.clock += self._pending
+            self._pending = 0
+        if isinstance(self.step, AutogradStep):
+            return  # BatchNorm counts by itself
+        for module in self.block.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.num_batches_tracked is not None:
+                module.num_batches_tracked += self.clock - self._counted
+        self._counted.copy_(self.clock)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, mode: str) -> Tensor:
+        """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
+        self.set_mode(mode)
+        result: Tensor = self.block(x)
+        return result
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Scales the optimizer's initial learning rates (a schedule's value for the epoch)."""
+        if self.optimizer is None:
+            return
+        for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter and buffer that is saved, by name, in a fixed order: the rule's, then the block's."""
+        self._sync_clock()
+        for prefix, module in (("rule", self.rule), ("block", self.block)):
+            for name, value in module.state_dict().items():
+                yield f"{self.name}.{prefix}.{name}", value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on exactly from here."""
+        self._sync_clock()
+        return {
+            "rule": self.rule.state_dict(),
+            "block": self.block.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "totals": self.totals,
+            "clock": self.clock,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, in place: device addresses stay, so captured graphs stay valid."""
+        self.rule.load_state_dict(state["rule"])
+        self.block.load_state_dict(state["block"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.totals.copy_(state["totals"])
+        self.clock.copy_(state["clock"])
+        self._counted.copy_(self.clock)
+        self._pending = 0
+
+
+class AutogradStep:
+    """The local step of any differentiable block and rule."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self._activations: Tensor | None = None
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        with torch.enable_grad():
+            self._activations = self.layer.block.body(x.detach())
+        with torch.no_grad():
+            result = self.layer.block.tail(self._activations.detach())
+            return result if out is None else out.copy_(result)
+
+    def update(self, labels: Tensor) -> Tensor:
+        layer, activations = self.layer, self._activations
+        assert activations is not None, "update without a forward"
+        self._activations = None  # the graph is freed by backward; nothing of this micro-batch outlives it
+        with torch.enable_grad():
+            loss = layer.rule(activations, labels)
+        if layer.optimizer is not None:
+            layer.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            layer.optimizer.step()
+        with torch.no_grad():
+            loss = loss.detach()
+            layer.totals[0] += loss * labels.shape[0]
+            if layer.is_output:
+                layer.totals[1:] += count_correct(activations, labels)
+        return loss
+
+
+StepFactory = Callable[[Layer], Step]
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many rows have their label first, and among the first five: float64 [2], on the device."""
+    label_score = logits.gather(1, labels[:, None])
+    # Equal scores count as ranked before the label only if their class index is smaller, as argmax decides.
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > label_score) | ((logits == label_score) & (classes < labels[:, None]))
+    rank = before.sum(1)
+    return torch.stack([(rank < 1).sum(), (rank < 5).sum()]).double()

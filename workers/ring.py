@@ -1,0 +1,52 @@
+"""Edges inside one process: rings of device buffers, ordered by CUDA events (and by nothing on a CPU)."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from unlocked.workers.actions import Item
+
+__all__ = ["Ring"]
+
+
+class Ring:
+    """The edge into a stage: `depth` slots, each with activations and labels of one micro-batch.
+
+    The micro-batch at stream position n lies in slot n mod depth. `ready[slot]` is recorded once the producer has
+    written it, `free[slot]` once the consumer is done with it; None means that nobody has to wait.
+
+    Args:
+        sample_shape: one sample's activations, (C, H, W), (T, D) or (D,).
+        flat_consumer: the next layer flattens its input, so images lie in C, H, W order in memory; else channels last.
+    """
+
+    def __init__(
+        self, depth: int, max_rows: int, sample_shape: tuple[int, ...], device: torch.device, *, flat_consumer: bool
+    ) -> None:
+        self.depth = depth
+        self.sample_shape = sample_shape
+        self._channels_last = len(sample_shape) == 3 and not flat_consumer
+        self._values = [torch.empty(max_rows * prod(sample_shape), device=device) for _ in range(depth)]
+        self._labels = [torch.empty(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
+        self.ready: list[torch.cuda.Event | None] = [None] * depth
+        self.free: list[torch.cuda.Event | None] = [None] * depth
+
+    def slot(self, position: int) -> int:
+        return position % self.depth
+
+    def views(self, item: Item) -> tuple[Tensor, Tensor]:
+        """(activations [size, *sample_shape], labels [size]) of the item's slot. A partial batch is a prefix."""
+        slot, rows = self.slot(item.position), item.size
+        flat = self._values[slot][: rows * prod(self.sample_shape)]
+        if self._channels_last:
+            channels, height, width = self.sample_shape
+            values = flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            values = flat.view(rows, *self.sample_shape)
+        return values, self._labels[slot][:rows]
+
+    def forget_events(self) -> None:
+        """Whatever the events ordered has been waited for as a whole."""
+        self.ready = [None] * self.depth
+        self.free = [None] * self.depth

@@ -1,0 +1,97 @@
+"""Stage 0's input: micro-batches out of datasets that stay on the device as uint8.
+
+Which images a micro-batch holds and how they are augmented depends on (seed, epoch, sample) alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.data import ImageDataset, epoch_order
+from unlocked.kernels.philox import Purpose
+from unlocked.workers.actions import Item
+
+__all__ = ["BatchSource"]
+
+LoadBatch = Callable[..., tuple[Tensor, Tensor]]
+
+
+class BatchSource:
+    """Assembles the micro-batch of any item of the stream.
+
+    Args:
+        train: the training set, on the device already.
+        test: what evaluation items read, or None.
+        load_batch: the backend's input operation.
+        batch_size, eval_batch_size: rows of a full micro-batch of either kind.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        test: ImageDataset | None,
+        *,
+        seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        load_batch: LoadBatch,
+    ) -> None:
+        self.train, self.test = train, test
+        self.seed, self.batch_size, self.eval_batch_size = seed, batch_size, eval_batch_size
+        self._load = load_batch
+        self.device = train.images.device
+        self._options: dict[str, dict[str, Any]] = {"train": train.batch_options()}
+        if test is not None:
+            self._options["evaluate"] = test.batch_options()
+        self._orders: dict[str, tuple[int, Tensor]] = {}
+        # Read by the kernel on the device, so that a captured graph can be told where it stands.
+        self.start = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Images [size, C, H, W] float32 (channels-last memory) and labels [size] int64 of a train, statistics or
+        evaluate item."""
+        self.seek(item)
+        return self.load_at_cursor(item, out)
+
+    def load_at_cursor(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The same from wherever the device's cursor points: no host value is read, so a graph can hold it."""
+        kind = "evaluate" if item.kind == "evaluate" else "train"
+        order, size = self.order(item), item.size
+        data = self.test if kind == "evaluate" else self.train
+        assert data is not None
+        return self._load(
+            data.images,
+            data.labels,
+            order,
+            self.start,
+            size,
+            seed=self.seed,
+            epoch=self.epoch,
+            out=out,
+            **self._options[kind],
+        )
+
+    def order(self, item: Item) -> Tensor:
+        """The permutation that `item` reads. It lies at a fixed address and is rewritten when the epoch changes."""
+        kept = self._orders.get(item.kind)
+        if kept is not None and (kept[0] == item.epoch or item.kind == "evaluate"):
+            return kept[1]
+        if item.kind == "evaluate":
+            assert self.test is not None
+            order = torch.arange(len(self.test), device=self.device)
+        else:
+            purpose = Purpose.STATISTICS if item.kind == "statistics" else Purpose.SHUFFLE
+            order = epoch_order(len(self.train), self.seed, item.epoch, self.device, purpose)
+            if kept is not None:
+                order = kept[1].copy_(order)
+        self._orders[item.kind] = (item.epoch, order)
+        return order
+
+    def seek(self, item: Item) -> None:
+        """Points the device's cursor at `item`."""
+        rows = self.eval_batch_size if item.kind == "evaluate" else self.batch_size
+        self.start.fill_(item.index * rows)
+        self.epoch.fill_(item.epoch)
