@@ -3,8 +3,9 @@
     python benchmarks/single_gpu.py --json results.json          # synthetic data of CIFAR-10's size
     python benchmarks/single_gpu.py --dataset CIFAR10 --dataset-dir datasets
 
-Contenders take turns, `--repeats` times, so that a drifting machine favours nobody; the table gives medians. Set-up (compilation, capture,
-warm-up) is outside the times and stands beside them. Training only, unless `--evaluate` is given.
+Contenders take turns, `--repeats` times, so that a drifting machine favours nobody; the table gives medians. Set-up
+(compilation, capture, warm-up) is outside the times and stands beside them. Training only, unless `--evaluate` is
+given.
 """
 
 import argparse
@@ -105,7 +106,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(contender: Contender, train: Any, test: Any, options: argparse.Namespace, steps: int | None) -> dict[str, Any]:
+def measure(
+    contender: Contender, train: Any, test: Any, options: argparse.Namespace, steps: int | None
+) -> dict[str, Any]:
     """One run of one contender."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,7 @@
-"""The numerics: plain PyTorch references, Triton and CUDA C++ twins, one dispatch. Knows tensors only."""
+"""The numerics: plain PyTorch references, Triton, CUDA C++ and C++ twins, one dispatch. Knows tensors only."""
 
 from typing import Literal
 
-BackendName = Literal["auto", "torch", "triton", "cuda"]
+BackendName = Literal["auto", "torch", "triton", "cuda", "cpp"]
 
 __all__ = ["BackendName"]

@@ -1,7 +1,7 @@
-"""One choice of backend for all operations: `auto | torch | triton | cuda`.
+"""One choice of backend for all operations: `auto | torch | triton | cuda | cpp`.
 
-A backend asked for by name raises if it can't run; `auto` takes Triton on a CUDA device and falls back to plain
-PyTorch with one warning.
+A backend asked for by name raises if it can't run; `auto` takes Triton on a CUDA device and C++ on a CPU, and falls
+back to plain PyTorch with one warning.
 """
 
 import importlib
@@ -40,12 +40,11 @@ def get_backend(name: str, device: torch.device | str) -> ModuleType:
 
 
 def _automatic(device: torch.device) -> ModuleType:
-    if device.type == "cuda":
-        triton = importlib.import_module("unlocked.kernels.triton")
-        problem = triton.unavailable(device)
-        if not problem:
-            return triton
-        if problem not in _warned:
-            _warned.add(problem)
-            warnings.warn(f"kernels: falling back to plain PyTorch: {problem}", stacklevel=3)
+    module = importlib.import_module(f"unlocked.kernels.{'triton' if device.type == 'cuda' else 'cpp'}")
+    problem = module.unavailable(device)
+    if not problem:
+        return module
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f"kernels: falling back to plain PyTorch: {problem}", stacklevel=3)
     return importlib.import_module("unlocked.kernels.reference")

@@ -30,10 +30,10 @@ __all__ = [
     "LLS_M",
     "LLSConfig",
     "LLSHead",
+    "LLS_M_Random",
     "LLS_MxM",
     "LLS_MxM_Random",
     "LLS_MxM_reduced",
-    "LLS_M_Random",
     "LLS_Random",
     "LocalLosses",
 ]
@@ -65,10 +65,10 @@ class LLSConfig:
 
 
 class LLSHead(LocalRule):
-    """One layer's head. `basis` is a buffer that is never saved (it is recomputed from the layer's shape) unless random.
+    """One layer's head. `basis` is a buffer that is never saved: it is recomputed from the layer's shape.
 
-    Parameter names are the authors': `feedback` is R (or M of LLS_MxM and LLS_MxM_reduced), `modulation` is m (or M of
-    LLS_MxM_Random).
+    Parameter names are the authors': `feedback` is R, or what the rules on the fixed waves train (m or M); `modulation`
+    is m or M of LLS_M_Random and LLS_MxM_Random.
     """
 
     feedback: nn.Parameter | None
@@ -132,12 +132,12 @@ class _Waves(LLSHead):
         rows = layer.reduced_rank if kind == "reduced" else classes
         self.basis = make_basis(rows, layer.num_latents, config.waveform)
         if kind == "vector":
-            self.modulation = nn.Parameter(_randn((classes,), MODULATION_SCALE, layer))
+            self.feedback = nn.Parameter(_randn((classes,), MODULATION_SCALE, layer))
         elif kind in ("matrix", "reduced"):
             self.feedback = nn.Parameter(_randn((rows, classes), MODULATION_SCALE, layer))
 
     def matrix(self) -> Tensor | None:
-        return self.feedback if self.feedback is not None else self.modulation
+        return self.feedback
 
     def head_gradients(self, result: HeadResult) -> list[Tensor]:
         return [] if result.modulation_grad is None else [result.modulation_grad]

@@ -1,5 +1,6 @@
 """What an engine is given: the network, the data, the plan of the stream and the settings; and how a stage is built."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from unlocked.workers.layer import Layer, OptimizerFactory
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "Settings"]
+__all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,15 @@ class Settings:
     """Training micro-batches between two readings of the sums on the device."""
     snapshot_dir: Path | None = None
     resume: Snapshot | None = None
+    transport: str = "auto"
+    """Between processes: "shared" memory, a process "group", or "auto"."""
     trace: Path | None = None
     timeout: float = 300.0
     """Seconds that a stage waits for a neighbour before it gives up."""
     start_timeout: float = 120.0
     """Seconds that rank 0 waits for all stages to appear."""
     coordinator_port: int = 0
+    best_dir: Path | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     """How the model, the data and the rule are called in logs: keys model, dataset, rule."""
 
@@ -99,6 +103,8 @@ class Job:
 
     def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well."""
+        _warm_up_optimizers()
+        keep_freed_memory()
         device = device or self.device
         source = None
         if index == 0:
@@ -146,10 +152,33 @@ class Job:
         )
 
 
+SinkMaker = Callable[[], Sequence[MetricsSink]]
+"""Makes the sinks; called once, in the process that reports."""
+
+
 class Engine(Protocol):
     """Runs a job to its end, or to an orderly stop."""
 
-    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult: ...
+    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult: ...
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next step, instead of giving it back and faulting it in again.
+
+    Activations are a few megabytes, just what malloc maps and unmaps by default: page faults took 5 to 15 % of a
+    step. The numbers are mallopt's parameters (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) and their largest sensible values.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 1 << 30)
+        mallopt(-3, 32 << 20)
+
+
+def _warm_up_optimizers() -> None:
+    """The first step of any torch optimizer imports torch's compiler, which takes seconds: that is set-up."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.SGD([parameter], lr=0.0).step()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

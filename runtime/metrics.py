@@ -232,8 +232,6 @@ class EpochAggregator:
             raise ValueError(f"epoch {part.epoch}: the last stage ({part.stage}) must report its training scores")
         if self._next is None:
             self._next = part.epoch  # every stage passes the epochs in order, so the first part is the first epoch
-        if part.epoch < self._next:
-            return []  # a duplicate of what was released already
         self._parts.setdefault(part.epoch, {})[part.stage] = part
         done = []
         while len(self._parts.get(self._next, ())) == self._stages:

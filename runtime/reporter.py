@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import isfinite
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from unlocked.runtime.best import save_candidate
 from unlocked.runtime.metrics import EpochPart, Meters, Scores, StageProgress, StepResult
 from unlocked.runtime.plan import StreamPlan
 from unlocked.workers.actions import Item
@@ -79,9 +81,11 @@ class StageReporter:
         print_freq: int,
         start: int = 0,
         rank: int = 0,
+        best_dir: Path | None = None,
     ) -> None:
         self._stage, self._plan, self._recorder, self._outlet = stage, plan, recorder, outlet
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
+        self._best_dir = best_dir
         self._device = stage.layers[0].device
         self.images = 0
         """Training images that went through this stage."""
@@ -107,6 +111,8 @@ class StageReporter:
             self.images += item.size
             self._steps += 1
         ends = self._ends_epoch(item)
+        if ends and item.kind == "evaluate" and self._best_dir is not None:
+            save_candidate(self._best_dir, item.epoch, self._stage.layers)
         if ends or (item.kind == "train" and ((item.index + 1) % self._print_freq == 0 or item.last)):
             self._read(item, ends)
         now = time.perf_counter()

@@ -39,6 +39,23 @@ class RunResult:
     measured_stage_seconds: list[float] = field(default_factory=list)
 
     @property
+    def is_complete(self) -> bool:
+        """This process knows the whole run (under torchrun: rank 0)."""
+        return bool(self.weights_sha256)
+
+    def figures(self) -> dict[str, Any]:
+        """The run in a few numbers, for logs."""
+        return {
+            "steps": self.steps,
+            "train_seconds": self.train_seconds,
+            "images_per_second": self.images_per_second,
+            "test_acc1": self.test_acc1,
+            "test_loss": self.test_loss,
+            "weights_sha256": self.weights_sha256,
+            "stopped_by": self.stopped_by,
+        }
+
+    @property
     def test_acc1(self) -> float | None:
         """Percent, after the last evaluated epoch."""
         return next((e.eval_acc1 for e in reversed(self.epochs) if e.eval_acc1 is not None), None)

@@ -109,7 +109,7 @@ def find_snapshot(root: Path) -> Snapshot:
     )
 
 
-class _replacing:  # noqa: N801 - reads as a statement
+class _replacing:
     """A temporary file beside `path` that takes its place when everything went well."""
 
     def __init__(self, path: Path) -> None:

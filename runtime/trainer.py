@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from unlocked.data import ImageDataset
 from unlocked.kernels.dispatch import BACKENDS
 from unlocked.rules import Rule
+from unlocked.runtime.best import BestWeights
 from unlocked.runtime.engines import get_engine
 from unlocked.runtime.job import Job, Settings
 from unlocked.runtime.learning_rate import constant
-from unlocked.runtime.metrics import MetricsSink
+from unlocked.runtime.metrics import FanOut, MetricsSink
 from unlocked.runtime.network import Model, backpropagation_network, build_network
 from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
@@ -48,7 +50,13 @@ class Trainer:
         resume: a snapshot folder to go on from; any engine and any number of stages.
         print_freq: training micro-batches between two readings of the losses.
         trace: file for a Chrome trace of every action.
-        sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`).
+        transport: how the processes engine moves activations: "auto", "shared" (memory of one machine) or "group" (Gloo,
+            NCCL).
+        timeout: seconds that a stage waits for a neighbour.
+        coordinator_port: where rank 0's coordinator listens; 0: any free port.
+        best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
+        sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`), or a function that makes them, which is called
+            in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
 
     Raises:
@@ -76,9 +84,11 @@ class Trainer:
         resume: str | Path | None = None,
         print_freq: int = 50,
         trace: str | Path | None = None,
+        transport: str = "auto",
         timeout: float = 300.0,
         coordinator_port: int = 0,
-        sinks: Sequence[MetricsSink] = (),
+        best_dir: str | Path | None = None,
+        sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = (),
         names: dict[str, str] | None = None,
     ) -> None:
         if isinstance(rule, str) and rule != "BP":
@@ -94,7 +104,7 @@ class Trainer:
         self._model, self._rule, self._optimizer = model, rule, optimizer
         self._keep_weights, self._lr_factor = keep_weights, lr_factor
         self._statistics_batches, self._snapshot_every = statistics_batches, snapshot_every
-        self._sinks = tuple(sinks)
+        self._sinks = sinks if callable(sinks) else partial(tuple, sinks)
         self.settings = Settings(
             engine=engine,
             seed=seed,
@@ -107,8 +117,10 @@ class Trainer:
             snapshot_dir=None if snapshot_dir is None else Path(snapshot_dir),
             resume=None if resume is None else find_snapshot(Path(resume)),
             trace=None if trace is None else Path(trace),
+            transport=transport,
             timeout=timeout,
             coordinator_port=coordinator_port,
+            best_dir=None if best_dir is None else Path(best_dir),
             names=names or {},
         )
 
@@ -141,8 +153,17 @@ class Trainer:
         began = time.perf_counter()
         job = self._job(train, epochs, batch_size, eval_data, eval_batch_size or batch_size, max_steps)
         prepared = time.perf_counter() - began
-        result = get_engine(self.settings.engine).run(job, self._sinks)
+        sinks: list[MetricsSink] = []
+
+        def make_sinks() -> list[MetricsSink]:
+            sinks.extend(self._sinks())
+            if self.settings.best_dir is not None:
+                sinks.append(BestWeights(self.settings.best_dir))
+            return sinks
+
+        result = get_engine(self.settings.engine).run(job, make_sinks)
         result.setup_seconds += prepared
+        FanOut(sinks).on_finish(result.figures())
         return result
 
     def _job(
@@ -195,8 +216,8 @@ class Trainer:
             self.settings.resume.check(fingerprint)
             if self.settings.resume.position >= len(plan):
                 raise ValueError(
-                    f"the snapshot {self.settings.resume.folder} is at step {self.settings.resume.steps}, where this run "
-                    f"of {epochs} epochs has nothing left to do; give more epochs"
+                    f"the snapshot {self.settings.resume.folder} is at step {self.settings.resume.steps}, where this "
+                    f"run of {epochs} epochs has nothing left to do; give more epochs"
                 )
         return Job(
             network=network,

@@ -1,5 +1,4 @@
-"""For all tests: helper modules beside this file can be imported, one thread, a fixed seed, no deadline on a shared
-machine."""
+"""For all tests: modules beside this file can be imported, one thread, a fixed seed, no deadline on a shared machine."""
 
 import sys
 from pathlib import Path

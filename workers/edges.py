@@ -19,7 +19,7 @@ from torch import Tensor
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import LinkLostError
 
-__all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "SlotLayout"]
+__all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "SlotLayout", "make_edges"]
 
 _ALIGNMENT = 64  # bytes: activations begin on a cache line, as torch's own allocations do
 
@@ -89,10 +89,36 @@ class OutEdge(Protocol):
         ...
 
 
+def make_edges(
+    incoming: SlotLayout | None,
+    outgoing: SlotLayout | None,
+    *,
+    rank: int,
+    depth: int,
+    device: torch.device,
+    timeout: float,
+) -> "tuple[InEdge | None, OutEdge | None]":
+    """The edges of stage `rank` to its neighbours; None at the ends of the pipeline.
+
+    Args:
+        incoming, outgoing: what travels on the edge from rank - 1 and on the one to rank + 1.
+        depth: slots of the receiving end.
+        timeout: seconds to wait for a neighbour.
+    """
+    inbox = outbox = None
+    if incoming is not None:
+        inbox = ProcessInEdge(incoming, source_rank=rank - 1, depth=depth, device=device, timeout=timeout)
+    if outgoing is not None:
+        outbox = ProcessOutEdge(outgoing, target_rank=rank + 1, device=device, timeout=timeout)
+    return inbox, outbox
+
+
 class ProcessInEdge:
     """The receiving end between two ranks of a torch.distributed process group (Gloo or NCCL)."""
 
-    def __init__(self, layout: SlotLayout, *, source_rank: int, depth: int, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self, layout: SlotLayout, *, source_rank: int, depth: int, device: torch.device, timeout: float
+    ) -> None:
         self._layout, self._rank, self._timeout = layout, source_rank, timedelta(seconds=timeout)
         self._free = deque(layout.allocate(device) for _ in range(depth))
         self._expected: deque[Item] = deque()
@@ -145,7 +171,7 @@ class ProcessOutEdge:
             self._work = None
 
 
-class _link:  # noqa: N801 - reads as a statement
+class _link:
     """Turns the backend's errors into one that names the neighbour."""
 
     def __init__(self, neighbour: str) -> None:

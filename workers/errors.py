@@ -21,9 +21,9 @@ class StageError(RuntimeError):
     """A worker's failure with its place in the run. The cause is chained (`raise ... from`)."""
 
     def __init__(self, *, rank: int, stage: int, layers: str, action: str, cause: BaseException) -> None:
-        self.cause = cause
+        self.cause, self.action = cause, action
         super().__init__(f"stage {stage} (rank {rank}: {layers}) failed in {action}: {cause}")
 
 
-class StopRun(Exception):  # noqa: N818 - not an error
+class StopRun(Exception):
     """An orderly stop was asked for."""

@@ -71,9 +71,7 @@ class FusedStep:
         arguments = layer.rule.head_arguments()
         assert arguments is not None
         latents = self.body.latents()
-        head: HeadResult = self.backend.local_head(
-            latents, labels, **arguments._asdict(), totals=layer.totals[:2]
-        )
+        head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=layer.totals[:2])
         if layer.is_output:
             layer.totals[2:] += count_correct(latents, labels)[1:]
         grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]

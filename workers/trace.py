@@ -49,9 +49,7 @@ class Recorder:
             self.waiting += end - start
         if self.keep:
             us = 1e6
-            self.spans.append(
-                Span(action.stage, str(action), (start + self._offset) * us, (end + self._offset) * us)
-            )
+            self.spans.append(Span(action.stage, str(action), (start + self._offset) * us, (end + self._offset) * us))
 
     def busy_fraction(self) -> float:
         return self.busy / max(time.perf_counter() - self.started, 1e-9)
@@ -68,7 +66,8 @@ def write_chrome_trace(path: Path, spans: Iterable[Span], rows: dict[int, str]) 
     spans = sorted(spans, key=lambda span: span.start_us)
     begin = spans[0].start_us if spans else 0.0
     events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": stage, "args": {"name": name}} for stage, name in rows.items()
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": stage, "args": {"name": name}}
+        for stage, name in rows.items()
     ]
     events += [
         {

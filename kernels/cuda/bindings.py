@@ -143,7 +143,7 @@ def load_library(path: str) -> ctypes.CDLL:
     for name in ("unlocked_error_name", "unlocked_error_text"):
         getattr(library, name).argtypes = [ctypes.c_int]
         getattr(library, name).restype = ctypes.c_char_p
-    for name in ("unlocked_multiprocessors", "unlocked_shared_memory"):
+    for name in ("unlocked_multiprocessors", "unlocked_shared_memory", "unlocked_geometry_bytes"):
         getattr(library, name).argtypes = [ctypes.c_int]
         getattr(library, name).restype = ctypes.c_int
     return library

@@ -34,6 +34,7 @@ HEAD_THREADS = 512  # per block of the local head
 CHUNK = 32  # channels per block in channels-last memory: one 128-byte line of float32
 
 _SOURCES = Path(__file__).parent
+_USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -53,7 +54,7 @@ def find_compiler() -> Path | None:
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     if on_path := shutil.which("nvcc"):
         candidates.append(Path(on_path))
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates.append(_USUAL_PLACE)
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 

@@ -79,7 +79,6 @@ def _check(
         raise ValueError(
             f"latents must be non-empty float32, bfloat16 or float16 [B, D], got {latents.dtype} {list(latents.shape)}"
         )
-    require_cuda("latents", latents)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     batch, dim = latents.shape
@@ -104,6 +103,7 @@ def _check(
         strides = (modulation.stride(0), modulation.stride(-1)) if modulation.dim() == 2 else (0, modulation.stride(0))
     if totals is not None:
         require("totals", totals, (2,), torch.float64, latents)
+    require_cuda("latents", latents)
     return batch, dim, rows, classes, strides
 
 

@@ -35,10 +35,10 @@ def load_batch(
         ValueError: a shape, dtype, device or option does not fit.
         RuntimeError: CUDA refuses the launch, or the first call can't compile the kernels.
     """
-    require_cuda("images", images)
     boxes, (batch, targets) = check_load_batch(
         images, labels, order, start, size, mean, inv_std, epoch, crop_padding, erase_probability, erase_boxes, out
     )
+    require_cuda("images", images)
     count, channels, height, width = images.shape
     low, high = seed & _MASK, (seed >> 32) & _MASK  # folded as in philox.py
     launch(

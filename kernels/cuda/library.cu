@@ -17,3 +17,6 @@ extern "C" int unlocked_shared_memory(int device) {
   const cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error == cudaSuccess ? value : 48 * 1024;
 }
+
+// For a test: `Geometry` is laid out twice.
+extern "C" int unlocked_geometry_bytes(int) { return static_cast<int>(sizeof(unlocked::Geometry)); }

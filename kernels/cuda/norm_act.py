@@ -41,7 +41,7 @@ def norm_act_forward(
         ValueError: a shape, dtype, device or option does not fit.
         RuntimeError: CUDA refuses a launch, or the first call can't compile the kernels.
     """
-    x, shape, channels_last = _dense("conv", conv)
+    x, shape, channels_last = _dense(conv)
     batch, channels, height, width = shape
     for name, parameter in (
         ("weight", weight),
@@ -54,8 +54,9 @@ def norm_act_forward(
         require("conv_bias", conv_bias, (channels,), torch.float32, conv)
     side = _grid_side(conv, latent_size) if latent_size else 0
     cell = _cell(conv, shape, pool, pool_size)
-
     output, copied = _output_buffer(x, (height // cell[0], width // cell[1]), channels_last, out)
+    require_cuda("conv", conv)
+
     columns = channels * side * side
     latents = torch.empty((batch, columns) if side else (0,), dtype=x.dtype, device=x.device)
     sums = floats((2, batch, columns) if side else (2, 0), x)
@@ -105,7 +106,7 @@ def norm_act_backward(
         ValueError: a shape, dtype or device does not fit.
         RuntimeError: CUDA refuses a launch.
     """
-    x, shape, channels_last = _dense("conv", conv)
+    x, shape, channels_last = _dense(conv)
     batch, channels = shape[:2]
     side = _grid_side(conv, latent_size)
     columns = channels * side * side
@@ -115,6 +116,7 @@ def norm_act_backward(
     latents_grad = latents_grad.contiguous()
     is_float = latents_grad.dtype == torch.float32
     require("latents_grad", latents_grad, (batch, columns), torch.float32 if is_float else conv.dtype, conv)
+    require_cuda("conv", conv)
 
     conv_grad = torch.empty_like(x)
     grads = floats((2, channels), x)
@@ -150,7 +152,7 @@ def norm_act_backward_full(
         ValueError: a shape, dtype or device does not fit.
         RuntimeError: CUDA refuses a launch.
     """
-    x, shape, channels_last = _dense("conv", conv)
+    x, shape, channels_last = _dense(conv)
     channels = shape[1]
     _require_statistics(conv, channels, mean, rstd, weight, bias)
     if activations_grad.shape != conv.shape or activations_grad.dtype != conv.dtype:
@@ -161,6 +163,7 @@ def norm_act_backward_full(
     if activations_grad.device != conv.device:
         raise ValueError(f"activations_grad must be on {conv.device} like conv, it is on {activations_grad.device}")
     grad = activations_grad.contiguous(memory_format=_memory_format(x, channels_last))
+    require_cuda("conv", conv)
 
     conv_grad = torch.empty_like(x)
     grads = floats((2, channels), x)
@@ -179,24 +182,23 @@ def norm_act_backward_full(
     return conv_grad, weight_grad, bias_grad
 
 
-def _dense(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int], bool]:
-    """The tensor without gaps, its shape as [B, C, H, W], and whether channels are its innermost dimension."""
-    if tensor.dim() not in (2, 4) or tensor.dtype not in DTYPES or tensor.numel() == 0:
+def _dense(conv: Tensor) -> tuple[Tensor, tuple[int, int, int, int], bool]:
+    """conv without gaps, its shape as [B, C, H, W], and whether channels are its innermost dimension."""
+    if conv.dim() not in (2, 4) or conv.dtype not in DTYPES or conv.numel() == 0:
         raise ValueError(
-            f"{name} must be non-empty float32, bfloat16 or float16 [B, C, H, W] or [B, C], got {tensor.dtype} "
-            f"{list(tensor.shape)}"
+            f"conv must be non-empty float32, bfloat16 or float16 [B, C, H, W] or [B, C], got {conv.dtype} "
+            f"{list(conv.shape)}"
         )
-    require_cuda(name, tensor)
-    if tensor.dim() == 2:
-        return tensor.contiguous(), (tensor.shape[0], tensor.shape[1], 1, 1), True
-    batch, channels, height, width = tensor.shape
+    if conv.dim() == 2:
+        return conv.contiguous(), (conv.shape[0], conv.shape[1], 1, 1), True
+    batch, channels, height, width = conv.shape
     shape = (batch, channels, height, width)
     # A single channel is innermost in both formats; the contiguous kernels read it with all their threads.
-    if channels > 1 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor, shape, True
-    if tensor.is_contiguous():
-        return tensor, shape, False
-    return tensor.contiguous(memory_format=torch.channels_last), shape, True
+    if channels > 1 and conv.is_contiguous(memory_format=torch.channels_last):
+        return conv, shape, True
+    if conv.is_contiguous():
+        return conv, shape, False
+    return conv.contiguous(memory_format=torch.channels_last), shape, True
 
 
 def _memory_format(x: Tensor, channels_last: bool) -> torch.memory_format:

@@ -172,14 +172,13 @@ __global__ void __launch_bounds__(kThreads, VEC > 4 || FULL ? 2 : 3) backward_ke
     if (tid < L::channels && channel < channels) {
       const float bias_grad = sums.x * per_activation, weight_grad = sums.y * per_activation;
       const float rows = static_cast<float>(g.batch * plane);
-      const float scale = a.weight[channel] * a.rstd[channel];
       mean_s[tid] = a.mean[channel];
       rstd_s[tid] = a.rstd[channel];
       weight_s[tid] = a.weight[channel];
       bias_s[tid] = a.bias[channel];
-      scale_s[tid] = scale * per_activation;
-      shift_s[tid] = scale * (bias_grad / rows);
-      slant_s[tid] = scale * (weight_grad / rows);
+      scale_s[tid] = a.weight[channel] * a.rstd[channel];
+      shift_s[tid] = bias_grad / rows;
+      slant_s[tid] = weight_grad / rows;
       if (blockIdx.x == 0) {
         a.bias_grad[channel] = bias_grad;
         a.weight_grad[channel] = weight_grad;
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, VEC > 4 || FULL ? 2 : 3) backward_ke
       const int64_t first = (static_cast<int64_t>(image) * channels + channel) * grid_area + place;
 #pragma unroll
       for (int e = 0; e < VEC; ++e)
-        window_grad[e] = scale[e] * load_grad<T>(a.grad, first + e * grid_area, a.grad_is_float != 0);
+        window_grad[e] = per_activation * load_grad<T>(a.grad, first + e * grid_area, a.grad_is_float != 0);
     }
     for (int pixel = sub; pixel < pixels; pixel += kBackwardLoads * splits) {
       Pack<T, VEC> x_pack[kBackwardLoads], dy_pack[kBackwardLoads];
@@ -243,8 +242,9 @@ __global__ void __launch_bounds__(kThreads, VEC > 4 || FULL ? 2 : 3) backward_ke
 #pragma unroll
           for (int e = 0; e < VEC; ++e) {
             const Activation y = activate(x_pack[u].get(e), mean[e], rstd[e], weight[e], bias[e], a.slope);
-            const float grad = FULL ? scale[e] * dy_pack[u].get(e) : window_grad[e];
-            result[e] = fmaf(grad, y.slope, -fmaf(y.xhat, slant[e], shift[e]));
+            const float grad = FULL ? dy_pack[u].get(e) : window_grad[e];
+            // Separate roundings: a batch of one row has a gradient of exactly zero.
+            result[e] = scale[e] * __fsub_rn(__fmul_rn(grad, y.slope), fmaf(y.xhat, slant[e], shift[e]));
           }
           store<T, VEC>(out + at[u], result);
         }

@@ -29,8 +29,8 @@ HYPER = 10  # float64: lr, beta1 or momentum, beta2, eps, weight_decay, log(beta
 
 @triton.jit
 def step_kernel(
-    params,  # tuple of float32 tensors
-    grads,  # tuple of float32 tensors with the parameters' memory layout
+    param_ptrs,  # tuple of float32 tensors; the name `params` would clash with one in Triton's own launcher
+    grad_ptrs,  # tuple of float32 tensors with the parameters' memory layout
     first_state_ptr,  # [chunks * CHUNK], float32: momentum buffer, first moment or z
     second_state_ptr,  # [chunks * CHUNK], float32: second moment
     counters_ptr,  # [chunks, 4], float64
@@ -45,11 +45,11 @@ def step_kernel(
 ):
     """One step on one chunk; see [Note: one launch]."""
     program = tl.program_id(0)
-    param, grad, size, first, chunk = params[0], grads[0], SIZES[0], PROGRAMS[0], CHUNKS[0]
+    param, grad, size, first, chunk = param_ptrs[0], grad_ptrs[0], SIZES[0], PROGRAMS[0], CHUNKS[0]
     for i in tl.static_range(1, len(SIZES)):
         mine = program >= PROGRAMS[i]
-        param = tl.where(mine, params[i], param)
-        grad = tl.where(mine, grads[i], grad)
+        param = tl.where(mine, param_ptrs[i], param)
+        grad = tl.where(mine, grad_ptrs[i], grad)
         size = tl.where(mine, SIZES[i], size)
         first = tl.where(mine, PROGRAMS[i], first)
         chunk = tl.where(mine, CHUNKS[i], chunk)

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,7 @@ class BlockGraph:
         source = self._lanes[0].stage.source
         assert source is not None
         for lane in self._lanes:
+            assert lane.stream is not None
             self.stream.wait_stream(lane.stream)
         timed = self._always or self._replays % 16 == 1
         with torch.cuda.stream(self.stream):
@@ -101,6 +104,7 @@ class BlockGraph:
                     with lane.uncounted(), lane.on_stream():
                         lane.issue_in_block(here, self._mark if mark is not None else None)
             for lane in lanes:
+                assert lane.stream is not None
                 self.stream.wait_stream(lane.stream)
         for lane in lanes:
             lane.inbox.forget_events()
@@ -122,7 +126,7 @@ class BlockGraph:
         now = time.time() * 1e6 - (high - low)
         for k in range(len(self._lanes)):
             mine = [(what, at, t) for stage, what, at, t in times if stage == k]
-            for (what, at, start), (_, _, end) in zip(mine, mine[1:], strict=False):
+            for (what, at, start), (_, _, end) in pairwise(mine):
                 if what == "end":
                     continue
                 self._busy[k] += end - start
@@ -151,7 +155,7 @@ class _Restored:
         torch.cuda.synchronize()
 
 
-def _clone(state: object) -> object:
+def _clone(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.clone()
     if isinstance(state, dict):

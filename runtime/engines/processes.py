@@ -19,8 +19,9 @@ import torch.distributed as dist
 from unlocked.runtime.client import CoordinatorClient
 from unlocked.runtime.coordinator import Coordinator
 from unlocked.runtime.engines.local import steps_before
+from unlocked.runtime.engines.links import link_stages
 from unlocked.runtime.engines.rendezvous import World, connect, exchange
-from unlocked.runtime.job import Job, peak_memory_bytes
+from unlocked.runtime.job import Job, SinkMaker, peak_memory_bytes
 from unlocked.runtime.messages import stage_name
 from unlocked.runtime.metrics import EpochResult, FanOut, MetricsSink, StageProgress
 from unlocked.runtime.reporter import StageReporter
@@ -29,7 +30,7 @@ from unlocked.runtime.schedule import stage_actions
 from unlocked.runtime.signals import StopSignals
 from unlocked.runtime.snapshots import load_layers, save_layers, snapshot_folder, write_manifest
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import ProcessInEdge, ProcessOutEdge, SlotLayout
+from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError, StageError
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
@@ -41,13 +42,13 @@ __all__ = ["ProcessesEngine"]
 class ProcessesEngine:
     """Runs this process's stage; rank 0 also runs the coordinator and returns the whole result."""
 
-    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult:
+    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         world = World.from_environment()
         num_stages = _number_of_stages(job, world)
         began = time.perf_counter()
         device = _device(job, world)
         store = connect(world, job.settings.start_timeout)
-        hub = _Hub(job, world, sinks, num_stages, device) if world.rank == 0 else None
+        hub = _Hub(job, world, make_sinks, num_stages, device) if world.rank == 0 else None
         plan = exchange(store, "plan", hub.publish if hub else None, job.settings.start_timeout)
         parts = [range(start, stop) for start, stop in plan["parts"]]
         names = [[job.network.names[i] for i in part] for part in parts]
@@ -61,13 +62,7 @@ class ProcessesEngine:
         )
         client.open()
         with _telling(client, world, names[world.rank]):
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("edges", store),
-                rank=world.rank,
-                world_size=world.size,
-            )
-            worker = _Worker(job, world, parts, client, device)
+            worker = _Worker(job, world, store, parts, client, device)
             client.wait_started()
             setup = time.perf_counter() - began
             payload = worker.run()
@@ -75,7 +70,8 @@ class ProcessesEngine:
             client.finish(payload)
         result = hub.collect(parts, plan["costs"], client) if hub else _own_result(job, names, worker, payload)
         client.close()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return result
 
 
@@ -83,7 +79,13 @@ class _Worker:
     """This rank's stage with its edges."""
 
     def __init__(
-        self, job: Job, world: World, parts: list[range], client: CoordinatorClient, device: torch.device
+        self,
+        job: Job,
+        world: World,
+        store: dist.Store,
+        parts: list[range],
+        client: CoordinatorClient,
+        device: torch.device,
     ) -> None:
         self.job, self.client, self.device, self.index = job, client, device, world.rank
         self.num_stages = world.size
@@ -99,6 +101,8 @@ class _Worker:
             lr_factor=job.lr_factor,
             print_freq=job.settings.print_freq,
             start=job.start,
+            rank=world.rank,
+            best_dir=job.settings.best_dir,
         )
         rows = max(min(job.plan.batch_size, job.plan.train_size), min(job.plan.eval_batch_size, job.plan.eval_size))
         timeout = job.settings.timeout
@@ -106,19 +110,18 @@ class _Worker:
         def layout(first_layer: int) -> SlotLayout:
             return SlotLayout(rows, job.network.output_shapes[first_layer - 1])
 
-        inbox = outbox = None
-        if world.rank > 0:
-            inbox = ProcessInEdge(
-                layout(parts[world.rank].start),
-                source_rank=world.rank - 1,
-                depth=job.settings.queue_depth,
-                device=device,
-                timeout=timeout,
-            )
-        if world.rank + 1 < world.size:
-            outbox = ProcessOutEdge(
-                layout(parts[world.rank].stop), target_rank=world.rank + 1, device=device, timeout=timeout
-            )
+        index, last = world.rank, world.size - 1
+        inbox, outbox = link_stages(
+            store,
+            world,
+            layout(parts[index].start) if index > 0 else None,
+            layout(parts[index].stop) if index < last else None,
+            transport=job.settings.transport,
+            depth=job.settings.queue_depth,
+            device=device,
+            timeout=timeout,
+            names=[stage_name(i, i, [job.network.names[j] for j in part]) for i, part in enumerate(parts)],
+        )
         self.outbox = outbox
         self.position = job.start
         self.loop = StageLoop(
@@ -173,12 +176,10 @@ class _Worker:
 class _Hub:
     """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-    def __init__(
-        self, job: Job, world: World, sinks: Sequence[MetricsSink], num_stages: int, device: torch.device
-    ) -> None:
+    def __init__(self, job: Job, world: World, make_sinks: SinkMaker, num_stages: int, device: torch.device) -> None:
         self._job, self._world, self._num_stages, self._device = job, world, num_stages, device
         self.epochs = _EpochKeeper()
-        self._sinks = FanOut([self.epochs, _QueueFill(sinks, job.settings.queue_depth)])
+        self._make_sinks = make_sinks
         self._coordinator: Coordinator | None = None
 
     def publish(self) -> dict[str, Any]:
@@ -186,6 +187,7 @@ class _Hub:
         job = self._job
         costs = job.costs(self._device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
         parts = job.partition(costs, self._num_stages)
+        self._sinks = FanOut([self.epochs, _QueueFill(self._make_sinks(), job.settings.queue_depth)])
         self._sinks.on_start(job.run_info(parts))
         local = self._world.is_local
         self._coordinator = Coordinator(
@@ -288,8 +290,8 @@ def _number_of_stages(job: Job, world: World) -> int:
         )
     if world.size > layers:
         raise ValueError(
-            f"{world.size} processes for the {layers} layers of the network; a stage needs at least one layer: start at "
-            f"most {layers} processes"
+            f"{world.size} processes for the {layers} layers of the network; a stage needs at least one "
+            f"layer: start at most {layers} processes"
         )
     return world.size
 
@@ -299,8 +301,8 @@ def _device(job: Job, world: World) -> torch.device:
     if device.type == "cuda" and device.index is None:
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
-                "start one process per GPU, or use --engine streams on one GPU"
+                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
+                "found); start one process per GPU, or use --engine streams on one GPU"
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -314,10 +316,13 @@ def _telling(client: CoordinatorClient, world: World, layers: Sequence[str]) -> 
         yield
     except Exception as error:
         if client.failure is None:
-            echo = isinstance(error.cause if isinstance(error, StageError) else error, LinkLostError)
-            text = str(error.cause if isinstance(error, StageError) else error) or type(error).__name__
-            action = str(error).split(" failed in ", 1)[1].split(":", 1)[0] if isinstance(error, StageError) else "set-up"
-            client.fail(", ".join(layers), action, text, echo=echo)
+            cause = error.cause if isinstance(error, StageError) else error
+            client.fail(
+                ", ".join(layers),
+                error.action if isinstance(error, StageError) else "set-up",
+                str(cause) or type(cause).__name__,
+                echo=isinstance(cause, LinkLostError),
+            )
         raise
 
 

@@ -90,8 +90,8 @@ def connect(world: World, timeout: float) -> dist.Store:
                 "MASTER_PORT"
             ) from error
         raise ValueError(
-            f"{where} does not answer as rank 0 of this run: another program may hold the port, or rank 0 failed; choose "
-            "another MASTER_PORT"
+            f"{where} does not answer as rank 0 of this run: another program may hold the port, or rank 0 "
+            "failed; choose another MASTER_PORT"
         ) from error
 
 

@@ -1,11 +1,10 @@
 """The plain loop: one stage with all layers, in this process. The reference for every other engine."""
 
 import time
-from collections.abc import Sequence
 
 from unlocked.runtime.engines.local import LocalOutlet, finish_result, write_stage_snapshot
-from unlocked.runtime.job import Job
-from unlocked.runtime.metrics import FanOut, MetricsSink
+from unlocked.runtime.job import Job, SinkMaker
+from unlocked.runtime.metrics import FanOut
 from unlocked.runtime.reporter import StageReporter
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.schedule import stage_actions
@@ -24,11 +23,11 @@ _WINDOW = 256  # items whose actions are listed at a time
 class SequentialEngine:
     """All layers in one stage: every layer updates before the next one runs."""
 
-    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult:
+    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         if job.device.type == "cuda":
             from unlocked.runtime.engines.streams import StreamsEngine
 
-            return StreamsEngine(max_stages=1).run(job, sinks)
+            return StreamsEngine(max_stages=1).run(job, make_sinks)
         began = time.perf_counter()
         if job.settings.stages not in (None, 1):
             raise ValueError(f"the sequential engine has one stage, got stages={job.settings.stages!r}; leave it out")
@@ -37,7 +36,7 @@ class SequentialEngine:
         if job.settings.resume is not None:
             load_layers(job.settings.resume, stage.layers)
         recorder = Recorder(keep=job.settings.trace is not None)
-        fan_out = FanOut(sinks)
+        fan_out = FanOut(make_sinks())
         outlet = LocalOutlet(fan_out, num_stages=1)
         fan_out.on_start(job.run_info([part]))
         reporter = StageReporter(
@@ -48,6 +47,7 @@ class SequentialEngine:
             lr_factor=job.lr_factor,
             print_freq=job.settings.print_freq,
             start=job.start,
+            best_dir=job.settings.best_dir,
         )
         position = job.start
         with StopSignals() as signals:

@@ -10,14 +10,13 @@ its own. On a CPU the same ticks run one after the other.
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 
 from unlocked.runtime.engines.blocks import BlockGraph
 from unlocked.runtime.engines.local import LocalOutlet, finish_result, write_stage_snapshot
-from unlocked.runtime.job import Job
-from unlocked.runtime.metrics import FanOut, MetricsSink
+from unlocked.runtime.job import Job, SinkMaker
+from unlocked.runtime.metrics import FanOut
 from unlocked.runtime.reporter import StageReporter
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.signals import StopSignals
@@ -26,7 +25,7 @@ from unlocked.workers.actions import Action, ActionKind, Item
 from unlocked.workers.errors import StageError
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
-from unlocked.workers.trace import Recorder, Span, write_chrome_trace
+from unlocked.workers.trace import Recorder, write_chrome_trace
 
 __all__ = ["StreamsEngine"]
 
@@ -44,9 +43,9 @@ class StreamsEngine:
     def __init__(self, max_stages: int | None = None) -> None:
         self._max_stages = max_stages
 
-    def run(self, job: Job, sinks: Sequence[MetricsSink]) -> RunResult:
+    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         began = time.perf_counter()
-        run = _Run(job, sinks, self._max_stages)
+        run = _Run(job, make_sinks, self._max_stages)
         run.prepare()
         setup = time.perf_counter() - began
         with StopSignals() as signals:
@@ -57,7 +56,7 @@ class StreamsEngine:
 class _Run:
     """One run's lanes and what they have done so far."""
 
-    def __init__(self, job: Job, sinks: Sequence[MetricsSink], max_stages: int | None) -> None:
+    def __init__(self, job: Job, make_sinks: SinkMaker, max_stages: int | None) -> None:
         self.job, self.device, self.plan = job, job.device, job.plan
         self.parts = _partition(job, max_stages)
         self.lanes = _build_lanes(job, self.parts)
@@ -65,7 +64,7 @@ class _Run:
         if job.settings.resume is not None:
             for lane in self.lanes:
                 load_layers(job.settings.resume, lane.stage.layers)
-        self.fan_out = FanOut(sinks)
+        self.fan_out = FanOut(make_sinks())
         self.outlet = LocalOutlet(self.fan_out, num_stages=len(self.lanes))
         self.fan_out.on_start(job.run_info(self.parts))
         self.recorders = [Recorder(keep=job.settings.trace is not None) for _ in self.lanes]
@@ -78,6 +77,7 @@ class _Run:
                 lr_factor=job.lr_factor,
                 print_freq=job.settings.print_freq,
                 start=job.start,
+                best_dir=job.settings.best_dir,
             )
             for lane, recorder in zip(self.lanes, self.recorders, strict=True)
         ]

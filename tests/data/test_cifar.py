@@ -7,6 +7,7 @@ import struct
 import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -210,13 +211,9 @@ def test_download_unpacks_once(tmp_path: Path, server: tuple[Archive, type[_Hand
 
 def test_several_at_once_download_once(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
     archive, handler = server
-    threads = [
-        threading.Thread(target=obtain, args=(archive, tmp_path / "d"), kwargs={"download": True}) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: obtain(archive, tmp_path / "d", download=True), range(4)))
+    assert folders == [tmp_path / "d" / FOLDER] * 4
     assert _is_whole(tmp_path / "d" / FOLDER, tmp_path / "site")
     assert handler.requests == [None]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unlocked.data import Augmentation, ImageDataset, epoch_order
@@ -117,6 +117,8 @@ def test_channel_statistics() -> None:
     torch.testing.assert_close(torch.tensor(std).double(), scaled.std((0, 2, 3), correction=0), rtol=0, atol=1e-7)
 
 
+# With 20,000 samples some share their first 24 bits.
+@example(n=20_000, seed=0, epoch=0)
 @given(n=st.integers(1, 300), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**32 - 1))
 def test_epoch_order_sorts_the_samples_draws(n: int, seed: int, epoch: int) -> None:
     order = epoch_order(n, seed, epoch)

@@ -100,6 +100,17 @@ class _Bare(nn.Module):
         self.linear = nn.Linear(3, 3)
 
 
+class _Own(nn.Module):
+    """A module of one's own: unlike torch.nn.init, `uniform_` fills a tensor in the order of its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, 3, 3, 3))
+
+    def reset_parameters(self) -> None:
+        self.weight.uniform_()
+
+
 def _values(block: nn.Module) -> list[Tensor]:
     return [value.clone() for value in block.state_dict().values()]
 
@@ -128,14 +139,15 @@ def test_initialise_is_torchs_default_distribution() -> None:
 
 
 def test_initialise_ignores_the_memory_format_and_leaves_generators_and_bare_parameters_alone() -> None:
-    plain = ConvBlock(3, 8)
+    plain = nn.Sequential(ConvBlock(3, 8), _Own())
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = torch.get_rng_state()
     for block in (plain, last):
         initialise(block, seed=5, layer=0)
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(plain.conv.weight, last.conv.weight)
-    assert last.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(plain.parameters(), last.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert last[1].weight.is_contiguous(memory_format=torch.channels_last)
     bare = _Bare()
     parameters, before = list(bare.parameters()), bare.linear.weight.clone()
     initialise(bare, seed=5, layer=0)

@@ -49,9 +49,8 @@ def make_client(
     address: str, stage: int, aborted: "queue.Queue[str] | None" = None, **options: Any
 ) -> CoordinatorClient:
     box: queue.Queue[str] = aborted if aborted is not None else queue.Queue()
-    return CoordinatorClient(
-        address, stage=stage, layers=LAYERS[stage], on_abort=box.put, heartbeat_interval=0.2, **options
-    )
+    options = {"heartbeat_interval": 0.2, **options}
+    return CoordinatorClient(address, stage=stage, layers=LAYERS[stage], on_abort=box.put, **options)
 
 
 def in_threads(work: Callable[[int], Any], count: int = 3) -> list[Any]:
@@ -89,12 +88,12 @@ def test_every_stage_gets_every_position_once_and_in_order(first: int, total: in
     with Coordinator(LAYERS, total, first=first) as coordinator:
 
         def work(stage: int) -> list[int]:
-            with make_client(coordinator.address, stage) as client:
+            with make_client(coordinator.address, stage, heartbeat_interval=60.0) as client:
                 seen = [position for window in client.windows(TIMEOUT) for position in window]
                 client.finish({"stage": stage, "weights": bytes(stage)})
             return seen
 
-        # No client ever reports progress here: all progress messages are lost, and only explicit needs arrive.
+        # No progress is reported and no heartbeat comes: as if all were lost, only explicit needs arrive.
         assert in_threads(work) == [list(range(first, total))] * 3
         assert coordinator.results(TIMEOUT) == {s: {"stage": s, "weights": bytes(s)} for s in range(3)}
 
@@ -153,17 +152,19 @@ def test_snapshot_callback_runs_once_after_the_last_stage() -> None:
 
 
 def test_failing_snapshot_callback_fails_the_run() -> None:
+    finished = threading.Event()
+
     def full_disk(position: int) -> None:
+        assert finished.wait(TIMEOUT)
         raise OSError(f"no space left for position {position}")
 
     with Coordinator(LAYERS[:1], 1, on_snapshot=full_disk) as coordinator:
-        client = make_client(coordinator.address, 0)
-        with client:
+        with make_client(coordinator.address, 0) as client:
             client.snapshot_done(1)
-            with contextlib.suppress(m.RunFailed):
-                client.finish({})
-            with pytest.raises(m.RunFailed, match="no space left for position 1"):
-                coordinator.results(TIMEOUT)
+            client.finish({})
+        finished.set()
+        with pytest.raises(m.RunFailed, match="no space left for position 1"):
+            coordinator.results(TIMEOUT)
 
 
 def test_large_payloads_arrive_whole() -> None:
@@ -208,6 +209,23 @@ def test_orderly_stop_ends_all_stages_at_the_same_position() -> None:
         assert 0 < position < total
         assert coordinator.stopped == stopped
         assert {r["position"] for r in coordinator.results(TIMEOUT).values()} == {position}
+
+
+def test_nothing_is_granted_after_a_stop() -> None:
+    handled = threading.Event()
+    with (
+        Coordinator(LAYERS[:1], 1000, on_snapshot=lambda _: handled.set()) as coordinator,
+        make_client(coordinator.address, 0) as client,
+    ):
+        window = next(client.windows(TIMEOUT))
+        client.request_stop(signal.SIGINT)
+        until(lambda: client.stopped is not None)
+        client._mailbox.put(m.Need(position=window.stop))  # was under way when the stop was ordered
+        client.snapshot_done(window.stop)
+        assert handled.wait(TIMEOUT)
+        assert coordinator.stopped == m.Stop(position=window.stop, signal=signal.SIGINT)
+        assert coordinator._policy.granted == window.stop
+        client.finish({})
 
 
 def test_stop_before_the_start_runs_nothing() -> None:
@@ -480,6 +498,8 @@ def test_malformed_address_is_refused(text: str) -> None:
 def garbage(token: bytes) -> Iterator[list[bytes]]:
     yield [b""]
     yield [os.urandom(16), m.pack(token, m.StopRequest(signal=2))[1]]  # well-formed, but without the token
+    hello = m.Hello(stage=0, rank=0, pid=1, host="elsewhere", layers=LAYERS[0])
+    yield [os.urandom(16), m.pack(token, hello)[1]]
     yield [b"\xff" * 1000, b"\xff" * 1000, b"\xff"]
     yield m.pack(token, m.StopRequest(signal=2))  # with the token, but never said hello
     yield [token, b"\xc1"]
@@ -568,13 +588,14 @@ def test_windows_grow_and_stay_near_the_leader(minimum: int, total: int, rate: f
 
 def test_steady_stream_has_half_a_second_to_one_second_ahead() -> None:
     policy = WindowPolicy(0, 10**9, minimum=10)
-    rate, position = 1000, 0
+    rate, position, grants = 1000, 0, 0
     policy.observe(0, 0.0)
     policy.extend()
     for tick in range(1, 100):
         position = min(policy.granted, position + rate // 5)
         policy.observe(position, tick / 5)
-        policy.extend()
+        grants += policy.extend()
+    assert grants < 50, "a grant is for many positions, not an answer to every message"
     assert 0.45 * rate <= policy.granted - position <= 1.05 * rate
 
 

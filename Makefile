@@ -1,0 +1,31 @@
+# Two commands for everyone: `make demo` trains, `make test` checks. Both make the environment on first use.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.up-to-date
+# One thread per process: the stages are the parallelism.
+RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
+	    --dataset digits --model SmallConv --training-mode LLS --num-epochs 12
+
+test: $(STAMP) lint
+	$(RUN) $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Remade whenever a file that says what to install has changed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,triton]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,167 @@
+"""What a pipeline of processes gains over the plain loop on this machine's CPU, and what a hop between stages costs.
+
+    python benchmarks/pipeline_scaling.py                                   # synthetic data of CIFAR-10's size
+    python benchmarks/pipeline_scaling.py --dataset CIFAR10 --dataset-dir datasets --json scaling.json
+
+Runs take turns, `--repeats` times: `sequential` with one thread and with two, and two processes of one thread, each
+training SmallConv by LLS for `--max-steps` micro-batches of 64 without evaluation. Set-up is not in the times. The hop
+is an edge between two processes whose stages do nothing: seconds per micro-batch, sent and received in a row.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from unlocked.runtime.engines.links import link_stages
+from unlocked.runtime.engines.rendezvous import World
+from unlocked.workers.actions import Item
+from unlocked.workers.edges import SlotLayout
+
+ROOT = Path(__file__).resolve().parent.parent
+# Shapes of SmallConv's edges at batch 64: after conv1, conv2, conv3 and linear1.
+HOPS = {
+    "conv1 (32, 16, 16)": (32, 16, 16),
+    "conv2 (64, 8, 8)": (64, 8, 8),
+    "conv3 (128, 2, 2)": (128, 2, 2),
+    "linear1 (512)": (512,),
+}
+
+
+def main() -> int:
+    options = parse()
+    contenders = {
+        "sequential, 1 thread": ("sequential", 1, 1),
+        "sequential, 2 threads": ("sequential", 1, 2),
+        "processes, 2 x 1 thread": ("processes", 2, 1),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(options.repeats):
+        for name, (engine, processes, threads) in contenders.items():
+            runs[name].append(train(options, engine, processes, threads))
+    rates = {name: [run["images_per_second"] for run in results] for name, results in runs.items()}
+    base = statistics.median(rates["sequential, 1 thread"])
+    print(f"SmallConv, LLS, {options.dataset}, batch 64, {options.max_steps} micro-batches, {options.repeats} repeats")
+    print(f"{environment()}\n")
+    print(f"{'engine':<26}{'images/s':>10}{'min':>9}{'max':>9}{'x 1 thread':>12}  busy share of each stage")
+    for name, values in rates.items():
+        median = statistics.median(values)
+        busy = ", ".join(f"{share:.2f}" for share in runs[name][-1]["busy_fraction"])
+        print(f"{name:<26}{median:>10.0f}{min(values):>9.0f}{max(values):>9.0f}{median / base:>12.2f}  {busy}")
+    stages = runs["processes, 2 x 1 thread"][-1]["stages"]
+    print("stages: " + " | ".join(", ".join(stage) for stage in stages))
+    same = len(
+        {run["weights_sha256"] for name in ("sequential, 1 thread", "processes, 2 x 1 thread") for run in runs[name]}
+    )
+    print(f"weights of one thread and of two processes: {'equal, bit for bit' if same == 1 else 'DIFFERENT'}\n")
+    hops = {transport: measure_hops(transport, options.hop_batches) for transport in ("shared", "group")}
+    print(f"{'edge (batch 64)':<22}{'KiB':>8}{'shared us':>12}{'limit us':>10}{'Gloo us':>10}")
+    for name, (size, seconds) in hops["shared"].items():
+        limit = 60 + size / 4096  # the house's budget for a hop: 60 us and 1 us per 4 KiB
+        gloo = hops["group"][name][1]
+        print(f"{name:<22}{size / 1024:>8.0f}{seconds * 1e6:>12.0f}{limit:>10.0f}{gloo * 1e6:>10.0f}")
+    if options.json:
+        report = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
+        options.json.write_text(json.dumps({**report, "runs": runs, "hops": hops}, indent=1))
+    return 0 if same == 1 else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="synthetic")
+    parser.add_argument("--dataset-dir", default="datasets")
+    parser.add_argument("--max-steps", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--hop-batches", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def train(options: argparse.Namespace, engine: str, processes: int, threads: int) -> dict[str, Any]:
+    """One run in processes of its own; its summary."""
+    with tempfile.TemporaryDirectory() as folder:
+        summary = Path(folder) / "summary.json"
+        launcher = [sys.executable]
+        if engine == "processes":
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        flags = ["--dataset", options.dataset, "--dataset-dir", options.dataset_dir, "--engine", engine, "--no-eval"]
+        flags += ["--max-steps", str(options.max_steps), "--kernels", options.kernels, "--plain"]
+        command = [*launcher, str(ROOT / "launch" / "pipeline.py"), *flags, "--summary", str(summary)]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+        content: dict[str, Any] = json.loads(summary.read_text())
+        return content
+
+
+def measure_hops(transport: str, batches: int) -> dict[str, tuple[int, float]]:
+    """Bytes and seconds per micro-batch of each edge."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_hop_worker, args=(folder, transport, batches), nprocs=2)
+        content: dict[str, tuple[int, float]] = json.loads((Path(folder) / "hops.json").read_text())
+        return content
+
+
+def _hop_worker(rank: int, folder: str, transport: str, batches: int) -> None:
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    results = {}
+    for name, shape in HOPS.items():
+        layout = SlotLayout(64, shape)
+        store = dist.FileStore(str(Path(folder) / f"store-{len(results)}"), 2)
+        inbox, outbox = link_stages(
+            store,
+            World(rank, 2, rank, 2, "127.0.0.1", 0),
+            layout if rank else None,
+            None if rank else layout,
+            transport=transport,
+            depth=4,
+            device=cpu,
+            timeout=60,
+            names=["stage 0", "stage 1"],
+        )
+        items = [Item(i, "train", 0, i, 64, False) for i in range(batches)]
+        x, labels = layout.views(layout.allocate(cpu), 64)
+        x.normal_()
+        labels.zero_()
+        began = time.perf_counter()
+        if inbox is not None:
+            inbox.expect(items)
+            for item in items:
+                inbox.receive(item)
+                inbox.release()
+        if outbox is not None:
+            for item in items:
+                outbox.send(item, x, labels)
+            outbox.flush()
+        results[name] = (layout.nbytes(64), (time.perf_counter() - began) / batches)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank == 1:
+        (Path(folder) / "hops.json").write_text(json.dumps(results))
+
+
+def environment() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The CPU backend in C++: the functions of `unlocked.kernels.reference` in as few passes as the statistics allow.
+
+It covers float32 in channels-last memory (and [B, C]); whatever else it is given goes to the reference. Results do
+not depend on the number of threads. Compiled on first use with the system's C++ compiler.
+"""
+
+from unlocked.kernels.cpp.bindings import unavailable
+from unlocked.kernels.cpp.operations import (
+    local_head,
+    norm_act_backward,
+    norm_act_backward_full,
+    norm_act_forward,
+)
+from unlocked.kernels.images import load_batch
+
+__all__ = [
+    "load_batch",
+    "local_head",
+    "norm_act_backward",
+    "norm_act_backward_full",
+    "norm_act_forward",
+    "unavailable",
+]

@@ -1,0 +1,356 @@
+// BatchNorm + LeakyReLU + latents + the next layer's input, and back, for float32 images in channels-last memory.
+//
+// An image is H x W pixels of C channels that lie together, so every inner loop runs over channels and vectorises.
+// Work is split by image, and what is summed over images is summed in their order, so results depend neither on the
+// number of threads nor on which thread did what. [Note: window sums] of kernels/reference.py explains the algebra.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+struct Shape {
+  int64_t batch, channels, height, width;
+  int64_t pixels() const { return height * width; }
+  int64_t image() const { return pixels() * channels; }
+  int64_t rows() const { return batch * pixels(); }
+};
+
+enum Pool { kNone = 0, kMax = 1, kAverage = 2 };
+
+// Sixteen channels at a time: what stays the same from pixel to pixel (statistics, sums) stays in registers, which
+// compilers do not manage for an inner loop over a run-time number of channels. A last, narrower group of channels
+// takes the same code on a padded copy.
+constexpr int64_t kLanes = 16;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+Vector load(const float* from, int64_t lanes) {
+  Vector v = {};
+  if (lanes == kLanes)
+    std::memcpy(&v, from, sizeof(v));
+  else
+    std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+void store(float* to, Vector v, int64_t lanes) {
+  if (lanes == kLanes)
+    std::memcpy(to, &v, sizeof(v));
+  else
+    std::memcpy(to, &v, lanes * sizeof(float));
+}
+
+Vector broadcast(float value) { return value - Vector{}; }
+
+// 1 where value > 0, else the LeakyReLU's slope.
+Vector slope_mask(Vector value, Vector slope) {
+  const Mask positive = value > Vector{};
+  return positive ? broadcast(1.0f) : slope;
+}
+
+// What normalises and activates a group of channels.
+struct Affine {
+  Vector mean, rstd, weight, bias;
+  Affine(const float* m, const float* r, const float* w, const float* b, int64_t c, int64_t lanes)
+      : mean(load(m + c, lanes)), rstd(load(r + c, lanes)), weight(load(w + c, lanes)), bias(load(b + c, lanes)) {}
+};
+
+// Calls body(first channel, lanes) for every group, with a compile-time 16 for the full ones.
+template <typename Body>
+void for_groups(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(c, std::integral_constant<int64_t, kLanes>{});
+  if (c < channels) body(c, channels - c);
+}
+
+// Sums of (x - shift) and its square over one image, per channel.
+void image_moments(const float* x, const float* shift, const Shape& s, float* sum, float* square) {
+  for_groups(s.channels, [&](int64_t c, auto lanes) {
+    const Vector origin = load(shift + c, lanes);
+    Vector total = {}, squares = {};
+    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
+      const Vector value = load(x + pixel * s.channels + c, lanes) - origin;
+      total += value;
+      squares += value * value;
+    }
+    store(sum + c, total, lanes);
+    store(square + c, squares, lanes);
+  });
+}
+
+// Activations of one row segment [first, last) of pixels that share a window, and the window's sums where wanted.
+template <bool kSums, typename Lanes>
+void activate(const float* x, float* act, int64_t channels, int64_t first, int64_t last, const Affine& k, Vector slope,
+              int64_t c, Lanes lanes, float* sum_act, float* sum_mask, float* sum_xhat) {
+  Vector total = {}, masks = {}, masked_xhat = {};
+  for (int64_t pixel = first; pixel < last; ++pixel) {
+    const Vector xhat = (load(x + pixel * channels + c, lanes) - k.mean) * k.rstd;
+    const Vector value = xhat * k.weight + k.bias;
+    const Vector mask = slope_mask(value, slope);
+    const Vector activation = value * mask;
+    store(act + pixel * channels + c, activation, lanes);
+    if (kSums) {
+      total += activation;
+      masks += mask;
+      masked_xhat += mask * xhat;
+    }
+  }
+  if (kSums) {
+    store(sum_act + c, load(sum_act + c, lanes) + total, lanes);
+    store(sum_mask + c, load(sum_mask + c, lanes) + masks, lanes);
+    store(sum_xhat + c, load(sum_xhat + c, lanes) + masked_xhat, lanes);
+  }
+}
+
+// Writes the pooled activations of one image. `out` has strides in elements for channel, row and column.
+void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, float* out, int64_t stride_c,
+                int64_t stride_y, int64_t stride_x) {
+  const int64_t channels = s.channels;
+  const int64_t out_h = pool == kMax ? s.height / 2 : pool == kAverage ? size : s.height;
+  const int64_t out_w = pool == kMax ? s.width / 2 : pool == kAverage ? size : s.width;
+  const int64_t step_y = s.height / out_h, step_x = s.width / out_w;
+  std::vector<float> line(channels);
+  for (int64_t y = 0; y < out_h; ++y) {
+    for (int64_t x = 0; x < out_w; ++x) {
+      float* target = out + y * stride_y + x * stride_x;
+      float* value = stride_c == 1 ? target : line.data();
+      const float* first = act + ((y * step_y) * s.width + x * step_x) * channels;
+      if (pool == kMax) {
+        const float* right = first + channels;
+        const float* below = first + s.width * channels;
+        const float* corner = below + channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c)
+          value[c] = std::max(std::max(first[c], right[c]), std::max(below[c], corner[c]));
+      } else if (pool == kAverage) {
+        std::fill(value, value + channels, 0.0f);
+        for (int64_t dy = 0; dy < step_y; ++dy)
+          for (int64_t dx = 0; dx < step_x; ++dx) {
+            const float* pixel = first + (dy * s.width + dx) * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) value[c] += pixel[c];
+          }
+        const float scale = 1.0f / static_cast<float>(step_y * step_x);
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) value[c] *= scale;
+      } else {
+        std::memcpy(value, first, channels * sizeof(float));
+      }
+      if (stride_c != 1)
+        for (int64_t c = 0; c < channels; ++c) target[c * stride_c] = value[c];
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Batch statistics: mean and 1 / sqrt(biased variance + eps) per channel, and the running statistics in place.
+// `scratch` holds 2 * batch * channels floats.
+void unlocked_batch_statistics(const float* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                               const float* conv_bias, float* running_mean, float* running_var, float momentum,
+                               float eps, float* mean, float* rstd, float* scratch, int threads) {
+  const Shape s{batch, channels, height, width};
+  float* sums = scratch;
+  float* squares = scratch + batch * channels;
+  const float* shift = x;  // the first pixel: takes a large common offset out of the squares
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < batch; ++b)
+    image_moments(x + b * s.image(), shift, s, sums + b * channels, squares + b * channels);
+  const double count = static_cast<double>(s.rows());
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0, square = 0.0;
+    for (int64_t b = 0; b < batch; ++b) {
+      sum += sums[b * channels + c];
+      square += squares[b * channels + c];
+    }
+    const double offset = sum / count;
+    const double variance = std::max(square / count - offset * offset, 0.0);
+    const double centre = shift[c] + offset;
+    mean[c] = static_cast<float>(centre);
+    rstd[c] = static_cast<float>(1.0 / __builtin_sqrt(variance + eps));
+    const double bias = conv_bias ? conv_bias[c] : 0.0;
+    const double unbiased = variance * (count / std::max(count - 1.0, 1.0));
+    running_mean[c] += momentum * (static_cast<float>(centre + bias) - running_mean[c]);
+    running_var[c] += momentum * (static_cast<float>(unbiased) - running_var[c]);
+  }
+}
+
+// One pass: activations, their pooled copy in `out`, latents and window sums [batch, channels * side * side].
+// side 0: no latents. `scratch` holds threads * (image + 3 * side * side * channels) floats.
+void unlocked_norm_act_forward(const float* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                               const float* mean, const float* rstd, const float* weight, const float* bias,
+                               float slope, int64_t side, int pool, int64_t pool_size, float* latents, float* mask_sums,
+                               float* mask_xhat_sums, float* out, int64_t out_b, int64_t out_c, int64_t out_y,
+                               int64_t out_x, float* scratch, int threads) {
+  const Shape s{batch, channels, height, width};
+  const int64_t windows = side * side, cells = windows * channels;
+  const int64_t window_h = side ? height / side : height, window_w = side ? width / side : width;
+  const float area = static_cast<float>(window_h * window_w);
+  const Vector slopes = broadcast(slope);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int thread = thread_number();
+    float* act = scratch + thread * (s.image() + 3 * cells);
+    float* sums = act + s.image();
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < batch; ++b) {
+      const float* image = x + b * s.image();
+      std::fill(sums, sums + 3 * cells, 0.0f);
+      const int64_t columns = side ? side : 1;
+      for_groups(channels, [&](int64_t c, auto lanes) {
+        const Affine k(mean, rstd, weight, bias, c, lanes);
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t window = 0; window < columns; ++window) {
+            const int64_t first = y * width + window * window_w;
+            float* cell = sums + (side ? (y / window_h) * side + window : 0) * channels;
+            if (side)
+              activate<true>(image, act, channels, first, first + window_w, k, slopes, c, lanes, cell, cell + cells,
+                             cell + 2 * cells);
+            else
+              activate<false>(image, act, channels, first, first + window_w, k, slopes, c, lanes, nullptr, nullptr,
+                              nullptr);
+          }
+      });
+      pool_image(act, s, static_cast<Pool>(pool), pool_size, out + b * out_b, out_c, out_y, out_x);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t w = 0; w < windows; ++w) {
+          const int64_t from = w * channels + c, to = b * cells + c * windows + w;
+          latents[to] = sums[from] / area;
+          mask_sums[to] = sums[cells + from];
+          mask_xhat_sums[to] = sums[2 * cells + from];
+        }
+    }
+  }
+}
+
+// From the latents' gradient to the convolution's output gradient. `scratch` holds 2 * batch * channels floats plus
+// threads * side * side * channels.
+void unlocked_norm_act_backward(const float* latents_grad, const float* x, int64_t batch, int64_t channels,
+                                int64_t height, int64_t width, const float* mean, const float* rstd,
+                                const float* weight, const float* bias, const float* mask_sums,
+                                const float* mask_xhat_sums, float slope, int64_t side, float* x_grad,
+                                float* weight_grad, float* bias_grad, float* scratch, int threads) {
+  const Shape s{batch, channels, height, width};
+  const int64_t windows = side * side, cells = windows * channels;
+  const int64_t window_h = height / side, window_w = width / side;
+  const float area = static_cast<float>(window_h * window_w);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0, sum_xhat = 0.0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t w = 0; w < windows; ++w) {
+        const int64_t at = b * cells + c * windows + w;
+        const float grad = latents_grad[at] / area;
+        sum += static_cast<double>(grad) * mask_sums[at];
+        sum_xhat += static_cast<double>(grad) * mask_xhat_sums[at];
+      }
+    bias_grad[c] = static_cast<float>(sum);
+    weight_grad[c] = static_cast<float>(sum_xhat);
+  }
+  const float inverse = 1.0f / static_cast<float>(s.rows());
+  std::vector<float> scale(channels), constant(channels), slant(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    scale[c] = weight[c] * rstd[c];
+    constant[c] = scale[c] * bias_grad[c] * inverse;
+    slant[c] = scale[c] * weight_grad[c] * inverse;
+  }
+  const Vector slopes = broadcast(slope);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int thread = thread_number();
+    float* grid = scratch + thread * cells;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t w = 0; w < windows; ++w)
+          grid[w * channels + c] = latents_grad[b * cells + c * windows + w] / area * scale[c];
+      const float* image = x + b * s.image();
+      float* target = x_grad + b * s.image();
+      for_groups(channels, [&](int64_t c, auto lanes) {
+        const Affine k(mean, rstd, weight, bias, c, lanes);
+        const Vector constant_c = load(constant.data() + c, lanes), slant_c = load(slant.data() + c, lanes);
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t window = 0; window < side; ++window) {
+            const Vector grad = load(grid + ((y / window_h) * side + window) * channels + c, lanes);
+            const int64_t first = y * width + window * window_w;
+            for (int64_t pixel = first; pixel < first + window_w; ++pixel) {
+              const Vector xhat = (load(image + pixel * channels + c, lanes) - k.mean) * k.rstd;
+              const Vector mask = slope_mask(xhat * k.weight + k.bias, slopes);
+              store(target + pixel * channels + c, grad * mask - constant_c - xhat * slant_c, lanes);
+            }
+          }
+      });
+    }
+  }
+}
+
+// The same from a gradient at every activation. `scratch` holds 2 * batch * channels floats.
+void unlocked_norm_act_backward_full(const float* act_grad, const float* x, int64_t batch, int64_t channels,
+                                     int64_t height, int64_t width, const float* mean, const float* rstd,
+                                     const float* weight, const float* bias, float slope, float* x_grad,
+                                     float* weight_grad, float* bias_grad, float* scratch, int threads) {
+  const Shape s{batch, channels, height, width};
+  float* sums = scratch;
+  float* sums_xhat = scratch + batch * channels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < batch; ++b) {
+    float* sum = sums + b * channels;
+    float* sum_xhat = sums_xhat + b * channels;
+    std::fill(sum, sum + channels, 0.0f);
+    std::fill(sum_xhat, sum_xhat + channels, 0.0f);
+    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
+      const float* in = x + b * s.image() + pixel * channels;
+      const float* grad = act_grad + b * s.image() + pixel * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        const float xhat = (in[c] - mean[c]) * rstd[c];
+        const float masked = grad[c] * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
+        sum[c] += masked;
+        sum_xhat[c] += masked * xhat;
+      }
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0, sum_xhat = 0.0;
+    for (int64_t b = 0; b < batch; ++b) {
+      sum += sums[b * channels + c];
+      sum_xhat += sums_xhat[b * channels + c];
+    }
+    bias_grad[c] = static_cast<float>(sum);
+    weight_grad[c] = static_cast<float>(sum_xhat);
+  }
+  const float inverse = 1.0f / static_cast<float>(s.rows());
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
+      const int64_t at = b * s.image() + pixel * channels;
+      const float* in = x + at;
+      const float* grad = act_grad + at;
+      float* target = x_grad + at;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        const float xhat = (in[c] - mean[c]) * rstd[c];
+        const float masked = grad[c] * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
+        target[c] = weight[c] * rstd[c] * (masked - (bias_grad[c] + xhat * weight_grad[c]) * inverse);
+      }
+    }
+}
+
+}  // extern "C"

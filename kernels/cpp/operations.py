@@ -1,0 +1,263 @@
+"""The operations of the C++ backend: which inputs the compiled kernels take, and the calls."""
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels import reference
+from unlocked.kernels.cpp.bindings import library
+from unlocked.kernels.reference import HeadResult, NormActResult, PoolKind
+
+__all__ = ["local_head", "norm_act_backward", "norm_act_backward_full", "norm_act_forward"]
+
+_POOLS = {"none": 0, "max": 1, "average": 2}
+_HEAD_LIMIT = 1 << 23  # multiply-adds from which BLAS wins over one thread's plain loops
+
+
+def norm_act_forward(
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    latent_size: int,
+    pool: PoolKind = "none",
+    pool_size: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+    out: Tensor | None = None,
+) -> NormActResult:
+    """See `kernels.reference.norm_act_forward`: two passes over `conv`, one for the statistics, one for the rest."""
+    shape = _shape(conv, latent_size)
+    fits = shape is not None and _pools(shape, pool, pool_size) and all(map(_is_vector, (weight, bias, running_mean)))
+    if shape is None or not fits:
+        return reference.norm_act_forward(
+            conv,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            conv_bias,
+            latent_size=latent_size,
+            pool=pool,
+            pool_size=pool_size,
+            momentum=momentum,
+            eps=eps,
+            negative_slope=negative_slope,
+            out=out,
+        )
+    batch, channels, height, width, side = shape
+    threads = min(torch.get_num_threads(), batch)
+    cells = channels * side * side
+    mean, rstd = conv.new_empty(channels), conv.new_empty(channels)
+    latents, mask_sums, mask_xhat_sums = (conv.new_empty(batch, cells) if side else conv.new_empty(0) for _ in range(3))
+    scratch = conv.new_empty(max(2 * batch * channels, threads * (height * width * channels + 3 * cells)))
+    if out is None:
+        out = _output_like(conv, pool, pool_size)
+    strides = (out.stride(0), out.stride(1), *(out.stride()[2:] if out.dim() == 4 else (0, 0)))
+    compiled = library()
+    dims = (batch, channels, height, width)
+    compiled.unlocked_batch_statistics(
+        conv.data_ptr(),
+        *dims,
+        None if conv_bias is None else conv_bias.data_ptr(),
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        momentum,
+        eps,
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+    compiled.unlocked_norm_act_forward(
+        conv.data_ptr(),
+        *dims,
+        *(t.data_ptr() for t in (mean, rstd, weight, bias)),
+        negative_slope,
+        side,
+        _POOLS[pool],
+        pool_size,
+        *(t.data_ptr() for t in (latents, mask_sums, mask_xhat_sums, out)),
+        *strides,
+        scratch.data_ptr(),
+        threads,
+    )
+    return NormActResult(latents, out, mean, rstd, mask_sums, mask_xhat_sums)
+
+
+def norm_act_backward(
+    latents_grad: Tensor,
+    conv: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask_sums: Tensor,
+    mask_xhat_sums: Tensor,
+    *,
+    latent_size: int,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference.norm_act_backward`: one pass."""
+    shape = _shape(conv, latent_size)
+    if shape is None or not latent_size:
+        return reference.norm_act_backward(
+            latents_grad,
+            conv,
+            mean,
+            rstd,
+            weight,
+            bias,
+            mask_sums,
+            mask_xhat_sums,
+            latent_size=latent_size,
+            negative_slope=negative_slope,
+        )
+    batch, channels, height, width, side = shape
+    threads = min(torch.get_num_threads(), batch)
+    conv_grad = torch.empty_like(conv)
+    weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
+    scratch = conv.new_empty(threads * side * side * channels)
+    library().unlocked_norm_act_backward(
+        latents_grad.contiguous().data_ptr(),
+        conv.data_ptr(),
+        batch,
+        channels,
+        height,
+        width,
+        *(t.data_ptr() for t in (mean, rstd, weight, bias, mask_sums, mask_xhat_sums)),
+        negative_slope,
+        side,
+        *(t.data_ptr() for t in (conv_grad, weight_grad, bias_grad, scratch)),
+        threads,
+    )
+    return conv_grad, weight_grad, bias_grad
+
+
+def norm_act_backward_full(
+    activations_grad: Tensor,
+    conv: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference.norm_act_backward_full`: one reduction, one pass."""
+    shape = _shape(conv, 0)
+    if shape is None or activations_grad.stride() != conv.stride() or activations_grad.dtype != conv.dtype:
+        return reference.norm_act_backward_full(
+            activations_grad, conv, mean, rstd, weight, bias, negative_slope=negative_slope
+        )
+    batch, channels, height, width, _ = shape
+    conv_grad = torch.empty_like(conv)
+    weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
+    scratch = conv.new_empty(2 * batch * channels)
+    library().unlocked_norm_act_backward_full(
+        activations_grad.data_ptr(),
+        conv.data_ptr(),
+        batch,
+        channels,
+        height,
+        width,
+        *(t.data_ptr() for t in (mean, rstd, weight, bias)),
+        negative_slope,
+        *(t.data_ptr() for t in (conv_grad, weight_grad, bias_grad, scratch)),
+        min(torch.get_num_threads(), batch),
+    )
+    return conv_grad, weight_grad, bias_grad
+
+
+def local_head(
+    latents: Tensor,
+    labels: Tensor,
+    basis: Tensor | None,
+    modulation: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    basis_gradient: bool = False,
+    totals: Tensor | None = None,
+) -> HeadResult:
+    """See `kernels.reference.local_head`: one call, where the head is small enough for one thread."""
+    batch, dim = latents.shape
+    rows = dim if basis is None else basis.shape[0]
+    fits = latents.dtype == torch.float32 and latents.is_contiguous() and (basis is None or basis.is_contiguous())
+    if not fits or batch * rows * (dim if basis is not None else 1) > _HEAD_LIMIT:
+        return reference.local_head(
+            latents,
+            labels,
+            basis,
+            modulation,
+            normalize=normalize,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            basis_gradient=basis_gradient,
+            totals=totals,
+        )
+    kind = 0 if modulation is None else modulation.dim()
+    classes = rows if modulation is None else modulation.shape[-1]
+    latents_grad = torch.empty_like(latents)
+    modulation_grad = None if modulation is None else latents.new_zeros(modulation.shape)
+    basis_grad = torch.zeros_like(basis) if basis_gradient and basis is not None else None
+    sums = torch.empty(2, dtype=torch.float64)
+    strides = (0, 0) if modulation is None else (0, *modulation.stride())[-2:]
+    library().unlocked_local_head(
+        latents.data_ptr(),
+        labels.contiguous().data_ptr(),
+        None if basis is None else basis.data_ptr(),
+        None if modulation is None else modulation.data_ptr(),
+        kind,
+        *strides,
+        batch,
+        dim,
+        rows,
+        classes,
+        int(normalize),
+        temperature,
+        label_smoothing,
+        latents_grad.data_ptr(),
+        None if modulation_grad is None else modulation_grad.data_ptr(),
+        None if basis_grad is None else basis_grad.data_ptr(),
+        sums.data_ptr(),
+    )
+    if totals is not None:
+        totals += sums
+    return HeadResult(sums[0].float(), sums[1].long(), latents_grad, modulation_grad, basis_grad)
+
+
+def _shape(conv: Tensor, side: int) -> tuple[int, int, int, int, int] | None:
+    """(B, C, H, W, p) where the compiled kernels can take `conv`, else None."""
+    if conv.dtype != torch.float32:
+        return None
+    if conv.dim() == 2:
+        fits = conv.is_contiguous() and side in (0, conv.shape[1])
+        return (*conv.shape, 1, 1, 1 if side else 0) if fits else None
+    batch, channels, height, width = conv.shape
+    if not conv.is_contiguous(memory_format=torch.channels_last) or (side and (height % side or width % side)):
+        return None
+    return batch, channels, height, width, side
+
+
+def _pools(shape: tuple[int, int, int, int, int], pool: str, size: int) -> bool:
+    _, _, height, width, _ = shape
+    if pool == "average":
+        return height % size == 0 and width % size == 0
+    return pool == "none" or (height >= 2 and width >= 2)
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _output_like(conv: Tensor, pool: str, pool_size: int) -> Tensor:
+    if conv.dim() == 2 or pool == "none":
+        return torch.empty_like(conv)
+    batch, channels, height, width = conv.shape
+    side_h, side_w = (height // 2, width // 2) if pool == "max" else (pool_size, pool_size)
+    return conv.new_empty(batch, side_h, side_w, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,203 @@
+"""The C++ backend against the reference in float64, on every shape that it takes and some that it hands on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlocked.kernels import cpp, reference
+
+pytestmark = pytest.mark.skipif(bool(cpp.unavailable("cpu")), reason=f"no C++ backend: {cpp.unavailable('cpu')}")
+
+# float32 rounding of sums over at most a few thousand terms of order one
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def norm_inputs(batch: int, channels: int, side: int, *, flat: bool = False, offset: float = 0.0) -> dict:
+    generator = torch.Generator().manual_seed(batch * 1009 + channels * 31 + side)
+    shape = (batch, channels) if flat else (batch, channels, side, side)
+    conv = torch.randn(shape, generator=generator) + offset
+    if not flat:
+        conv = conv.contiguous(memory_format=torch.channels_last)
+    vectors = {
+        name: torch.rand(channels, generator=generator) + 0.5
+        for name in ("weight", "running_mean", "running_var", "conv_bias")
+    }
+    return {"conv": conv, "bias": torch.randn(channels, generator=generator), **vectors}
+
+
+def double(values: dict) -> dict:
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in values.items()}
+
+
+def check_norm_act(values: dict, latent_size: int, pool: str, pool_size: int) -> None:
+    options = {"latent_size": latent_size, "pool": pool, "pool_size": pool_size}
+    ours, truth = {k: v.clone() for k, v in values.items()}, double(values)
+    got = cpp.norm_act_forward(**ours, **options)
+    expected = reference.norm_act_forward(**truth, **options)
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name].double(), truth[name], **TOLERANCE)
+    if not latent_size:
+        return
+    grad = torch.randn_like(got.latents)
+    common = (ours["weight"], ours["bias"])
+    back = cpp.norm_act_backward(
+        grad, ours["conv"], got.mean, got.rstd, *common, got.mask_sums, got.mask_xhat_sums, latent_size=latent_size
+    )
+    true_back = reference.norm_act_backward(
+        grad.double(),
+        truth["conv"],
+        expected.mean,
+        expected.rstd,
+        truth["weight"],
+        truth["bias"],
+        expected.mask_sums,
+        expected.mask_xhat_sums,
+        latent_size=latent_size,
+    )
+    for a, b in zip(back, true_back, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)  # sums of up to 4,000 products
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "latent_size", "pool", "pool_size"),
+    [
+        (4, 32, 8, 4, "max", 2),
+        (3, 7, 4, 2, "average", 2),
+        (1, 5, 6, 3, "none", 1),
+        (5, 16, 6, 0, "average", 3),
+        (2, 3, 7, 7, "max", 2),
+        (2, 9, 5, 2, "none", 1),  # latents that overlap: not in closed form, so the reference refuses
+        (6, 33, 2, 1, "average", 1),
+    ],
+)
+def test_norm_act_matches_the_reference(
+    batch: int, channels: int, side: int, latent_size: int, pool: str, pool_size: int
+) -> None:
+    values = norm_inputs(batch, channels, side)
+    if latent_size and side % latent_size:
+        with pytest.raises(ValueError, match="does not tile"):
+            cpp.norm_act_forward(**values, latent_size=latent_size, pool=pool, pool_size=pool_size)
+        return
+    check_norm_act(values, latent_size, pool, pool_size)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 17])
+def test_linear_blocks(batch: int) -> None:
+    check_norm_act(norm_inputs(batch, 40, 1, flat=True), 40, "none", 1)
+
+
+def test_a_large_mean_does_not_spoil_the_variance() -> None:
+    values = norm_inputs(4, 8, 8, offset=1000.0)
+    got = cpp.norm_act_forward(**values, latent_size=4)
+    var = values["conv"].double().var((0, 2, 3), correction=0)
+    # float32 inputs near 1000 carry an error of 6e-5 each, against a standard deviation of one
+    torch.testing.assert_close(got.rstd.double(), (var + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            values = norm_inputs(5, 32, 8)
+            forward = cpp.norm_act_forward(**values, latent_size=4, pool="max", pool_size=2)
+            back = cpp.norm_act_backward(
+                torch.ones_like(forward.latents),
+                values["conv"],
+                forward.mean,
+                forward.rstd,
+                values["weight"],
+                values["bias"],
+                forward.mask_sums,
+                forward.mask_xhat_sums,
+                latent_size=4,
+            )
+            results.append([*forward, *back])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_output_goes_where_it_is_wanted() -> None:
+    values = norm_inputs(3, 6, 4)
+    expected = cpp.norm_act_forward(**norm_inputs(3, 6, 4), latent_size=2, pool="max", pool_size=2).output
+    out = torch.empty(3, 6, 2, 2)  # contiguous, while the input is channels last
+    result = cpp.norm_act_forward(**values, latent_size=2, pool="max", pool_size=2, out=out)
+    assert result.output is out
+    assert torch.equal(out, expected)
+
+
+def test_other_dtypes_and_formats_go_to_the_reference() -> None:
+    values = norm_inputs(2, 4, 4)
+    values["conv"] = values["conv"].contiguous()
+    got = cpp.norm_act_forward(**values, latent_size=2)
+    again = reference.norm_act_forward(**(norm_inputs(2, 4, 4) | {"conv": values["conv"]}), latent_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_backward_from_every_activation() -> None:
+    values = norm_inputs(3, 12, 6)
+    forward = cpp.norm_act_forward(**values, latent_size=0)
+    grad = torch.randn_like(values["conv"])
+    got = cpp.norm_act_backward_full(grad, values["conv"], forward.mean, forward.rstd, values["weight"], values["bias"])
+    truth = [t.double() for t in (grad, values["conv"], forward.mean, forward.rstd, values["weight"], values["bias"])]
+    for a, b in zip(got, reference.norm_act_backward_full(*truth), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 9),
+    dim=st.integers(1, 70),
+    classes=st.integers(2, 12),
+    rows=st.integers(2, 12),
+    kind=st.sampled_from(["none", "vector", "matrix", "transposed", "logits"]),
+    normalize=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    scale=st.sampled_from([0.0, 1.0, 1e4]),
+)
+def test_local_head(
+    batch: int, dim: int, classes: int, rows: int, kind: str, normalize: bool, smoothing: float, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(batch + 100 * dim + classes)
+    labels = torch.randint(0, classes, (batch,), generator=generator)
+    basis = modulation = None
+    if kind == "logits":
+        dim, normalize = classes, False
+    else:
+        count = rows if kind in ("matrix", "transposed") else classes
+        basis = torch.randn(count, dim, generator=generator)
+        shapes = {"vector": (classes,), "matrix": (count, classes), "transposed": (classes, count)}
+        if kind in shapes:
+            modulation = torch.randn(shapes[kind], generator=generator)
+        if kind == "transposed":
+            modulation = modulation.T
+    latents = scale * torch.randn(batch, dim, generator=generator)
+    options = {"normalize": normalize, "temperature": 0.7, "label_smoothing": smoothing, "basis_gradient": True}
+    totals, true_totals = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    got = cpp.local_head(latents, labels, basis, modulation, **options, totals=totals)
+    truth = [None if t is None else t.double() for t in (latents, basis, modulation)]
+    expected = reference.local_head(truth[0], labels, *truth[1:], **options, totals=true_totals)
+    size = max(1.0, float(latents.abs().max())) * max(1, dim) ** 0.5
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        if a is None or b is None or name == "correct":  # near ties may fall either way in float32
+            assert (a is None) == (b is None) or (name == "basis_grad" and basis is None)
+            continue
+        assert torch.isfinite(a).all(), name
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=1e-5 * size, msg=lambda m, n=name: n + m)
+    assert totals[0] == pytest.approx(float(true_totals[0]), rel=2e-4, abs=1e-5 * size)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    cpp.bindings.library.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="install g\\+\\+ or clang"):
+            cpp.bindings.library()
+    finally:
+        cpp.bindings.library.cache_clear()
