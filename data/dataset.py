@@ -75,7 +75,7 @@ class ImageDataset:
         """A dataset of your own tensors.
 
         Args:
-            images: [N, C, H, W]: float32, used as it is, or uint8, divided by 255.
+            images: [N, C, H, W]: float32, used as it is, or uint8, divided by 255. Float samples may have any [N, ...].
             labels: int64 [N], in [0, num_classes).
             flip: mirror images with probability 1/2; for uint8 images, `augmentation` offers more.
 
@@ -91,10 +91,9 @@ class ImageDataset:
         return len(self.labels)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """One sample's: (C, H, W) of images; float samples may have any shape, such as (D,) or (T, D)."""
+        return tuple(self.images.shape[1:])
 
     @property
     def mean255(self) -> Tensor:
@@ -108,7 +107,7 @@ class ImageDataset:
 
     def batch_options(self) -> dict[str, Any]:
         """How `load_batch` of the kernels makes a batch of this dataset: normalisation and augmentation."""
-        _, height, width = self.image_shape
+        height, width = self.image_shape[-2:] if len(self.image_shape) == 3 else (1, 1)
         probability = self.augmentation.erase_probability
         return {
             "mean": self.mean255,
@@ -136,8 +135,12 @@ class ImageDataset:
 
     def _shape_problem(self) -> str | None:
         images, labels = self.images, self.labels
-        if images.dim() != 4 or images.numel() == 0:
-            return f"images have the shape [N, C, H, W] with no size 0, got {list(images.shape)}"
+        fits = images.dim() == 4 or (images.dim() > 1 and images.is_floating_point())
+        if not fits or images.numel() == 0:
+            return (
+                "images have the shape [N, C, H, W] (float samples any [N, ...]) with no size 0, "
+                f"got {list(images.shape)}"
+            )
         if images.dtype not in (torch.uint8, torch.float32):
             return f"images are uint8 or float32, got {images.dtype}; convert them, for instance with .float()"
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -168,6 +171,8 @@ class ImageDataset:
             return None
         if self.mean or self.std:
             return "float images are used as they are; leave mean and std out, or pass uint8 images"
+        if self.augmentation.flip and self.images.dim() != 4:
+            return f"only images [N, C, H, W] can be flipped, got {list(self.images.shape)}"
         if self.augmentation.crop_padding or self.augmentation.erase_probability:
             return "float images can only be flipped; pass uint8 images to crop and erase"
         return None

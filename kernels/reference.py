@@ -49,7 +49,7 @@ class HeadResult(NamedTuple):
 
 
 class NormActResult(NamedTuple):
-    """BatchNorm + LeakyReLU + pooling, and what the way back needs. Tensors [B, C, p, p] are flattened to [B, C p p]."""
+    """BatchNorm + LeakyReLU + pooling, and what the way back needs. [B, C, p, p] is flattened to [B, C p p]."""
 
     latents: Tensor  # [B, C p p] (empty where latent_size is 0)
     output: Tensor  # what the next layer reads: [B, C, H', W'], or [B, C]
@@ -113,9 +113,8 @@ def local_head(
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(NORM_EPS)
     direction = z / norm if normalize else z
     raw = direction if basis is None else direction @ basis.T.to(z.dtype)
-    if modulation is None:
-        scores = raw
-    else:
+    scores = raw
+    if modulation is not None:
         scores = raw * modulation if modulation.dim() == 1 else raw @ modulation
     num_classes = scores.shape[1]
     log_probs = F.log_softmax(scores / temperature, dim=1)
@@ -266,7 +265,7 @@ def _normalization_backward(
     bias_grad: Tensor,
     negative_slope: float,
 ) -> Tensor:
-    """BatchNorm's input gradient: weight * rstd * (dy - (sum(dy) + xhat * sum(dy * xhat)) / count), dy = act_grad * mask."""
+    """The input gradient weight * rstd * (dy - (sum(dy) + xhat * sum(dy * xhat)) / count), dy = act_grad * mask."""
     count = x.numel() // x.shape[1]
     xhat = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
     y = xhat * _per_channel(weight, x) + _per_channel(bias, x)

@@ -50,8 +50,8 @@ class Trainer:
         resume: a snapshot folder to go on from; any engine and any number of stages.
         print_freq: training micro-batches between two readings of the losses.
         trace: file for a Chrome trace of every action.
-        transport: how the processes engine moves activations: "auto", "shared" (memory of one machine) or "group" (Gloo,
-            NCCL).
+        transport: how the processes engine moves activations: "auto", "shared" (memory of one machine) or "group"
+            (Gloo, NCCL).
         timeout: seconds that a stage waits for a neighbour.
         coordinator_port: where rank 0's coordinator listens; 0: any free port.
         best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
@@ -194,7 +194,7 @@ class Trainer:
         )
         network = build_network(
             self._model,
-            input_shape=tuple(train_set.image_shape),
+            input_shape=train_set.image_shape,
             num_classes=train_set.num_classes,
             seed=self.settings.seed,
             keep_weights=self._keep_weights,

@@ -1,4 +1,4 @@
-"""For all tests: modules beside this file can be imported, one thread, a fixed seed, no deadline on a shared machine."""
+"""For all tests: modules beside this file are importable, one thread, a fixed seed, no deadlines."""
 
 import sys
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unlocked.data import ImageDataset, epoch_order
-from unlocked.kernels.philox import Purpose
+from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.workers.actions import Item
 
 __all__ = ["BatchSource"]
@@ -62,6 +62,8 @@ class BatchSource:
         order, size = self.order(item), item.size
         data = self.test if kind == "evaluate" else self.train
         assert data is not None
+        if data.images.is_floating_point():
+            return self._gather(data, order, size, out)
         return self._load(
             data.images,
             data.labels,
@@ -73,6 +75,21 @@ class BatchSource:
             out=out,
             **self._options[kind],
         )
+
+    def _gather(
+        self, data: ImageDataset, order: Tensor, size: int, out: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples that are floats already are taken as they are, or mirrored."""
+        index = order[self.start + torch.arange(size, device=self.device)]
+        samples, labels = data.images[index], data.labels[index]
+        if data.augmentation.flip:  # the same draw as load_batch's
+            mirrored = keyed_uniform(self.seed, Purpose.AUGMENT, index, self.epoch)[:, 0] < 0.5
+            samples = torch.where(mirrored[:, None, None, None], samples.flip(-1), samples)
+        if samples.dim() == 4:
+            samples = samples.contiguous(memory_format=torch.channels_last)
+        if out is None:
+            return samples, labels
+        return out[0].copy_(samples), out[1].copy_(labels)
 
     def order(self, item: Item) -> Tensor:
         """The permutation that `item` reads. It lies at a fixed address and is rewritten when the epoch changes."""

@@ -1,32 +1,11 @@
-// The local head from latents to their gradient in one kernel (one block has one or four rows and all of the basis),
-// and a second, small one for what is summed over the batch: loss, hits and the modulation's gradient.
+// The local head from latents to their gradient in one kernel: one block has one or four rows and all of the basis.
 
-#include "common.cuh"
+#include "head.cuh"
 
 namespace unlocked {
 namespace {
 
 constexpr float kNormEps = 1e-12f; // the clamp of torch.nn.functional.normalize
-constexpr int kHeadWarps = kHeadThreads / kWarp;
-enum Modulation { kNoModulation = 0, kVector = 1, kMatrix = 2 };
-
-struct HeadArgs {
-  const void* latents;     // [batch, dim]
-  const int64_t* labels;   // [batch]
-  const float* basis;      // [rows, dim], or null: the direction is the raw score
-  const float* modulation; // [classes] or [rows, classes] with strides
-  int64_t stride_r, stride_n;
-  void* grad;       // [batch, dim]
-  float* losses;    // [batch]
-  int* hits;        // [batch]
-  float* raw;       // [batch, rows], null: nothing needs it
-  float* score_grad; // [batch, classes], null: nothing needs it
-  float* raw_grad;  // [batch, rows], null: nothing needs it
-  float* inverse;   // [batch], 1 / norm, null: nothing needs it
-  int64_t batch;
-  int dim, rows, classes, modulation_dims, normalize, wide;
-  float inverse_temperature, smoothing, grad_scale;
-};
 
 struct Best {
   float score;
@@ -287,89 +266,6 @@ __global__ void __launch_bounds__(kHeadThreads, ROWS == 1 ? 2 : 1) head_kernel(c
   }
 }
 
-// Block 0: loss and hits, and their totals. The others: 32 entries of the modulation's gradient each, which is
-// sum over images of raw[r] * score_grad[n] (a vector has r = n).
-__global__ void __launch_bounds__(kHeadThreads)
-    head_sums_kernel(const HeadArgs a, float* loss_sum, int64_t* correct, double* totals, float* modulation_grad) {
-  __shared__ double loss_s[kHeadWarps];
-  __shared__ int hits_s[kHeadWarps];
-  __shared__ float sums_s[kHeadWarps][kWarp];
-  const int tid = threadIdx.x, lane = tid % kWarp, warp = tid / kWarp;
-  if (blockIdx.x == 0) {
-    double loss = 0.0;
-    int hits = 0;
-    for (int64_t image = tid; image < a.batch; image += kHeadThreads) {
-      loss += static_cast<double>(a.losses[image]);
-      hits += a.hits[image];
-    }
-    loss = warp_sum(loss);
-    hits = warp_sum(hits);
-    if (lane == 0) {
-      loss_s[warp] = loss;
-      hits_s[warp] = hits;
-    }
-    __syncthreads();
-    if (tid == 0) {
-      for (int w = 1; w < kHeadWarps; ++w) {
-        loss += loss_s[w];
-        hits += hits_s[w];
-      }
-      *loss_sum = static_cast<float>(loss);
-      *correct = hits;
-      if (totals != nullptr) {
-        totals[0] += static_cast<double>(static_cast<float>(loss)); // what `loss_sum` says
-        totals[1] += hits;
-      }
-    }
-    return;
-  }
-  const int64_t entries = a.modulation_dims == kMatrix ? static_cast<int64_t>(a.rows) * a.classes : a.classes;
-  const int64_t entry = (static_cast<int64_t>(blockIdx.x) - 1) * kWarp + lane;
-  float sum = 0.0f;
-  if (entry < entries) {
-    const int64_t r = a.modulation_dims == kMatrix ? entry / a.classes : entry, n = entry % a.classes;
-#pragma unroll 8
-    for (int64_t image = warp; image < a.batch; image += kHeadWarps)
-      sum = fmaf(a.raw[image * a.rows + r], a.score_grad[image * a.classes + n], sum);
-  }
-  sums_s[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && entry < entries) {
-    for (int w = 1; w < kHeadWarps; ++w) sum += sums_s[w][lane];
-    modulation_grad[entry] = sum;
-  }
-}
-
-constexpr int kBasisRows = 4; // of the basis, per block
-
-// basis_grad[r, d] = sum over images of raw_grad[r] * direction[d].
-template <typename T>
-__global__ void __launch_bounds__(kHeadThreads) basis_grad_kernel(const HeadArgs a, float* basis_grad) {
-  __shared__ float sums_s[kHeadWarps][kBasisRows][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int d = blockIdx.x * kWarp + lane, first_row = blockIdx.y * kBasisRows;
-  float sum[kBasisRows] = {};
-  if (d < a.dim) {
-#pragma unroll 4
-    for (int64_t image = warp; image < a.batch; image += kHeadWarps) {
-      const float value = to_float(static_cast<const T*>(a.latents)[image * a.dim + d]) * a.inverse[image];
-#pragma unroll
-      for (int k = 0; k < kBasisRows; ++k) {
-        const int r = first_row + k < a.rows ? first_row + k : a.rows - 1;
-        sum[k] = fmaf(a.raw_grad[image * a.rows + r], value, sum[k]);
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kBasisRows; ++k) sums_s[warp][k][lane] = sum[k];
-  __syncthreads();
-  if (warp < kBasisRows && d < a.dim && first_row + warp < a.rows) {
-    float total = sums_s[0][warp][lane];
-    for (int w = 1; w < kHeadWarps; ++w) total += sums_s[w][warp][lane];
-    basis_grad[static_cast<int64_t>(first_row + warp) * a.dim + d] = total;
-  }
-}
-
 template <typename T, int ROWS>
 cudaError_t launch_head(const HeadArgs& a, int shared_bytes, cudaStream_t stream) {
   if (shared_bytes > 32 * 1024) { // above the default limit once the static part is added
@@ -421,7 +317,7 @@ extern "C" int unlocked_head(int device, cudaStream_t stream, int type, int rows
   a.grad_scale = grad_scale;
 
   cudaError_t error = cudaSuccess;
-  cudaError_t launched = with_type(type, [&](auto zero) {
+  const cudaError_t launched = with_type(type, [&](auto zero) {
     using T = decltype(zero);
     error = rows_per_block == 1 ? launch_head<T, 1>(a, shared_bytes, stream)
                                 : launch_head<T, 4>(a, shared_bytes, stream);
@@ -429,20 +325,7 @@ extern "C" int unlocked_head(int device, cudaStream_t stream, int type, int rows
   if (error) return error;
   if (launched) return launched;
 
-  const int64_t entries = modulation_dims == kMatrix   ? static_cast<int64_t>(rows) * classes
-                          : modulation_dims == kVector ? classes
-                                                       : 0;
-  const unsigned blocks = 1 + static_cast<unsigned>((entries + kWarp - 1) / kWarp);
-  head_sums_kernel<<<blocks, kHeadThreads, 0, stream>>>(a, static_cast<float*>(loss_sum),
-                                                        static_cast<int64_t*>(correct), static_cast<double*>(totals),
-                                                        static_cast<float*>(modulation_grad));
-  if (basis_grad != nullptr) {
-    const dim3 grid(static_cast<unsigned>((dim + kWarp - 1) / kWarp),
-                    static_cast<unsigned>((rows + kBasisRows - 1) / kBasisRows));
-    launched = with_type(type, [&](auto zero) {
-      basis_grad_kernel<decltype(zero)><<<grid, kHeadThreads, 0, stream>>>(a, static_cast<float*>(basis_grad));
-    });
-    if (launched) return launched;
-  }
-  return cudaGetLastError();
+  return launch_head_sums(a, type, static_cast<float*>(loss_sum), static_cast<int64_t*>(correct),
+                          static_cast<double*>(totals), static_cast<float*>(modulation_grad),
+                          static_cast<float*>(basis_grad), stream);
 }

@@ -125,8 +125,6 @@ struct ChannelValues {
   float mean[VEC], rstd[VEC], weight[VEC], bias[VEC];
 };
 
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; } // NaN wins
-
 template <typename T, int VEC, bool CL, int POOL>
 __global__ void __launch_bounds__(kThreads, VEC > 4 ? 2 : 3) apply_kernel(const Geometry g, const ApplyArgs a) {
   using L = Lanes<VEC, CL, kThreads>;
@@ -253,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, VEC > 4 ? 2 : 3) apply_kernel(const 
           for (int u = 1; u < 4; ++u) {
             step(pack[u], act);
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) best[e] = larger(act[e], best[e]);
+            for (int e = 0; e < VEC; ++e) best[e] = fmaxf(act[e], best[e]); // one NaN makes the channel NaN
           }
           store<T, VEC>(out + (row / 2 * static_cast<int>(g.out_w) + column / 2) * pixel_step, best);
         }

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from unlocked.runtime.client import CoordinatorClient
 from unlocked.runtime.coordinator import Coordinator
-from unlocked.runtime.engines.local import steps_before
 from unlocked.runtime.engines.links import link_stages
+from unlocked.runtime.engines.local import steps_before
 from unlocked.runtime.engines.rendezvous import World, connect, exchange
 from unlocked.runtime.job import Job, SinkMaker, peak_memory_bytes
 from unlocked.runtime.messages import stage_name

@@ -245,8 +245,8 @@ class TestHead:
         _check_head(latents, torch.arange(6), reference.make_basis(10, 24), None, {"normalize": True})
 
     def test_extreme_scores_and_ties(self) -> None:
-        scores = torch.tensor([[1e4, -1e4, 0.0], [2.0, 2.0, 2.0], [-1e4, 0.0, 0.0], [0.0, float("nan"), 1.0]])
-        _check_head(scores, torch.tensor([1, 0, 1, 1]), None, None, {"normalize": False, "temperature": 0.5})
+        scores = torch.tensor([[1e4, -1e4, 0.0], [2.0, 2.0, 2.0], [-1e4, 0.0, 0.0], [0.0, 1.0, float("nan")]])
+        _check_head(scores, torch.tensor([1, 0, 1, 2]), None, None, {"normalize": False, "temperature": 0.5})
 
     def test_wrong_label_is_seen(self) -> None:
         labels = torch.tensor([0, 3], device=DEVICE)
@@ -323,6 +323,7 @@ class TestLoadBatch:
 
     def test_past_the_end_is_seen(self) -> None:
         data = {name: tensor.to(DEVICE) for name, tensor in _dataset(20, (3, 4, 4)).items()}
+        data["order"] = torch.cat([data["order"], data["order"]])[:20]  # what lies behind it would be valid
         data["start"].fill_(15)
         pixels, labels = cuda.load_batch(**data, size=8, seed=0)
         assert (labels[5:] == -1).all()
@@ -349,7 +350,12 @@ def _local_step() -> tuple[dict[str, Tensor], Callable[[], list[Tensor]]]:
         data["epoch"].add_(1)
         forward = cuda.norm_act_forward(**inputs, latent_size=4, pool="max")
         head = cuda.local_head(forward.latents, labels, basis, matrix, basis_gradient=True, totals=totals)
-        saved: dict[str, Any] = {"mean": forward.mean, "rstd": forward.rstd, "weight": inputs["weight"], "bias": inputs["bias"]}
+        saved: dict[str, Any] = {
+            "mean": forward.mean,
+            "rstd": forward.rstd,
+            "weight": inputs["weight"],
+            "bias": inputs["bias"],
+        }
         sums: dict[str, Any] = {"mask_sums": forward.mask_sums, "mask_xhat_sums": forward.mask_xhat_sums}
         backward = cuda.norm_act_backward(head.latents_grad, inputs["conv"], **saved, **sums, latent_size=4)
         full = cuda.norm_act_backward_full(backward[0], inputs["conv"], **saved)

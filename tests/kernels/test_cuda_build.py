@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from unlocked.kernels import cuda
+from unlocked.kernels import cuda, native
 from unlocked.kernels.cuda import bindings, build, plan
 from unlocked.kernels.cuda.head import _block
 
@@ -58,7 +58,7 @@ def test_no_kernel_spills_registers(compiled: Any) -> None:
 @needs_nvcc
 def test_second_build_compiles_nothing(compiled: Any) -> None:
     libraries, calls, build_again = compiled
-    build._compiler_version.cache_clear()  # as in a new process
+    native._compiler_version.cache_clear()  # as in a new process
     assert build_again("90a") == libraries["90a"]
     assert _compilations(calls) == 2  # the two architectures
 
@@ -97,9 +97,9 @@ def test_failing_compiler_says_why_and_leaves_nothing(tmp_path: Path, monkeypatc
     _fake_compiler(tmp_path, '[ "$1" = --version ] && exit 0; echo "no such architecture" >&2; exit 3')
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError, match=r"exit status 3.*sm_80:\nno such architecture"):
+    with pytest.raises(RuntimeError, match=r"exit status 3.*\nno such architecture"):
         build.build_library("80")
-    assert [path.suffix for path in build.cache_directory().iterdir()] == [".lock"]
+    assert [path.suffix for path in native.cache_directory().iterdir()] == [".lock"]
 
 
 def test_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,364 @@
+"""Every kernel of a training step, in order, from the real workers run on meta tensors: no device, no arithmetic.
+
+Layers, stages and lanes are the ones that train. Under them stand a backend that answers with empty tensors and notes
+the Triton launches that the launch plans name, an optimizer that notes its launch, and a dispatch mode that notes
+every other operation of torch. So a change to the workers changes the count.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from unlocked.kernels import reference
+from unlocked.kernels.triton.norm_act_plan import Plan, Shape, backward_plan, forward_plan
+from unlocked.models import get_model
+from unlocked.rules import get_rule
+from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
+from unlocked.workers.actions import Item
+from unlocked.workers.fused import FusedStep, fused_step
+from unlocked.workers.lane import Lane
+from unlocked.workers.ring import Ring
+from unlocked.workers.stage import Stage
+
+__all__ = ["Node", "StepTrace", "head_work", "trace_backpropagation", "trace_local"]
+
+META = torch.device("meta")
+IMAGE = (3, 32, 32)
+CLASSES = 10
+_OPTIMIZER_TENSORS = 32  # of one launch of the fused optimizer
+_ADAM_WORDS = 7  # parameter, gradient and two moments read; parameter and two moments written
+_ADAM_FLOPS = 14
+_FLOPS_PER_VALUE = 10  # normalise, affine map, slope, three sums: for the record, it never limits
+
+
+@dataclass(frozen=True)
+class Node:
+    """One kernel of a step.
+
+    Attributes:
+        layer: the layer's name ("network" for backpropagation).
+        phase: "F" or "U".
+        name: the kernel or the library's operation.
+        kind: "fused" (ours), "conv" or "matmul" (cuDNN, cuBLAS), "torch" (any other kernel of PyTorch).
+        bytes: each input read once and each output written once.
+        flops: multiply and add count as two.
+        programs: independent blocks of work, so how many multiprocessors it can use.
+        trips: loads that depend on each other, plus the reductions across programs.
+    """
+
+    layer: str
+    phase: str
+    name: str
+    kind: str
+    bytes: int
+    flops: int
+    programs: int
+    trips: int = 1
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The nodes of one training step, per stage in the order of its stream."""
+
+    model: str
+    rule: str
+    batch: int
+    stages: list[list[Node]]
+    fused: list[bool]
+    """Per stage: whether the closed form runs (False: autograd)."""
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for stage in self.stages for node in stage]
+
+
+def trace_local(
+    model: str, batch: int, rule: str = "LLS", *, one_stage: bool = False, **model_options: Any
+) -> StepTrace:
+    """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage."""
+    network = _network(model, model_options)
+    groups = [range(len(network.blocks))] if one_stage else [range(i, i + 1) for i in range(len(network.blocks))]
+    return _trace(model, rule, _rule(rule), network, batch, groups)
+
+
+def trace_backpropagation(model: str, batch: int, **model_options: Any) -> StepTrace:
+    """One step of end-to-end backpropagation, as the "BP graph" of single_gpu.py runs it."""
+    network = backpropagation_network(_network(model, model_options))
+    return _trace(model, "BP", _rule("LLS"), network, batch, [range(1)])
+
+
+def head_work(batch: int, dim: int, rows: int, classes: int, modulation: int) -> tuple[int, int]:
+    """(bytes, flops) of `local_head` with a float32 basis [rows, dim]; `modulation` elements are trained."""
+    flops = batch * (4 * rows * dim + 8 * dim + 20 * classes + 6 * modulation)
+    return 4 * (2 * batch * dim + rows * dim + 3 * modulation) + 8 * batch, flops
+
+
+def _network(model: str, options: dict[str, Any]) -> Network:
+    blocks = get_model(model, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1], **options)
+    return build_network(blocks, input_shape=IMAGE, num_classes=CLASSES, seed=0, keep_weights=True)
+
+
+def _rule(name: str) -> Any:
+    return get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")
+
+
+def _trace(model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range]) -> StepTrace:
+    recorder = _Recorder()
+    layers = [
+        build_layer(
+            network,
+            index,
+            rule=built,
+            optimizer=lambda parameters: _Optimizer(parameters, recorder),  # type: ignore[arg-type,return-value]
+            device=META,
+            step=fused_step(_Backend(recorder)),  # type: ignore[arg-type]
+        )
+        for index in range(len(network.blocks))
+    ]
+    rings = [_ring(network, group, batch) for group in groups]
+    stages, item = [], Item(0, "train", 0, 0, batch, False)
+    for k, group in enumerate(groups):
+        source = _Source(recorder) if k == 0 else None
+        stage = Stage(k, [layers[i] for i in group], source)  # type: ignore[arg-type]
+        lane = Lane(stage, rings[k], rings[k + 1] if k + 1 < len(rings) else None, META)
+        recorder.begin(network.names[group.start] if len(group) == 1 else "network")
+        with recorder:
+            lane.issue_in_block(item, lambda _, what, __: recorder.mark(what))
+        stages.append(recorder.nodes)
+    fused = [isinstance(layer.step, FusedStep) for layer in layers]
+    return StepTrace(model, rule, batch, stages, fused)
+
+
+def _ring(network: Network, group: range, batch: int) -> Ring:
+    shape = network.output_shapes[group.start - 1] if group.start else network.input_shape
+    flat = len(network.infos[group.start].activation_shape) == 1
+    return Ring(2, batch, shape, META, flat_consumer=flat and group.start > 0)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that launch kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self._layer, self._phase, self._silent = "", "F", False
+
+    def begin(self, layer: str) -> None:
+        self.nodes, self._layer, self._phase = [], layer, "F"
+
+    def mark(self, what: str) -> None:
+        self._phase = "U" if what in ("U", "end") else "F"
+
+    def add(self, name: str, kind: str, num_bytes: int, flops: int, programs: int, trips: int = 1) -> None:
+        self.nodes.append(Node(self._layer, self._phase, name, kind, num_bytes, flops, programs, trips))
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        self._silent = True
+        yield
+        self._silent = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._silent and not _is_free(func) and not _copies_itself(func, args):
+            self._note(func, args, kwargs, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func._schema.name.removeprefix("aten::")
+        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+        moved = sum(t.numel() * t.element_size() for t in inputs + outputs)
+        values = max((t.numel() for t in inputs + outputs), default=1)
+        packet = func._overloadpacket
+        if name == "convolution":
+            self._convolution(packet, args, kwargs, out, moved)
+        elif name == "convolution_backward":
+            self._convolution_backward(args)
+        elif packet in flop_registry:
+            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            rows, columns = outputs[0].shape[-2:]
+            self.add(name, "matmul", moved, flops, _divide_up(rows, 64) * _divide_up(columns, 64), 2)
+        elif name.startswith("native_batch_norm"):
+            # Statistics (or sums), then one pass: two kernels that both read the large tensor.
+            self.add(f"{name} 1", "torch", moved // 2, 4 * values, 132, 2)
+            self.add(f"{name} 2", "torch", moved, 6 * values, _divide_up(values, 1024), 1)
+        else:
+            self.add(name, "torch", moved, values, _divide_up(values, 1024), 1)
+
+    def _convolution(self, packet: Any, args: Any, kwargs: Any, out: Tensor, moved: int) -> None:
+        x, weight, bias = args[:3]
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out)) // args[8]
+        pixels = out.numel() // out.shape[1]
+        programs = _divide_up(pixels, 64) * _divide_up(out.shape[1], 64)
+        self.add(_conv_name("forward", args[8]), "conv", moved, flops, programs, 2)
+        if bias is not None:
+            self.add("convolution's bias", "torch", 8 * out.numel(), out.numel(), _divide_up(out.numel(), 1024), 1)
+
+    def _convolution_backward(self, args: Any) -> None:
+        grad, x, weight = args[:3]
+        groups, mask = args[9], args[10]
+        sizes = [t.numel() * t.element_size() for t in (grad, x, weight)]
+        flops = 2 * grad.numel() * weight[0].numel()
+        if mask[0]:
+            pixels = x.numel() // x.shape[1]
+            programs = _divide_up(pixels, 64) * _divide_up(x.shape[1], 64)
+            self.add(_conv_name("input gradient", groups), "conv", sum(sizes), flops, programs, 2)
+        if mask[1]:
+            # The sum over pixels is long: split over the chip, then added up by a second kernel.
+            self.add(_conv_name("weight gradient", groups), "conv", sum(sizes), flops, 132, 2)
+            self.add(_conv_name("weight gradient's sum", groups), "conv", 8 * sizes[2], 8 * weight.numel(), 64, 1)
+        if mask[2]:
+            self.add("convolution's bias gradient", "torch", sizes[0], grad.numel(), 132, 2)
+
+
+class _Backend:
+    """The operations of `kernels.reference` on meta tensors; notes the launches of the Triton backend."""
+
+    __name__ = "step_trace"
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
+        with self._recorder.silence():
+            result = reference.norm_act_forward(conv, *args, **options)
+        side = options["latent_size"] if conv.dim() == 4 else min(options["latent_size"], 1)
+        plan = forward_plan(_shape(conv), side, options["pool"], options["pool_size"])
+        written = _size(result.latents, result.output, result.mask_sums, result.mask_xhat_sums)
+        self._add_passes("norm_act_forward", plan, _size(conv), _size(conv), written, conv.numel())
+        return result
+
+    def norm_act_backward(self, grad: Tensor, conv: Tensor, *args: Any, **options: Any) -> Any:
+        with self._recorder.silence():
+            result = reference.norm_act_backward(grad, conv, *args, **options)
+        side = options["latent_size"] if conv.dim() == 4 else 1
+        small = _size(grad, *args[4:6])
+        self._add_passes(
+            "norm_act_backward", backward_plan(_shape(conv), side), small, _size(conv, grad), _size(conv), conv.numel()
+        )
+        return result
+
+    def norm_act_backward_full(self, grad: Tensor, conv: Tensor, *args: Any, **options: Any) -> Any:
+        with self._recorder.silence():
+            result = reference.norm_act_backward_full(grad, conv, *args, **options)
+        both = _size(grad, conv)
+        plan = backward_plan(_shape(conv), 0)
+        self._add_passes("norm_act_backward_full", plan, both, both, _size(conv), conv.numel())
+        return result
+
+    def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
+        with self._recorder.silence():
+            result = reference.local_head(latents, labels, basis, modulation, **options)
+        batch, dim = latents.shape
+        rows = dim if basis is None else basis.shape[0]
+        classes = rows if modulation is None else modulation.shape[-1]
+        moved, flops = head_work(batch, dim, 0 if basis is None else rows, classes, _count(modulation))
+        # Latents, scores, the arrival, the last program's sums.
+        self._recorder.add("local_head", "fused", moved, flops, batch, 4)
+        if result.basis_grad is not None:
+            moved, flops = _size(latents, result.basis_grad), 2 * batch * rows * dim
+            self._recorder.add("batch_product", "fused", moved, flops, _divide_up(dim, 32), 3)
+        return result
+
+    def _add_passes(self, name: str, plan: Plan, reduced: int, read: int, written: int, values: int) -> None:
+        flops = _FLOPS_PER_VALUE * values
+        if plan.reduction is not None:
+            grid = plan.reduction.grid
+            self._recorder.add(f"{name}: reduction", "fused", reduced, flops // 2, grid[0] * grid[1], 1)
+        for index, part in enumerate(plan.passes):
+            # The pass merges the reduction's results (or makes them) before it reads the tensor.
+            moved = read + written if index == 0 else read
+            self._recorder.add(f"{name}: pass", "fused", moved, flops, part.grid[0] * part.grid[1], 2)
+
+
+class _Optimizer:
+    """Counts what the fused optimizer launches."""
+
+    def __init__(self, parameters: Sequence[Tensor], recorder: _Recorder) -> None:
+        self._parameters, self._recorder = list(parameters), recorder
+        self.param_groups: list[dict[str, Any]] = []
+
+    def step(self, grads: Any = None) -> None:
+        for first in range(0, len(self._parameters), _OPTIMIZER_TENSORS):
+            parameters = self._parameters[first : first + _OPTIMIZER_TENSORS]
+            values = sum(p.numel() for p in parameters)
+            programs = sum(_divide_up(p.numel(), 1024) for p in parameters)
+            moved = 4 * _ADAM_WORDS * values
+            self._recorder.add("optimizer (Adam)", "fused", moved, _ADAM_FLOPS * values, programs, 2)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class _Source:
+    """The dataset of stage 0."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self.start = torch.zeros((), dtype=torch.int64, device=META)
+
+    def load_at_cursor(self, item: Item, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        values = out[0].numel()
+        self._recorder.add("load_batch", "fused", 5 * values + 24 * item.size, 60 * values, _divide_up(values, 1024), 4)
+        return out
+
+
+def _is_free(func: Any) -> bool:
+    """Views and allocations launch nothing."""
+    name = func._schema.name.removeprefix("aten::")
+    if name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "lift")) or name.endswith("_like_empty"):
+        return True
+    returns = [r.alias_info for r in func._schema.returns]
+    return any(info is not None and not info.is_write for info in returns)
+
+
+def _copies_itself(func: Any, args: Any) -> bool:
+    """`x[2:] += y` ends in a copy of a view to itself, which torch leaves out."""
+    if func._schema.name != "aten::copy_":
+        return False
+    to, source = args[:2]
+    same_storage = to.untyped_storage()._cdata == source.untyped_storage()._cdata
+    return same_storage and to.storage_offset() == source.storage_offset() and to.stride() == source.stride()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _shape(conv: Tensor) -> Shape:
+    height, width = conv.shape[2:] if conv.dim() == 4 else (1, 1)
+    channels_last = conv.stride(1) == 1 and conv.shape[1] > 1
+    return Shape(conv.shape[0], conv.shape[1], height, width, channels_last, conv.element_size())
+
+
+def _conv_name(what: str, groups: int) -> str:
+    return f"{'depthwise ' if groups > 1 else ''}convolution {what}"
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _count(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
+
+
+def _divide_up(number: int, divisor: int) -> int:
+    return -(-number // divisor)
