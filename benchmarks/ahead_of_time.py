@@ -66,13 +66,17 @@ def head_rows() -> list[dict[str, Any]]:
     specs = [
         AOT_SPEC,
         replace(lls, name="LLS 512, of pieces"),
-        replace(lls, name="softsign + hinge 512, of pieces (examples/triton_rule.py)", constexprs=lls.constexprs | pieces),
+        replace(
+            lls,
+            name="softsign + hinge 512, of pieces (examples/triton_rule.py)",
+            constexprs={**lls.constexprs, **pieces},
+        ),
     ]
     return [compile_ahead(spec, arch) | _instructions(spec, arch) for spec in specs for arch in ARCHITECTURES]
 
 
 def nvcc_rows() -> tuple[str, list[dict[str, Any]]]:
-    """(nvcc's version, a row per kernel and architecture) from the report that a build leaves; ("", []) without nvcc."""
+    """(nvcc's version, a row per kernel and architecture) from the report of a build; ("", []) without nvcc."""
     from unlocked.kernels.cuda.build import build_library, find_compiler
 
     compiler = find_compiler()

@@ -193,8 +193,8 @@ class _Recorder(TorchDispatchMode):
             self.add(name, "torch", moved, values, _divide_up(values, 1024), 1)
 
     def _convolution(self, packet: Any, args: Any, kwargs: Any, out: Tensor, moved: int) -> None:
-        x, weight, bias = args[:3]
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=out)) // args[8]
+        bias = args[2]
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
         pixels = out.numel() // out.shape[1]
         programs = _divide_up(pixels, 64) * _divide_up(out.shape[1], 64)
         self.add(_conv_name("forward", args[8]), "conv", moved, flops, programs, 2)

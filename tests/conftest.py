@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "launch")]
 
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, print_blob=True)

@@ -22,7 +22,11 @@ class StageError(RuntimeError):
 
     def __init__(self, *, rank: int, stage: int, layers: str, action: str, cause: BaseException) -> None:
         self.cause, self.action = cause, action
-        super().__init__(f"stage {stage} (rank {rank}: {layers}) failed in {action}: {cause}")
+        where = f"stage {stage} (rank {rank}: {layers})"
+        if isinstance(cause, LinkLostError):  # the neighbour is the news, not who noticed
+            super().__init__(f"{cause}; noticed by {where} in {action}")
+        else:
+            super().__init__(f"{where} failed in {action}: {cause}")
 
 
 class StopRun(Exception):

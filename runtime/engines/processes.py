@@ -49,7 +49,7 @@ class ProcessesEngine:
         device = _device(job, world)
         store = connect(world, job.settings.start_timeout)
         hub = _Hub(job, world, make_sinks, num_stages, device) if world.rank == 0 else None
-        plan = exchange(store, "plan", hub.publish if hub else None, job.settings.start_timeout)
+        plan = exchange(store, world, "plan", hub.publish if hub else None, job.settings.start_timeout)
         parts = [range(start, stop) for start, stop in plan["parts"]]
         names = [[job.network.names[i] for i in part] for part in parts]
         client = CoordinatorClient(
@@ -61,7 +61,9 @@ class ProcessesEngine:
             start_timeout=job.settings.start_timeout,
         )
         client.open()
-        with _telling(client, world, names[world.rank]):
+        # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker died:
+        # this worker must live to say why.
+        with StopSignals(client.request_stop), _telling(client, world, names[world.rank]):
             worker = _Worker(job, world, store, parts, client, device)
             client.wait_started()
             setup = time.perf_counter() - began
@@ -139,12 +141,11 @@ class _Worker:
         """Works through all windows; the stage's final payload."""
         self.recorder.restart()
         began = time.perf_counter()
-        with StopSignals(self.client.request_stop):
-            for window in self.client.windows(self.job.settings.timeout):
-                items = list(self.job.plan.items(window.start, window.stop))
-                self.loop.run(items, stage_actions(self.index, self.num_stages, items))
-            if self.outbox is not None:
-                self.outbox.flush()
+        for window in self.client.windows(self.job.settings.timeout):
+            items = list(self.job.plan.items(window.start, window.stop))
+            self.loop.run(items, stage_actions(self.index, self.num_stages, items))
+        if self.outbox is not None:
+            self.outbox.flush()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began

@@ -1,12 +1,15 @@
 """How the processes of a run find each other: the environment that launchers set, and torch's key-value store."""
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +17,8 @@ import torch.distributed as dist
 __all__ = ["World", "connect", "exchange"]
 
 _HANDSHAKE_SECONDS = 5.0
+_SEEN_SECONDS = 5.0
+_runs = count()  # of this process
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -70,18 +75,13 @@ def connect(world: World, timeout: float) -> dist.Store:
     if not serve:
         _await_listener(world, timeout)
     try:
-        store = dist.TCPStore(
-            world.master_address,
-            world.master_port,
-            world.size,
-            is_master=serve,
-            timeout=timedelta(seconds=timeout if serve else _HANDSHAKE_SECONDS),
-            wait_for_workers=False,
-        )
+        store = _open_store(world, serve, timeout)
         store.set_timeout(timedelta(seconds=timeout))
         if served_by_agent:
-            # The agent's store outlives a restart of its workers, so every attempt has keys of its own.
-            return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # The agent's store outlives a run, and a restart of its workers: each run of each attempt has its own keys.
+            # All ranks do the same runs in the same order.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return dist.PrefixStore(f"attempt-{attempt}/run-{next(_runs)}", store)
         return store
     except (RuntimeError, ValueError) as error:
         if serve:
@@ -96,7 +96,7 @@ def connect(world: World, timeout: float) -> dist.Store:
 
 
 def exchange(
-    store: dist.Store, key: str, produce: Callable[[], dict[str, Any]] | None, timeout: float
+    store: dist.Store, world: World, key: str, produce: Callable[[], dict[str, Any]] | None, timeout: float
 ) -> dict[str, Any]:
     """Rank 0 (the one with `produce`) tells all others; its failure reaches them as well.
 
@@ -108,15 +108,53 @@ def exchange(
             content = {"value": produce()}
         except Exception as error:
             store.set(key, json.dumps({"error": str(error)}))
+            # This process may be the one that serves the store: the others must have read it before it ends.
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"{key}-seen-{rank}" for rank in range(1, world.size)], timedelta(seconds=_SEEN_SECONDS))
             raise
         store.set(key, json.dumps(content))
         return content["value"]
-    store.wait([key], timedelta(seconds=timeout))
-    content = json.loads(store.get(key))
+    try:
+        store.wait([key], timedelta(seconds=timeout))
+        content = json.loads(store.get(key))
+        store.set(f"{key}-seen-{world.rank}", "")
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank 0 did not say what to run within {timeout:g} s or ended during its set-up; its own message tells why"
+        ) from error
     if "error" in content:
         raise ValueError(content["error"])
     value: dict[str, Any] = content["value"]
     return value
+
+
+def _open_store(world: World, serve: bool, timeout: float) -> dist.TCPStore:
+    """Opens the store, or gives up on a port at which something else than a store listens and never answers."""
+    opened: list[dist.TCPStore | Exception] = []
+
+    def open_it() -> None:
+        try:
+            store = dist.TCPStore(
+                world.master_address,
+                world.master_port,
+                world.size,
+                is_master=serve,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+            )
+            opened.append(store)
+        except Exception as error:  # raised where it can be caught
+            opened.append(error)
+
+    # The handshake has no time limit of its own, so it gets a thread that can be left behind.
+    thread = threading.Thread(target=open_it, name="store-handshake", daemon=True)
+    thread.start()
+    thread.join(_HANDSHAKE_SECONDS)
+    if not opened:
+        raise RuntimeError(f"no handshake within {_HANDSHAKE_SECONDS:g} s")
+    if isinstance(opened[0], Exception):
+        raise opened[0]
+    return opened[0]
 
 
 def _await_listener(world: World, timeout: float) -> None:

@@ -1,0 +1,68 @@
+"""Real ranks for the tests: processes that are started as a launcher would start them, and never left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["PIPELINE", "free_port", "ranks", "torchrun"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PIPELINE = ROOT / "launch" / "pipeline.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ranks(size: int, command: Sequence[str], *, port: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
+    """`size` processes with the variables that launchers set; their output is piped."""
+    port = port or free_port()
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=ENVIRONMENT | world | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@contextmanager
+def torchrun(size: int, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The same under torchrun, in a process group of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    process = subprocess.Popen(
+        [*launcher, *command],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()

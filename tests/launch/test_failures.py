@@ -1,0 +1,108 @@
+"""Law 5: nobody hangs. Workers die, freeze or fail, and the others end within seconds with the cause on top."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import PIPELINE, free_port, ranks
+
+KILLS = int(os.environ.get("UNLOCKED_KILLS", "3"))  # 20 for the long check
+ENDLESS = ["--dataset", "synthetic", "--num-epochs", "1000", "--plain", "--no-eval"]
+
+
+def first_error(texts: list[str]) -> str:
+    return next(line for text in texts for line in text.splitlines() if line.startswith("error"))
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_worker_ends_all(number: int) -> None:
+    size = 2 + number % 2
+    victim = number % size
+    moment = random.Random(number).uniform(0.0, 1.0)
+    with ranks(size, [str(PIPELINE), *ENDLESS]) as started:
+        await_start(started[0])
+        # A random moment of the run: it moves with the machine's load, which is what is wanted.
+        deadline = time.monotonic() + moment
+        while time.monotonic() < deadline:
+            assert all(process.poll() is None for process in started)
+        started[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        texts = [process.communicate(timeout=10)[1] for process in started]
+        assert time.monotonic() - began < 10
+    codes = [process.returncode for process in started]
+    assert codes[victim] == -signal.SIGKILL
+    assert all(code == 1 for rank, code in enumerate(codes) if rank != victim), texts
+    others = [text for rank, text in enumerate(texts) if rank != victim]
+    assert f"stage {victim} (rank {victim}: " in first_error(others), others
+
+
+def await_start(process: object) -> None:
+    """Rank 0 prints its stages once all is decided."""
+    for line in process.stdout:  # type: ignore[attr-defined]
+        if "stage 1:" in line:
+            return
+    pytest.fail("rank 0 ended before it began")
+
+
+def test_a_non_finite_loss_names_layer_epoch_and_micro_batch() -> None:
+    flags = ["--optimizer", "SGD", "--lr", "1e38", "--num-epochs", "1", "--plain"]
+    with ranks(2, [str(PIPELINE), *flags]) as started:
+        texts = [process.communicate(timeout=60)[1] for process in started]
+    assert all(process.returncode not in (0, None) for process in started)
+    line = first_error(texts)
+    assert "the loss of layer" in line
+    assert "epoch 0" in line
+    assert "micro-batch" in line
+    assert not any("Traceback" in text for text in texts)
+
+
+def test_a_taken_coordinator_port_ends_every_rank() -> None:
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with ranks(2, [str(PIPELINE), "--coordinator-port", str(port), "--plain"]) as started:
+            texts = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], texts
+    assert all(f"port {port}" in text and "taken" in text and "Traceback" not in text for text in texts), texts
+
+
+def test_a_taken_master_port_ends_every_rank() -> None:
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with ranks(2, [str(PIPELINE), "--plain"], port=port) as started:
+            texts = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], texts
+    assert all(str(port) in text and "MASTER_PORT" in text and "Traceback" not in text for text in texts), texts
+
+
+def test_more_processes_than_layers_and_a_wrong_number_of_stages() -> None:
+    with ranks(6, [str(PIPELINE), "--plain"], port=free_port()) as started:
+        texts = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2] * 6
+    assert all("6 processes for the 5 layers" in text for text in texts), texts
+    with ranks(2, [str(PIPELINE), "--plain", "--stages", "3"]) as started:
+        texts = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert all("3 stages need 3 processes" in text for text in texts), texts
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_all_ranks_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    with ranks(2, [str(PIPELINE), *ENDLESS, "--summary", str(summary)]) as started:
+        await_start(started[0])
+        started[1].send_signal(number)
+        outputs = [process.communicate(timeout=30) for process in started]
+    assert [process.returncode for process in started] == [code, code], outputs
+    assert f"stopped by signal {int(number)}" in outputs[0][0]
+    assert summary.exists()

@@ -1,0 +1,73 @@
+"""One rank of the exactness tests: trains several small networks, one after the other, and writes what came out.
+
+python train_worker.py ENGINE OUT.json [--resume-from DIR]
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from unlocked.data import Augmentation, ImageDataset
+from unlocked.models import small_conv
+from unlocked.rules import LLS, LLS_M, LLS_MxM
+from unlocked.runtime import Trainer
+
+RULES = {"LLS": LLS, "LLS_M": LLS_M, "LLS_MxM": LLS_MxM}
+
+
+def main(engine: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    train, test = data()
+    rank = int(os.environ.get("RANK", "0"))
+    for name, rule in RULES.items():
+        for queue_depth in (1, 8):
+            for transport in ("shared", "group") if name == "LLS" and engine == "processes" else ("auto",):
+                trainer = Trainer(
+                    small_conv(3, 7, 16, dropout=0.2),
+                    rule=rule(temperature=0.5, label_smoothing=0.1),
+                    optimizer=partial(torch.optim.Adam, lr=1e-2),
+                    engine=engine,
+                    seed=3,
+                    queue_depth=queue_depth,
+                    statistics_batches=3,
+                    transport=transport,
+                    print_freq=2,
+                )
+                result = trainer.fit(train, epochs=2, batch_size=16, eval_data=test, eval_batch_size=25)
+                epochs = [{k: v for k, v in asdict(e).items() if k != "seconds"} for e in result.epochs]
+                line = {"rule": name, "sha256": result.weights_sha256, "epochs": epochs, "stages": result.stages}
+                if rank == 0:
+                    with out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+def data() -> tuple[ImageDataset, ImageDataset]:
+    """90 and 40 small images of 7 classes: with micro-batches of 16 and 25, both end in a partial one."""
+    generator = torch.Generator().manual_seed(0)
+    sets = []
+    for split, count in (("train", 90), ("test", 40)):
+        images = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 7, (count,), generator=generator)
+        augmentation = Augmentation(flip=True, crop_padding=2, erase_probability=0.3) if split == "train" else None
+        sets.append(
+            ImageDataset(
+                name="tiny",
+                split=split,
+                images=images,
+                labels=labels,
+                num_classes=7,
+                mean=(0.5, 0.5, 0.5),
+                std=(0.25, 0.25, 0.25),
+                augmentation=augmentation or Augmentation(),
+            )
+        )
+    return sets[0], sets[1]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
