@@ -116,7 +116,7 @@ class _replacing:
         self._path = path
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".writing-")
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix="writing-", suffix=".tmp")
         os.close(handle)
         self._temporary = Path(name)
         return self._temporary
