@@ -11,7 +11,8 @@ RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
-	    --dataset digits --model SmallConv --training-mode LLS --num-epochs 12
+	    --dataset digits --model SmallConv --training-mode LLS --num-epochs 12 \
+	    --lr-scheduler CosineAnnealingLR
 
 test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest

@@ -11,6 +11,12 @@ from ranks import ENVIRONMENT, PIPELINE
 
 from unlocked.launch.pipeline import main
 
+SUMMARY_FIELDS = {
+    *("engine", "stages", "model", "training_mode", "dataset", "epochs", "steps", "batch_size", "seed", "device"),
+    *("torch", "train_seconds", "setup_seconds", "images_per_second", "test_acc1", "test_loss", "local_losses"),
+    *("weights_sha256", "peak_memory_bytes", "busy_fraction"),
+}
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -66,30 +72,7 @@ def test_summary_trace_log_and_best_weights(tmp_path: Path, capsys: pytest.Captu
     engine = ["--engine", "streams", "--stages", "0-1,2-4", "--save-best-model", "--snapshot-every", "20"]
     assert main([*flags, *files, *engine]) == 0
     summary = json.loads((tmp_path / "s.json").read_text())
-    assert set(
-        [
-            "engine",
-            "stages",
-            "model",
-            "training_mode",
-            "dataset",
-            "epochs",
-            "steps",
-            "batch_size",
-            "seed",
-            "device",
-            "torch",
-            "train_seconds",
-            "setup_seconds",
-            "images_per_second",
-            "test_acc1",
-            "test_loss",
-            "local_losses",
-            "weights_sha256",
-            "peak_memory_bytes",
-            "busy_fraction",
-        ]
-    ) <= set(summary)
+    assert SUMMARY_FIELDS <= set(summary)
     assert summary["stages"] == [["conv1", "conv2"], ["conv3", "linear1", "output"]]
     assert summary["steps"] == 46
     assert set(summary["local_losses"]) == {"conv1", "conv2", "conv3", "linear1", "output"}
