@@ -68,6 +68,8 @@ class StageReporter:
         lr_factor: epoch -> what the learning rate is multiplied by.
         outlet: where records go.
         start: the first stream position of this run.
+        best_dir: where the layers go as they were evaluated, if the best weights are to be kept.
+        queue_fill: how full the incoming edge is, 0 to 1.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class StageReporter:
         start: int = 0,
         rank: int = 0,
         best_dir: Path | None = None,
+        queue_fill: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._stage, self._plan, self._recorder, self._outlet = stage, plan, recorder, outlet
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
-        self._best_dir = best_dir
+        self._best_dir, self._queue_fill = best_dir, queue_fill
         self._device = stage.layers[0].device
         self.images = 0
         """Training images that went through this stage."""
@@ -157,6 +160,7 @@ class StageReporter:
             busy_seconds=self._recorder.busy,
             wait_seconds=self._recorder.waiting,
             seconds=time.perf_counter() - self._run_began,
+            queue_fill=self._queue_fill(),
             local_losses=self._losses,
         )
 

@@ -1,54 +1,107 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes: the gpu tests, the single-GPU benchmark, and what they say.
+# Everything that needs a GPU, in one command and under nine minutes: tests, then timings.
 #
-#   scripts/gpu_check.sh [OUTPUT_FOLDER]        (default: benchmarks/results/latest)
+#   scripts/gpu_check.sh [FOLDER]        # default: benchmarks/results/latest
 #
-# Needs torch 2.11 or newer with CUDA, Triton 3.6 or newer, pytest, hypothesis and this project's dependencies; it
-# installs nothing. Every part has a time limit of its own, and a part that fails does not stop the others. Keep what
-# it leaves as benchmarks/results/WHAT_GPU_DATE.json.
-set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results/latest}
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Needs python3 with torch, triton, pytest and the package's other dependencies (wheels may be put on PYTHONPATH); no
+# network. Every step has a time limit and the next one runs whatever happened. FOLDER gets a log and the results as
+# JSON. Exit status: 0 all well, 1 a test failed, 2 only a benchmark failed, 3 the machine can't run it.
+set -u
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+folder=${1:-"$root/benchmarks/results/latest"}
 python=${PYTHON:-python3}
+mkdir -p "$folder" || exit 3
+folder=$(cd "$folder" && pwd)
+cd "$root" || exit 3
+export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)}
+export COMMIT
+unset TRITON_INTERPRET
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu_check: no CUDA device that torch can use; run this on a machine with one" >&2
+    echo "gpu_check: $python finds no CUDA device (or no torch); run this on a machine with an NVIDIA GPU" >&2
     exit 3
 fi
-mkdir -p "$out"
-status=0
+if ! problem=$("$python" -c 'import numpy, triton, pytest, hypothesis, zmq, msgpack, rich, sklearn, unlocked.runtime' 2>&1); then
+    echo "gpu_check: ${problem##*$'\n'}; put the missing package's wheel on PYTHONPATH" >&2
+    exit 3
+fi
 
-# part NAME SECONDS COMMAND...: runs it under a limit, keeps its output, remembers a failure.
-part() {
-    local name=$1 limit=$2
+log=$folder/gpu_check.log
+: >"$log"
+names=() states=() times=()
+tests_failed=0 benchmarks_failed=0
+
+# step NAME SECONDS COMMAND...: runs with a limit, keeps its output, remembers how it went.
+step() {
+    local name=$1 limit=$2 began=$SECONDS status
     shift 2
-    local began=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
-    local code=$?
-    printf '%-14s exit %3d  %4d s  %s\n' "$name" "$code" $((SECONDS - began)) "$(tail -n 1 "$out/$name.log" | cut -c1-90)"
-    [ "$code" -eq 0 ] || status=1
+    printf '\n==== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$log"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$folder/$name.log" | tail -n 40
+    status=${PIPESTATUS[0]}
+    cat "$folder/$name.log" >>"$log"
+    names+=("$name")
+    times+=($((SECONDS - began)))
+    case $status in
+        0) states+=("ok") ;;
+        5) states+=("no tests") ;;
+        124 | 137) states+=("out of time") ;;
+        *) states+=("failed ($status)") ;;
+    esac
+    if [[ $status -ne 0 ]]; then
+        case $name in
+            tests-*) tests_failed=1 ;;
+            *) benchmarks_failed=1 ;;
+        esac
+    fi
 }
 
-"$python" - >"$out/environment.json" <<'PY'
-import json, platform, subprocess, torch
-try:
-    import triton
-    triton_version = triton.__version__
-except ImportError:
-    triton_version = None
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-print(json.dumps({
-    "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-    "triton": triton_version, "python": platform.python_version(), "commit": commit,
-}, indent=1))
-PY
-cat "$out/environment.json"
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    workers=(-n 4)
+fi
 
-part tests 230 "$python" -m pytest -q -p no:cacheprovider --maxfail=30 --tb=short tests/kernels tests/runtime \
-    --deselect tests/kernels/test_aot.py
-part single_gpu 200 "$python" benchmarks/single_gpu.py --repeats 1 --json "$out/single_gpu.json"
-part timeline 60 "$python" benchmarks/single_gpu.py --repeats 1 --max-steps 600 --only "LLS streams" \
-    --trace "$out/timeline.json"
-tail -n 14 "$out/single_gpu.log"
-exit "$status"
+# 120 + 130 + 150 + 120 = 520 seconds.
+step tests-gpu 120 "$python" -m pytest -p no:cacheprovider tests/kernels tests/workers tests/runtime -m gpu
+step tests-kernels 130 "$python" -m pytest -p no:cacheprovider "${workers[@]}" tests/kernels -m "not gpu"
+step kernels 150 "$python" benchmarks/kernels.py --time-limit 120 --json "$folder/kernels.json"
+step single_gpu 120 "$python" benchmarks/single_gpu.py --repeats 1 --max-steps 2000 --json "$folder/single_gpu.json" \
+    --only "LLS streams" "LLS_M streams" "LLS_MxM streams" "LLS streams cuda" "LLS sequential graph" "BP graph" \
+    "BP compiled graph"
+
+"$python" - "$folder" <<'PYTHON'
+import json, os, platform, sys
+
+import torch
+import triton
+
+environment = {
+    "gpu": torch.cuda.get_device_name(),
+    "torch": torch.__version__,
+    "triton": triton.__version__,
+    "cuda": torch.version.cuda,
+    "python": platform.python_version(),
+    "commit": os.environ.get("COMMIT") or None,
+}
+with open(os.path.join(sys.argv[1], "environment.json"), "w") as file:
+    json.dump(environment, file, indent=1)
+PYTHON
+
+{
+    printf '\n==== results in %s\n' "$folder"
+    sed -n '/^== summary/,$p' "$folder/kernels.log"
+    grep -A 20 '^contender' "$folder/single_gpu.log" || true
+    for name in tests-gpu tests-kernels; do
+        grep -E '^(FAILED|ERROR)' "$folder/$name.log" | cut -c 1-160 | head -n 12
+        printf '%s: %s\n' "$name" "$(tail -n 1 "$folder/$name.log")"
+    done
+    printf '\n%-16s %-16s %6s\n' step outcome seconds
+    for i in "${!names[@]}"; do
+        printf '%-16s %-16s %6s\n' "${names[$i]}" "${states[$i]}" "${times[$i]}"
+    done
+} | tee -a "$log"
+
+if [[ $tests_failed -ne 0 ]]; then exit 1; fi
+if [[ $benchmarks_failed -ne 0 ]]; then exit 2; fi

@@ -9,6 +9,7 @@ handshakes over TCP take about a millisecond on a busy two-core machine (`benchm
 import contextlib
 import mmap
 import os
+import select
 import socket
 import tempfile
 from collections import deque
@@ -95,6 +96,8 @@ class SharedInEdge:
         self._layout, self._slots = layout, _slots(layout, memory, depth)
         self._link, self._neighbour, self._timeout = link, neighbour, timeout
         link.settimeout(timeout)
+        self.fill = 0.0
+        """Moving average of the share of slots that were full when the stage asked for the next one."""
         self._arrived = 0
         self._next = 0
         self._expected: deque[Item] = deque()
@@ -105,6 +108,8 @@ class SharedInEdge:
     def receive(self, item: Item) -> tuple[Tensor, Tensor]:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
+        self._arrived += _count_waiting(self._link)
+        self.fill += 0.1 * (self._arrived / len(self._slots) - self.fill)
         while not self._arrived:
             self._arrived += _count_bytes(self._link, self._neighbour, self._timeout)
         self._arrived -= 1
@@ -182,6 +187,15 @@ def _count_bytes(link: socket.socket, neighbour: str, timeout: float) -> int:
     if not received:
         raise LinkLostError(f"the link to {neighbour} broke (its process ended)")
     return received
+
+
+def _count_waiting(link: socket.socket) -> int:
+    """The same without waiting; what is wrong with the link shows when it is waited for."""
+    if not select.select([link], [], [], 0)[0]:  # a flag of recv would not do: a socket with a timeout waits first
+        return 0
+    with contextlib.suppress(OSError):
+        return len(link.recv(4096))
+    return 0
 
 
 def _send_byte(link: socket.socket, neighbour: str) -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from unlocked.runtime.engines.local import steps_before
 from unlocked.runtime.engines.rendezvous import World, connect, exchange
 from unlocked.runtime.job import Job, SinkMaker, peak_memory_bytes
 from unlocked.runtime.messages import stage_name
-from unlocked.runtime.metrics import EpochResult, FanOut, MetricsSink, StageProgress
+from unlocked.runtime.metrics import EpochResult, FanOut, MetricsSink
 from unlocked.runtime.reporter import StageReporter
 from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
 from unlocked.runtime.schedule import stage_actions
@@ -57,7 +56,7 @@ class ProcessesEngine:
             stage=world.rank,
             rank=world.rank,
             layers=names[world.rank],
-            on_abort=lambda message: _abort(message, world.rank, names[0]),
+            on_abort=lambda message: _abort(message, world.rank, names[0], hub),
             start_timeout=job.settings.start_timeout,
         )
         client.open()
@@ -105,6 +104,7 @@ class _Worker:
             start=job.start,
             rank=world.rank,
             best_dir=job.settings.best_dir,
+            queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
         rows = max(min(job.plan.batch_size, job.plan.train_size), min(job.plan.eval_batch_size, job.plan.eval_size))
         timeout = job.settings.timeout
@@ -181,6 +181,7 @@ class _Hub:
         self._job, self._world, self._num_stages, self._device = job, world, num_stages, device
         self.epochs = _EpochKeeper()
         self._make_sinks = make_sinks
+        self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
 
     def publish(self) -> dict[str, Any]:
@@ -188,7 +189,8 @@ class _Hub:
         job = self._job
         costs = job.costs(self._device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
         parts = job.partition(costs, self._num_stages)
-        self._sinks = FanOut([self.epochs, _QueueFill(self._make_sinks(), job.settings.queue_depth)])
+        self._own_sinks = self._make_sinks()
+        self._sinks = FanOut([self.epochs, *self._own_sinks])
         self._sinks.on_start(job.run_info(parts))
         local = self._world.is_local
         self._coordinator = Coordinator(
@@ -209,6 +211,13 @@ class _Hub:
             "address": self._coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
         }
+
+    def close_sinks(self) -> None:
+        """Gives the terminal back before the process ends: a live dashboard hides the cursor."""
+        for sink in self._own_sinks:
+            close = getattr(sink, "close", None)
+            if close is not None:
+                close()
 
     def collect(self, parts: list[range], predicted: list[float], client: CoordinatorClient) -> RunResult:
         assert self._coordinator is not None
@@ -262,22 +271,6 @@ class _EpochKeeper:
         raise AttributeError(name)
 
 
-class _QueueFill:
-    """Tells how full a stage's incoming edge is from how far its neighbour is ahead of it."""
-
-    def __init__(self, sinks: Sequence[MetricsSink], queue_depth: int) -> None:
-        self._sinks, self._slots = FanOut(sinks), queue_depth + 1
-        self._positions: dict[int, int] = {}
-
-    def on_progress(self, progress: StageProgress) -> None:
-        self._positions[progress.stage] = progress.position
-        ahead = self._positions.get(progress.stage - 1, progress.position) - progress.position
-        self._sinks.on_progress(replace(progress, queue_fill=min(max(ahead / self._slots, 0.0), 1.0)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sinks, name)
-
-
 def _number_of_stages(job: Job, world: World) -> int:
     layers, stages = len(job.network.blocks), job.settings.stages
     if isinstance(stages, str):
@@ -327,8 +320,10 @@ def _telling(client: CoordinatorClient, world: World, layers: Sequence[str]) -> 
         raise
 
 
-def _abort(message: str, rank: int, first_layers: Sequence[str]) -> None:
+def _abort(message: str, rank: int, first_layers: Sequence[str], hub: "_Hub | None") -> None:
     """Ends this process at once: its main thread may be waiting inside native code."""
+    if hub is not None:
+        hub.close_sinks()
     lost = message.startswith("the coordinator")
     if lost:
         message = f"{stage_name(0, 0, first_layers)} is lost: {message}"

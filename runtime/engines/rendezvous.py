@@ -19,6 +19,7 @@ __all__ = ["World", "connect", "exchange"]
 _HANDSHAKE_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
 _runs = count()  # of this process
+_stores: dict[tuple[str, int], dist.TCPStore] = {}  # kept open until the process ends
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -64,35 +65,41 @@ class World:
 
 
 def connect(world: World, timeout: float) -> dist.Store:
-    """The run's key-value store: torchrun's own where there is one, else served by rank 0.
+    """The run's part of the processes' key-value store: torchrun's own where there is one, else served by rank 0.
+
+    One store serves all runs of a process: a second server on the same port could take a rank that is early for the
+    next run. Each run of each attempt has keys of its own; all ranks do the same runs in the same order.
 
     Raises:
         ValueError: the port is taken, or nobody answers at MASTER_ADDR:MASTER_PORT within `timeout` seconds.
     """
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serve = world.rank == 0 and not served_by_agent
+    where = (world.master_address, world.master_port)
+    store = _stores.get(where)
+    if store is None:
+        if not serve:
+            _await_listener(world, timeout)
+        try:
+            store = _stores[where] = _open_store(world, serve, timeout)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(_no_store(world, serve)) from error
+    store.set_timeout(timedelta(seconds=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}/run-{next(_runs)}", store)
+
+
+def _no_store(world: World, serve: bool) -> str:
     where = f"{world.master_address}:{world.master_port}"
-    if not serve:
-        _await_listener(world, timeout)
-    try:
-        store = _open_store(world, serve, timeout)
-        store.set_timeout(timedelta(seconds=timeout))
-        if served_by_agent:
-            # The agent's store outlives a run, and a restart of its workers: each run of each attempt has its own keys.
-            # All ranks do the same runs in the same order.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return dist.PrefixStore(f"attempt-{attempt}/run-{next(_runs)}", store)
-        return store
-    except (RuntimeError, ValueError) as error:
-        if serve:
-            raise ValueError(
-                f"port {world.master_port} on {world.master_address} is taken or not this machine's; choose another "
-                "MASTER_PORT"
-            ) from error
-        raise ValueError(
-            f"{where} does not answer as rank 0 of this run: another program may hold the port, or rank 0 "
-            "failed; choose another MASTER_PORT"
-        ) from error
+    if serve:
+        return (
+            f"port {world.master_port} on {world.master_address} is taken or not this machine's; choose another "
+            "MASTER_PORT"
+        )
+    return (
+        f"{where} does not answer as rank 0 of this run: another program may hold the port, or rank 0 failed; choose "
+        "another MASTER_PORT"
+    )
 
 
 def exchange(
