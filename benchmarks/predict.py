@@ -34,9 +34,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite this document's tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all predictions")
-    parser.add_argument(
-        "--quick", action="store_true", help="the summary of SmallConv only (the default prints it too)"
-    )
     options = parser.parse_args()
     print(_steps())
     if options.update:

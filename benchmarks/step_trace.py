@@ -271,7 +271,8 @@ class _Backend:
         flops = _FLOPS_PER_VALUE * values
         if plan.reduction is not None:
             grid = plan.reduction.grid
-            self._recorder.add(f"{name}: reduction", "fused", reduced, flops // 2, grid[0] * grid[1], 1)
+            # About five operations for each float32 that is read.
+            self._recorder.add(f"{name}: reduction", "fused", reduced, 5 * reduced // 4, grid[0] * grid[1], 1)
         for index, part in enumerate(plan.passes):
             # The pass merges the reduction's results (or makes them) before it reads the tensor.
             moved = read + written if index == 0 else read

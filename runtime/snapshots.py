@@ -7,6 +7,7 @@ written; a folder without one does not count. Local rules keep no state across l
 
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -77,8 +78,9 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
             layer.load_state_dict(state)
         except FileNotFoundError as error:
             raise ValueError(f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}") from error
-        except (RuntimeError, EOFError, KeyError, OSError) as error:
-            raise ValueError(f"snapshot file {path} is damaged or of another network: {error}") from error
+        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise ValueError(f"snapshot file {path} is damaged or of another network: {reason}") from error
 
 
 def write_manifest(root: Path, *, position: int, steps: int, settings: Mapping[str, Any]) -> None:

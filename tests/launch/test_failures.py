@@ -10,7 +10,8 @@ import pytest
 from ranks import PIPELINE, free_port, ranks
 
 KILLS = int(os.environ.get("UNLOCKED_KILLS", "3"))  # 20 for the long check
-ENDLESS = ["--dataset", "synthetic", "--num-epochs", "1000", "--plain", "--no-eval"]
+ENDLESS = ["--dataset", "synthetic", "--num-epochs", "1000", "--plain", "--no-eval", "--print-freq", "2"]
+NAMED = ["--experiment-name", "run", "--save-path"]
 
 
 def first_error(texts: list[str]) -> str:
@@ -18,12 +19,12 @@ def first_error(texts: list[str]) -> str:
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_worker_ends_all(number: int) -> None:
+def test_a_killed_worker_ends_all(number: int, tmp_path: Path) -> None:
     size = 2 + number % 2
     victim = number % size
     moment = random.Random(number).uniform(0.0, 1.0)
-    with ranks(size, [str(PIPELINE), *ENDLESS]) as started:
-        await_start(started[0])
+    with ranks(size, [str(PIPELINE), *ENDLESS, *NAMED, str(tmp_path)]) as started:
+        await_start(tmp_path)
         # A random moment of the run: it moves with the machine's load, which is what is wanted.
         deadline = time.monotonic() + moment
         while time.monotonic() < deadline:
@@ -39,12 +40,13 @@ def test_a_killed_worker_ends_all(number: int) -> None:
     assert f"stage {victim} (rank {victim}: " in first_error(others), others
 
 
-def await_start(process: object) -> None:
-    """Rank 0 prints its stages once all is decided."""
-    for line in process.stdout:  # type: ignore[attr-defined]
-        if "stage 1:" in line:
-            return
-    pytest.fail("rank 0 ended before it began")
+def await_start(folder: Path) -> None:
+    """Until the last stage has reported its first micro-batches: before, only a launcher can know of a death."""
+    log = folder / "run" / "train.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "Epoch: [0]" in log.read_text()):
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.05)
 
 
 def test_a_non_finite_loss_names_layer_epoch_and_micro_batch() -> None:
@@ -99,8 +101,8 @@ def test_more_processes_than_layers_and_a_wrong_number_of_stages() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_all_ranks_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
-    with ranks(2, [str(PIPELINE), *ENDLESS, "--summary", str(summary)]) as started:
-        await_start(started[0])
+    with ranks(2, [str(PIPELINE), *ENDLESS, *NAMED, str(tmp_path), "--summary", str(summary)]) as started:
+        await_start(tmp_path)
         started[1].send_signal(number)
         outputs = [process.communicate(timeout=30) for process in started]
     assert [process.returncode for process in started] == [code, code], outputs

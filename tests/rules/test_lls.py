@@ -126,7 +126,7 @@ def test_forward_is_the_formula(mode: str, layer: LayerInfo) -> None:
     scores = _scores(mode, z, "cosine", own.get("feedback", empty), own.get("modulation", empty))
     # The wave itself is float32: its sine differs between libraries by a unit in the last place.
     expected = _cross_entropy(scores / 0.7, labels.numpy(), 0.1)
-    assert float(rule(activations, labels)) == pytest.approx(expected, rel=1e-6)
+    assert rule(activations, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["LLS", "LLS_MxM_reduced"])
@@ -137,7 +137,7 @@ def test_the_square_waveform_is_the_sign(mode: str) -> None:
     own = {name: value.detach().numpy() for name, value in rule.named_parameters()}
     z = _latents(activations.detach().numpy(), layer.latent_size)
     scores = _scores(mode, z, "square", own.get("feedback", np.zeros(0)), np.zeros(0))
-    assert float(rule(activations, labels)) == pytest.approx(_cross_entropy(scores, labels.numpy(), 0.0), rel=1e-12)
+    assert rule(activations, labels).item() == pytest.approx(_cross_entropy(scores, labels.numpy(), 0.0), rel=1e-12)
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -233,5 +233,5 @@ def test_bad_values_say_what_is_valid(options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("name", ["lls", "LLS_", "Hebb", ""])
 def test_unknown_names_list_the_valid(name: str) -> None:
-    with pytest.raises(ValueError, match="valid: LLS, LLS_M, .*LocalLosses, BP"):
+    with pytest.raises(ValueError, match=r"valid: LLS, LLS_M, .*LocalLosses, BP"):
         get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")

@@ -1,0 +1,165 @@
+"""The benchmarks without a GPU: they start, refuse clearly, count a step's kernels, and predict from the counts."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = ("ahead_of_time", "kernels", "predict", "single_gpu")
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Any]:
+    """Imports modules of benchmarks/ when a test asks (triton has to be imported after tests/kernels/conftest.py)."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_help() -> None:
+    commands = [[sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"] for script in SCRIPTS]
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    for script, process in zip(SCRIPTS, running, strict=True):
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, f"{script}: {errors}"
+        assert "usage:" in printed
+
+
+@no_gpu
+@pytest.mark.parametrize("script", ["kernels", "single_gpu"])
+def test_without_a_gpu_one_line_says_so(script: str) -> None:
+    result = run(script, *(["--quick"] if script == "kernels" else []))
+    assert result.returncode == 1
+    assert "needs a CUDA device" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@no_gpu
+def test_gpu_check_refuses_with_one_line(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "gpu_check.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    result = subprocess.run(
+        [str(script), str(tmp_path)],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 3
+    assert "finds no CUDA device" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_gpu_check_stays_under_nine_minutes() -> None:
+    lines = (ROOT / "scripts" / "gpu_check.sh").read_text().splitlines()
+    limits = [int(line.split()[2]) for line in lines if line.startswith("step ")]
+    assert len(limits) == 4
+    assert sum(limits) <= 530
+
+
+@no_gpu
+def test_contenders_agree_with_the_reference() -> None:
+    result = run("kernels", "--check", "--only", "local", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "0 wrong on cpu"
+    for contender in ("triton", "eager", "hand"):
+        assert f" {contender} " in result.stdout
+
+
+def test_check_finds_a_wrong_contender(load: Any) -> None:
+    kernels, cases = load("kernels"), load("kernel_cases")
+    right, wrong = torch.arange(4.0), torch.tensor([0.0, 1.0, 2.0, float("nan")])
+    case = cases.Case("op", "4", 16, 4, {"reference": lambda i: lambda: (right,), "bad": lambda i: lambda: (wrong,)})
+    assert kernels.check(case, ["bad"]) == {"bad": float("inf")}
+    assert kernels.check_all(iter([case]), torch.device("cpu")) == 1
+
+
+def test_a_layer_of_lls_is_six_kernels_of_ours(load: Any) -> None:
+    trace = load("step_trace").trace_local("SmallConv", 64)
+    assert trace.fused == [True] * 5
+    conv2 = [node.name for node in trace.stages[1] if node.kind == "fused"]
+    assert conv2 == [
+        "norm_act_forward: reduction",
+        "norm_act_forward: pass",
+        "local_head",
+        "norm_act_backward: reduction",
+        "norm_act_backward: pass",
+        "optimizer (Adam)",
+    ]
+    (forward,) = [node for node in trace.stages[1] if node.name == "convolution forward"]
+    assert forward.flops == 2 * 64 * 16 * 16 * 64 * 32 * 9
+    assert forward.bytes == 4 * (64 * 32 * 16 * 16 + 64 * 64 * 16 * 16 + 64 * 32 * 9)
+
+
+def test_backpropagation_has_input_gradients_and_lls_has_none(load: Any) -> None:
+    step_trace = load("step_trace")
+    local, whole = step_trace.trace_local("SmallConv", 64), step_trace.trace_backpropagation("SmallConv", 64)
+    inputs = [[n.flops for n in t.nodes if n.name == "convolution input gradient"] for t in (local, whole)]
+    assert inputs[0] == []
+    # The second and the third convolution; nobody asks for the gradient of the images.
+    assert sorted(inputs[1]) == [2 * 64 * 8 * 8 * 128 * 64 * 9, 2 * 64 * 16 * 16 * 64 * 32 * 9]
+
+
+def test_a_node_takes_its_latency_and_its_bytes(load: Any) -> None:
+    model, step_trace = load("cost_model"), load("step_trace")
+    node = step_trace.Node("conv1", "F", "copy", "fused", 4_300_000, 0, 10_000, trips=1)
+    assert model.floor_us(node, model.H200) == pytest.approx(1.0)
+    assert model.node_us(node, model.H200) == pytest.approx(model.H200.node + model.H200.trip + 1.0)
+    # One program draws twice one multiprocessor's share of the bandwidth.
+    alone = step_trace.Node("conv1", "F", "copy", "fused", 4_300_000, 0, 1, trips=0)
+    assert model.node_us(alone, model.H200) == pytest.approx(model.H200.node + 132 / 2)
+
+
+def test_the_pipeline_lies_between_its_bounds(load: Any) -> None:
+    model, step_trace = load("cost_model"), load("step_trace")
+    found = model.predict(step_trace.trace_local("SmallConv", 64), model.H200)
+    assert found.serial == pytest.approx(sum(found.stages))
+    assert found.streamed == pytest.approx(max(*found.stages, found.device), rel=0.02)
+    assert found.device < found.streamed < found.serial
+    steps = model.EPOCHS * model.STEPS_PER_EPOCH
+    assert found.run_seconds(model.H200, streamed=False) > 1e-6 * steps * found.serial
+
+
+def test_the_document_has_every_table_and_no_unknown_one(load: Any) -> None:
+    predict = load("predict")
+    text = (ROOT / "docs" / "feasibility.md").read_text()
+    for name in predict.TABLES:
+        assert text.count(f"<!-- table: {name} -->") == 1
+    updated = predict.update_document("before\n<!-- table: assumptions -->\nold\n<!-- end -->\nafter\n")
+    assert "old" not in updated
+    assert "vendor datasheet" in updated
+    assert updated == predict.update_document(updated)
+    with pytest.raises(ValueError, match="'nonsense' is not known"):
+        predict.update_document("<!-- table: nonsense -->\n<!-- end -->")
+
+
+def test_the_report_of_ptxas_is_read(load: Any) -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'first' for 'sm_90a'\n"
+        "ptxas info    : Function properties for first\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 44 registers, used 1 barriers, 8192 bytes smem\n"
+        "ptxas info    : Compiling entry function 'second' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 32 registers, used 0 barriers\n"
+    )
+    first, second = load("ahead_of_time").parse_ptxas(log)
+    assert first == {"name": "first", "registers": 44, "spills": 12, "stack": 16, "shared_bytes": 8192}
+    assert second == {"name": "second", "registers": 32, "spills": 0, "stack": 0, "shared_bytes": 0}
