@@ -1,0 +1,41 @@
+"""What the README says can be done, done."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_python_example_runs() -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) > 90
+
+
+def test_the_commands_run() -> None:
+    """`make demo` and `make test` are continuous integration's business."""
+    lines = [line for block in blocks("sh") for line in block.splitlines() if not line.startswith("make ")]
+    assert len(lines) == 3
+    for line in lines:
+        words = line.split()
+        launcher = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
+        done = subprocess.run(
+            [*launcher, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, (line, done.stderr)
+        assert "test accuracy" in done.stdout
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in t]
+    assert len(targets) > 5
+    for target in targets:
+        assert (ROOT / target).exists(), target
