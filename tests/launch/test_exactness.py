@@ -38,7 +38,7 @@ def test_processes_equal_the_plain_loop(size: int, expected: list[dict], tmp_pat
     """LLS, LLS_M, LLS_MxM; partial last batches, evaluation, queue depth 1 and 8, dropout, augmentation."""
     out = tmp_path / "out.jsonl"
     with ranks(size, [WORKER, "processes", str(out)]) as started:
-        texts = [process.communicate(timeout=120)[1] for process in started]
+        texts = [process.communicate(timeout=300)[1] for process in started]
         assert [process.returncode for process in started] == [0] * size, texts
     compare(read(out), expected, size)
 
@@ -46,6 +46,6 @@ def test_processes_equal_the_plain_loop(size: int, expected: list[dict], tmp_pat
 def test_the_same_under_torchrun(expected: list[dict], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with torchrun(2, [WORKER, "processes", str(out)]) as process:
-        _, text = process.communicate(timeout=120)
+        _, text = process.communicate(timeout=300)
         assert process.returncode == 0, text
     compare(read(out), expected, 2)

@@ -240,9 +240,9 @@ def test_the_triton_kernels_follow_the_authors_trajectory(mode: str, monkeypatch
     golden = load_golden(paths[0])
 
     def step(index: int) -> StepFactory:
-        return fused_step(reference if index < 2 else backend)
+        return fused_step(backend)
 
     found = run(golden, step, steps=2)
     assert all(isinstance(layer.optimizer, triton.FusedOptimizer) for layer in found.layers)
-    assert [getattr(layer.step, "backend", None) for layer in found.layers] == [reference] * 2 + [backend] * 3
+    assert [getattr(layer.step, "backend", None) for layer in found.layers] == [backend] * 5
     _check_steps(golden, found)
