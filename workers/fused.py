@@ -36,7 +36,7 @@ def fused_step(backend: ModuleType) -> StepFactory:
     """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
 
     def build(layer: Layer) -> Step:
-        layer.optimizer = _fuse_optimizer(layer)
+        layer.optimizer = _fuse_optimizer(layer, backend)
         body = _body(layer)
         if body is None or layer.rule.head_arguments() is None:
             return AutogradStep(layer)
@@ -279,11 +279,15 @@ def _usable(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
     return norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _fuse_optimizer(layer: Layer) -> Any:
-    """One kernel for all of the layer's parameters, where Triton runs and knows the optimizer; else it as it is."""
+def _fuse_optimizer(layer: Layer, backend: ModuleType) -> Any:
+    """One kernel for all of the layer's parameters, where Triton runs and knows the optimizer; else it as it is.
+
+    On a CPU Triton only runs in its interpreter, which is for tests of Triton: other backends leave it alone there.
+    """
     optimizer = layer.optimizer
     triton = importlib.import_module("unlocked.kernels.triton")
-    if optimizer is None or triton.unavailable(layer.device):
+    interpreted = layer.device.type == "cpu" and backend is not triton
+    if optimizer is None or interpreted or triton.unavailable(layer.device):
         return optimizer
     return importlib.import_module("unlocked.kernels.triton.optim").from_torch(optimizer) or optimizer
 
