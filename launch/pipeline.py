@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unlocked.launch.options import RunOptions, parse
+
+if TYPE_CHECKING:
+    from unlocked.runtime.metrics import MetricsSink
 
 __all__ = ["main", "optimizer_factory", "run", "summary"]
 
@@ -45,6 +48,7 @@ def run(options: RunOptions) -> int:
     from unlocked.models import get_model
     from unlocked.rules import get_rule
     from unlocked.runtime import Trainer
+    from unlocked.runtime.dashboard import Dashboard
     from unlocked.runtime.learning_rate import lr_schedule
 
     rule: Any = "BP"
@@ -62,6 +66,8 @@ def run(options: RunOptions) -> int:
     lr_factor = lr_schedule(
         options.lr_scheduler, epochs=options.num_epochs, milestones=options.milestone, gamma=options.gamma
     )
+    for flag, path in (("--summary", options.summary), ("--trace", options.trace)):
+        _check_writable(flag, path)
     with _one_download(options.dataset_dir):
         train, test = load_dataset(options.dataset, options.dataset_dir)
     channels, height, _ = train.image_shape
@@ -72,6 +78,7 @@ def run(options: RunOptions) -> int:
         image_size=height,
         dropout=options.dropout,
     )
+    sinks: list[MetricsSink] = []
     trainer = Trainer(
         model,
         rule=rule,
@@ -94,17 +101,22 @@ def run(options: RunOptions) -> int:
         transport=options.transport,
         coordinator_port=options.coordinator_port,
         best_dir=folder / "best" if folder is not None and options.save_best_model else None,
-        sinks=_sinks(options, folder),
+        sinks=partial(_make_sinks, options, folder, sinks),
         names={"model": options.model, "dataset": options.dataset, "rule": options.training_mode},
     )
-    result = trainer.fit(
-        train,
-        epochs=options.num_epochs,
-        batch_size=options.batch_size,
-        eval_data=None if options.no_eval else test,
-        eval_batch_size=options.test_batch_size,
-        max_steps=options.max_steps,
-    )
+    try:
+        result = trainer.fit(
+            train,
+            epochs=options.num_epochs,
+            batch_size=options.batch_size,
+            eval_data=None if options.no_eval else test,
+            eval_batch_size=options.test_batch_size,
+            max_steps=options.max_steps,
+        )
+    finally:
+        for sink in sinks:  # a live dashboard gives the terminal back before anything is said about a failure
+            if isinstance(sink, Dashboard):
+                sink.close()
     if result.is_complete:
         _write_results(options, result, folder)
     if result.stopped_by is not None:
@@ -182,19 +194,28 @@ def optimizer_factory(options: RunOptions) -> Callable[[Any], Any]:
     raise ValueError(f"optimizer {name!r} is not known; valid: {', '.join(OPTIMIZERS)}")
 
 
-def _sinks(options: RunOptions, folder: Path | None) -> Callable[[], list[Any]]:
-    """Built where the run reports: in the only process, or in rank 0's."""
+def _make_sinks(options: RunOptions, folder: Path | None, made: "list[MetricsSink]") -> "list[MetricsSink]":
+    """Called where the run reports: in the only process, or in rank 0's."""
+    from unlocked.runtime.dashboard import Dashboard
+    from unlocked.runtime.run_log import RunLog
 
-    def build() -> list[Any]:
-        from unlocked.runtime.dashboard import Dashboard
-        from unlocked.runtime.run_log import RunLog
+    made.append(Dashboard(plain=True if options.plain else None))
+    if folder is not None:
+        made.append(RunLog(folder, options.as_dict(), resume=options.resume is not None))
+    return made
 
-        sinks: list[Any] = [Dashboard(plain=True if options.plain else None)]
-        if folder is not None:
-            sinks.append(RunLog(folder, options.as_dict(), resume=options.resume is not None))
-        return sinks
 
-    return build
+def _check_writable(flag: str, path: Path | None) -> None:
+    """What is written when all is done must not fail then."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "is a folder" if path.is_dir() else "" if os.access(path.parent, os.W_OK) else "can't be written"
+    except OSError as error:
+        problem = f"can't be written ({error})"
+    if problem:
+        raise ValueError(f"{flag} {path} {problem}; give a file in a folder of yours")
 
 
 def _write_results(options: RunOptions, result: Any, folder: Path | None) -> None:
@@ -250,6 +271,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     # Native threads of a broken process group may never end; everything of ours is closed or lost by now.
-    if code in (0, 2) or "WORLD_SIZE" not in os.environ:
+    if code == 0 or "WORLD_SIZE" not in os.environ:
         sys.exit(code)
     os._exit(code)

@@ -6,10 +6,12 @@ same window of the stream.
 """
 
 import contextlib
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from unlocked.runtime.client import CoordinatorClient
 from unlocked.runtime.coordinator import Coordinator
 from unlocked.runtime.engines.links import link_stages
 from unlocked.runtime.engines.local import steps_before
-from unlocked.runtime.engines.rendezvous import World, connect, exchange
+from unlocked.runtime.engines.rendezvous import World, connect, exchange, meet
+from unlocked.runtime.engines.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.job import Job, SinkMaker, peak_memory_bytes
-from unlocked.runtime.messages import stage_name
-from unlocked.runtime.metrics import EpochResult, FanOut, MetricsSink
+from unlocked.runtime.messages import RunFailed, stage_name
+from unlocked.runtime.metrics import FanOut, MetricsSink
 from unlocked.runtime.reporter import StageReporter
 from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
 from unlocked.runtime.schedule import stage_actions
@@ -37,6 +40,8 @@ from unlocked.workers.trace import Recorder, Span, write_chrome_trace
 
 __all__ = ["ProcessesEngine"]
 
+_HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
+
 
 class ProcessesEngine:
     """Runs this process's stage; rank 0 also runs the coordinator and returns the whole result."""
@@ -45,10 +50,14 @@ class ProcessesEngine:
         world = World.from_environment()
         num_stages = _number_of_stages(job, world)
         began = time.perf_counter()
-        device = _device(job, world)
         store = connect(world, job.settings.start_timeout)
-        hub = _Hub(job, world, make_sinks, num_stages, device) if world.rank == 0 else None
-        plan = exchange(store, world, "plan", hub.publish if hub else None, job.settings.start_timeout)
+        hub = _Hub(job, world, make_sinks, num_stages) if world.rank == 0 else None
+        if hub is not None:
+            roll_call = RollCall(store, world, hub.lose)
+        else:
+            presence = answer_roll_call(store, world, job.settings.start_timeout)
+        device = _device(job, world)
+        plan = exchange(store, world, "plan", partial(hub.publish, device) if hub else None, job.settings.start_timeout)
         parts = [range(start, stop) for start, stop in plan["parts"]]
         names = [[job.network.names[i] for i in part] for part in parts]
         client = CoordinatorClient(
@@ -58,13 +67,17 @@ class ProcessesEngine:
             layers=names[world.rank],
             on_abort=lambda message: _abort(message, world.rank, names[0], hub),
             start_timeout=job.settings.start_timeout,
+            heartbeat_timeout=_heartbeat_timeout(job),
         )
         client.open()
         # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker died:
         # this worker must live to say why.
         with StopSignals(client.request_stop), _telling(client, world, names[world.rank]):
+            _check_same_settings(job, plan["settings"])
             worker = _Worker(job, world, store, parts, client, device)
             client.wait_started()
+            if hub is not None:
+                roll_call.release()
             setup = time.perf_counter() - began
             payload = worker.run()
             payload["setup_seconds"] = setup
@@ -73,6 +86,8 @@ class ProcessesEngine:
         client.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if hub is None and presence is not None:
+            presence.close()
         return result
 
 
@@ -112,6 +127,8 @@ class _Worker:
         def layout(first_layer: int) -> SlotLayout:
             return SlotLayout(rows, job.network.output_shapes[first_layer - 1])
 
+        # Building a stage takes as long as it takes; the neighbours' time limit is for the run.
+        meet(store, world, "stage-built", job.settings.start_timeout)
         index, last = world.rank, world.size - 1
         inbox, outbox = link_stages(
             store,
@@ -177,23 +194,22 @@ class _Worker:
 class _Hub:
     """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-    def __init__(self, job: Job, world: World, make_sinks: SinkMaker, num_stages: int, device: torch.device) -> None:
-        self._job, self._world, self._num_stages, self._device = job, world, num_stages, device
-        self.epochs = _EpochKeeper()
+    def __init__(self, job: Job, world: World, make_sinks: SinkMaker, num_stages: int) -> None:
+        self._job, self._world, self._num_stages = job, world, num_stages
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
+        self._lost: str | None = None
 
-    def publish(self) -> dict[str, Any]:
+    def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
         job = self._job
-        costs = job.costs(self._device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
+        costs = job.costs(device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
         parts = job.partition(costs, self._num_stages)
         self._own_sinks = self._make_sinks()
-        self._sinks = FanOut([self.epochs, *self._own_sinks])
-        self._sinks.on_start(job.run_info(parts))
+        self._sinks = FanOut(self._own_sinks)
         local = self._world.is_local
-        self._coordinator = Coordinator(
+        coordinator = Coordinator(
             [[job.network.names[i] for i in part] for part in parts],
             len(job.plan),
             first=job.start,
@@ -204,13 +220,25 @@ class _Hub:
             sink=self._sinks,
             on_snapshot=self._complete_snapshot,
             start_timeout=job.settings.start_timeout,
+            heartbeat_timeout=_heartbeat_timeout(job),
         )
-        self._coordinator.start()
+        self._sinks.on_start(job.run_info(parts))  # after every mistake that can be found before: it writes files
+        coordinator.start()
+        self._coordinator = coordinator
+        if self._lost is not None:
+            raise RunFailed(self._lost)
         return {
             "parts": [(part.start, part.stop) for part in parts],
-            "address": self._coordinator.address,
+            "address": coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
+            "settings": _settings(job),
         }
+
+    def lose(self, rank: int) -> None:
+        """A process has ended during its set-up. From any thread."""
+        self._lost = f"{stage_name(rank)} is lost: its process ended during set-up"
+        if self._coordinator is not None:  # else `publish` looks when it has one
+            self._coordinator.abort(self._lost)
 
     def close_sinks(self) -> None:
         """Gives the terminal back before the process ends: a live dashboard hides the cursor."""
@@ -235,7 +263,7 @@ class _Hub:
         return RunResult(
             engine=job.settings.engine,
             stages=names,
-            epochs=self.epochs.results,
+            epochs=self._coordinator.epochs,
             steps=steps_before(job.plan, stages[0]["position"]),
             train_seconds=seconds,
             setup_seconds=stages[0]["setup_seconds"],
@@ -256,21 +284,6 @@ class _Hub:
         write_manifest(job.settings.snapshot_dir, position=position + 1, steps=steps, settings=job.fingerprint)
 
 
-class _EpochKeeper:
-    """Keeps the epochs' results for the run's result."""
-
-    def __init__(self) -> None:
-        self.results: list[EpochResult] = []
-
-    def on_epoch(self, result: EpochResult) -> None:
-        self.results.append(result)
-
-    def __getattr__(self, name: str) -> Callable[[Any], None]:
-        if name.startswith("on_"):
-            return lambda record: None
-        raise AttributeError(name)
-
-
 def _number_of_stages(job: Job, world: World) -> int:
     layers, stages = len(job.network.blocks), job.settings.stages
     if isinstance(stages, str):
@@ -288,6 +301,34 @@ def _number_of_stages(job: Job, world: World) -> int:
             f"layer: start at most {layers} processes"
         )
     return world.size
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What must be the same on all ranks, as JSON gives it back."""
+    settings = {
+        **job.fingerprint,
+        "length of the stream": len(job.plan),
+        "first position": job.start,
+        "queue_depth": job.settings.queue_depth,
+        "transport": job.settings.transport,
+        "device": job.device.type,
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _check_same_settings(job: Job, theirs: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{name} is {value!r} here and {theirs.get(name)!r} in rank 0"
+        for name, value in _settings(job).items()
+        if value != theirs.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags")
+
+
+def _heartbeat_timeout(job: Job) -> float:
+    """Whoever is given less time to answer a neighbour has no more to give a sign of life."""
+    return min(_HEARTBEAT_SECONDS, job.settings.timeout)
 
 
 def _device(job: Job, world: World) -> torch.device:

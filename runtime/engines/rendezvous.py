@@ -14,7 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["World", "connect", "exchange"]
+from unlocked.runtime.messages import RunFailed, stage_name
+
+__all__ = ["World", "connect", "exchange", "meet"]
 
 _HANDSHAKE_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
@@ -108,13 +110,13 @@ def exchange(
     """Rank 0 (the one with `produce`) tells all others; its failure reaches them as well.
 
     Raises:
-        ValueError: rank 0's message, on every rank.
+        ValueError, RunFailed: rank 0's message, on every rank: a user's mistake, or anything else.
     """
     if produce is not None:
         try:
             content = {"value": produce()}
         except Exception as error:
-            store.set(key, json.dumps({"error": str(error)}))
+            store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}))
             # This process may be the one that serves the store: the others must have read it before it ends.
             with contextlib.suppress(RuntimeError):
                 store.wait([f"{key}-seen-{rank}" for rank in range(1, world.size)], timedelta(seconds=_SEEN_SECONDS))
@@ -126,13 +128,28 @@ def exchange(
         content = json.loads(store.get(key))
         store.set(f"{key}-seen-{world.rank}", "")
     except RuntimeError as error:
-        raise ValueError(
-            f"rank 0 did not say what to run within {timeout:g} s or ended during its set-up; its own message tells why"
+        raise RunFailed(
+            f"{stage_name(0)} is lost: it ended during its set-up, or did not say within {timeout:g} s what to run"
         ) from error
     if "error" in content:
-        raise ValueError(content["error"])
+        raise ValueError(content["error"]) if content["mistake"] else RunFailed(content["error"])
     value: dict[str, Any] = content["value"]
     return value
+
+
+def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
+    """Waits until all ranks are here.
+
+    Raises:
+        TimeoutError: names the ranks that did not come in time.
+    """
+    keys = [f"{key}-{rank}" for rank in range(world.size)]
+    store.set(keys[world.rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
+        raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
 
 
 def _open_store(world: World, serve: bool, timeout: float) -> dist.TCPStore:

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,13 +23,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def ranks(size: int, command: Sequence[str], *, port: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
-    """`size` processes with the variables that launchers set; their output is piped."""
-    port = port or free_port()
+def ranks(
+    size: int, command: Sequence[str], *, port: int | None = None, extra: Mapping[int, Sequence[str]] | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """`size` processes with the variables that launchers set; their output is piped. `extra`: more flags, by rank."""
+    port, extra = port or free_port(), extra or {}
     world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     started = [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *command, *extra.get(rank, ())],
             env=ENVIRONMENT | world | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -42,13 +42,13 @@ def test_shapes_are_followed_through() -> None:
 def test_modules_of_ones_own_get_names_and_sizes() -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU()),
-        nn.Conv2d(6, 4, 7),
-        nn.Sequential(nn.Flatten(), nn.Linear(16, 12)),
+        nn.Conv2d(6, 4, 8),
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 12)),
         nn.Linear(12, 3),
     )
     network = build_network(model, input_shape=(2, 8, 8), num_classes=3, seed=0)
     assert network.names == ["sequential1", "conv2d2", "sequential3", "linear4"]
-    assert [info.latent_size for info in network.infos[:3]] == [2, 2, 12]
+    assert [info.latent_size for info in network.infos[:3]] == [2, 1, 12]
     assert [block.is_output for block in network.blocks] == [False, False, False, True]
     assert all((info.hidden, info.reduced_rank) == (2048, 20) for info in network.infos)
 

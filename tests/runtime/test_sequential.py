@@ -211,13 +211,13 @@ class PlainLoop:
         scores[2] += len(labels)  # four classes: every label is among the best five
 
 
-def _run(rule: Any, **plan: Any) -> RunResult:
+def _run(rule: Any, kernels: str = "torch", **plan: Any) -> RunResult:
     trainer = Trainer(
         small_conv(3, CLASSES, SIDE, dropout=DROPOUT),
         rule=rule,
         optimizer=partial(torch.optim.Adam, lr=LR),
         seed=SEED,
-        kernels="torch",
+        kernels=kernels,
         lr_factor=FACTOR,
         statistics_batches=STATISTICS,
     )
@@ -246,6 +246,15 @@ def test_weights_and_figures_are_the_plain_loops(mode: str, max_steps: int | Non
     assert len(result.weights) == len(state)
     for (name, value), wanted in zip(result.weights.items(), state, strict=True):
         assert torch.equal(value, wanted), name
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_batch_norm_counts_its_batches(kernels: str) -> None:
+    """The closed form bypasses torch's BatchNorm in training and has to count for it: 12 steps, 3 x 2 statistics."""
+    weights = _run(LLS(), kernels).weights
+    counts = {name: int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")}
+    assert len(counts) == 4
+    assert set(counts.values()) == {18}, counts
 
 
 def test_the_model_that_was_passed_holds_the_trained_weights() -> None:
