@@ -123,7 +123,7 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--stages", type=_stages, default=None, help='number of stages, or a list such as "0-1,2,3-4"')
     add("--queue-depth", type=int, default=4, help="micro-batches a stage may run ahead of the next one")
     add("--device", default="cpu", help="cpu, cuda or cuda:INDEX")
-    add("--kernels", default="auto", help="auto, torch, triton or cuda")
+    add("--kernels", default="auto", help="auto, torch, cpp (CPU), triton or cuda (GPU)")
     add("--no-graphs", dest="graphs", action="store_false", help="plain launches instead of CUDA graphs")
     add("--seed", type=int, default=0, help="keys initialisation, shuffling, augmentation and dropout")
     add("--max-steps", type=int, default=None, help="stop after that many training micro-batches")

@@ -1,12 +1,10 @@
 """Trains by the command line's wishes: `torchrun ... launch/pipeline.py FLAGS` or `python launch/pipeline.py FLAGS`."""
 
-import fcntl
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +66,7 @@ def run(options: RunOptions) -> int:
     )
     for flag, path in (("--summary", options.summary), ("--trace", options.trace)):
         _check_writable(flag, path)
-    with _one_download(options.dataset_dir):
-        train, test = load_dataset(options.dataset, options.dataset_dir)
+    train, test = load_dataset(options.dataset, options.dataset_dir)
     channels, height, _ = train.image_shape
     model = get_model(
         options.model,
@@ -252,18 +249,6 @@ def _complain(rank: int, error: object, code: int) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"error: {text}" if rank == 0 else f"error [rank {rank}]: {text}", file=sys.stderr, flush=True)
     return code
-
-
-@contextmanager
-def _one_download(folder: Path) -> Any:
-    """The processes of a machine look for a dataset that is not there yet one after the other: one downloads."""
-    if folder.is_dir() and any(folder.iterdir()):
-        yield
-        return
-    name = Path(os.environ.get("TMPDIR", "/tmp")) / f"unlocked-download-{os.getuid()}.lock"
-    with open(name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Trainer:
             process (`processes`).
         queue_depth: micro-batches that a stage may run ahead of the next one.
         device: "cpu" or "cuda[:index]".
-        kernels: "auto", "torch", "triton" or "cuda".
+        kernels: "auto", "torch", "cpp" (CPU), "triton" or "cuda" (GPU).
         graphs: capture CUDA graphs where the engine can.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
         lr_factor: epoch -> factor of the initial learning rate.
@@ -147,8 +147,8 @@ class Trainer:
             that run in this process.
 
         Raises:
-            ValueError: data, sizes and network don't fit each other, or a loss became non-finite.
-            StageError: a stage failed; says which, and in which action.
+            ValueError: data, sizes and network don't fit each other.
+            StageError: a stage failed, or a loss became non-finite; says which stage, layer and action.
         """
         began = time.perf_counter()
         job = self._job(train, epochs, batch_size, eval_data, eval_batch_size or batch_size, max_steps)

@@ -13,7 +13,7 @@ import torch
 
 from unlocked.kernels.native import build_once
 
-__all__ = ["find_compiler", "library", "unavailable"]
+__all__ = ["find_compiler", "load_kernels", "unavailable"]
 
 _SOURCES = Path(__file__).parent
 _FLAGS = (
@@ -40,14 +40,14 @@ def unavailable(device: torch.device | str) -> str:
     if torch.device(device).type != "cpu":
         return "the C++ kernels are for the CPU"
     try:
-        library()
+        load_kernels()
     except (ValueError, RuntimeError, OSError) as error:
         return str(error)
     return ""
 
 
 @lru_cache
-def library() -> ctypes.CDLL:
+def load_kernels() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels import reference
-from unlocked.kernels.cpp.bindings import library
+from unlocked.kernels.cpp.bindings import load_kernels
 from unlocked.kernels.reference import HeadResult, NormActResult, PoolKind
 
 __all__ = ["local_head", "norm_act_backward", "norm_act_backward_full", "norm_act_forward"]
@@ -57,7 +57,7 @@ def norm_act_forward(
     if out is None:
         out = _output_like(conv, pool, pool_size)
     strides = (out.stride(0), out.stride(1), *(out.stride()[2:] if out.dim() == 4 else (0, 0)))
-    compiled = library()
+    compiled = load_kernels()
     dims = (batch, channels, height, width)
     compiled.unlocked_batch_statistics(
         conv.data_ptr(),
@@ -121,7 +121,7 @@ def norm_act_backward(
     conv_grad = torch.empty_like(conv)
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     scratch = conv.new_empty(threads * side * side * channels)
-    library().unlocked_norm_act_backward(
+    load_kernels().unlocked_norm_act_backward(
         latents_grad.contiguous().data_ptr(),
         conv.data_ptr(),
         batch,
@@ -157,7 +157,7 @@ def norm_act_backward_full(
     conv_grad = torch.empty_like(conv)
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     scratch = conv.new_empty(2 * batch * channels)
-    library().unlocked_norm_act_backward_full(
+    load_kernels().unlocked_norm_act_backward_full(
         activations_grad.data_ptr(),
         conv.data_ptr(),
         batch,
@@ -207,7 +207,7 @@ def local_head(
     basis_grad = torch.zeros_like(basis) if basis_gradient and basis is not None else None
     sums = torch.empty(2, dtype=torch.float64)
     strides = (0, 0) if modulation is None else (0, *modulation.stride())[-2:]
-    library().unlocked_local_head(
+    load_kernels().unlocked_local_head(
         latents.data_ptr(),
         labels.contiguous().data_ptr(),
         None if basis is None else basis.data_ptr(),

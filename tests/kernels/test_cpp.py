@@ -195,9 +195,9 @@ def test_local_head(
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    cpp.bindings.library.cache_clear()
+    cpp.bindings.load_kernels.cache_clear()
     try:
         with pytest.raises(ValueError, match="install g\\+\\+ or clang"):
-            cpp.bindings.library()
+            cpp.bindings.load_kernels()
     finally:
-        cpp.bindings.library.cache_clear()
+        cpp.bindings.load_kernels.cache_clear()

@@ -1,83 +1,25 @@
 """The coordinator and its clients over real ZeroMQ sockets, with real threads and processes."""
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import msgpack
 import pytest
 import zmq
+from coordination import LAYERS, TIMEOUT, Sink, in_threads, make_client, progress_of, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlocked.runtime import messages as m
 from unlocked.runtime.address import Address
-from unlocked.runtime.client import CoordinatorClient
 from unlocked.runtime.coordinator import Coordinator
-from unlocked.runtime.metrics import EpochPart, EpochResult, FanOut, Scores, StageProgress
+from unlocked.runtime.metrics import EpochPart, Scores
 from unlocked.runtime.windows import WindowPolicy
-
-LAYERS = [("conv1", "conv2"), ("conv3",), ("linear1", "output")]
-TIMEOUT = 10.0
-
-
-class Sink(FanOut):
-    """Collects epochs and progress."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs: list[EpochResult] = []
-        self.progress: list[StageProgress] = []
-
-    def on_epoch(self, result: EpochResult) -> None:
-        self.epochs.append(result)
-
-    def on_progress(self, progress: StageProgress) -> None:
-        self.progress.append(progress)
-
-
-def make_client(
-    address: str, stage: int, aborted: "queue.Queue[str] | None" = None, **options: Any
-) -> CoordinatorClient:
-    box: queue.Queue[str] = aborted if aborted is not None else queue.Queue()
-    options = {"heartbeat_interval": 0.2, **options}
-    return CoordinatorClient(address, stage=stage, layers=LAYERS[stage], on_abort=box.put, **options)
-
-
-def in_threads(work: Callable[[int], Any], count: int = 3) -> list[Any]:
-    """`work(stage)` in a thread per stage; their results, or the first exception."""
-    results: list[Any] = [None] * count
-
-    def run(stage: int) -> None:
-        try:
-            results[stage] = work(stage)
-        except BaseException as error:
-            results[stage] = error
-
-    threads = [threading.Thread(target=run, args=(stage,), daemon=True) for stage in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT)
-        assert not thread.is_alive(), "a stage hangs"
-    return results
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.005)
-
 
 # --- an undisturbed run
 
@@ -238,233 +180,6 @@ def test_stop_before_the_start_runs_nothing() -> None:
             client.finish({})
 
 
-# --- failures
-
-
-def doomed_worker(address: str, stage: int, ready: Any) -> None:
-    with make_client(address, stage) as client:
-        for _ in client.windows(TIMEOUT):
-            ready.set()
-            signal.pause()
-
-
-def test_killed_process_is_named_within_seconds() -> None:
-    context = multiprocessing.get_context("spawn")
-    with Coordinator(LAYERS, 1000) as coordinator:
-        ready = context.Event()
-        worker = context.Process(target=doomed_worker, args=(coordinator.address, 1, ready), daemon=True)
-        worker.start()
-        aborts: list[queue.Queue[str]] = [queue.Queue(), queue.Queue()]
-        clients = [make_client(coordinator.address, s, box) for s, box in zip((0, 2), aborts, strict=True)]
-        try:
-            for client in clients:
-                client.open()
-            assert ready.wait(TIMEOUT)
-            assert worker.pid is not None
-            os.kill(worker.pid, signal.SIGKILL)
-            killed = time.monotonic()
-            told = [box.get(timeout=TIMEOUT) for box in aborts]
-            assert time.monotonic() - killed < 3.0
-            assert told[0] == told[1]
-            assert "stage 1 (rank 1: conv3) is lost" in told[0]
-            assert f"pid {worker.pid}" in told[0]
-            with pytest.raises(m.RunFailed, match=r"stage 1 \(rank 1: conv3\)"):
-                coordinator.results(TIMEOUT)
-            with pytest.raises(m.RunFailed, match=r"stage 1 \(rank 1: conv3\)"):
-                next(clients[0].windows(TIMEOUT))
-        finally:
-            worker.kill()
-            worker.join(TIMEOUT)
-            for client in clients:
-                client.close()
-
-
-def host_coordinator(pipe: Any) -> None:
-    coordinator = Coordinator(LAYERS[:1], 1000)
-    coordinator.start()
-    pipe.send(coordinator.address)
-    signal.pause()
-
-
-def test_death_of_the_coordinator_reaches_the_workers() -> None:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=host_coordinator, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        assert ours.poll(TIMEOUT)
-        aborted: queue.Queue[str] = queue.Queue()
-        with make_client(ours.recv(), 0, aborted) as client:
-            client.wait_started()
-            process.kill()
-            assert "coordinator in rank 0's process" in aborted.get(timeout=3.0)
-            assert "gone" in str(client.failure)
-    finally:
-        process.kill()
-        process.join(TIMEOUT)
-
-
-@pytest.mark.parametrize("frozen", ["worker", "coordinator"])
-def test_frozen_process_is_found_by_its_missing_heartbeats(frozen: str) -> None:
-    """SIGSTOP keeps the connection open, so only silence tells."""
-    context = multiprocessing.get_context("spawn")
-    if frozen == "worker":
-        with Coordinator(LAYERS[:1], 1000, heartbeat_timeout=1.0) as coordinator:
-            ready = context.Event()
-            process = context.Process(target=doomed_worker, args=(coordinator.address, 0, ready), daemon=True)
-            process.start()
-            try:
-                assert ready.wait(TIMEOUT)
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGSTOP)
-                with pytest.raises(m.RunFailed, match=r"stage 0 \(rank 0: conv1, conv2\) is lost.*no heartbeat"):
-                    coordinator.results(TIMEOUT)
-            finally:
-                process.kill()
-                process.join(TIMEOUT)
-        return
-    ours, theirs = context.Pipe()
-    process = context.Process(target=host_coordinator, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        assert ours.poll(TIMEOUT)
-        aborted: queue.Queue[str] = queue.Queue()
-        with make_client(ours.recv(), 0, aborted, heartbeat_timeout=1.0) as client:
-            client.wait_started()
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGSTOP)
-            assert "silent for 1 s" in aborted.get(timeout=TIMEOUT)
-    finally:
-        process.kill()
-        process.join(TIMEOUT)
-
-
-def host_and_fail(pipe: Any) -> None:
-    coordinator = Coordinator(LAYERS[:2], 1000)
-    coordinator.start()
-    pipe.send(coordinator.address)
-    client = make_client(coordinator.address, 0)
-    client.open()
-    client.wait_started()
-    client.fail("conv2", "F", "out of memory")
-    os._exit(1)
-
-
-def test_failure_in_the_coordinators_own_process_is_told_before_it_exits() -> None:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=host_and_fail, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        assert ours.poll(TIMEOUT)
-        aborted: queue.Queue[str] = queue.Queue()
-        with make_client(ours.recv(), 1, aborted):
-            text = aborted.get(timeout=TIMEOUT)
-        assert text == "stage 0 (rank 0: conv1, conv2) failed in F of conv2: out of memory"
-    finally:
-        process.join(TIMEOUT)
-        process.kill()
-
-
-LEAVE_WITHOUT_CLOSING = """
-from unlocked.runtime.client import CoordinatorClient
-from unlocked.runtime.coordinator import Coordinator
-coordinator = Coordinator([["conv1"], ["conv2"]], 10)
-coordinator.start()
-client = CoordinatorClient(coordinator.address, stage=0, layers=["conv1"], on_abort=print)
-client.open()
-client.progress_due()
-"""
-
-
-def test_interpreter_exits_with_everything_open() -> None:
-    subprocess.run([sys.executable, "-c", LEAVE_WITHOUT_CLOSING], check=True, timeout=TIMEOUT)
-
-
-def run_failing(*failures: tuple[int, bool]) -> tuple[list[str], list[queue.Queue[str]]]:
-    """Stages fail in the order given (stage, echo); the causes that `fail` returned, and everyone's abort boxes."""
-    boxes: list[queue.Queue[str]] = [queue.Queue() for _ in LAYERS]
-    with Coordinator(LAYERS, 1000) as coordinator, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(make_client(coordinator.address, s, boxes[s])) for s in range(3)]
-        for client in clients:
-            client.wait_started()
-        causes: list[str] = []
-        threads = []
-        for stage, echo in failures:
-
-            def fail(stage: int = stage, echo: bool = echo) -> None:
-                layer = LAYERS[stage][0]
-                causes.append(clients[stage].fail(layer, "U", f"trouble at {layer}", echo=echo))
-
-            threads.append(threading.Thread(target=fail))
-            threads[-1].start()
-            until(lambda: coordinator._echo is not None or coordinator.first_failure is not None)
-        for thread in threads:
-            thread.join(TIMEOUT)
-            assert not thread.is_alive()
-        for stage in {0, 1, 2} - {stage for stage, _ in failures}:
-            causes.append(boxes[stage].get(timeout=TIMEOUT))
-    return causes, boxes
-
-
-def test_failure_reaches_all_others_with_stage_layer_and_action() -> None:
-    causes, boxes = run_failing((1, False))
-    assert causes == ["stage 1 (rank 1: conv3) failed in U of conv3: trouble at conv3"] * 3
-    assert boxes[1].empty(), "the failing worker must not be aborted on top of its own failure"
-
-
-def test_first_cause_wins_over_an_earlier_echo() -> None:
-    causes, _ = run_failing((0, True), (2, False))
-    assert causes == ["stage 2 (rank 2: linear1, output) failed in U of linear1: trouble at linear1"] * 3
-
-
-def test_lone_echo_is_the_cause_after_all() -> None:
-    causes, _ = run_failing((0, True))
-    assert causes == ["stage 0 (rank 0: conv1, conv2) failed in U of conv1: trouble at conv1"] * 3
-
-
-def test_leaving_before_the_end_is_a_loss() -> None:
-    with Coordinator(LAYERS[:2], 1000) as coordinator, make_client(coordinator.address, 0):
-        client = make_client(coordinator.address, 1)
-        with client:
-            client.wait_started()
-        with pytest.raises(m.RunFailed, match=r"stage 1 \(rank 1: conv3\) is lost"):
-            coordinator.results(TIMEOUT)
-
-
-def test_missing_stages_are_named() -> None:
-    with Coordinator(LAYERS, 10, start_timeout=0.3) as coordinator, make_client(coordinator.address, 1) as client:
-        with pytest.raises(m.RunFailed, match=r"stage 0 \(rank 0: conv1, conv2\), stage 2 .* did not report") as caught:
-            client.wait_started()
-        assert "stage 1" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("stage", "layers", "message"),
-    [
-        (0, ("other",), "same settings"),
-        (3, ("conv1",), "as many workers as stages"),
-        (1, ("conv3",), "its own rank"),
-    ],
-)
-def test_worker_that_does_not_fit_fails_the_run(stage: int, layers: tuple[str, ...], message: str) -> None:
-    with Coordinator(LAYERS, 10) as coordinator, make_client(coordinator.address, 1):
-        until(lambda: 1 in coordinator._workers)
-        box: queue.Queue[str] = queue.Queue()
-        with CoordinatorClient(coordinator.address, stage=stage, layers=layers, on_abort=box.put):
-            assert message in box.get(timeout=TIMEOUT)
-        with pytest.raises(m.RunFailed, match=message):
-            coordinator.results(TIMEOUT)
-
-
-def test_unfinished_stages_are_named_when_results_are_late() -> None:
-    with Coordinator(LAYERS[:2], 0) as coordinator, make_client(coordinator.address, 0) as client:
-        with pytest.raises(TimeoutError, match=r"stage 1 \(rank 1: conv3\)"):
-            coordinator.results(0.1)
-        with pytest.raises(TimeoutError, match=r"stage 0 \(rank 0: conv1, conv2\) in FINISH"):
-            client.finish({}, timeout=0.2)
-
-
 # --- the port and strangers
 
 
@@ -597,18 +312,3 @@ def test_steady_stream_has_half_a_second_to_one_second_ahead() -> None:
         grants += policy.extend()
     assert grants < 50, "a grant is for many positions, not an answer to every message"
     assert 0.45 * rate <= policy.granted - position <= 1.05 * rate
-
-
-def progress_of(
-    stage: int, position: int, seconds: float = 1.0, losses: tuple[tuple[str, float], ...] = ()
-) -> StageProgress:
-    return StageProgress(
-        stage=stage,
-        position=position,
-        epoch=0,
-        images=64 * position,
-        busy_seconds=seconds,
-        wait_seconds=0.0,
-        seconds=seconds,
-        local_losses=losses,
-    )
