@@ -52,6 +52,10 @@ class ImageDataset:
     std: tuple[float, ...] = ()
     """Of each channel, where 255 counts as 1; empty: 1."""
     augmentation: Augmentation = Augmentation()
+    streamed: bool | None = None
+    """True: the images stay where they are (in host memory, or in a file mapped into it), and micro-batches are read
+    ahead of stage 0; False: they move to the device as a whole; None: as a whole where they fit. The numbers are the
+    same."""
 
     def __post_init__(self) -> None:
         if not self.classes:

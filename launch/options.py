@@ -53,6 +53,7 @@ class RunOptions:
     coordinator_port: int
     timeout: float
     transport: str
+    prefetch: int | None
 
     @property
     def run_name(self) -> str:
@@ -136,6 +137,7 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--plain", action="store_true", help="lines instead of the dashboard")
     add("--coordinator-port", type=int, default=0, help="port of the coordinator (0: any free one)")
     add("--transport", default="auto", help="between processes: auto, shared (memory) or group (Gloo, NCCL)")
+    add("--prefetch", type=int, default=None, help="micro-batches to assemble ahead on the host (0: none)")
     add("--timeout", type=float, default=300.0, help="seconds that a stage waits for a neighbour")
 
 

@@ -95,6 +95,7 @@ def run(options: RunOptions) -> int:
         print_freq=options.print_freq,
         trace=options.trace,
         timeout=options.timeout,
+        prefetch=options.prefetch,
         transport=options.transport,
         coordinator_port=options.coordinator_port,
         best_dir=folder / "best" if folder is not None and options.save_best_model else None,

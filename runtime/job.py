@@ -14,6 +14,7 @@ from unlocked.data import ImageDataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.rules import Rule
+from unlocked.runtime.input import make_source
 from unlocked.runtime.metrics import MetricsSink, RunInfo
 from unlocked.runtime.network import Network, build_layer, measure_costs
 from unlocked.runtime.partition import check_ownership, parse_stages, partition
@@ -22,7 +23,6 @@ from unlocked.runtime.result import RunResult
 from unlocked.runtime.snapshots import Snapshot
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer, OptimizerFactory
-from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 
 __all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes"]
@@ -43,6 +43,8 @@ class Settings:
     """CUDA graphs, in the engines that can use them."""
     print_freq: int = 50
     """Training micro-batches between two readings of the sums on the device."""
+    prefetch: int | None = None
+    """Micro-batches that a thread assembles ahead of stage 0 on the host; 0: none; None: a few for streamed data."""
     snapshot_dir: Path | None = None
     resume: Snapshot | None = None
     transport: str = "auto"
@@ -62,6 +64,8 @@ class Settings:
             raise ValueError(f"queue_depth is {self.queue_depth}; an edge needs at least 1 slot")
         if self.print_freq < 1:
             raise ValueError(f"print_freq is {self.print_freq}; it must be at least 1")
+        if self.prefetch is not None and self.prefetch < 0:
+            raise ValueError(f"prefetch is {self.prefetch}; give at least 0 micro-batches (0: none are read ahead)")
         if self.timeout <= 0 or self.start_timeout <= 0:
             raise ValueError(f"timeouts must be positive, got {self.timeout} and {self.start_timeout}")
 
@@ -109,13 +113,16 @@ class Job:
         source = None
         if index == 0:
             backend = None if device.type == "cpu" else get_backend(self.settings.kernels, device)
-            source = BatchSource(
-                self.train.to(device),
-                None if self.test is None else self.test.to(device),
+            source = make_source(
+                self.train,
+                self.test,
+                plan=self.plan,
+                start=self.start,
                 seed=self.settings.seed,
-                batch_size=self.plan.batch_size,
-                eval_batch_size=self.plan.eval_batch_size,
+                device=device,
                 load_batch=torch_load_batch if backend is None else backend.load_batch,
+                prefetch=self.settings.prefetch,
+                timeout=self.settings.timeout,
             )
         return Stage(index, [self.layer(i, device) for i in layers], source)
 

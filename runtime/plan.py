@@ -84,6 +84,11 @@ class StreamPlan:
         """Evaluation micro-batches of an epoch."""
         return -(-self.eval_size // self.eval_batch_size)
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest micro-batch of any kind: what a slot must hold."""
+        return max(self.batch_size, min(self.eval_batch_size, self.eval_size))
+
     def __len__(self) -> int:
         # The position of the step after the last one, were there one; every epoch entered has its tail by then.
         return self._marked(self.train_steps) + self.num_epochs * self._tail

@@ -53,6 +53,8 @@ class Trainer:
         transport: how the processes engine moves activations: "auto", "shared" (memory of one machine) or "group"
             (Gloo, NCCL).
         timeout: seconds that a stage waits for a neighbour.
+        prefetch: micro-batches that a thread assembles ahead of stage 0 on the host (0: none); by default a few for
+            data that is streamed and none for data that is resident. Numbers never depend on it.
         coordinator_port: where rank 0's coordinator listens; 0: any free port.
         best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
         sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`), or a function that makes them, which is called
@@ -86,6 +88,7 @@ class Trainer:
         trace: str | Path | None = None,
         transport: str = "auto",
         timeout: float = 300.0,
+        prefetch: int | None = None,
         coordinator_port: int = 0,
         best_dir: str | Path | None = None,
         sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = (),
@@ -119,6 +122,7 @@ class Trainer:
             trace=None if trace is None else Path(trace),
             transport=transport,
             timeout=timeout,
+            prefetch=prefetch,
             coordinator_port=coordinator_port,
             best_dir=None if best_dir is None else Path(best_dir),
             names=names or {},

@@ -9,6 +9,7 @@ import torch
 from unlocked.workers.actions import Item
 from unlocked.workers.layer import AutogradStep
 from unlocked.workers.ring import Ring
+from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 
 __all__ = ["Lane"]
@@ -57,12 +58,11 @@ class Lane:
         if item.kind == "snapshot":
             return
         self._wait(item)
+        self._feed(item)
         if graphs and self.stream is not None:
             self._replay(item)
             self._record_ready(item)
         else:
-            if self.stage.source is not None:
-                self.stage.source.seek(item)
             self.compute(item, self._record_ready, mark)
         self._record_free(item)
 
@@ -70,7 +70,7 @@ class Lane:
         """The same inside a graph over several ticks: at the device's cursor, which moves on."""
         self._wait(item)
         self.compute(item, self._record_ready, mark)
-        if self.stage.source is not None:
+        if isinstance(self.stage.source, BatchSource):
             self.stage.source.start += item.size
         self._record_free(item)
 
@@ -79,7 +79,7 @@ class Lane:
         stage, outbox = self.stage, self.outbox
         x, labels = self.inbox.views(item)
         _call(mark, stage.index, "E" if item.kind == "evaluate" else "F", item)
-        if stage.source is not None:
+        if isinstance(stage.source, BatchSource):
             stage.source.load_at_cursor(item, (x, labels))
         out = None
         if outbox is not None:
@@ -108,10 +108,16 @@ class Lane:
         for layer, steps in zip(self.stage.layers, before, strict=True):
             layer.restore_uncounted(steps)
 
+    def _feed(self, item: Item) -> None:
+        """Stage 0: points the device's cursor at the item, or brings what was assembled on the host into its slot."""
+        source = self.stage.source
+        if isinstance(source, BatchSource):
+            source.order(item)  # rewrites the permutation in place when the epoch changes
+            source.seek(item)
+        elif source is not None:
+            source.load(item, self.inbox.views(item))
+
     def _replay(self, item: Item) -> None:
-        if self.stage.source is not None:
-            self.stage.source.order(item)  # rewrites the permutation in place when the epoch changes
-            self.stage.source.seek(item)
         depth = max(self.inbox.depth, self.outbox.depth if self.outbox else 1)
         key = (item.kind, item.size, item.position % depth)
         if (item.kind, item.size) not in self._seen:

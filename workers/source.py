@@ -1,10 +1,10 @@
-"""Stage 0's input: micro-batches out of datasets that stay on the device as uint8.
+"""Stage 0's input: micro-batches out of datasets that stay on the device as uint8, or that are read ahead on the host.
 
 Which images a micro-batch holds and how they are augmented depends on (seed, epoch, sample) alone.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,19 @@ from unlocked.data import ImageDataset, epoch_order
 from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.workers.actions import Item
 
-__all__ = ["BatchSource"]
+__all__ = ["BatchSource", "LoadBatch", "Source"]
 
 LoadBatch = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Source(Protocol):
+    """What stage 0 reads: a `BatchSource`, whose input operation a graph can hold, or a reader on the host."""
+
+    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The micro-batch of a train, statistics or evaluate item, on the stage's device; in `out` if given."""
+
+    def close(self) -> None:
+        """Lets go of threads and files. Idempotent."""
 
 
 class BatchSource:
@@ -106,6 +116,9 @@ class BatchSource:
                 order = kept[1].copy_(order)
         self._orders[item.kind] = (item.epoch, order)
         return order
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def seek(self, item: Item) -> None:
         """Points the device's cursor at `item`."""

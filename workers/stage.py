@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unlocked.workers.actions import Item
 from unlocked.workers.layer import Layer, count_correct
-from unlocked.workers.source import BatchSource
+from unlocked.workers.source import Source
 
 __all__ = ["Stage"]
 
@@ -19,7 +19,7 @@ class Stage:
     activations of one layer at a time, whatever its depth; only the last layer's update waits for SEND.
     """
 
-    def __init__(self, index: int, layers: Sequence[Layer], source: BatchSource | None = None) -> None:
+    def __init__(self, index: int, layers: Sequence[Layer], source: Source | None = None) -> None:
         self.index, self.layers, self.source = index, list(layers), source
         self._labels: Tensor | None = None
         self.images_this_epoch = 0
@@ -37,6 +37,11 @@ class Stage:
         """Stage 0's RECV: the micro-batch out of the dataset."""
         assert self.source is not None
         return self.source.load(item)
+
+    def close(self) -> None:
+        """Lets go of the data: nothing more is loaded. Idempotent."""
+        if self.source is not None:
+            self.source.close()
 
     def forward(self, item: Item, x: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F: returns the next stage's input, in `out` if given."""

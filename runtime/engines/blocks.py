@@ -11,6 +11,7 @@ from torch import Tensor
 from unlocked.runtime.job import Job
 from unlocked.workers.actions import Action, ActionKind, Item
 from unlocked.workers.lane import Lane
+from unlocked.workers.source import BatchSource
 from unlocked.workers.trace import Span
 
 __all__ = ["BlockGraph"]
@@ -42,7 +43,11 @@ class BlockGraph:
 
     @classmethod
     def capture(cls, job: Job, lanes: Sequence[Lane], ticks: int) -> "BlockGraph | None":
-        """Warms up, captures, and puts every state back. None if the run is too short for a block."""
+        """Warms up, captures, and puts every state back. None if the run is too short for a block, or if its data is
+        not on the device, where a graph could read it."""
+        source = lanes[0].stage.source
+        if not isinstance(source, BatchSource):
+            return None
         depth = job.settings.queue_depth if len(lanes) > 1 else 1
         ticks = -(-ticks // depth) * depth
         plan = job.plan
@@ -54,8 +59,7 @@ class BlockGraph:
             for _ in range(_WARM_UP_TICKS):
                 for lane in lanes:
                     with lane.on_stream():
-                        if lane.stage.source is not None:
-                            lane.stage.source.seek(item)
+                        source.seek(item)
                         lane.compute(item, lambda _: None)
                     torch.cuda.synchronize()
             block._capture(block._graph, item, None)
@@ -65,7 +69,7 @@ class BlockGraph:
     def replay(self, first: Item) -> None:
         """Runs the block whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
         source = self._lanes[0].stage.source
-        assert source is not None
+        assert isinstance(source, BatchSource)
         for lane in self._lanes:
             assert lane.stream is not None
             self.stream.wait_stream(lane.stream)

@@ -121,7 +121,7 @@ class _Worker:
             best_dir=job.settings.best_dir,
             queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
-        rows = max(min(job.plan.batch_size, job.plan.train_size), min(job.plan.eval_batch_size, job.plan.eval_size))
+        rows = job.plan.max_rows
         timeout = job.settings.timeout
 
         def layout(first_layer: int) -> SlotLayout:
@@ -158,9 +158,10 @@ class _Worker:
         """Works through all windows; the stage's final payload."""
         self.recorder.restart()
         began = time.perf_counter()
-        for window in self.client.windows(self.job.settings.timeout):
-            items = list(self.job.plan.items(window.start, window.stop))
-            self.loop.run(items, stage_actions(self.index, self.num_stages, items))
+        with contextlib.closing(self.stage):
+            for window in self.client.windows(self.job.settings.timeout):
+                items = list(self.job.plan.items(window.start, window.stop))
+                self.loop.run(items, stage_actions(self.index, self.num_stages, items))
         if self.outbox is not None:
             self.outbox.flush()
         if self.device.type == "cuda":

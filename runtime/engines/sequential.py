@@ -78,6 +78,8 @@ class SequentialEngine:
                     loop.run(items, stage_actions(0, 1, items))
             except StopRun:
                 pass
+            finally:
+                stage.close()
         seconds = time.perf_counter() - train_began
         outlet.progress(reporter.progress(position, job.plan[max(position - 1, 0)].epoch))
         if job.settings.trace is not None:

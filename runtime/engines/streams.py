@@ -7,6 +7,7 @@ what lies between (a partial micro-batch, evaluation, the seam of an epoch) is i
 its own. On a CPU the same ticks run one after the other.
 """
 
+import contextlib
 import time
 import warnings
 from collections import deque
@@ -48,7 +49,7 @@ class StreamsEngine:
         run = _Run(job, make_sinks, self._max_stages)
         run.prepare()
         setup = time.perf_counter() - began
-        with StopSignals() as signals:
+        with StopSignals() as signals, contextlib.closing(run):
             seconds = run.train(signals)
         return run.finish(seconds, setup, signals.received)
 
@@ -114,6 +115,10 @@ class _Run:
         for reporter in self.reporters:
             reporter.poll(wait=True)
         return seconds
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.stage.close()
 
     def finish(self, seconds: float, setup: float, stopped_by: int | None) -> RunResult:
         busy = [recorder.busy / max(seconds, 1e-9) for recorder in self.recorders]
@@ -221,12 +226,11 @@ def _partition(job: Job, max_stages: int | None) -> list[range]:
 
 def _build_lanes(job: Job, parts: list[range]) -> list[Lane]:
     plan, network, device = job.plan, job.network, job.device
-    rows = max(min(plan.batch_size, plan.train_size), min(plan.eval_batch_size, plan.eval_size))
     rings = []
     for k, part in enumerate(parts):
         shape = network.output_shapes[part.start - 1] if k else network.input_shape
         flat = len(network.infos[part.start].activation_shape) == 1
         depth = job.settings.queue_depth if k else 1
-        rings.append(Ring(depth, rows, shape, device, flat_consumer=flat and k > 0))
+        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0))
     outboxes = [*rings[1:], None]
     return [Lane(job.stage(k, part), rings[k], outboxes[k], device) for k, part in enumerate(parts)]

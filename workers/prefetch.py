@@ -1,0 +1,158 @@
+"""A source that is read ahead: a thread assembles the next micro-batches while the stage works.
+
+What a micro-batch holds is decided by its item alone, and items are assembled in the order of the stream, so neither
+the look-ahead nor the speed of either side can change a number: they only decide who waits.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unlocked.workers.actions import Item
+
+__all__ = ["Batch", "Prefetcher"]
+
+Batch = tuple[Tensor, Tensor]
+"""Samples [size, *sample_shape] float32 and labels [size] int64."""
+
+_JOIN_SECONDS = 5.0  # that `close` gives a loader to come back from its current batch
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place for one micro-batch on the host."""
+
+    samples: Tensor
+    labels: Tensor
+    copied: torch.cuda.Event | None = None
+    """Recorded when the device has its copy."""
+
+    def views(self, rows: int) -> Batch:
+        return self.samples.narrow(0, 0, rows), self.labels.narrow(0, 0, rows)
+
+
+class Prefetcher:
+    """Bounded look-ahead over the items of the stream.
+
+    The thread starts with the first `load` and ends with `close`, with the last item, or with an error, which `load`
+    raises where the micro-batch was due.
+
+    Args:
+        assemble: writes an item's micro-batch into the given buffers. Called in the thread, in stream order.
+        items: what will be asked for, in that order (those without data are left out).
+        depth: micro-batches that lie ready at most, at least 1. One more is in use by the stage.
+        rows: of the largest micro-batch.
+        sample_shape: one sample's.
+        device: where micro-batches are wanted; for a GPU they are assembled in page-locked memory.
+        timeout: seconds that `load` waits.
+    """
+
+    def __init__(
+        self,
+        assemble: Callable[[Item, Batch], object],
+        items: Iterable[Item],
+        *,
+        depth: int,
+        rows: int,
+        sample_shape: tuple[int, ...],
+        device: torch.device,
+        timeout: float,
+    ) -> None:
+        self._assemble, self._device, self._timeout = assemble, device, timeout
+        self._items: Iterator[Item] = (item for item in items if item.kind != "snapshot")
+        on_gpu = device.type == "cuda"
+        layout = torch.channels_last if len(sample_shape) == 3 else torch.contiguous_format
+        self._free = deque(
+            _Slot(
+                torch.empty((rows, *sample_shape), memory_format=layout, pin_memory=on_gpu),
+                torch.empty(rows, dtype=torch.int64, pin_memory=on_gpu),
+            )
+            for _ in range(depth + 1)
+        )
+        self._ready: deque[tuple[Item, _Slot]] = deque()
+        self._in_use: _Slot | None = None
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        # A daemon only for the case that `close` can't end it: a reader that never comes back must not keep the
+        # process alive.
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
+        """The micro-batch of `item`, on the device; in `out` if given, else valid until the next `load`.
+
+        Raises:
+            ValueError: it did not come in time.
+            Exception: whatever kept it from being assembled.
+        """
+        slot = self._take(item)
+        samples, labels = slot.views(item.size)
+        if out is not None:
+            batch = out[0].copy_(samples, non_blocking=True), out[1].copy_(labels, non_blocking=True)
+        elif self._device.type == "cuda":
+            batch = samples.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        else:
+            return samples, labels
+        if self._device.type == "cuda":
+            slot.copied = torch.cuda.Event()
+            slot.copied.record()
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _take(self, item: Item) -> _Slot:
+        with self._changed:
+            assert not self._closed, "load after close"
+            if self._thread.ident is None:
+                self._thread.start()
+            if self._in_use is not None:
+                self._free.append(self._in_use)
+                self._in_use = None
+                self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._ready or self._error is not None, self._timeout):
+                raise ValueError(
+                    f"the data of {item.kind} micro-batch {item.index} did not come within {self._timeout:g} s; "
+                    "look at what the data loader waits for, or give a longer timeout"
+                )
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            found, slot = self._ready.popleft()
+            self._in_use = slot
+            assert found == item, f"asked for {item}, next in the stream is {found}"
+            return slot
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                slot = self._next_slot()
+                if slot is None:
+                    return
+                if slot.copied is not None:
+                    slot.copied.synchronize()
+                    slot.copied = None
+                self._assemble(item, slot.views(item.size))
+                with self._changed:
+                    self._ready.append((item, slot))
+                    self._changed.notify_all()
+            raise LookupError("the stream has no further micro-batch")
+        except BaseException as error:  # also a loader's exit belongs to who waits for its batch
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _next_slot(self) -> _Slot | None:
+        """A free slot; None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._closed)
+            return None if self._closed else self._free.popleft()
