@@ -24,6 +24,7 @@ from unlocked.workers.actions import Item
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
+from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 
 __all__ = ["Node", "StepTrace", "head_work", "trace_backpropagation", "trace_local"]
@@ -125,11 +126,11 @@ def _trace(model: str, rule: str, built: Any, network: Network, batch: int, grou
     stages, item = [], Item(0, "train", 0, 0, batch, False)
     for k, group in enumerate(groups):
         source = _Source(recorder) if k == 0 else None
-        stage = Stage(k, [layers[i] for i in group], source)  # type: ignore[arg-type]
+        stage = Stage(k, [layers[i] for i in group], source)
         lane = Lane(stage, rings[k], rings[k + 1] if k + 1 < len(rings) else None, META)
         recorder.begin(network.names[group.start] if len(group) == 1 else "network")
         with recorder:
-            lane.issue_in_block(item, lambda _, what, __: recorder.mark(what))
+            lane.issue_in_block(item, 0, lambda _, what, __: recorder.mark(what))
         stages.append(recorder.nodes)
     fused = [isinstance(layer.step, FusedStep) for layer in layers]
     return StepTrace(model, rule, batch, stages, fused)
@@ -302,14 +303,16 @@ class _Optimizer:
         return {}
 
 
-class _Source:
+class _Source(BatchSource):
     """The dataset of stage 0."""
 
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
-        self.start = torch.zeros((), dtype=torch.int64, device=META)
 
-    def load_at_cursor(self, item: Item, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def load_at_cursor(
+        self, item: Item, out: tuple[Tensor, Tensor] | None = None, ahead: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        assert out is not None
         values = out[0].numel()
         self._recorder.add("load_batch", "fused", 5 * values + 24 * item.size, 60 * values, _divide_up(values, 1024), 4)
         return out

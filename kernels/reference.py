@@ -25,6 +25,7 @@ __all__ = [
     "HeadResult",
     "NormActResult",
     "PoolKind",
+    "label_ranks",
     "load_batch",
     "local_head",
     "make_basis",
@@ -106,7 +107,8 @@ def local_head(
         basis: [R, D], float32. R = N unless `modulation` is a matrix. None: the latents are the scores (plain
             cross-entropy of logits, as the output layer trains).
         modulation: None, [N] or [R, N] (any strides).
-        totals: [2], float64: loss_sum and correct are added to it in place, so that nothing is read per step.
+        totals: [2] or [3], float64: loss_sum, correct and (where there is a third entry) the rows whose label is among
+            the five largest scores are added to it in place, so that nothing is read per step.
     """
     z = latents if latents.dtype == torch.float64 else latents.float()
     num_rows = z.shape[0]
@@ -138,8 +140,21 @@ def local_head(
         along = torch.where(norm > NORM_EPS, (direction * grad).sum(1, keepdim=True), 0.0)
         grad = (grad - direction * along) / norm
     if totals is not None:
-        totals += torch.stack([loss_sum.double(), correct.double()])
+        sums = [loss_sum.double(), correct.double()]
+        if totals.shape[0] == 3:
+            sums.append((label_ranks(scores, labels) < 5).sum().double())
+        totals += torch.stack(sums)
     return HeadResult(loss_sum, correct, grad.to(latents.dtype), modulation_grad, basis_grad)
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before each row's label: int64 [B], for scores [B, N] and labels [B].
+
+    Of equal scores the smaller class index comes first, as argmax decides.
+    """
+    label_scores = scores.gather(1, labels[:, None])
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    return ((scores > label_scores) | ((scores == label_scores) & (classes < labels[:, None]))).sum(1)
 
 
 def norm_act_forward(

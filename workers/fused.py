@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.reference import HeadResult, NormActResult
 from unlocked.models import ConvBlock, DepthwiseBlock, KeyedDropout, LinearBlock, OutputBlock
-from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory, count_correct
+from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
 __all__ = ["FusedStep", "choose_step", "fused_step"]
 
@@ -71,12 +71,12 @@ class FusedStep:
         arguments = layer.rule.head_arguments()
         assert arguments is not None
         latents = self.body.latents()
-        head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=layer.totals[:2])
-        if layer.is_output:
-            layer.totals[2:] += count_correct(latents, labels)[1:]
+        # Only the output layer's hits among the first five are of interest.
+        totals = layer.totals if layer.is_output else layer.totals[:2]
+        head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=totals)
         grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
         self._apply(grads)
-        return head.loss_sum / labels.shape[0]
+        return head.loss_sum
 
     def _apply(self, grads: list[Tensor]) -> None:
         optimizer = self.layer.optimizer

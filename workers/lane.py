@@ -66,25 +66,26 @@ class Lane:
             self.compute(item, self._record_ready, mark)
         self._record_free(item)
 
-    def issue_in_block(self, item: Item, mark: Mark | None = None) -> None:
-        """The same inside a graph over several ticks: at the device's cursor, which moves on."""
+    def issue_in_block(self, item: Item, ahead: int, mark: Mark | None = None) -> None:
+        """The same inside a graph over several ticks: `ahead` micro-batches after the device's cursor."""
         self._wait(item)
-        self.compute(item, self._record_ready, mark)
-        if isinstance(self.stage.source, BatchSource):
-            self.stage.source.start += item.size
+        self.compute(item, self._record_ready, mark, ahead)
         self._record_free(item)
 
-    def compute(self, item: Item, sent: Callable[[Item], None], mark: Mark | None = None) -> None:
+    def compute(self, item: Item, sent: Callable[[Item], None], mark: Mark | None = None, ahead: int = 0) -> None:
         """The item's actions and nothing else; `sent` is called when the output is written (before the update)."""
         stage, outbox = self.stage, self.outbox
         x, labels = self.inbox.views(item)
         _call(mark, stage.index, "E" if item.kind == "evaluate" else "F", item)
-        if isinstance(stage.source, BatchSource):
-            stage.source.load_at_cursor(item, (x, labels))
         out = None
         if outbox is not None:
             out, out_labels = outbox.views(item)
-            out_labels.copy_(labels)
+            if isinstance(stage.source, BatchSource):
+                labels = out_labels  # loaded into the next edge's slot, which only this stage writes again
+            else:
+                out_labels.copy_(labels)
+        if isinstance(stage.source, BatchSource):
+            stage.source.load_at_cursor(item, (x, labels), ahead)
         if item.kind == "evaluate":
             stage.evaluate(item, x, labels, out)
         else:
@@ -112,7 +113,6 @@ class Lane:
         """Stage 0: points the device's cursor at the item, or brings what was assembled on the host into its slot."""
         source = self.stage.source
         if isinstance(source, BatchSource):
-            source.order(item)  # rewrites the permutation in place when the epoch changes
             source.seek(item)
         elif source is not None:
             source.load(item, self.inbox.views(item))

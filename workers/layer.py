@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError
@@ -28,7 +29,8 @@ class Step(Protocol):
         ...
 
     def update(self, labels: Tensor) -> Tensor:
-        """The local update for the activations that `forward` kept. Returns the mean loss, on the device."""
+        """The local update for the activations that `forward` kept. Adds the loss (and, for the output layer, the hits)
+        to the layer's totals. Returns the sum of the rows' losses, on the device."""
         ...
 
 
@@ -120,7 +122,7 @@ class Layer:
         """
         loss = self.step.update(labels)
         if self.device.type == "cpu" and not torch.isfinite(loss):
-            raise NonFiniteLossError(self.name, float(loss))
+            raise NonFiniteLossError(self.name, float(loss) / labels.shape[0])
         self.advance(1)
 
     def advance(self, steps: int, *, on_device: bool = True) -> None:
@@ -214,11 +216,11 @@ class AutogradStep:
             loss.backward()
             layer.optimizer.step()
         with torch.no_grad():
-            loss = loss.detach()
-            layer.totals[0] += loss * labels.shape[0]
+            loss_sum = loss.detach() * labels.shape[0]
+            layer.totals[0] += loss_sum
             if layer.is_output:
                 layer.totals[1:] += count_correct(activations, labels)
-        return loss
+        return loss_sum
 
 
 StepFactory = Callable[[Layer], Step]
@@ -226,9 +228,5 @@ StepFactory = Callable[[Layer], Step]
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many rows have their label first, and among the first five: float64 [2], on the device."""
-    label_score = logits.gather(1, labels[:, None])
-    # Equal scores count as ranked before the label only if their class index is smaller, as argmax decides.
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    before = (logits > label_score) | ((logits == label_score) & (classes < labels[:, None]))
-    rank = before.sum(1)
+    rank = label_ranks(logits, labels)
     return torch.stack([(rank < 1).sum(), (rank < 5).sum()]).double()

@@ -57,8 +57,8 @@ class BatchSource:
             self._options["evaluate"] = test.batch_options()
         self._orders: dict[str, tuple[int, Tensor]] = {}
         # Read by the kernel on the device, so that a captured graph can be told where it stands.
-        self.start = torch.zeros((), dtype=torch.int64, device=self.device)
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.reserve(1)
 
     def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Images [size, C, H, W] float32 (channels-last memory) and labels [size] int64 of a train, statistics or
@@ -66,19 +66,26 @@ class BatchSource:
         self.seek(item)
         return self.load_at_cursor(item, out)
 
-    def load_at_cursor(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The same from wherever the device's cursor points: no host value is read, so a graph can hold it."""
+    def load_at_cursor(
+        self, item: Item, out: tuple[Tensor, Tensor] | None = None, ahead: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The same from wherever the device's cursor points: of `item` only kind and size are read, so a graph that
+        was captured with one item serves all others like it.
+
+        Args:
+            ahead: micro-batches after the one that `seek` was told.
+        """
         kind = "evaluate" if item.kind == "evaluate" else "train"
-        order, size = self.order(item), item.size
+        order, size, start = self._orders[item.kind][1], item.size, self._starts[ahead, 0]
         data = self.test if kind == "evaluate" else self.train
         assert data is not None
         if data.images.is_floating_point():
-            return self._gather(data, order, size, out)
+            return self._gather(data, order, start, size, out)
         return self._load(
             data.images,
             data.labels,
             order,
-            self.start,
+            start,
             size,
             seed=self.seed,
             epoch=self.epoch,
@@ -87,10 +94,10 @@ class BatchSource:
         )
 
     def _gather(
-        self, data: ImageDataset, order: Tensor, size: int, out: tuple[Tensor, Tensor] | None
+        self, data: ImageDataset, order: Tensor, start: Tensor, size: int, out: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Samples that are floats already are taken as they are, or mirrored."""
-        index = order[self.start + torch.arange(size, device=self.device)]
+        index = order[start + torch.arange(size, device=self.device)]
         samples, labels = data.images[index], data.labels[index]
         if data.augmentation.flip:  # the same draw as load_batch's
             mirrored = keyed_uniform(self.seed, Purpose.AUGMENT, index, self.epoch)[:, 0] < 0.5
@@ -101,11 +108,27 @@ class BatchSource:
             return samples, labels
         return out[0].copy_(samples), out[1].copy_(labels)
 
-    def order(self, item: Item) -> Tensor:
+    def seek(self, item: Item, count: int = 1) -> None:
+        """Points the device's cursor at `item` and the `count` - 1 full micro-batches after it."""
+        self._make_order(item)
+        rows = self.eval_batch_size if item.kind == "evaluate" else self.batch_size
+        if count == 1:
+            self._starts[0, 0].fill_(item.index * rows)
+        else:
+            torch.add(self._numbers[:count] * rows, item.index * rows, out=self._starts[:count])
+        self.epoch.fill_(item.epoch)
+
+    def reserve(self, count: int) -> None:
+        """Makes room for a cursor over `count` micro-batches. It moves, so call this before any graph is captured."""
+        # 16 bytes apart, so that no kernel is compiled for two alignments.
+        self._numbers = torch.arange(count, device=self.device)[:, None].repeat(1, 2)
+        self._starts = torch.zeros_like(self._numbers)
+
+    def _make_order(self, item: Item) -> None:
         """The permutation that `item` reads. It lies at a fixed address and is rewritten when the epoch changes."""
         kept = self._orders.get(item.kind)
         if kept is not None and (kept[0] == item.epoch or item.kind == "evaluate"):
-            return kept[1]
+            return
         if item.kind == "evaluate":
             assert self.test is not None
             order = torch.arange(len(self.test), device=self.device)
@@ -115,13 +138,6 @@ class BatchSource:
             if kept is not None:
                 order = kept[1].copy_(order)
         self._orders[item.kind] = (item.epoch, order)
-        return order
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def seek(self, item: Item) -> None:
-        """Points the device's cursor at `item`."""
-        rows = self.eval_batch_size if item.kind == "evaluate" else self.batch_size
-        self.start.fill_(item.index * rows)
-        self.epoch.fill_(item.epoch)

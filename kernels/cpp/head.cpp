@@ -23,7 +23,8 @@ extern "C" {
 
 // Sizes: batch rows of `dim` latents, `rows` of the basis, `classes` scores. basis null: the latents are the scores.
 // modulation: kind 0 none, 1 a vector [classes], 2 a matrix [rows, classes] with the given strides in elements.
-// modulation_grad and basis_grad (null: not wanted) are contiguous and start at zero. sums: loss and correct count.
+// modulation_grad and basis_grad (null: not wanted) are contiguous and start at zero. sums: loss, rows whose label has
+// the largest score, rows whose label is among the first five.
 void unlocked_local_head(const float* latents, const int64_t* labels, const float* basis, const float* modulation,
                          int kind, int64_t stride_row, int64_t stride_class, int64_t batch, int64_t dim, int64_t rows,
                          int64_t classes, int normalize, float temperature, float smoothing, float* latents_grad,
@@ -31,7 +32,7 @@ void unlocked_local_head(const float* latents, const int64_t* labels, const floa
   std::vector<float> direction(dim), raw(rows), scores(classes), scores_grad(classes), raw_grad(rows);
   const float off_target = smoothing / static_cast<float>(classes);
   const float scale = 1.0f / (static_cast<float>(batch) * temperature);
-  double loss_sum = 0.0, correct = 0.0;
+  double loss_sum = 0.0, correct = 0.0, among_five = 0.0;
   for (int64_t b = 0; b < batch; ++b) {
     const float* z = latents + b * dim;
     float* grad = latents_grad + b * dim;
@@ -63,6 +64,12 @@ void unlocked_local_head(const float* latents, const int64_t* labels, const floa
     }
     loss_sum += loss;
     correct += best == label;
+    if (label >= 0 && label < classes) {
+      const float of_label = scores[label];
+      int64_t rank = 0;  // classes before the label; of equal scores those with a smaller index
+      for (int64_t k = 0; k < classes; ++k) rank += scores[k] > of_label || (scores[k] == of_label && k < label);
+      among_five += rank < 5;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       float back = 0.0f;
       if (kind == 2)
@@ -99,6 +106,7 @@ void unlocked_local_head(const float* latents, const int64_t* labels, const floa
   }
   sums[0] = loss_sum;
   sums[1] = correct;
+  sums[2] = among_five;
 }
 
 }  // extern "C"

@@ -205,7 +205,7 @@ def local_head(
     latents_grad = torch.empty_like(latents)
     modulation_grad = None if modulation is None else latents.new_zeros(modulation.shape)
     basis_grad = torch.zeros_like(basis) if basis_gradient and basis is not None else None
-    sums = torch.empty(2, dtype=torch.float64)
+    sums = torch.empty(3, dtype=torch.float64)
     strides = (0, 0) if modulation is None else (0, *modulation.stride())[-2:]
     load_kernels().unlocked_local_head(
         latents.data_ptr(),
@@ -227,7 +227,7 @@ def local_head(
         sums.data_ptr(),
     )
     if totals is not None:
-        totals += sums
+        totals += sums[: totals.shape[0]]
     return HeadResult(sums[0].float(), sums[1].long(), latents_grad, modulation_grad, basis_grad)
 
 

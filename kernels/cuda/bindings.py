@@ -43,7 +43,7 @@ _SIGNATURES = {
     "unlocked_apply": "ii g pp ppp pp pp pp pp fff",
     "unlocked_backward": "iii g pp pppp pp p ppp f",
     "unlocked_backward_full": "i g pp pppp p ppp f",
-    "unlocked_head": "iii l iii i ll ii pppp p pp pppp ppp pp fff",
+    "unlocked_head": "iii l iii i ll iii pppp p pp pppp ppp pp fff",
     "unlocked_load_batch": "lll iii ppp pp pp p i pp l iii f",
 }
 _TYPES = {

@@ -42,11 +42,14 @@ __device__ void softmax_row(const HeadArgs& a, int64_t image, const float* raw, 
   }
   label_score = warp_sum(label_score);
   float sum = 0.0f, shifted_sum = 0.0f;
+  int rank = 0; // classes before the label, of equal ones those with a smaller index
   for (int n = lane; n < a.classes; n += kWarp) {
     const float shifted = scores[n] - best.score;
     sum += expf(shifted);
     shifted_sum += shifted;
+    rank += scores[n] > label_score || (scores[n] == label_score && n < label) ? 1 : 0;
   }
+  if (a.count_five) rank = warp_sum(rank);
   sum = warp_sum(sum);
   shifted_sum = warp_sum(shifted_sum);
   const float rest = a.smoothing / static_cast<float>(a.classes), scale = 1.0f / sum;
@@ -65,7 +68,7 @@ __device__ void softmax_row(const HeadArgs& a, int64_t image, const float* raw, 
     float loss = logf(sum) - (1.0f - a.smoothing) * (label_score - best.score) - rest * shifted_sum;
     if (label < 0 || label >= a.classes) loss = NAN; // a wrong label must not pass unseen
     a.losses[image] = loss;
-    a.hits[image] = best.index == label ? 1 : 0;
+    a.hits[image] = (best.index == label ? 1 : 0) + (a.count_five && rank < 5 ? 2 : 0);
   }
 }
 
@@ -285,8 +288,8 @@ using namespace unlocked;
 
 extern "C" int unlocked_head(int device, cudaStream_t stream, int type, int rows_per_block, int shared_bytes,
                              int64_t batch, int dim, int rows, int classes, int modulation_dims, int64_t stride_r,
-                             int64_t stride_n, int normalize, int wide, const void* latents, const void* labels,
-                             const void* basis, const void* modulation, void* grad, void* losses, void* hits, void* raw,
+                             int64_t stride_n, int normalize, int wide, int count_five, const void* latents,
+                             const void* labels, const void* basis, const void* modulation, void* grad, void* losses, void* hits, void* raw,
                              void* score_grad, void* raw_grad, void* inverse, void* loss_sum, void* correct,
                              void* totals, void* modulation_grad, void* basis_grad, float inverse_temperature,
                              float smoothing, float grad_scale) {
@@ -312,6 +315,7 @@ extern "C" int unlocked_head(int device, cudaStream_t stream, int type, int rows
   a.modulation_dims = modulation_dims;
   a.normalize = normalize;
   a.wide = wide;
+  a.count_five = count_five;
   a.inverse_temperature = inverse_temperature;
   a.smoothing = smoothing;
   a.grad_scale = grad_scale;

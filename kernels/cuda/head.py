@@ -58,7 +58,7 @@ def local_head(
         "unlocked_head",
         device,
         *(DTYPES[latents.dtype], rows_per_block, shared_bytes, batch, dim, rows, classes),
-        *(kinds, *strides, int(normalize), wide),
+        *(kinds, *strides, int(normalize), wide, int(totals is not None and totals.shape[0] == 3)),
         *(latents.data_ptr(), labels.data_ptr(), pointer(basis), pointer(modulation), grad.data_ptr(), *pieces),
         *(loss_sum.data_ptr(), correct.data_ptr(), pointer(totals), pointer(modulation_grad), pointer(basis_grad)),
         *(1.0 / temperature, label_smoothing, 1.0 / (batch * temperature)),
@@ -102,7 +102,7 @@ def _check(
         classes = modulation.shape[-1]
         strides = (modulation.stride(0), modulation.stride(-1)) if modulation.dim() == 2 else (0, modulation.stride(0))
     if totals is not None:
-        require("totals", totals, (2,), torch.float64, latents)
+        require("totals", totals, (3,) if totals.shape == (3,) else (2,), torch.float64, latents)
     require_cuda("latents", latents)
     return batch, dim, rows, classes, strides
 

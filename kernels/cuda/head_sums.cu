@@ -10,33 +10,38 @@ namespace {
 __global__ void __launch_bounds__(kHeadThreads)
     head_sums_kernel(const HeadArgs a, float* loss_sum, int64_t* correct, double* totals, float* modulation_grad) {
   __shared__ double loss_s[kHeadWarps];
-  __shared__ int hits_s[kHeadWarps];
+  __shared__ int hits_s[kHeadWarps], fives_s[kHeadWarps];
   __shared__ float sums_s[kHeadWarps][kWarp];
   const int tid = threadIdx.x, lane = tid % kWarp, warp = tid / kWarp;
   if (blockIdx.x == 0) {
     double loss = 0.0;
-    int hits = 0;
+    int hits = 0, fives = 0;
     for (int64_t image = tid; image < a.batch; image += kHeadThreads) {
       loss += static_cast<double>(a.losses[image]);
-      hits += a.hits[image];
+      hits += a.hits[image] & 1;
+      fives += a.hits[image] >> 1;
     }
     loss = warp_sum(loss);
     hits = warp_sum(hits);
+    fives = warp_sum(fives);
     if (lane == 0) {
       loss_s[warp] = loss;
       hits_s[warp] = hits;
+      fives_s[warp] = fives;
     }
     __syncthreads();
     if (tid == 0) {
       for (int w = 1; w < kHeadWarps; ++w) {
         loss += loss_s[w];
         hits += hits_s[w];
+        fives += fives_s[w];
       }
       *loss_sum = static_cast<float>(loss);
       *correct = hits;
       if (totals != nullptr) {
         totals[0] += static_cast<double>(static_cast<float>(loss)); // what `loss_sum` says
         totals[1] += hits;
+        if (a.count_five) totals[2] += fives;
       }
     }
     return;

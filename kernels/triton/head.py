@@ -139,6 +139,7 @@ def _run(
             *_row_and_element_stride(modulation),
             float(temperature),
             float(label_smoothing),
+            COUNT_FIVE=totals is not None and totals.shape[0] == 3,
             **plan.constants,
         )
         if modulation_grad is not None and plan.constants["MODULATION_DIMS"] == 3:
@@ -262,8 +263,10 @@ def _sizes(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if totals is not None and (totals.shape != (2,) or totals.dtype != torch.float64 or totals.stride() != (1,)):
-        raise ValueError(f"totals must be contiguous float64 [2], got {_describe(totals)}")
+    if totals is not None and (
+        totals.shape not in ((2,), (3,)) or totals.dtype != torch.float64 or totals.stride() != (1,)
+    ):
+        raise ValueError(f"totals must be contiguous float64 [2] or [3], got {_describe(totals)}")
     for name, tensor in (("labels", labels), ("basis", basis), ("modulation", modulation), ("totals", totals)):
         if tensor is not None and tensor.device != latents.device:
             raise ValueError(f"{name} must be on the latents' device {latents.device}, got {tensor.device}; move one")
@@ -283,6 +286,7 @@ def _head_spec(
     has_basis, trained_basis = options.get("has_basis", True), options.get("trained_basis", False)
     constants = dict(_plan(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, 64).constants)
     warps = constants.pop("num_warps")
+    constants["COUNT_FIVE"] = not has_basis  # as the output layer's totals
     float_pointers = ("basis", "modulation", "loss_sum", "modulation_grad", "scratch")
     types = {
         **dict.fromkeys(float_pointers, "*fp32"),

@@ -7,14 +7,15 @@ the batch goes through `scratch`: each program writes its rows' share, then coun
 arrives last sums all shares in the order of the rows. Which program that is depends on the race, the sum does not.
 The last one also sets the counter back to zero for the next launch.
 
-`scratch` (float32) is laid out as losses [B], correct [B], then, where asked for, weight rows [B, N], raw scores
-[B, R], gradients of the raw scores [B, R] and features [B, D].
+`scratch` (float32) is laid out as losses [B], hits [B] (1 for a row that counts as correct, and 2 more for a label
+among the first five scores), then, where asked for, weight rows [B, N], raw scores [B, R], gradients of the raw scores
+[B, R] and features [B, D].
 """
 
 import triton
 import triton.language as tl
 
-from unlocked.kernels.triton.pieces import place, take
+from unlocked.kernels.triton.pieces import label_rank, place, take
 
 __all__ = ["batch_product_kernel", "head_kernel"]
 
@@ -60,6 +61,7 @@ def head_kernel(
     ROWS_PER_PROGRAM: tl.constexpr,
     MODULATION_DIMS: tl.constexpr,  # 0 (none), 1, 2 (gradient made here) or 3 (a matrix whose gradient is made later)
     KEEP_FEATURES: tl.constexpr,  # for the gradient of the basis, which is made later
+    COUNT_FIVE: tl.constexpr,  # totals has a third entry, the rows whose label is among the first five
 ):
     """Grid: ceil(B / ROWS_PER_PROGRAM). See [Note: one kernel]."""
     wide_rows = num_rows.to(tl.int64)
@@ -104,7 +106,10 @@ def head_kernel(
             tl.store(latents_grad + row * DIM + dims, z_grad.to(latents_grad.dtype.element_ty), mask=in_dim)
 
             tl.store(scratch + row, loss)
-            tl.store(scratch + wide_rows + row, correct.to(tl.float32))
+            hits = correct.to(tl.int32)
+            if COUNT_FIVE:
+                hits += 2 * (label_rank(scores, label, in_classes) < 5).to(tl.int32)
+            tl.store(scratch + wide_rows + row, hits.to(tl.float32))
             if MODULATION_DIMS > 0:
                 tl.store(weight_rows + row * CLASSES + classes, weight_row, mask=in_classes)
             if MODULATION_DIMS > 1:
@@ -118,7 +123,7 @@ def head_kernel(
     arrived = tl.atomic_add(arrivals, 1, sem="acq_rel")
     if arrived == tl.num_programs(0) - 1:
         tl.debug_barrier()
-        _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals)
+        _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals, COUNT_FIVE)
         if MODULATION_DIMS == 1:
             total = _sum_rows(weight_rows, num_rows, CLASSES, BLOCK_CLASSES)
             tl.store(modulation_grad + classes, total, mask=in_classes)
@@ -218,20 +223,25 @@ def _project_back(
 
 
 @triton.jit
-def _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals):
-    """The last program's sums of losses and correct rows. Loads bypass L1, which is not coherent between SMs."""
+def _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals, COUNT_FIVE: tl.constexpr):
+    """The last program's sums of losses and hits. Loads bypass L1, which is not coherent between SMs."""
     index = tl.arange(0, _SUM_CHUNK)
-    losses, corrects = tl.zeros([_SUM_CHUNK], tl.float32), tl.zeros([_SUM_CHUNK], tl.float32)
+    losses = tl.zeros([_SUM_CHUNK], tl.float32)
+    corrects, fives = tl.zeros([_SUM_CHUNK], tl.int32), tl.zeros([_SUM_CHUNK], tl.int32)
     for start in range(0, num_rows, _SUM_CHUNK):
         inside = start + index < num_rows
         losses += tl.load(scratch + start + index, mask=inside, other=0.0, cache_modifier=".cg")
-        corrects += tl.load(scratch + num_rows + start + index, mask=inside, other=0.0, cache_modifier=".cg")
-    loss, correct = tl.sum(losses, axis=0), tl.sum(corrects.to(tl.int32), axis=0)
+        hits = tl.load(scratch + num_rows + start + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.int32)
+        corrects += hits & 1
+        fives += hits >> 1
+    loss, correct = tl.sum(losses, axis=0), tl.sum(corrects, axis=0)
     tl.store(loss_sum, loss)
     tl.store(correct_sum, correct.to(tl.int64))
     if totals is not None:
         tl.store(totals, tl.load(totals) + loss.to(tl.float64))
         tl.store(totals + 1, tl.load(totals + 1) + correct.to(tl.float64))
+        if COUNT_FIVE:
+            tl.store(totals + 2, tl.load(totals + 2) + tl.sum(fives, axis=0).to(tl.float64))
 
 
 @triton.jit

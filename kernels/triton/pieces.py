@@ -36,6 +36,7 @@ __all__ = [
     "first_maximum_is",
     "identity",
     "identity_backward",
+    "label_rank",
     "matrix_scores",
     "matrix_scores_backward",
     "plain_scores",
@@ -165,6 +166,15 @@ def first_maximum_is(label, scores, inside):
     best = tl.max(tl.where(inside, scores, float("-inf")), axis=0)
     first = tl.min(tl.where(inside & (scores == best), index, scores.shape[0]), axis=0)
     return first == label
+
+
+@triton.jit
+def label_rank(scores, label, inside):
+    """How many classes come before `label`: those with a larger score, and of equal ones those with a smaller index."""
+    index = tl.arange(0, scores.shape[0])
+    of_label = tl.sum(tl.where(index == label, scores, 0.0), axis=0)
+    before = (scores > of_label) | ((scores == of_label) & (index < label))
+    return tl.sum((inside & before).to(tl.int32), axis=0)
 
 
 @triton.jit

@@ -53,6 +53,7 @@ class BlockGraph:
         plan = job.plan
         if plan.train_size // plan.batch_size < ticks + len(lanes):
             return None
+        source.reserve(ticks)
         block = cls(lanes, ticks, depth, job.settings.trace is not None)
         item = Item(0, "train", 0, 0, plan.batch_size, False)
         with _Restored(lanes):
@@ -75,7 +76,7 @@ class BlockGraph:
             self.stream.wait_stream(lane.stream)
         timed = self._always or self._replays % 16 == 1
         with torch.cuda.stream(self.stream):
-            source.seek(first)
+            source.seek(first, self.ticks)
             (self._timed if timed else self._graph).replay()
         for lane in self._lanes:
             assert lane.stream is not None
@@ -106,7 +107,7 @@ class BlockGraph:
                     # Stage k is k micro-batches behind: its slot is that of the position tick - k.
                     here = Item(tick - k, "train", item.epoch, item.index, item.size, False)
                     with lane.uncounted(), lane.on_stream():
-                        lane.issue_in_block(here, self._mark if mark is not None else None)
+                        lane.issue_in_block(here, tick, self._mark if mark is not None else None)
             for lane in lanes:
                 assert lane.stream is not None
                 self.stream.wait_stream(lane.stream)

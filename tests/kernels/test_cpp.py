@@ -178,7 +178,7 @@ def test_local_head(
             modulation = modulation.T
     latents = scale * torch.randn(batch, dim, generator=generator)
     options = {"normalize": normalize, "temperature": 0.7, "label_smoothing": smoothing, "basis_gradient": True}
-    totals, true_totals = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    totals, true_totals = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     got = cpp.local_head(latents, labels, basis, modulation, **options, totals=totals)
     truth = [None if t is None else t.double() for t in (latents, basis, modulation)]
     expected = reference.local_head(truth[0], labels, *truth[1:], **options, totals=true_totals)
@@ -190,6 +190,19 @@ def test_local_head(
         assert torch.isfinite(a).all(), name
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=1e-5 * size, msg=lambda m, n=name: n + m)
     assert totals[0] == pytest.approx(float(true_totals[0]), rel=2e-4, abs=1e-5 * size)
+
+
+def test_counts_are_exact_where_scores_are_equal() -> None:
+    """Logits of few values, so that most labels share their score with others."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(4, (200, 12), generator=generator).float()
+    labels = torch.randint(12, (200,), generator=generator)
+    totals, expected = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    cpp.local_head(logits, labels, None, normalize=False, totals=totals)
+    reference.local_head(logits, labels, None, normalize=False, totals=expected)
+    assert totals[1:].tolist() == expected[1:].tolist()
+    cpp.local_head(logits, labels, None, normalize=False, totals=totals[:2])
+    assert totals[1:].tolist() == [2 * expected[1], expected[2]]
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,11 +263,12 @@ def _check_head(
         base = torch.zeros((*modulation.shape, 2), device=DEVICE)
         base[..., 0] = given[3]
         given[3] = base[..., 0]
-    totals = torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE)
+    totals = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=DEVICE)
     actual = cuda.local_head(*given, **options, totals=totals)
     exact: list[Any] = [None if t is None else t.double() if t.is_floating_point() else t for t in given]
     # The scores and their argmax from latents as wide as the kernel's own arithmetic.
-    expected = reference.local_head(*exact, **options)
+    sums = torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    expected = reference.local_head(*exact, **options, totals=sums)
     assert actual.latents_grad.dtype == latents.dtype
     assert actual.correct == expected.correct
     _assert_near("loss_sum", actual.loss_sum, expected.loss_sum, 1e-5, 0.0)
@@ -279,6 +280,7 @@ def _check_head(
             _assert_near(name, getattr(actual, name), getattr(expected, name), 1e-5, 1e-5)
     torch.testing.assert_close(totals[0] - 1.0, actual.loss_sum.double(), rtol=1e-12, atol=1e-12, equal_nan=True)
     assert totals[1] - 2.0 == actual.correct
+    assert totals[2] - 3.0 == sums[2]
 
 
 def _dataset(count: int, shape: tuple[int, int, int]) -> dict[str, Any]:

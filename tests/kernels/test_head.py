@@ -66,9 +66,9 @@ def _move(tensor: Tensor | None, device: str) -> Tensor | None:
 def _check(case: tuple[Tensor, Tensor, Tensor | None, Tensor | None], device: str, **options: Any) -> None:
     """The kernel on `device` against the reference in float64 on the CPU, totals included."""
     truth = [None if t is None else t.double() if t.is_floating_point() else t for t in case]
-    totals = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    totals = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64)
     expected = reference.local_head(*truth, **options, totals=totals)  # type: ignore[arg-type]
-    moved_totals = torch.tensor([3.0, 4.0], dtype=torch.float64, device=device)
+    moved_totals = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64, device=device)
     actual = local_head(*[_move(t, device) for t in case], **options, totals=moved_totals)  # type: ignore[arg-type]
 
     assert actual.latents_grad.dtype == case[0].dtype
@@ -131,6 +131,19 @@ def test_several_rows_per_program(kernel_device: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(head_module, "_MANY_ROWS", 9)
     _check(_case(9, 21, 5, "matrix"), kernel_device, basis_gradient=True)
     _check(_case(9, 521, 40, "vector"), kernel_device)
+
+
+@pytest.mark.parametrize("classes", [3, 17])
+def test_counts_are_exact_where_scores_are_equal(classes: int, kernel_device: str) -> None:
+    """Logits of few values, so that most labels share their score with others; with and without the third total."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(4, (40, classes), generator=generator).float()
+    labels = torch.randint(classes, (40,), generator=generator)
+    for count in (2, 3):
+        totals, expected = (torch.full((count,), 7.0, dtype=torch.float64, device=d) for d in (kernel_device, "cpu"))
+        local_head(logits.to(kernel_device), labels.to(kernel_device), None, normalize=False, totals=totals)
+        reference.local_head(logits, labels, None, normalize=False, totals=expected)
+        assert totals[1:].tolist() == expected[1:].tolist()
 
 
 def test_the_arrival_counter_is_back_at_zero(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +219,7 @@ def test_ties_count_for_the_first(kernel_device: str) -> None:
         ({"basis": torch.randn(3, 5)}, r"float \[R, 4\]"),
         ({"modulation": torch.randn(4)}, r"\[3\] or \[3, N\]"),
         ({"temperature": 0.0}, "positive"),
-        ({"totals": torch.zeros(2)}, r"float64 \[2\]"),
+        ({"totals": torch.zeros(2)}, r"float64 \[2\] or \[3\]"),
         ({"basis": None, "basis_gradient": True}, "needs a basis"),
         ({"basis": torch.randn(8193, 4)}, "at most 8192"),
     ],

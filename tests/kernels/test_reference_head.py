@@ -187,6 +187,19 @@ def test_first_of_equal_scores_counts_and_totals_add_up() -> None:
     assert totals.tolist() == [10.0 + float(result.loss_sum), 7.0]
 
 
+@pytest.mark.parametrize("classes", [1, 5, 6, 40])
+def test_a_third_total_counts_labels_among_the_first_five(classes: int) -> None:
+    """Against a stable descending sort, with many equal scores."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randint(4, (60, classes), generator=generator).double()
+    labels = torch.randint(classes, (60,), generator=generator)
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    totals = torch.zeros(3, dtype=torch.float64)
+    result = local_head(logits, labels, None, normalize=False, totals=totals)
+    assert totals[2] == (order[:, :5] == labels[:, None]).any(1).sum()
+    assert totals[1] == result.correct == (order[:, 0] == labels).sum()
+
+
 def _typed(result: HeadResult) -> tuple[torch.dtype, ...]:
     return result.loss_sum.dtype, result.correct.dtype, result.latents_grad.dtype
 
