@@ -47,6 +47,7 @@ class RunOptions:
     statistics_batches: int
     summary: Path | None
     trace: Path | None
+    tensorboard: Path | None
     resume: Path | None
     snapshot_every: int
     plain: bool
@@ -132,6 +133,7 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--statistics-batches", type=int, default=50, help="re-estimate BatchNorm from so many before an evaluation")
     add("--summary", type=Path, default=None, help="write a JSON summary here")
     add("--trace", type=Path, default=None, help="write a Chrome trace of every action here")
+    add("--tensorboard", type=Path, default=None, help="write TensorBoard's event files below this folder")
     add("--resume", type=Path, default=None, help="go on from the newest snapshot in this folder")
     add("--snapshot-every", type=int, default=0, help="training micro-batches between snapshots (0: none)")
     add("--plain", action="store_true", help="lines instead of the dashboard")

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from unlocked.launch.options import RunOptions, parse
 
 if TYPE_CHECKING:
+    from unlocked.data import ImageDataset
+    from unlocked.models import Block
+    from unlocked.rules import Rule
     from unlocked.runtime.metrics import MetricsSink
 
-__all__ = ["main", "optimizer_factory", "run", "summary"]
+__all__ = ["main", "make_model", "make_rule", "optimizer_factory", "run", "summary"]
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "SGDSF")
 
@@ -43,23 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: RunOptions) -> int:
     """One run; returns the exit code."""
     from unlocked.data import load_dataset
-    from unlocked.models import get_model
-    from unlocked.rules import get_rule
     from unlocked.runtime import Trainer
     from unlocked.runtime.dashboard import Dashboard
     from unlocked.runtime.learning_rate import lr_schedule
+    from unlocked.runtime.tensorboard import TensorBoard, require_tensorboard
 
-    rule: Any = "BP"
-    if options.training_mode != "BP":
-        rule = get_rule(
-            options.training_mode,
-            temperature=options.temperature,
-            label_smoothing=options.label_smoothing,
-            waveform=options.waveform,
-        )
+    rule = make_rule(options)
     folder = None if options.save_path is None else options.save_path / options.run_name
     if folder is None and (options.snapshot_every or options.save_best_model):
         raise ValueError("--snapshot-every and --save-best-model need --save-path, the folder to write to")
+    if options.tensorboard is not None:
+        require_tensorboard()
     optimizer = optimizer_factory(options)
     lr_factor = lr_schedule(
         options.lr_scheduler, epochs=options.num_epochs, milestones=options.milestone, gamma=options.gamma
@@ -67,17 +64,9 @@ def run(options: RunOptions) -> int:
     for flag, path in (("--summary", options.summary), ("--trace", options.trace)):
         _check_writable(flag, path)
     train, test = load_dataset(options.dataset, options.dataset_dir)
-    channels, height, _ = train.image_shape
-    model = get_model(
-        options.model,
-        in_channels=channels,
-        num_classes=train.num_classes,
-        image_size=height,
-        dropout=options.dropout,
-    )
     sinks: list[MetricsSink] = []
     trainer = Trainer(
-        model,
+        make_model(options, train),
         rule=rule,
         optimizer=optimizer,
         engine=options.engine,
@@ -113,7 +102,7 @@ def run(options: RunOptions) -> int:
         )
     finally:
         for sink in sinks:  # a live dashboard gives the terminal back before anything is said about a failure
-            if isinstance(sink, Dashboard):
+            if isinstance(sink, Dashboard | TensorBoard):
                 sink.close()
     if result.is_complete:
         _write_results(options, result, folder)
@@ -122,6 +111,42 @@ def run(options: RunOptions) -> int:
             print(f"stopped by signal {result.stopped_by} after {result.steps} training micro-batches", flush=True)
         return 128 + result.stopped_by
     return 0
+
+
+def make_rule(options: RunOptions) -> "Rule | str":
+    """The local rule that the options name, or "BP".
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    from unlocked.rules import get_rule
+
+    if options.training_mode == "BP":
+        return "BP"
+    return get_rule(
+        options.training_mode,
+        temperature=options.temperature,
+        label_smoothing=options.label_smoothing,
+        waveform=options.waveform,
+    )
+
+
+def make_model(options: RunOptions, data: "ImageDataset") -> "list[Block]":
+    """The network that the options name, for images like those of `data`.
+
+    Raises:
+        ValueError: the name is not known, or the images are too small for it.
+    """
+    from unlocked.models import get_model
+
+    channels, height, _ = data.image_shape
+    return get_model(
+        options.model,
+        in_channels=channels,
+        num_classes=data.num_classes,
+        image_size=height,
+        dropout=options.dropout,
+    )
 
 
 def summary(options: RunOptions, result: Any) -> dict[str, Any]:
@@ -200,6 +225,10 @@ def _make_sinks(options: RunOptions, folder: Path | None, made: "list[MetricsSin
     made.append(Dashboard(plain=True if options.plain else None))
     if folder is not None:
         made.append(RunLog(folder, options.as_dict(), resume=options.resume is not None))
+    if options.tensorboard is not None:
+        from unlocked.runtime.tensorboard import TensorBoard
+
+        made.append(TensorBoard(options.tensorboard / options.run_name))
     return made
 
 
