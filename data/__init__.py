@@ -1,7 +1,14 @@
-"""Datasets as resident tensors, and the order in which an epoch visits them. Knows nothing of pipelines."""
+"""Datasets, resident, mapped into memory or read from a loader, and the order in which an epoch visits them.
+
+Knows nothing of pipelines.
+"""
 
 from unlocked.data.dataset import Augmentation, ImageDataset
+from unlocked.data.loader import LoaderDataset
 from unlocked.data.order import epoch_order
 from unlocked.data.registry import DATASETS, load_dataset
 
-__all__ = ["DATASETS", "Augmentation", "ImageDataset", "epoch_order", "load_dataset"]
+__all__ = ["DATASETS", "Augmentation", "Dataset", "ImageDataset", "LoaderDataset", "epoch_order", "load_dataset"]
+
+Dataset = ImageDataset | LoaderDataset
+"""Whatever a run can read."""

@@ -1,22 +1,90 @@
-"""Which source stage 0 gets: the data on its device, or a thread that reads ahead on the host."""
+"""What a run reads: data of any kind as a dataset, and which source stage 0 gets for it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from unlocked.data import ImageDataset
+from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.images import load_batch as host_load_batch
 from unlocked.runtime.plan import StreamPlan
+from unlocked.workers.actions import MarkKind
 from unlocked.workers.prefetch import Prefetcher
-from unlocked.workers.source import BatchSource, LoadBatch, Source
+from unlocked.workers.reader import LoaderReader
+from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
-__all__ = ["make_source"]
+__all__ = ["Data", "as_dataset", "make_source", "rows_per_batch", "with_classes"]
+
+Data = Dataset | tuple[Tensor, Tensor] | Iterable[Any]
+"""A dataset; or (samples, labels) as two tensors; or an iterable of batches, such as a PyTorch DataLoader."""
 
 _READ_AHEAD = 2  # micro-batches, for streamed data unless the settings say otherwise
 _DEVICE_SHARE = 0.5  # of a GPU's free memory that resident data may take: the rest is for layers and edges
 
 
+def as_dataset(
+    data: Data, split: str, *, num_classes: int | None = None, steps_per_epoch: int | None = None
+) -> Dataset:
+    """What `Trainer.fit` was given, with its sizes.
+
+    Args:
+        num_classes: None: for tensors, as many as the labels show; for a loader, as many as the model tells apart.
+        steps_per_epoch: batches of a loader that make an epoch.
+
+    Raises:
+        ValueError: data that can't be read.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        samples, labels = data
+        if labels.numel() == 0:
+            raise ValueError(f"the {split} data is empty: labels {list(labels.shape)}")
+        data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
+    elif not isinstance(data, ImageDataset | LoaderDataset):
+        if not isinstance(data, Iterable):
+            raise ValueError(
+                f"the {split} data is a {type(data).__name__}; give a dataset, two tensors (samples, labels), or a "
+                "DataLoader or another iterable of batches"
+            )
+        return LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+    if steps_per_epoch is not None:
+        raise ValueError("steps_per_epoch is for loaders; an epoch of a dataset is all of it (max_steps stops earlier)")
+    return data
+
+
+def rows_per_batch(data: Dataset, given: int | None, default: int | None = None) -> int:
+    """The batch size that was given, or the loader's own.
+
+    Raises:
+        ValueError: none, or two that differ.
+    """
+    if isinstance(data, LoaderDataset):
+        if given not in (None, data.batch_size):
+            raise ValueError(f"batch size {given} was given, but the {data.split} loader yields {data.batch_size} rows")
+        return data.batch_size
+    size = default if given is None else given
+    if size is None:
+        raise ValueError("give batch_size, the rows of a micro-batch")
+    return size
+
+
+def with_classes(data: Dataset, num_classes: int) -> Dataset:
+    """A loader that did not know its classes learns them from the model.
+
+    Raises:
+        ValueError: the data has more classes than the model tells apart.
+    """
+    if isinstance(data, LoaderDataset) and data.num_classes is None:
+        return replace(data, num_classes=num_classes)
+    if data.num_classes is not None and data.num_classes > num_classes:
+        raise ValueError(f"the {data.split} data has {data.num_classes} classes, the model tells {num_classes} apart")
+    return data
+
+
 def make_source(
-    train: ImageDataset,
-    test: ImageDataset | None,
+    train: Dataset,
+    test: Dataset | None,
     *,
     plan: StreamPlan,
     start: int,
@@ -35,21 +103,37 @@ def make_source(
             where the data is streamed, none where it is resident.
         timeout: seconds that stage 0 waits for a micro-batch.
     """
-    resident = not any(_is_streamed(data, device) for data in (train, test) if data is not None)
+    sets = [data for data in (train, test) if data is not None]
+    resident = not any(_is_streamed(data, device) for data in sets)
     home = device if resident else torch.device("cpu")
-    source = BatchSource(
-        train.to(home),
-        None if test is None else test.to(home),
-        seed=seed,
-        batch_size=plan.batch_size,
-        eval_batch_size=plan.eval_batch_size,
-        load_batch=load_batch if home == device else host_load_batch,
-    )
+
+    def images(train: ImageDataset, test: ImageDataset | None) -> BatchSource:
+        return BatchSource(
+            train.to(home),
+            None if test is None else test.to(home),
+            seed=seed,
+            batch_size=plan.batch_size,
+            eval_batch_size=plan.eval_batch_size,
+            load_batch=load_batch if home == device else host_load_batch,
+        )
+
+    def reader(data: Dataset, *kinds: MarkKind) -> Source:
+        if isinstance(data, ImageDataset):
+            return images(data, data)
+        one = LoaderReader(data)
+        one.skip(item for item in plan.items(0, start) if item.kind in kinds)
+        return one
+
+    source: Source
+    if isinstance(train, ImageDataset) and not isinstance(test, LoaderDataset):
+        source = images(train, test)
+    else:
+        source = SplitSource(reader(train, "train", "statistics"), None if test is None else reader(test, "evaluate"))
     depth = prefetch if prefetch is not None else 0 if resident else _READ_AHEAD
     if home == device and (depth == 0 or device.type == "cuda"):
         return source  # a GPU assembles resident micro-batches itself, faster than a host could send them
     return Prefetcher(
-        source.load,
+        source,
         plan.items(start),
         depth=max(depth, 1),
         rows=plan.max_rows,
@@ -59,8 +143,10 @@ def make_source(
     )
 
 
-def _is_streamed(data: ImageDataset, device: torch.device) -> bool:
+def _is_streamed(data: Dataset, device: torch.device) -> bool:
     """The dataset's own choice; else whether it is too large for the device."""
+    if isinstance(data, LoaderDataset):
+        return True
     if data.streamed is not None:
         return data.streamed
     if device.type != "cuda" or data.images.is_cuda:

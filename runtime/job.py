@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from unlocked.data import ImageDataset
+from unlocked.data import Dataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.rules import Rule
@@ -78,8 +78,8 @@ class Job:
     rule: Rule | Sequence[Rule]
     optimizer: OptimizerFactory
     lr_factor: Callable[[int], float]
-    train: ImageDataset
-    test: ImageDataset | None
+    train: Dataset
+    test: Dataset | None
     plan: StreamPlan
     settings: Settings
     fingerprint: Mapping[str, Any]

@@ -41,13 +41,14 @@ class Network:
 
 
 def build_network(
-    model: Model, *, input_shape: tuple[int, ...], num_classes: int, seed: int, keep_weights: bool = False
+    model: Model, *, input_shape: tuple[int, ...], num_classes: int | None, seed: int, keep_weights: bool = False
 ) -> Network:
     """Names the layers, initialises them by (seed, layer), and follows one sample through to learn every shape.
 
     Args:
         model: blocks (`unlocked.models`), or any modules in order; the last one must give [B, num_classes].
         input_shape: one sample's, such as (C, H, W).
+        num_classes: of the data; None: whatever the last layer tells apart.
         keep_weights: leave the parameters as they are instead of drawing them by (seed, layer).
 
     Raises:
@@ -69,10 +70,12 @@ def build_network(
         for index, block in enumerate(blocks):
             initialise(block, seed, index)
     activations, outputs = _trace_shapes(blocks, input_shape)
-    if outputs[-1] != (num_classes,):
+    if num_classes is None and len(outputs[-1]) == 1:
+        num_classes = outputs[-1][0]
+    if num_classes is None or outputs[-1] != (num_classes,):
         raise ValueError(
-            f"the last layer {names[-1]} gives {outputs[-1]} per sample, but the data has {num_classes} classes; "
-            f"end the model in a layer with output ({num_classes},)"
+            f"the last layer {names[-1]} gives {outputs[-1]} per sample, but the data has {num_classes or 'some'} "
+            f"classes; end the model in a layer with output ({num_classes or 'number of classes'},)"
         )
     infos = [
         LayerInfo(

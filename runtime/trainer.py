@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from unlocked.data import ImageDataset
+from unlocked.data import Dataset
 from unlocked.kernels.dispatch import BACKENDS
 from unlocked.rules import Rule
 from unlocked.runtime.best import BestWeights
 from unlocked.runtime.engines import get_engine
+from unlocked.runtime.input import Data, as_dataset, rows_per_batch, with_classes
 from unlocked.runtime.job import Job, Settings
 from unlocked.runtime.learning_rate import constant
 from unlocked.runtime.metrics import FanOut, MetricsSink
@@ -23,8 +23,6 @@ from unlocked.runtime.snapshots import find_snapshot
 from unlocked.workers.layer import OptimizerFactory
 
 __all__ = ["Trainer"]
-
-Data = ImageDataset | tuple[Tensor, Tensor]
 
 
 class Trainer:
@@ -133,18 +131,22 @@ class Trainer:
         train: Data,
         *,
         epochs: int,
-        batch_size: int,
+        batch_size: int | None = None,
         eval_data: Data | None = None,
         eval_batch_size: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
     ) -> RunResult:
         """Trains for `epochs`, evaluating after each where there is `eval_data`.
 
         Args:
-            train: an `ImageDataset`, or (samples [N, ...], labels [N] int64).
-            batch_size: rows of a micro-batch; the last of an epoch may be smaller.
+            train: an `ImageDataset`; or (samples [N, ...], labels [N] int64); or a PyTorch DataLoader, or any iterable
+                of batches (samples [B, ...] float or uint8, labels [B]), whose batches are the micro-batches: see
+                `unlocked.data.LoaderDataset`.
+            batch_size: rows of a micro-batch; the last of an epoch may be smaller. A loader brings its own.
             eval_batch_size: rows of an evaluation micro-batch; default: `batch_size`.
             max_steps: stop after that many training micro-batches.
+            steps_per_epoch: batches of a training loader that make an epoch; default: its length.
 
         Returns:
             Figures and final weights. The model that was passed in holds the trained weights as well, on the engines
@@ -155,7 +157,9 @@ class Trainer:
             StageError: a stage failed, or a loss became non-finite; says which stage, layer and action.
         """
         began = time.perf_counter()
-        job = self._job(train, epochs, batch_size, eval_data, eval_batch_size or batch_size, max_steps)
+        train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch)
+        test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
+        job = self._job(train_set, epochs, batch_size, test_set, eval_batch_size, max_steps)
         prepared = time.perf_counter() - began
         sinks: list[MetricsSink] = []
 
@@ -172,15 +176,16 @@ class Trainer:
 
     def _job(
         self,
-        train: Data,
+        train_set: Dataset,
         epochs: int,
-        batch_size: int,
-        eval_data: Data | None,
-        eval_batch_size: int,
+        batch_size: int | None,
+        test_set: Dataset | None,
+        eval_batch_size: int | None,
         max_steps: int | None,
     ) -> Job:
-        train_set = _as_dataset(train)
-        test_set = None if eval_data is None else _as_dataset(eval_data, train_set.num_classes)
+        batch_size = rows_per_batch(train_set, batch_size)
+        if test_set is not None:
+            eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
         if test_set is not None and test_set.image_shape != train_set.image_shape:
             raise ValueError(
                 f"evaluation samples have shape {test_set.image_shape}, training samples {train_set.image_shape}; "
@@ -191,7 +196,7 @@ class Trainer:
             train_size=len(train_set),
             batch_size=batch_size,
             eval_size=0 if test_set is None else len(test_set),
-            eval_batch_size=eval_batch_size,
+            eval_batch_size=eval_batch_size or batch_size,
             statistics_batches=self._statistics_batches,
             snapshot_every=self._snapshot_every,
             max_steps=max_steps,
@@ -203,6 +208,8 @@ class Trainer:
             seed=self.settings.seed,
             keep_weights=self._keep_weights,
         )
+        train_set = with_classes(train_set, network.infos[-1].num_classes)
+        test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         if self._rule == "BP":
             network = backpropagation_network(network)
         assert self._rule == "BP" or not isinstance(self._rule, str)
@@ -234,13 +241,6 @@ class Trainer:
             settings=self.settings,
             fingerprint=fingerprint,
         )
-
-
-def _as_dataset(data: Data, num_classes: int | None = None) -> ImageDataset:
-    if isinstance(data, ImageDataset):
-        return data
-    samples, labels = data
-    return ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1)
 
 
 def _check_device(name: str) -> None:

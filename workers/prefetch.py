@@ -6,18 +6,16 @@ the look-ahead nor the speed of either side can change a number: they only decid
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
+from unlocked.workers.source import Batch, Source
 
-__all__ = ["Batch", "Prefetcher"]
-
-Batch = tuple[Tensor, Tensor]
-"""Samples [size, *sample_shape] float32 and labels [size] int64."""
+__all__ = ["Prefetcher"]
 
 _JOIN_SECONDS = 5.0  # that `close` gives a loader to come back from its current batch
 
@@ -42,7 +40,7 @@ class Prefetcher:
     raises where the micro-batch was due.
 
     Args:
-        assemble: writes an item's micro-batch into the given buffers. Called in the thread, in stream order.
+        source: assembles an item's micro-batch, on the CPU. Called in the thread, in stream order.
         items: what will be asked for, in that order (those without data are left out).
         depth: micro-batches that lie ready at most, at least 1. One more is in use by the stage.
         rows: of the largest micro-batch.
@@ -53,7 +51,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        assemble: Callable[[Item, Batch], object],
+        source: Source,
         items: Iterable[Item],
         *,
         depth: int,
@@ -62,7 +60,7 @@ class Prefetcher:
         device: torch.device,
         timeout: float,
     ) -> None:
-        self._assemble, self._device, self._timeout = assemble, device, timeout
+        self._source, self._device, self._timeout = source, device, timeout
         self._items: Iterator[Item] = (item for item in items if item.kind != "snapshot")
         on_gpu = device.type == "cuda"
         layout = torch.channels_last if len(sample_shape) == 3 else torch.contiguous_format
@@ -103,12 +101,14 @@ class Prefetcher:
         return batch
 
     def close(self) -> None:
-        """Ends the thread. Idempotent."""
+        """Ends the thread, then closes the source. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread.ident is not None:
             self._thread.join(_JOIN_SECONDS)
+        if not self._thread.is_alive():
+            self._source.close()
 
     def _take(self, item: Item) -> _Slot:
         with self._changed:
@@ -141,7 +141,7 @@ class Prefetcher:
                 if slot.copied is not None:
                     slot.copied.synchronize()
                     slot.copied = None
-                self._assemble(item, slot.views(item.size))
+                self._source.load(item, slot.views(item.size))
                 with self._changed:
                     self._ready.append((item, slot))
                     self._changed.notify_all()

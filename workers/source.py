@@ -13,15 +13,17 @@ from unlocked.data import ImageDataset, epoch_order
 from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.workers.actions import Item
 
-__all__ = ["BatchSource", "LoadBatch", "Source"]
+__all__ = ["Batch", "BatchSource", "LoadBatch", "Source", "SplitSource"]
 
-LoadBatch = Callable[..., tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor]
+"""Samples [size, *sample_shape] float32 (images in channels-last memory) and labels [size] int64."""
+LoadBatch = Callable[..., Batch]
 
 
 class Source(Protocol):
     """What stage 0 reads: a `BatchSource`, whose input operation a graph can hold, or a reader on the host."""
 
-    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
         """The micro-batch of a train, statistics or evaluate item, on the stage's device; in `out` if given."""
 
     def close(self) -> None:
@@ -141,3 +143,20 @@ class BatchSource:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class SplitSource:
+    """Training and statistics items from one source, evaluation items from another."""
+
+    def __init__(self, train: Source, test: Source | None) -> None:
+        self._train, self._test = train, test
+
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
+        source = self._test if item.kind == "evaluate" else self._train
+        assert source is not None
+        return source.load(item, out)
+
+    def close(self) -> None:
+        self._train.close()
+        if self._test is not None:
+            self._test.close()

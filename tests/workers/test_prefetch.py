@@ -19,8 +19,8 @@ from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.plan import StreamPlan
 from unlocked.workers.actions import Item
-from unlocked.workers.prefetch import Batch, Prefetcher
-from unlocked.workers.source import BatchSource
+from unlocked.workers.prefetch import Prefetcher
+from unlocked.workers.source import Batch, BatchSource, Source
 
 PLAN = StreamPlan(
     epochs=3, train_size=23, batch_size=8, eval_size=10, eval_batch_size=6, statistics_batches=2, snapshot_every=2
@@ -54,11 +54,24 @@ def source() -> BatchSource:
     )
 
 
-def prefetcher(
-    assemble: Callable[[Item, Batch], object], depth: int = 2, start: int = 0, timeout: float = 60.0
-) -> Prefetcher:
+class Assembles:
+    """A source of one function."""
+
+    def __init__(self, function: Callable[[Item, Batch], object]) -> None:
+        self.function, self.closed = function, 0
+
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
+        assert out is not None
+        self.function(item, out)
+        return out
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def prefetcher(source: Source, depth: int = 2, start: int = 0, timeout: float = 60.0) -> Prefetcher:
     return Prefetcher(
-        assemble,
+        source,
         PLAN.items(start),
         depth=depth,
         rows=PLAN.max_rows,
@@ -72,7 +85,7 @@ def prefetcher(
 @given(depth=st.integers(1, 40), start=st.integers(0, len(PLAN) - 1), into=st.booleans())
 def test_every_item_is_what_the_source_gives(depth: int, start: int, into: bool) -> None:
     """From any position of the stream: augmented, partial, statistics and evaluation micro-batches."""
-    plain, ahead = source(), prefetcher(source().load, depth, start)
+    plain, ahead = source(), prefetcher(source(), depth, start)
     for item in PLAN.items(start):
         if item.kind == "snapshot":
             continue
@@ -97,7 +110,7 @@ def test_it_runs_ahead_by_its_depth_and_no_more() -> None:
         enough.release()
 
     items = [item for item in PLAN if item.kind != "snapshot"]
-    ahead = prefetcher(assemble, depth=3)
+    ahead = prefetcher(Assembles(assemble), depth=3)
     assert begun == [], "nothing happens before the run asks for data"
     held = ahead.load(items[0])[0]
     for _ in range(4):  # the one in use and three more
@@ -118,7 +131,8 @@ def test_an_error_is_raised_where_its_micro_batch_was_due() -> None:
         if item.position == items[3].position:
             raise KeyError("broken")
 
-    ahead = prefetcher(assemble, depth=8)
+    broken = Assembles(assemble)
+    ahead = prefetcher(broken, depth=8)
     for item in items[:3]:
         ahead.load(item)
     for _ in range(2):
@@ -126,11 +140,12 @@ def test_an_error_is_raised_where_its_micro_batch_was_due() -> None:
             ahead.load(items[3])
     ahead.close()
     ahead.close()
+    assert broken.closed
 
 
 def test_a_reader_that_stands_still_is_an_error() -> None:
     never = threading.Event()
-    ahead = prefetcher(lambda item, out: never.wait(), timeout=0.05)
+    ahead = prefetcher(Assembles(lambda item, out: never.wait()), timeout=0.05)
     with pytest.raises(ValueError, match=r"train micro-batch 0 did not come within 0.05 s; .* longer timeout"):
         ahead.load(PLAN[0])
     never.set()
@@ -139,7 +154,7 @@ def test_a_reader_that_stands_still_is_an_error() -> None:
 
 def test_closing_early_ends_the_thread_at_any_point() -> None:
     for taken in range(4):
-        ahead = prefetcher(source().load, depth=2)
+        ahead = prefetcher(source(), depth=2)
         for item in [item for item in PLAN if item.kind != "snapshot"][:taken]:
             ahead.load(item)
         ahead.close()

@@ -1,0 +1,94 @@
+"""Reads a loader's batches as the items of the stream ask for them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.data import LoaderDataset
+from unlocked.workers.actions import Item
+
+__all__ = ["LoaderReader"]
+
+_END = object()
+
+
+class LoaderReader:
+    """Items of one dataset, in stream order: every (kind, epoch) is an iteration over the loader."""
+
+    def __init__(self, data: LoaderDataset) -> None:
+        self._data = data
+        self._batches: Iterator[Any] | None = None
+        self._steps = -(-data.num_samples // data.batch_size)
+
+    def skip(self, items: Iterable[Item]) -> None:
+        """Reads what a resumed run has done already, the items before its first, and drops it.
+
+        Of a loader whose epochs depend on their number alone, only the iteration that the run was in is read.
+        """
+        items = list(items)
+        if items and self._data.is_keyed:
+            kind, epoch = items[-1].kind, items[-1].epoch
+            items = [] if items[-1].last else [item for item in items if (item.kind, item.epoch) == (kind, epoch)]
+        for item in items:
+            self._next(item)
+
+    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Samples [size, ...] float32 (images in channels-last memory) and labels [size] int64.
+
+        Raises:
+            ValueError: the loader ended early or late, or its batch does not fit; says which.
+            RuntimeError: the loader failed.
+        """
+        samples, labels = self._data.check(self._next(item), item.size, self._where(item))
+        if out is None:
+            layout = torch.channels_last if samples.dim() == 4 else torch.contiguous_format
+            out = (
+                torch.empty(samples.shape, dtype=torch.float32, memory_format=layout),
+                torch.empty(labels.shape, dtype=torch.int64),
+            )
+        out[0].copy_(samples)
+        if samples.dtype == torch.uint8:
+            out[0].mul_(1.0 / 255.0)  # rounded to float32 first, as the input operation does
+        out[1].copy_(labels)
+        return out
+
+    def close(self) -> None:
+        """Ends the iteration in progress, and with it the loader's workers."""
+        self._batches = None
+
+    def _next(self, item: Item) -> Any:
+        if item.index == 0 or self._batches is None:
+            self._batches = None  # the iteration before ends first: its workers make room
+            self._batches = self._guarded(item, lambda: self._data.batches(item.epoch))
+        batch = self._pull(item)
+        if batch is _END:
+            raise ValueError(
+                f"{self._where(item)}: the loader ended, {self._steps} batches are due in an epoch; give "
+                "steps_per_epoch, or a loader that can be iterated again"
+            )
+        if item.last:
+            self._finish(item)
+        return batch
+
+    def _pull(self, item: Item) -> Any:
+        batches = self._batches
+        assert batches is not None
+        return self._guarded(item, lambda: next(batches, _END))
+
+    def _guarded(self, item: Item, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise RuntimeError(f"{self._where(item)}: the loader failed: {type(error).__name__}: {error}") from error
+
+    def _finish(self, item: Item) -> None:
+        """The iteration is over. A loader that is read to its end must be at its end."""
+        whole = item.kind != "statistics" and item.index + 1 == self._steps and not self._data.is_cut
+        if whole and self._pull(item) is not _END:
+            raise ValueError(f"{self._where(item)}: the loader has length {self._steps}, but yields more batches")
+        self._batches = None
+
+    def _where(self, item: Item) -> str:
+        return f"{item.kind} micro-batch {item.index} of epoch {item.epoch} ({self._data.name})"
