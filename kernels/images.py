@@ -68,7 +68,7 @@ def load_batch(
         crop_padding: crop H x W pixels out of the image with this many zero pixels on each side.
         erase_probability: in [0, 1]; above 0 it needs `erase_boxes`.
         erase_boxes: the table of `make_erase_boxes`, int32 [4096, 2], on the images' device.
-        out: buffers for the two results.
+        out: buffers for the two results; images of bfloat16 get the rounded float32 values.
 
     Returns:
         Images [B, C, H, W], float32, in channels-last memory format, and labels [B], int64.
@@ -76,9 +76,10 @@ def load_batch(
     Raises:
         ValueError: a shape, dtype, device or option does not fit.
     """
-    boxes, (batch, targets) = check_load_batch(
+    boxes, (result, targets) = check_load_batch(
         images, labels, order, start, size, mean, inv_std, epoch, crop_padding, erase_probability, erase_boxes, out
     )
+    batch = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
     index = _samples(order, start, size)
     torch.index_select(labels, 0, index, out=targets)
     pixels = images.index_select(0, index)
@@ -88,7 +89,7 @@ def load_batch(
     _normalize(pixels, mean, inv_std, batch)
     if boxes is not None:
         _erase(batch, _draws(seed, epoch, index, images.shape[0], block=1), erase_probability, boxes)
-    return batch, targets
+    return batch if batch is result else result.copy_(batch), targets
 
 
 @lru_cache(maxsize=8)
@@ -167,13 +168,13 @@ def check_load_batch(
     _expect("out[1]", targets, torch.int64, (size,), device)
     if (
         batch.shape != shape
-        or batch.dtype != torch.float32
+        or batch.dtype not in (torch.float32, torch.bfloat16)
         or batch.device != device
         or not batch.is_contiguous(memory_format=torch.channels_last)
     ):
         raise ValueError(
-            f"out[0] must be float32 {shape} on {device} in channels-last memory format, got {_describe(batch)} with "
-            f"strides {batch.stride()}"
+            f"out[0] must be float32 or bfloat16 {shape} on {device} in channels-last memory format, got "
+            f"{_describe(batch)} with strides {batch.stride()}"
         )
     return boxes, (batch, targets)
 

@@ -40,6 +40,7 @@ class RunOptions:
     queue_depth: int
     device: str
     kernels: str
+    precision: str
     graphs: bool
     seed: int
     max_steps: int | None
@@ -126,6 +127,7 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--queue-depth", type=int, default=4, help="micro-batches a stage may run ahead of the next one")
     add("--device", default="cpu", help="cpu, cuda or cuda:INDEX")
     add("--kernels", default="auto", help="auto, torch, cpp (CPU), triton or cuda (GPU)")
+    add("--precision", default="fp32", help="fp32, tf32 (GPU) or bf16; weights and statistics stay float32")
     add("--no-graphs", dest="graphs", action="store_false", help="plain launches instead of CUDA graphs")
     add("--seed", type=int, default=0, help="keys initialisation, shuffling, augmentation and dropout")
     add("--max-steps", type=int, default=None, help="stop after that many training micro-batches")

@@ -13,6 +13,7 @@ import torch
 from unlocked.data import Dataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
+from unlocked.kernels.precision import storage_dtype
 from unlocked.rules import Rule
 from unlocked.runtime.input import make_source
 from unlocked.runtime.metrics import MetricsSink, RunInfo
@@ -30,7 +31,7 @@ __all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to run; nothing here changes a result, save `seed`, `kernels` (rounding) and `device` (rounding)."""
+    """How to run; nothing here changes a result, save `seed`, and `precision`, `kernels` and `device` by rounding."""
 
     engine: str = "sequential"
     seed: int = 0
@@ -39,6 +40,8 @@ class Settings:
     queue_depth: int = 4
     device: str = "cpu"
     kernels: str = "auto"
+    precision: str = "fp32"
+    """fp32, tf32 or bf16: see `unlocked.kernels.precision`."""
     graphs: bool = True
     """CUDA graphs, in the engines that can use them."""
     print_freq: int = 50
@@ -94,6 +97,11 @@ class Job:
         """The first stream position to run."""
         return self.settings.resume.position if self.settings.resume else 0
 
+    @property
+    def storage(self) -> torch.dtype:
+        """What activations are stored in between two layers."""
+        return storage_dtype(self.settings.precision)
+
     def layer(self, index: int, device: torch.device | None = None) -> Layer:
         device = device or self.device
         return build_layer(
@@ -103,6 +111,7 @@ class Job:
             optimizer=self.optimizer,
             device=device,
             step=choose_step(self.settings.kernels, device),
+            precision=self.settings.precision,
         )
 
     def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:

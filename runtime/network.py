@@ -120,6 +120,7 @@ def build_layer(
     optimizer: OptimizerFactory,
     device: torch.device,
     step: StepFactory | None,
+    precision: str = "fp32",
 ) -> Layer:
     """Layer `index`, on its device. `rule` may be one per layer; the output layer always trains on cross-entropy."""
     info, block = network.infos[index], network.blocks[index]
@@ -131,7 +132,7 @@ def build_layer(
         chosen = rule[index]
     else:
         chosen = rule
-    return Layer(block, chosen(info), info, optimizer, device=device, step=step)
+    return Layer(block, chosen(info), info, optimizer, device=device, step=step, precision=precision)
 
 
 def measure_costs(

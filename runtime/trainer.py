@@ -9,6 +9,7 @@ import torch
 
 from unlocked.data import Dataset
 from unlocked.kernels.dispatch import BACKENDS
+from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.rules import Rule
 from unlocked.runtime.best import BestWeights
 from unlocked.runtime.engines import get_engine
@@ -40,6 +41,8 @@ class Trainer:
         queue_depth: micro-batches that a stage may run ahead of the next one.
         device: "cpu" or "cuda[:index]".
         kernels: "auto", "torch", "cpp" (CPU), "triton" or "cuda" (GPU).
+        precision: "fp32", "tf32" (GPU) or "bf16", with weights, optimizer and statistics in float32 in any case:
+            `unlocked.kernels.precision` says what is computed in what.
         graphs: capture CUDA graphs where the engine can.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
         lr_factor: epoch -> factor of the initial learning rate.
@@ -75,6 +78,7 @@ class Trainer:
         queue_depth: int = 4,
         device: str = "cpu",
         kernels: str = "auto",
+        precision: str = "fp32",
         graphs: bool = True,
         keep_weights: bool = False,
         lr_factor: Callable[[int], float] = constant,
@@ -101,6 +105,7 @@ class Trainer:
         if snapshot_every and snapshot_dir is None:
             raise ValueError(f"snapshot_every is {snapshot_every}, but there is no snapshot_dir to write to")
         _check_device(device)
+        check_precision(precision, torch.device(device))
         get_engine(engine)
         self._model, self._rule, self._optimizer = model, rule, optimizer
         self._keep_weights, self._lr_factor = keep_weights, lr_factor
@@ -113,6 +118,7 @@ class Trainer:
             queue_depth=queue_depth,
             device=device,
             kernels=kernels,
+            precision=precision,
             graphs=graphs,
             print_freq=print_freq,
             snapshot_dir=None if snapshot_dir is None else Path(snapshot_dir),
@@ -169,7 +175,8 @@ class Trainer:
                 sinks.append(BestWeights(self.settings.best_dir))
             return sinks
 
-        result = get_engine(self.settings.engine).run(job, make_sinks)
+        with float32_products(self.settings.precision):
+            result = get_engine(self.settings.engine).run(job, make_sinks)
         result.setup_seconds += prepared
         FanOut(sinks).on_finish(result.figures())
         return result
@@ -216,6 +223,7 @@ class Trainer:
         fingerprint = {
             "layers": network.names,
             "seed": self.settings.seed,
+            "precision": self.settings.precision,
             "train_size": plan.train_size,
             "batch_size": plan.batch_size,
             "eval_size": plan.eval_size,

@@ -2,6 +2,9 @@
 
 Which blocks and rules it covers is decided per layer (`choose_step`); all others keep the autograd step. The gradient
 of a bias in front of BatchNorm is exactly zero here; autograd computes rounding noise for it.
+
+With bfloat16 inputs (`unlocked.kernels.precision`) bfloat16 are: the cast weights, the library's results and their
+gradients, the latents and their gradient, the output. The kernels compute in float32 and round what they store.
 """
 
 import importlib
@@ -75,7 +78,7 @@ class FusedStep:
         totals = layer.totals if layer.is_output else layer.totals[:2]
         head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=totals)
         grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
-        self._apply(grads)
+        self._apply([grad.float() for grad in grads])  # those of a bfloat16 cast are bfloat16
         return head.loss_sum
 
     def _apply(self, grads: list[Tensor]) -> None:
@@ -175,15 +178,15 @@ class _ConvBody:
         self._zero = None if self.conv.bias is None else torch.zeros_like(self.conv.bias)
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
-        self._x = x
-        return self.rest.forward(self.backend, _convolve(self.conv, x), self.conv.bias, out)
+        self._x, self._weight = x, self.conv.weight.to(x.dtype)
+        return self.rest.forward(self.backend, _convolve(self.conv, x, self._weight), self.conv.bias, out)
 
     def latents(self) -> Tensor:
         return self.rest.latents()
 
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
         grad, weight_grad, bias_grad = self.rest.backward(self.backend, latents_grad)
-        kernel_grad = _convolution_backward(self.conv, grad, self._x)[1]
+        kernel_grad = _convolution_backward(self.conv, grad, self._x, self._weight)[1]
         return [kernel_grad, *([] if self._zero is None else [self._zero]), weight_grad, bias_grad]
 
 
@@ -199,17 +202,20 @@ class _DepthwiseBody:
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         self._x = x
-        self._inner = self.first.forward(self.backend, _convolve(self.depthwise, x), None, None, pool=False)
-        return self.second.forward(self.backend, _convolve(self.pointwise, self._inner), None, out)
+        self._weights = tuple(conv.weight.to(x.dtype) for conv in (self.depthwise, self.pointwise))
+        conv = _convolve(self.depthwise, x, self._weights[0])
+        self._inner = self.first.forward(self.backend, conv, None, None, pool=False)
+        return self.second.forward(self.backend, _convolve(self.pointwise, self._inner, self._weights[1]), None, out)
 
     def latents(self) -> Tensor:
         return self.second.latents()
 
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
         grad, weight2, bias2 = self.second.backward(self.backend, latents_grad)
-        inner_grad, pointwise = _convolution_backward(self.pointwise, grad, self._inner, with_input=True)[:2]
+        first, second = self._weights
+        inner_grad, pointwise = _convolution_backward(self.pointwise, grad, self._inner, second, with_input=True)[:2]
         grad, weight1, bias1 = self.first.backward(self.backend, inner_grad)
-        depthwise = _convolution_backward(self.depthwise, grad, self._x)[1]
+        depthwise = _convolution_backward(self.depthwise, grad, self._x, first)[1]
         return [depthwise, weight1, bias1, pointwise, weight2, bias2]
 
 
@@ -225,7 +231,8 @@ class _LinearBody:
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         self._x = x.flatten(1)
-        return self.rest.forward(self.backend, F.linear(self._x, self.linear.weight), self.linear.bias, out)
+        product = F.linear(self._x, self.linear.weight.to(x.dtype))
+        return self.rest.forward(self.backend, product, self.linear.bias, out)
 
     def latents(self) -> Tensor:
         return self.rest.latents()
@@ -236,7 +243,7 @@ class _LinearBody:
 
 
 class _OutputBody:
-    """The output layer: its logits are their own latents."""
+    """The output layer: its logits are their own latents. Its input is float32, whatever the precision."""
 
     backend: ModuleType
 
@@ -292,17 +299,17 @@ def _fuse_optimizer(layer: Layer, backend: ModuleType) -> Any:
     return importlib.import_module("unlocked.kernels.triton.optim").from_torch(optimizer) or optimizer
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _convolution_backward(
-    conv: nn.Conv2d, grad: Tensor, x: Tensor, *, with_input: bool = False
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, *, with_input: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad,
         x,
-        conv.weight,
+        weight,
         None,
         conv.stride,
         conv.padding,

@@ -5,14 +5,16 @@ The output never carries a gradient, so nothing can come back from later layers.
 `Step`: through autograd (any block, any rule), or in closed form with fused kernels (`workers.fused`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.reference import label_ranks
-from unlocked.models import Block, KeyedDropout, set_dropout_keys
+from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError
 
@@ -43,6 +45,7 @@ class Layer:
         info: what the layer is called and where it stands.
         optimizer: builds the layer's own optimizer; None for a layer that has no parameters.
         step: chooses how the local step is computed; by default through autograd.
+        precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Layer:
         *,
         device: torch.device,
         step: "StepFactory | None" = None,
+        precision: str = "fp32",
     ) -> None:
         self.info = info
         self.block = block.to(device=device)
@@ -63,6 +67,8 @@ class Layer:
         self.rule = rule.to(device)
         self.device = device
         self.is_output = block.is_output
+        self._storage = storage_dtype(precision)
+        self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = optimizer(self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
@@ -112,7 +118,7 @@ class Layer:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F of a training micro-batch."""
         self.set_mode("train")
-        return self.step.forward(x, out)
+        return self.step.forward(self._entering(x), out)
 
     def update(self, labels: Tensor) -> None:
         """Action U: the local loss, its gradients, the optimizer's step.
@@ -148,8 +154,28 @@ class Layer:
     def infer(self, x: Tensor, mode: str) -> Tensor:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
-        result: Tensor = self.block(x)
-        return result
+        with self.autocast():
+            result: Tensor = self.block(self._entering(x))
+        return self.leaving(result)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
+        if not self._in_bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def leaving(self, output: Tensor) -> Tensor:
+        """The output in the type that the next layer reads; class scores are float32."""
+        if self._storage == torch.float32:
+            return output
+        return output.float() if self.is_output else output.to(self._storage)
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """The input as an edge would bring it, in the type that the layer computes with."""
+        if self._storage == torch.float32:
+            return x
+        x = x.to(self._storage)
+        return x if self._in_bfloat16 else x.float()
 
     def set_lr_factor(self, factor: float) -> None:
         """Scales the optimizer's initial learning rates (a schedule's value for the epoch)."""
@@ -199,10 +225,12 @@ class AutogradStep:
         self._activations: Tensor | None = None
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        with torch.enable_grad():
-            self._activations = self.layer.block.body(x.detach())
+        layer = self.layer
+        with torch.enable_grad(), layer.autocast():
+            activations = layer.block.body(x.detach())
+        self._activations = activations
         with torch.no_grad():
-            result = self.layer.block.tail(self._activations.detach())
+            result = layer.leaving(layer.block.tail(activations.detach()))
             return result if out is None else out.copy_(result)
 
     def update(self, labels: Tensor) -> Tensor:
@@ -210,6 +238,8 @@ class AutogradStep:
         assert activations is not None, "update without a forward"
         self._activations = None  # the graph is freed by backward; nothing of this micro-batch outlives it
         with torch.enable_grad():
+            if activations.dtype == torch.bfloat16:
+                activations = activations.float()  # a rule computes in float32, whatever the block did
             loss = layer.rule(activations, labels)
         if layer.optimizer is not None:
             layer.optimizer.zero_grad(set_to_none=True)

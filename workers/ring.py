@@ -19,16 +19,26 @@ class Ring:
     Args:
         sample_shape: one sample's activations, (C, H, W), (T, D) or (D,).
         flat_consumer: the next layer flattens its input, so images lie in C, H, W order in memory; else channels last.
+        dtype: of the activations.
     """
 
     def __init__(
-        self, depth: int, max_rows: int, sample_shape: tuple[int, ...], device: torch.device, *, flat_consumer: bool
+        self,
+        depth: int,
+        max_rows: int,
+        sample_shape: tuple[int, ...],
+        device: torch.device,
+        *,
+        flat_consumer: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.depth = depth
         self.sample_shape = sample_shape
         self._channels_last = len(sample_shape) == 3 and not flat_consumer
-        self._values = [torch.empty(max_rows * prod(sample_shape), device=device) for _ in range(depth)]
-        self._labels = [torch.empty(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
+        size = max_rows * prod(sample_shape)
+        self._values = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
+        # Zeros are valid labels, should a slot be read before it is written (a captured graph's trial run does).
+        self._labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
         self.ready: list[torch.cuda.Event | None] = [None] * depth
         self.free: list[torch.cuda.Event | None] = [None] * depth
 

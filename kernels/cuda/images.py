@@ -1,5 +1,6 @@
 """The input operation: `load_batch` of ../images.py over the CUDA kernel."""
 
+import torch
 from torch import Tensor
 
 from unlocked.kernels.cuda.bindings import launch, pointer, require_cuda
@@ -35,10 +36,11 @@ def load_batch(
         ValueError: a shape, dtype, device or option does not fit.
         RuntimeError: CUDA refuses the launch, or the first call can't compile the kernels.
     """
-    boxes, (batch, targets) = check_load_batch(
+    boxes, (result, targets) = check_load_batch(
         images, labels, order, start, size, mean, inv_std, epoch, crop_padding, erase_probability, erase_boxes, out
     )
     require_cuda("images", images)
+    batch = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
     count, channels, height, width = images.shape
     low, high = seed & _MASK, (seed >> 32) & _MASK  # folded as in philox.py
     launch(
@@ -50,4 +52,4 @@ def load_batch(
         *(batch.data_ptr(), targets.data_ptr(), low ^ (high * 0x9E3779B1 & _MASK), int(Purpose.AUGMENT)),
         *(int(flip), crop_padding, erase_probability),
     )
-    return batch, targets
+    return batch if batch is result else result.copy_(batch), targets

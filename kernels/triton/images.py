@@ -46,7 +46,7 @@ def _load_batch_kernel(
     mean_ptr,  # [C], float32
     inv_std_ptr,  # [C], float32
     boxes_ptr,  # [ERASE_BOXES, 2], int32
-    batch_ptr,  # [B, H, W, C] in memory, float32
+    batch_ptr,  # [B, H, W, C] in memory, float32 or bfloat16
     targets_ptr,  # [B], int64
     num_images,
     order_length,
@@ -101,7 +101,7 @@ def _load_batch_kernel(
         erased = (i >= top) & (i < top + rows) & (j >= left) & (j < left + box_width)
         result = tl.where(erased, 0.0, result)
     result = tl.where(value < limit, result, float("nan"))
-    tl.store(batch_ptr + row * VALUES + value, result, mask=value < VALUES)
+    tl.store(batch_ptr + row * VALUES + value, result.to(batch_ptr.dtype.element_ty), mask=value < VALUES)
     if part == 0:
         tl.store(targets_ptr + row, tl.load(labels_ptr + sample, mask=known, other=-1))
 

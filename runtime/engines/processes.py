@@ -125,7 +125,7 @@ class _Worker:
         timeout = job.settings.timeout
 
         def layout(first_layer: int) -> SlotLayout:
-            return SlotLayout(rows, job.network.output_shapes[first_layer - 1])
+            return SlotLayout(rows, job.network.output_shapes[first_layer - 1], job.storage)
 
         # Building a stage takes as long as it takes; the neighbours' time limit is for the run.
         meet(store, world, "stage-built", job.settings.start_timeout)

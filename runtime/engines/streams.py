@@ -231,6 +231,6 @@ def _build_lanes(job: Job, parts: list[range]) -> list[Lane]:
         shape = network.output_shapes[part.start - 1] if k else network.input_shape
         flat = len(network.infos[part.start].activation_shape) == 1
         depth = job.settings.queue_depth if k else 1
-        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0))
+        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=job.storage))
     outboxes = [*rings[1:], None]
     return [Lane(job.stage(k, part), rings[k], outboxes[k], device) for k, part in enumerate(parts)]

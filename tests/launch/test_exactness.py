@@ -35,7 +35,7 @@ def compare(lines: list[dict], expected: list[dict], size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_processes_equal_the_plain_loop(size: int, expected: list[dict], tmp_path: Path) -> None:
-    """LLS, LLS_M, LLS_MxM; partial last batches, evaluation, queue depth 1 and 8, dropout, augmentation."""
+    """LLS, LLS_M, LLS_MxM in bfloat16; partial last batches, evaluation, queue depth 1 and 8, dropout, augmentation."""
     out = tmp_path / "out.jsonl"
     with ranks(size, [WORKER, "processes", str(out)]) as started:
         texts = [process.communicate(timeout=300)[1] for process in started]

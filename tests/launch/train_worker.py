@@ -17,14 +17,15 @@ from unlocked.models import small_conv
 from unlocked.rules import LLS, LLS_M, LLS_MxM
 from unlocked.runtime import Trainer
 
-RULES = {"LLS": LLS, "LLS_M": LLS_M, "LLS_MxM": LLS_MxM}
+# What to train by, and in which precision.
+RULES = {"LLS": (LLS, "fp32"), "LLS_M": (LLS_M, "fp32"), "LLS_MxM": (LLS_MxM, "bf16")}
 
 
 def main(engine: str, out: Path) -> None:
     torch.set_num_threads(1)
     train, test = data()
     rank = int(os.environ.get("RANK", "0"))
-    for name, rule in RULES.items():
+    for name, (rule, precision) in RULES.items():
         for queue_depth in (1, 8):
             for transport in ("shared", "group") if name == "LLS" and engine == "processes" else ("auto",):
                 trainer = Trainer(
@@ -33,6 +34,7 @@ def main(engine: str, out: Path) -> None:
                     optimizer=partial(torch.optim.Adam, lr=1e-2),
                     engine=engine,
                     seed=3,
+                    precision=precision,
                     queue_depth=queue_depth,
                     statistics_batches=3,
                     transport=transport,

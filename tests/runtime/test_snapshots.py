@@ -139,5 +139,6 @@ def test_a_file_of_something_else_is_named(content: Any, tmp_path: Path) -> None
 
 def test_every_other_setting_is_listed(tmp_path: Path) -> None:
     _fit(snapshot_every=11, snapshot_dir=tmp_path)
-    with pytest.raises(ValueError, match="seed is 1 but was 0; snapshot_every is 5 but was 11; give the same settings"):
-        _fit(seed=1, snapshot_every=5, snapshot_dir=tmp_path, resume=tmp_path)
+    wrong = "seed is 1 but was 0; precision is 'bf16' but was 'fp32'; snapshot_every is 5 but was 11; give the same"
+    with pytest.raises(ValueError, match=wrong):
+        _fit(seed=1, precision="bf16", snapshot_every=5, snapshot_dir=tmp_path, resume=tmp_path)

@@ -1,0 +1,61 @@
+"""The numeric precision of a run: `fp32`, `tf32` or `bf16`.
+
+What is what, in every engine:
+
+- `fp32`: every product and every sum in float32.
+- `tf32`: tensors are float32; convolutions and matrix products of the library round their inputs to 10 bits of mantissa
+  on the way into the tensor cores and add up in float32. A CUDA device's choice: a CPU has no such unit.
+- `bf16`: convolutions and linear maps take bfloat16 and give bfloat16 (added up in float32 inside). What passes from
+  layer to layer is bfloat16, in one stage as between two, so that no placement changes a number. Float32 stay: the
+  weights that the optimizer changes (a cast of them is made for each step), their gradients when they reach the
+  optimizer, the optimizer's state, BatchNorm's parameters and statistics, everything inside the local head, losses and
+  sums, and the whole output layer (10 columns are not worth three casts).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["PRECISIONS", "check_precision", "float32_products", "storage_dtype"]
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises a ValueError if `precision` is not known or `device` can't compute with it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; valid: {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError("precision 'tf32' is for the tensor cores of a CUDA device, not for the CPU; use fp32 or bf16")
+    if precision != "fp32" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                f"precision {precision!r} needs compute capability 8.0 or newer, the device has "
+                f"{capability[0]}.{capability[1]}; use fp32"
+            )
+
+
+def storage_dtype(precision: str) -> torch.dtype:
+    """What activations are stored in between two layers."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, the library's float32 convolutions and products run in tf32 if `precision` is tf32, else in float32.
+
+    Both must be said: by default torch takes tf32 for convolutions and float32 for matrix products.
+    """
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
