@@ -41,7 +41,7 @@ class ImageDataset:
     name: str
     split: str
     images: Tensor
-    """uint8 [N, C, H, W], 0 to 255; or float32, which is used as it is (see `from_tensors`)."""
+    """uint8 [N, C, H, W], 0 to 255; or float32 or int64 (tokens), which are used as they are (see `from_tensors`)."""
     labels: Tensor
     """int64 [N], in [0, num_classes)."""
     num_classes: int
@@ -79,7 +79,8 @@ class ImageDataset:
         """A dataset of your own tensors.
 
         Args:
-            images: [N, C, H, W]: float32, used as it is, or uint8, divided by 255. Float samples may have any [N, ...].
+            images: [N, C, H, W]: float32, used as it is, or uint8, divided by 255. Float samples may have any [N, ...],
+                and so may int64 ones, such as tokens [N, T] for a network that begins with an embedding.
             labels: int64 [N], in [0, num_classes).
             flip: mirror images with probability 1/2; for uint8 images, `augmentation` offers more.
 
@@ -96,8 +97,13 @@ class ImageDataset:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """One sample's: (C, H, W) of images; float samples may have any shape, such as (D,) or (T, D)."""
+        """One sample's: (C, H, W) of images; others may have any shape, such as (D,), (T, D) or, for tokens, (T,)."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def sample_dtype(self) -> torch.dtype:
+        """What a network reads: float32, or int64 of tokens."""
+        return torch.int64 if self.images.dtype == torch.int64 else torch.float32
 
     @property
     def mean255(self) -> Tensor:
@@ -139,14 +145,17 @@ class ImageDataset:
 
     def _shape_problem(self) -> str | None:
         images, labels = self.images, self.labels
-        fits = images.dim() == 4 or (images.dim() > 1 and images.is_floating_point())
+        fits = images.dim() == 4 or (images.dim() > 1 and images.dtype != torch.uint8)
         if not fits or images.numel() == 0:
             return (
-                "images have the shape [N, C, H, W] (float samples any [N, ...]) with no size 0, "
+                "images have the shape [N, C, H, W] (float samples and tokens any [N, ...]) with no size 0, "
                 f"got {list(images.shape)}"
             )
-        if images.dtype not in (torch.uint8, torch.float32):
-            return f"images are uint8 or float32, got {images.dtype}; convert them, for instance with .float()"
+        if images.dtype not in (torch.uint8, torch.float32, torch.int64):
+            return (
+                f"images are uint8 or float32 and tokens int64, got {images.dtype}; convert them, for instance with "
+                ".float() or .long()"
+            )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             return (
                 f"labels are int64 of the shape [{len(images)}], one for each image,"
@@ -175,8 +184,8 @@ class ImageDataset:
             return None
         if self.mean or self.std:
             return "float images are used as they are; leave mean and std out, or pass uint8 images"
-        if self.augmentation.flip and self.images.dim() != 4:
-            return f"only images [N, C, H, W] can be flipped, got {list(self.images.shape)}"
+        if self.augmentation.flip and (self.images.dim() != 4 or not self.images.is_floating_point()):
+            return f"only images [N, C, H, W] can be flipped, got {self.images.dtype} {list(self.images.shape)}"
         if self.augmentation.crop_padding or self.augmentation.erase_probability:
             return "float images can only be flipped; pass uint8 images to crop and erase"
         return None

@@ -27,7 +27,8 @@ class LoaderDataset:
     """
 
     loader: Iterable[Any]
-    """Yields (samples [B, ...] of any float type or uint8, labels [B] of any integer type); uint8 is divided by 255."""
+    """Yields (samples [B, ...] of any float type, uint8 or int64, labels [B] of any integer type); uint8 is divided by
+    255, int64 samples are tokens and stay as they are."""
     image_shape: tuple[int, ...]
     """One sample's."""
     batch_size: int
@@ -37,6 +38,8 @@ class LoaderDataset:
     """Labels are in [0, num_classes). None: as many as the model tells apart."""
     name: str = "loader"
     split: str = "train"
+    sample_dtype: torch.dtype = torch.float32
+    """What a network reads: float32, or int64 of tokens."""
     is_cut: bool = False
     """Whether an epoch may end before the loader does."""
 
@@ -101,6 +104,7 @@ class LoaderDataset:
             num_classes=num_classes,
             name=name,
             split=split,
+            sample_dtype=_read_as(samples),
             is_cut=steps_per_epoch is not None or isinstance(loader, _Continued),
         )
 
@@ -134,6 +138,8 @@ class LoaderDataset:
         samples, labels = _tensors(batch, where)
         if samples.shape[1:] != self.image_shape:
             raise ValueError(f"{where}: samples have shape {tuple(samples.shape[1:])}, those before {self.image_shape}")
+        if _read_as(samples) != self.sample_dtype:
+            raise ValueError(f"{where}: samples are {samples.dtype}, those before are read as {self.sample_dtype}")
         if len(samples) != rows:
             raise ValueError(
                 f"{where}: {len(samples)} samples where {rows} are due (batches of {self.batch_size}, "
@@ -213,10 +219,11 @@ def _tensors(batch: Any, where: str) -> tuple[Tensor, Tensor]:
     except (TypeError, ValueError, RuntimeError) as error:
         found = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, list | tuple | dict) else "")
         raise ValueError(f"{where}: a batch is (samples, labels), two tensors; got a {found} ({error})") from error
-    if samples.dim() < 2 or samples.numel() == 0 or not (samples.is_floating_point() or samples.dtype == torch.uint8):
+    known = samples.is_floating_point() or samples.dtype in (torch.uint8, torch.int64)
+    if samples.dim() < 2 or samples.numel() == 0 or not known:
         raise ValueError(
-            f"{where}: samples are a float or uint8 tensor [B, ...] with no size 0, got {samples.dtype} "
-            f"{list(samples.shape)}"
+            f"{where}: samples are a float, uint8 or (tokens) int64 tensor [B, ...] with no size 0, got "
+            f"{samples.dtype} {list(samples.shape)}"
         )
     integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not integers or labels.shape != samples.shape[:1]:
@@ -225,3 +232,7 @@ def _tensors(batch: Any, where: str) -> tuple[Tensor, Tensor]:
             f"{list(labels.shape)}"
         )
     return samples, labels
+
+
+def _read_as(samples: Tensor) -> torch.dtype:
+    return torch.int64 if samples.dtype == torch.int64 else torch.float32

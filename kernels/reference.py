@@ -75,12 +75,19 @@ def make_basis(rows: int, dim: int, waveform: str = "cosine", device: torch.devi
 
 
 def pool_latents(activations: Tensor, latent_size: int) -> Tensor:
-    """Latents z of activations [B, C, H, W] -> [B, C p p], or [B, D] -> [B, latent_size]."""
+    """Latents z of activations: averages over adaptive windows, p of them where p is `latent_size`.
+
+    [B, C, H, W] -> [B, C p p]: p x p windows of each channel's plane. [B, T, D] -> [B, D p]: a token sequence is the
+    same in one dimension, p pieces of the sequence for each of its D features (p = 1: the mean token).
+    [B, D] -> [B, p]: windows of neighbouring features.
+    """
     if activations.dim() == 4:
         return F.adaptive_avg_pool2d(activations, latent_size).flatten(1)
+    if activations.dim() == 3:
+        return F.adaptive_avg_pool1d(activations.transpose(1, 2), latent_size).flatten(1)
     if activations.dim() == 2:
         return F.adaptive_avg_pool1d(activations[:, None], latent_size)[:, 0]
-    raise ValueError(f"latents need activations [B, C, H, W] or [B, D], got {tuple(activations.shape)}")
+    raise ValueError(f"latents need activations [B, C, H, W], [B, T, D] or [B, D], got {tuple(activations.shape)}")
 
 
 def local_head(

@@ -5,6 +5,7 @@ from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_k
 from unlocked.models.initialisation import initialise
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.registry import MODELS, get_model
+from unlocked.models.splitting import split
 
 __all__ = [
     "MODELS",
@@ -22,6 +23,7 @@ __all__ = [
     "set_dropout_keys",
     "small_conv",
     "small_conv_l",
+    "split",
     "vgg8",
     "vgg11",
 ]

@@ -38,7 +38,7 @@ class LayerInfo:
     """Shape of one sample's activations: (C, H, W), (T, D) or (D,)."""
     num_classes: int
     latent_size: int
-    """p, the side of the latents' pooling; for (D,) activations the number of latents."""
+    """p, the side of the latents' pooling; for (T, D) the pieces of the sequence, for (D,) the number of latents."""
     hidden: int
     """Width of the random feedback R of the `*_Random` rules and LocalLosses."""
     reduced_rank: int
@@ -52,10 +52,10 @@ class LayerInfo:
 
     @property
     def num_latents(self) -> int:
-        """Latents of one sample: C p p, or `latent_size` for flat activations (D for token sequences)."""
+        """Latents of one sample as `pool_latents` makes them: C p p of (C, H, W), D p of (T, D), p of (D,)."""
         if len(self.activation_shape) == 3:
             return self.activation_shape[0] * self.latent_size**2
-        return self.latent_size if len(self.activation_shape) == 1 else self.activation_shape[-1]
+        return self.latent_size * (1 if len(self.activation_shape) == 1 else self.activation_shape[-1])
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator keyed by (seed, layer): the only source of a rule's initial values."""

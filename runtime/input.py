@@ -15,7 +15,7 @@ from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.reader import LoaderReader
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
-__all__ = ["Data", "as_dataset", "make_source", "rows_per_batch", "with_classes"]
+__all__ = ["Data", "as_dataset", "make_source", "probe_sample", "rows_per_batch", "with_classes"]
 
 Data = Dataset | tuple[Tensor, Tensor] | Iterable[Any]
 """A dataset; or (samples, labels) as two tensors; or an iterable of batches, such as a PyTorch DataLoader."""
@@ -82,6 +82,16 @@ def with_classes(data: Dataset, num_classes: int) -> Dataset:
     return data
 
 
+def probe_sample(data: Dataset) -> Tensor:
+    """One sample's input to follow a network's shapes with: zeros, or the smallest and the largest of known tokens."""
+    sample = torch.zeros(data.image_shape, dtype=data.sample_dtype)
+    if isinstance(data, ImageDataset) and data.sample_dtype == torch.int64:
+        smallest, largest = torch.aminmax(data.images)
+        sample += smallest.cpu()
+        sample.view(-1)[0] = largest
+    return sample
+
+
 def make_source(
     train: Dataset,
     test: Dataset | None,
@@ -138,6 +148,7 @@ def make_source(
         depth=max(depth, 1),
         rows=plan.max_rows,
         sample_shape=train.image_shape,
+        dtype=train.sample_dtype,
         device=device,
         timeout=timeout,
     )

@@ -14,10 +14,9 @@ from unlocked.data import Dataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
-from unlocked.rules import Rule
 from unlocked.runtime.input import make_source
 from unlocked.runtime.metrics import MetricsSink, RunInfo
-from unlocked.runtime.network import Network, build_layer, measure_costs
+from unlocked.runtime.network import Network, Rules, build_layer, measure_costs
 from unlocked.runtime.partition import check_ownership, parse_stages, partition
 from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
@@ -78,7 +77,7 @@ class Job:
     """One run, the same on every rank."""
 
     network: Network
-    rule: Rule | Sequence[Rule]
+    rule: Rules
     optimizer: OptimizerFactory
     lr_factor: Callable[[int], float]
     train: Dataset

@@ -2,21 +2,34 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unlocked.models import Block, initialise
-from unlocked.rules import CrossEntropy, LayerInfo, Rule
+from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.runtime.chain import check_ownership_of_weights, follow_shapes
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 
-__all__ = ["Network", "backpropagation_network", "build_layer", "build_network", "measure_costs"]
+__all__ = [
+    "Model",
+    "Network",
+    "Rules",
+    "backpropagation_network",
+    "build_layer",
+    "build_network",
+    "check_rules",
+    "measure_costs",
+]
 
-Model = nn.Sequential | Sequence[nn.Module]
+Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
+"""The layers in order: `unlocked.models.Block`s, or any modules."""
+
+Rules = Rule | Sequence[Rule] | Mapping[str, Rule]
+"""One rule for all local layers, one per local layer in order, or by the layer's name. The output layer needs none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +41,14 @@ class Network:
         infos: what each layer's rule may know of it.
         output_shapes: one sample's output of each layer, that is, the next layer's input.
         input_shape: one sample's input of the first layer.
+        input_dtype: its type: float32, or int64 where the first layer reads tokens.
     """
 
     blocks: list[Block]
     infos: list[LayerInfo]
     output_shapes: list[tuple[int, ...]]
     input_shape: tuple[int, ...]
+    input_dtype: torch.dtype = torch.float32
 
     @property
     def names(self) -> list[str]:
@@ -41,35 +56,37 @@ class Network:
 
 
 def build_network(
-    model: Model, *, input_shape: tuple[int, ...], num_classes: int | None, seed: int, keep_weights: bool = False
+    model: Model,
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int | None,
+    seed: int,
+    keep_weights: bool = False,
+    sample: Tensor | None = None,
 ) -> Network:
-    """Names the layers, initialises them by (seed, layer), and follows one sample through to learn every shape.
+    """Names the layers, follows one sample through to learn every shape, and initialises by (seed, layer).
 
     Args:
         model: blocks (`unlocked.models`), or any modules in order; the last one must give [B, num_classes].
         input_shape: one sample's, such as (C, H, W).
         num_classes: of the data; None: whatever the last layer tells apart.
         keep_weights: leave the parameters as they are instead of drawing them by (seed, layer).
+        sample: one sample to follow through; default: zeros, float32. Tokens are int64.
 
     Raises:
-        ValueError: no layers, shapes that don't chain (names both blocks and both shapes), or an output that is not
-            [B, num_classes].
+        ValueError: no layers, shapes that don't chain (names both blocks and both shapes), a block that gives anything
+            but one float32 tensor, names or weights that two layers share, or an output that is not [B, num_classes].
     """
-    modules = list(model)
-    if not modules:
-        raise ValueError("the model has no layers; give at least an output layer that maps to the classes")
-    blocks = [
-        m if isinstance(m, Block) else Block.wrap(m, f"{type(m).__name__.lower()}{i + 1}")
-        for i, m in enumerate(modules)
-    ]
-    blocks[-1].is_output = True
+    blocks = _blocks(model)
     names = [block.name for block in blocks]
     if len(set(names)) != len(names):
         raise ValueError(f"layer names must differ from each other, got {names}")
-    if not keep_weights:
-        for index, block in enumerate(blocks):
-            initialise(block, seed, index)
-    activations, outputs = _trace_shapes(blocks, input_shape)
+    if early := [block.name for block in blocks[:-1] if block.is_output]:
+        raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
+    blocks[-1].is_output = True
+    sample = torch.zeros(input_shape) if sample is None else sample
+    activations, outputs = follow_shapes(blocks, sample)
+    check_ownership_of_weights(blocks)
     if num_classes is None and len(outputs[-1]) == 1:
         num_classes = outputs[-1][0]
     if num_classes is None or outputs[-1] != (num_classes,):
@@ -77,6 +94,9 @@ def build_network(
             f"the last layer {names[-1]} gives {outputs[-1]} per sample, but the data has {num_classes or 'some'} "
             f"classes; end the model in a layer with output ({num_classes or 'number of classes'},)"
         )
+    if not keep_weights:
+        for index, block in enumerate(blocks):
+            initialise(block, seed, index)
     infos = [
         LayerInfo(
             name=block.name,
@@ -90,7 +110,31 @@ def build_network(
         )
         for i, block in enumerate(blocks)
     ]
-    return Network(blocks, infos, outputs, tuple(input_shape))
+    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype)
+
+
+def check_rules(network: Network, rules: Rules) -> None:
+    """Builds every local layer's rule and tries it on zeros, so that what doesn't fit is said before training starts.
+
+    Raises:
+        ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
+            rule and the activations' shape.
+    """
+    for index, info in enumerate(network.infos):
+        chosen = _choose_rule(network, index, rules)
+        rule = _make_rule(chosen, info)
+        activations = torch.zeros(2, *info.activation_shape)
+        try:
+            with torch.no_grad():
+                loss = rule(activations, torch.zeros(2, dtype=torch.int64))
+        except Exception as error:
+            raise _misfit(info, chosen, error) from error
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"the rule {_name_of(chosen)} of layer {info.name} gives a loss of {got}; it must be a scalar "
+                "tensor, the mean over the micro-batch"
+            )
 
 
 def backpropagation_network(network: Network) -> Network:
@@ -109,30 +153,23 @@ def backpropagation_network(network: Network) -> Network:
         reduced_rank=last.reduced_rank,
         seed=last.seed,
     )
-    return Network([block], [info], [network.output_shapes[-1]], network.input_shape)
+    return Network([block], [info], [network.output_shapes[-1]], network.input_shape, network.input_dtype)
 
 
 def build_layer(
     network: Network,
     index: int,
     *,
-    rule: Rule | Sequence[Rule],
+    rule: Rules,
     optimizer: OptimizerFactory,
     device: torch.device,
     step: StepFactory | None,
     precision: str = "fp32",
 ) -> Layer:
-    """Layer `index`, on its device. `rule` may be one per layer; the output layer always trains on cross-entropy."""
-    info, block = network.infos[index], network.blocks[index]
-    if block.is_output:
-        chosen: Rule = CrossEntropy
-    elif isinstance(rule, Sequence):
-        if len(rule) < len(network.blocks) - 1:
-            raise ValueError(f"{len(rule)} rules for {len(network.blocks) - 1} local layers; give one or one per layer")
-        chosen = rule[index]
-    else:
-        chosen = rule
-    return Layer(block, chosen(info), info, optimizer, device=device, step=step, precision=precision)
+    """Layer `index`, on its device. The output layer always trains on cross-entropy."""
+    info = network.infos[index]
+    local_rule = _make_rule(_choose_rule(network, index, rule), info)
+    return Layer(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
 
 
 def measure_costs(
@@ -144,6 +181,8 @@ def measure_costs(
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
+    if not network.input_dtype.is_floating_point:
+        x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
@@ -169,44 +208,78 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.no_grad()
-def _trace_shapes(
-    blocks: list[Block], input_shape: tuple[int, ...]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """One sample's shape of every layer's activations and output."""
-    activations, outputs = [], []
-    x: Tensor = torch.zeros(2, *input_shape)
-    for index, block in enumerate(blocks):
-        training = block.training
-        block.eval()
-        try:
-            a = block.body(x)
-            out = block.tail(a)
-        except (RuntimeError, ValueError, IndexError) as error:
-            before = f"layer {blocks[index - 1].name}" if index else "the data"
-            raise ValueError(
-                f"the shapes don't chain: {before} gives {tuple(x.shape[1:])} per sample, which layer {block.name} "
-                f"can't take ({str(error).strip().splitlines()[0]})"
-            ) from error
-        block.train(training)
-        activations.append(tuple(a.shape[1:]))
-        outputs.append(tuple(out.shape[1:]))
-        x = out
-    return activations, outputs
-
-
 def _latent_size(block: Block, activation_shape: tuple[int, ...]) -> int:
-    """The block's own choice; else 2 x 2 latents per channel (as most of the authors' layers), or all of a flat one."""
+    """The block's own choice; else 2 x 2 latents per channel (as most of the authors' layers), the mean token of a
+    sequence, or all of flat activations."""
     if block.latent_size is not None:
         return int(block.latent_size)
     if len(activation_shape) == 3:
         return min(2, *activation_shape[1:])
-    return int(activation_shape[-1])
+    return 1 if len(activation_shape) == 2 else int(activation_shape[-1])
 
 
-def describe(network: Network) -> dict[str, Any]:
-    """Layer names, output shapes and parameter counts, for config.json."""
-    return {
-        info.name: {"output": list(shape), "parameters": sum(p.numel() for p in block.parameters())}
-        for info, shape, block in zip(network.infos, network.output_shapes, network.blocks, strict=True)
-    }
+def _blocks(model: Model) -> list[Block]:
+    """The model's modules as blocks; a Sequential's own names are kept, numbers become the class's name."""
+    if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList):
+        raise ValueError(
+            f"the model is one {type(model).__name__}; say where its layers begin, with "
+            "unlocked.models.split(model, at=[...]), or give an nn.Sequential or a list of modules"
+        )
+    named = list(model.named_children()) if isinstance(model, nn.Module) else [("", m) for m in model]
+    if isinstance(model, nn.Sequential | nn.ModuleList) and len(named) != len(model):
+        named = [(str(i), m) for i, m in enumerate(model)]  # named_children leaves a second use of a module out
+    if not named:
+        raise ValueError("the model has no layers; give at least an output layer that maps to the classes")
+    blocks = []
+    for number, (name, module) in enumerate(named, start=1):
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"entry {number} of the model is a {type(module).__name__}; every layer is an nn.Module")
+        if isinstance(module, Block):
+            blocks.append(module)
+        else:
+            kind = f"{type(module).__name__.lower()}{number}"
+            blocks.append(Block.wrap(module, kind if name.isdigit() or not name else name))
+    return blocks
+
+
+def _choose_rule(network: Network, index: int, rules: Rules) -> Rule:
+    if network.blocks[index].is_output:
+        return CrossEntropy
+    local = [info.name for info in network.infos[:-1]]
+    if isinstance(rules, Mapping):
+        missing, unknown = [n for n in local if n not in rules], [n for n in rules if n not in local]
+        if missing or unknown:
+            problems = [f"no rule for {', '.join(missing)}"] * bool(missing)
+            problems += [f"a rule for {', '.join(map(str, unknown))}"] * bool(unknown)
+            raise ValueError(f"{' and '.join(problems)}; the local layers are {', '.join(local) or 'none'}")
+        return rules[local[index]]
+    if isinstance(rules, Sequence):
+        if len(rules) != len(local):
+            raise ValueError(f"{len(rules)} rules for {len(local)} local layers; give one or one per layer")
+        return rules[index]
+    return rules
+
+
+def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
+    try:
+        rule = chosen(info)
+    except Exception as error:
+        raise _misfit(info, chosen, error) from error
+    if not isinstance(rule, LocalRule):
+        raise ValueError(
+            f"the rule of layer {info.name} makes a {type(rule).__name__}; give a LocalRule class, a configured rule "
+            "such as LLS(), or a function from a LayerInfo to a LocalRule"
+        )
+    return rule
+
+
+def _misfit(info: LayerInfo, rule: Rule, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"the rule {_name_of(rule)} does not fit layer {info.name} with activations {info.activation_shape} per sample "
+        f"and {info.num_classes} classes: {reason}"
+    )
+
+
+def _name_of(rule: Rule) -> str:
+    return str(getattr(rule, "__name__", type(rule).__name__))

@@ -10,14 +10,13 @@ import torch
 from unlocked.data import Dataset
 from unlocked.kernels.dispatch import BACKENDS
 from unlocked.kernels.precision import check_precision, float32_products
-from unlocked.rules import Rule
 from unlocked.runtime.best import BestWeights
 from unlocked.runtime.engines import get_engine
-from unlocked.runtime.input import Data, as_dataset, rows_per_batch, with_classes
+from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Job, Settings
 from unlocked.runtime.learning_rate import constant
 from unlocked.runtime.metrics import FanOut, MetricsSink
-from unlocked.runtime.network import Model, backpropagation_network, build_network
+from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.snapshots import find_snapshot
@@ -30,9 +29,11 @@ class Trainer:
     """Trains a network whose layers learn by local rules.
 
     Args:
-        model: blocks of `unlocked.models`, an nn.Sequential, or a list of modules; the last one gives the logits.
-        rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers or
-            one per local layer. "BP" trains end to end by backpropagation instead, for comparison (sequential only).
+        model: blocks of `unlocked.models`, an nn.Sequential, or a list of modules; the last one gives the logits. A
+            network in one module becomes such a list by `unlocked.models.split`.
+        rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers, one
+            per local layer in order, or a mapping by their names. "BP" trains end to end by backpropagation instead,
+            for comparison (sequential only).
         optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
         engine: "sequential", "streams" or "processes" (under torchrun). All give the same numbers.
         seed: keys initialisation, shuffling, augmentation and dropout.
@@ -70,7 +71,7 @@ class Trainer:
         self,
         model: Model,
         *,
-        rule: Rule | Sequence[Rule] | str,
+        rule: Rules | str,
         optimizer: OptimizerFactory,
         engine: str = "sequential",
         seed: int = 0,
@@ -214,12 +215,14 @@ class Trainer:
             num_classes=train_set.num_classes,
             seed=self.settings.seed,
             keep_weights=self._keep_weights,
+            sample=probe_sample(train_set),
         )
         train_set = with_classes(train_set, network.infos[-1].num_classes)
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
-        if self._rule == "BP":
+        if isinstance(self._rule, str):
             network = backpropagation_network(network)
-        assert self._rule == "BP" or not isinstance(self._rule, str)
+        else:
+            check_rules(network, self._rule)
         fingerprint = {
             "layers": network.names,
             "seed": self.settings.seed,

@@ -18,7 +18,7 @@ from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError
 
-__all__ = ["AutogradStep", "Layer", "OptimizerFactory", "Step", "StepFactory"]
+__all__ = ["AutogradStep", "Layer", "OptimizerFactory", "Step", "StepFactory", "as_delivered", "count_correct"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -118,7 +118,8 @@ class Layer:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F of a training micro-batch."""
         self.set_mode("train")
-        return self.step.forward(self._entering(x), out)
+        output = self.step.forward(self._entering(x), out)
+        return as_delivered(output) if out is None else output
 
     def update(self, labels: Tensor) -> None:
         """Action U: the local loss, its gradients, the optimizer's step.
@@ -156,7 +157,7 @@ class Layer:
         self.set_mode(mode)
         with self.autocast():
             result: Tensor = self.block(self._entering(x))
-        return self.leaving(result)
+        return as_delivered(self.leaving(result))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
@@ -172,7 +173,7 @@ class Layer:
 
     def _entering(self, x: Tensor) -> Tensor:
         """The input as an edge would bring it, in the type that the layer computes with."""
-        if self._storage == torch.float32:
+        if self._storage == torch.float32 or not x.is_floating_point():
             return x
         x = x.to(self._storage)
         return x if self._in_bfloat16 else x.float()
@@ -254,6 +255,31 @@ class AutogradStep:
 
 
 StepFactory = Callable[[Layer], Step]
+
+
+def as_delivered(output: Tensor) -> Tensor:
+    """`output` in the memory format in which an edge would deliver it: channels last for [B, C, H, W], else contiguous.
+
+    Whoever computes the next layer then reads the same strides, and libraries choose the same kernels, wherever the
+    stages are cut: any block may return a view, a transposed tensor, or images in plain order.
+    """
+    strides = _contiguous_strides(output.shape)
+    if output.dim() == 4:
+        _, channels, height, width = output.shape
+        strides = (channels * height * width, 1, width * channels, channels)
+    if output.stride() == strides:
+        return output
+    # The same bytes where only sizes of 1 have other strides; a copy elsewhere.
+    form = torch.channels_last if output.dim() == 4 else torch.contiguous_format
+    return output.contiguous(memory_format=form).as_strided(output.shape, strides)
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Prefetcher:
         depth: micro-batches that lie ready at most, at least 1. One more is in use by the stage.
         rows: of the largest micro-batch.
         sample_shape: one sample's.
+        dtype: of the samples.
         device: where micro-batches are wanted; for a GPU they are assembled in page-locked memory.
         timeout: seconds that `load` waits.
     """
@@ -59,6 +60,7 @@ class Prefetcher:
         sample_shape: tuple[int, ...],
         device: torch.device,
         timeout: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._source, self._device, self._timeout = source, device, timeout
         self._items: Iterator[Item] = (item for item in items if item.kind != "snapshot")
@@ -66,7 +68,7 @@ class Prefetcher:
         layout = torch.channels_last if len(sample_shape) == 3 else torch.contiguous_format
         self._free = deque(
             _Slot(
-                torch.empty((rows, *sample_shape), memory_format=layout, pin_memory=on_gpu),
+                torch.empty((rows, *sample_shape), dtype=dtype, memory_format=layout, pin_memory=on_gpu),
                 torch.empty(rows, dtype=torch.int64, pin_memory=on_gpu),
             )
             for _ in range(depth + 1)

@@ -35,7 +35,7 @@ class LoaderReader:
             self._next(item)
 
     def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Samples [size, ...] float32 (images in channels-last memory) and labels [size] int64.
+        """Samples [size, ...] float32 (images in channels-last memory; tokens int64) and labels [size] int64.
 
         Raises:
             ValueError: the loader ended early or late, or its batch does not fit; says which.
@@ -45,7 +45,7 @@ class LoaderReader:
         if out is None:
             layout = torch.channels_last if samples.dim() == 4 else torch.contiguous_format
             out = (
-                torch.empty(samples.shape, dtype=torch.float32, memory_format=layout),
+                torch.empty(samples.shape, dtype=self._data.sample_dtype, memory_format=layout),
                 torch.empty(labels.shape, dtype=torch.int64),
             )
         out[0].copy_(samples)

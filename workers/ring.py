@@ -19,7 +19,7 @@ class Ring:
     Args:
         sample_shape: one sample's activations, (C, H, W), (T, D) or (D,).
         flat_consumer: the next layer flattens its input, so images lie in C, H, W order in memory; else channels last.
-        dtype: of the activations.
+        dtype: of the activations; int64 where stage 0 reads tokens.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from unlocked.workers.actions import Item
 __all__ = ["Batch", "BatchSource", "LoadBatch", "Source", "SplitSource"]
 
 Batch = tuple[Tensor, Tensor]
-"""Samples [size, *sample_shape] float32 (images in channels-last memory) and labels [size] int64."""
+"""Samples [size, *sample_shape] float32 (images in channels-last memory; tokens int64) and labels [size] int64."""
 LoadBatch = Callable[..., Batch]
 
 
@@ -63,8 +63,8 @@ class BatchSource:
         self.reserve(1)
 
     def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Images [size, C, H, W] float32 (channels-last memory) and labels [size] int64 of a train, statistics or
-        evaluate item."""
+        """Images [size, C, H, W] float32 (channels-last memory; tokens are int64) and labels [size] int64 of a train,
+        statistics or evaluate item."""
         self.seek(item)
         return self.load_at_cursor(item, out)
 
@@ -81,7 +81,7 @@ class BatchSource:
         order, size, start = self._orders[item.kind][1], item.size, self._starts[ahead, 0]
         data = self.test if kind == "evaluate" else self.train
         assert data is not None
-        if data.images.is_floating_point():
+        if data.images.dtype != torch.uint8:
             return self._gather(data, order, start, size, out)
         return self._load(
             data.images,
@@ -98,7 +98,7 @@ class BatchSource:
     def _gather(
         self, data: ImageDataset, order: Tensor, start: Tensor, size: int, out: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Samples that are floats already are taken as they are, or mirrored."""
+        """Samples that are floats already, or tokens, are taken as they are; floats may be mirrored."""
         index = order[start + torch.arange(size, device=self.device)]
         samples, labels = data.images[index], data.labels[index]
         if data.augmentation.flip:  # the same draw as load_batch's

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
-from unlocked.workers.layer import Layer, count_correct
+from unlocked.workers.layer import Layer, as_delivered, count_correct
 from unlocked.workers.source import Source
 
 __all__ = ["Stage"]
@@ -36,7 +36,8 @@ class Stage:
     def load(self, item: Item) -> tuple[Tensor, Tensor]:
         """Stage 0's RECV: the micro-batch out of the dataset."""
         assert self.source is not None
-        return self.source.load(item)
+        x, labels = self.source.load(item)
+        return as_delivered(x), labels
 
     def close(self) -> None:
         """Lets go of the data: nothing more is loaded. Idempotent."""

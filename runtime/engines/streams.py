@@ -14,6 +14,7 @@ from collections import deque
 
 import torch
 
+from unlocked.models import LinearBlock, OutputBlock
 from unlocked.runtime.engines.blocks import BlockGraph
 from unlocked.runtime.engines.local import LocalOutlet, finish_result, write_stage_snapshot
 from unlocked.runtime.job import Job, SinkMaker
@@ -229,8 +230,10 @@ def _build_lanes(job: Job, parts: list[range]) -> list[Lane]:
     rings = []
     for k, part in enumerate(parts):
         shape = network.output_shapes[part.start - 1] if k else network.input_shape
-        flat = len(network.infos[part.start].activation_shape) == 1
+        # Only these are known to flatten first: another flat layer may begin with a convolution.
+        flat = isinstance(network.blocks[part.start], LinearBlock | OutputBlock)
         depth = job.settings.queue_depth if k else 1
-        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=job.storage))
+        dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
+        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
     outboxes = [*rings[1:], None]
     return [Lane(job.stage(k, part), rings[k], outboxes[k], device) for k, part in enumerate(parts)]

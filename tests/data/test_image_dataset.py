@@ -71,6 +71,15 @@ def test_own_tensors() -> None:
     torch.testing.assert_close(scaled, torch.full((4, 1, 5, 5), 0.2))
 
 
+def test_tokens_are_samples_too() -> None:
+    tokens, labels = torch.randint(0, 50, (4, 12)), torch.zeros(4, dtype=torch.int64)
+    data = ImageDataset.from_tensors(tokens, labels, 2)
+    assert (data.image_shape, data.images.dtype) == ((12,), torch.int64)
+    for flipped in (tokens, torch.zeros(4, 1, 5, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"only images \[N, C, H, W\] can be flipped, got torch.int64"):
+            ImageDataset.from_tensors(flipped, labels, 2, flip=True)
+
+
 def test_images_become_contiguous() -> None:
     images = torch.randint(0, 256, (6, 8, 8, 2), dtype=torch.uint8).permute(0, 3, 1, 2)
     data = _dataset(images=images)
@@ -83,7 +92,10 @@ def test_images_become_contiguous() -> None:
     [
         ({"images": torch.zeros(6, 8, 8, dtype=torch.uint8)}, r"shape \[N, C, H, W\].*got \[6, 8, 8\]"),
         ({"images": torch.zeros(0, 2, 8, 8, dtype=torch.uint8)}, "no size 0"),
-        ({"images": torch.zeros(6, 2, 8, 8, dtype=torch.float64)}, "uint8 or float32, got torch.float64"),
+        (
+            {"images": torch.zeros(6, 2, 8, 8, dtype=torch.float64)},
+            "uint8 or float32 and tokens int64, got torch.float64",
+        ),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, r"\[6\], one for each image, got torch.int64 \[5\]"),
         ({"labels": torch.zeros(6, dtype=torch.int32)}, "got torch.int32"),
         ({"labels": torch.tensor([0, 1, 2, 3, 0, 1])}, r"in \[0, 2\], got values from 0 to 3"),

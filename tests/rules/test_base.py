@@ -17,7 +17,7 @@ LAYER = LayerInfo(
 
 @pytest.mark.parametrize(
     ("shape", "latent_size", "features", "latents"),
-    [((6, 8, 8), 2, 384, 24), ((30,), 12, 30, 12), ((5, 16), 2, 80, 16)],
+    [((6, 8, 8), 2, 384, 24), ((30,), 12, 30, 12), ((5, 16), 1, 80, 16), ((5, 16), 2, 80, 32)],
 )
 def test_sizes_of_a_layer(shape: tuple[int, ...], latent_size: int, features: int, latents: int) -> None:
     layer = replace(LAYER, activation_shape=shape, latent_size=latent_size)
