@@ -232,10 +232,16 @@ def norm_act_backward(
     *,
     latent_size: int,
     negative_slope: float = 0.01,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the latents' gradient [B, C p p] to (conv_grad like `conv`, weight_grad [C], bias_grad [C]).
 
     See [Note: window sums]. The gradient of the convolution's bias is zero, because BatchNorm subtracts the mean.
+
+    Args:
+        out: where to write `conv_grad`; it may be `conv` itself. On a CPU a fresh buffer of this size costs more in
+            page faults than the arithmetic. The GPU backends do not take it: they read `conv` through caches that
+            don't see writes.
     """
     x = conv if conv.dtype == torch.float64 else conv.float()
     batch, channels = x.shape[:2]
@@ -251,7 +257,7 @@ def norm_act_backward(
     else:
         act_grad = window_grad
     conv_grad = _normalization_backward(act_grad, x, mean, rstd, weight, bias, weight_grad, bias_grad, negative_slope)
-    return conv_grad.to(conv.dtype), weight_grad, bias_grad
+    return conv_grad.to(conv.dtype) if out is None else out.copy_(conv_grad), weight_grad, bias_grad
 
 
 def norm_act_backward_full(
@@ -263,6 +269,7 @@ def norm_act_backward_full(
     bias: Tensor,
     *,
     negative_slope: float = 0.01,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `norm_act_backward`, from a gradient at every activation (inside a depthwise-separable block)."""
     x = conv if conv.dtype == torch.float64 else conv.float()
@@ -273,7 +280,7 @@ def norm_act_backward_full(
     dims = [0, *range(2, x.dim())]
     bias_grad, weight_grad = masked.sum(dims), (masked * xhat).sum(dims)
     conv_grad = _normalization_backward(grad, x, mean, rstd, weight, bias, weight_grad, bias_grad, negative_slope)
-    return conv_grad.to(conv.dtype), weight_grad, bias_grad
+    return conv_grad.to(conv.dtype) if out is None else out.copy_(conv_grad), weight_grad, bias_grad
 
 
 def _normalization_backward(

@@ -22,6 +22,8 @@ from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
 __all__ = ["FusedStep", "choose_step", "fused_step"]
 
+_IN_PLACE = ("unlocked.kernels.cpp", "unlocked.kernels.reference")  # backends that write a gradient over its input
+
 
 def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
     """The step factory for `kernels` on `device`; None: autograd for every layer.
@@ -39,11 +41,10 @@ def fused_step(backend: ModuleType) -> StepFactory:
     """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
 
     def build(layer: Layer) -> Step:
-        layer.optimizer = _fuse_optimizer(layer, backend)
         body = _body(layer)
-        if body is None or layer.rule.head_arguments() is None:
-            return AutogradStep(layer)
-        return FusedStep(layer, backend, body)
+        closed_form = body is not None and layer.rule.head_arguments() is not None
+        layer.optimizer = _fuse_optimizer(layer, backend, closed_form=closed_form)
+        return FusedStep(layer, backend, body) if body is not None and closed_form else AutogradStep(layer)
 
     return build
 
@@ -147,9 +148,11 @@ class _Normalized:
         assert self.conv is not None
         conv, self.conv, self.result = self.conv, None, None
         slope = self.block.negative_slope
+        # Nothing reads the convolution's output any more, so a CPU's gradient takes its place.
+        place = {"out": conv} if conv.device.type == "cpu" and backend.__name__ in _IN_PLACE else {}
         if self.latent_size == 0:
             full: tuple[Tensor, Tensor, Tensor] = backend.norm_act_backward_full(
-                grad, conv, r.mean, r.rstd, norm.weight, norm.bias, negative_slope=slope
+                grad, conv, r.mean, r.rstd, norm.weight, norm.bias, negative_slope=slope, **place
             )
             return full
         pooled: tuple[Tensor, Tensor, Tensor] = backend.norm_act_backward(
@@ -163,6 +166,7 @@ class _Normalized:
             r.mask_xhat_sums,
             latent_size=self.latent_size,
             negative_slope=slope,
+            **place,
         )
         return pooled
 
@@ -286,15 +290,21 @@ def _usable(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
     return norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _fuse_optimizer(layer: Layer, backend: ModuleType) -> Any:
-    """One kernel for all of the layer's parameters, where Triton runs and knows the optimizer; else it as it is.
+def _fuse_optimizer(layer: Layer, backend: ModuleType, *, closed_form: bool) -> Any:
+    """One kernel for all of the layer's parameters, where the backend has one for its optimizer; else it as it is.
 
     On a CPU Triton only runs in its interpreter, which is for tests of Triton: other backends leave it alone there.
+    The C++ kernels want a gradient for every parameter, which only the closed form promises.
     """
     optimizer = layer.optimizer
+    if optimizer is None:
+        return None
+    if backend.__name__ == "unlocked.kernels.cpp":
+        native = importlib.import_module("unlocked.kernels.cpp.optim").from_torch(optimizer) if closed_form else None
+        return native or optimizer
     triton = importlib.import_module("unlocked.kernels.triton")
     interpreted = layer.device.type == "cpu" and backend is not triton
-    if optimizer is None or interpreted or triton.unavailable(layer.device):
+    if interpreted or triton.unavailable(layer.device):
         return optimizer
     return importlib.import_module("unlocked.kernels.triton.optim").from_torch(optimizer) or optimizer
 

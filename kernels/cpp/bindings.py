@@ -68,7 +68,7 @@ def load_kernels() -> ctypes.CDLL:
     return loaded
 
 
-_P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_P, _I, _F, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_int
 
 
 class _Signatures:
@@ -82,6 +82,8 @@ class _Signatures:
     norm_act_backward = (_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _F, _I, _P, _P, _P, _P, _N)
     norm_act_backward_full = (_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N)
     local_head = (_P, _P, _P, _P, _N, _I, _I, _I, _I, _I, _I, _N, _F, _F, _P, _P, _P, _P)
+    adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
+    sgd = (_N, _P, _P, _P, _P, _D, _D, _D, _N, _N, _N)
 
 
 def _threading() -> list[str]:

@@ -100,10 +100,11 @@ def norm_act_backward(
     *,
     latent_size: int,
     negative_slope: float = 0.01,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.reference.norm_act_backward`: one pass."""
     shape = _shape(conv, latent_size)
-    if shape is None or not latent_size:
+    if shape is None or not latent_size or (out is not None and out.stride() != conv.stride()):
         return reference.norm_act_backward(
             latents_grad,
             conv,
@@ -115,10 +116,11 @@ def norm_act_backward(
             mask_xhat_sums,
             latent_size=latent_size,
             negative_slope=negative_slope,
+            out=out,
         )
     batch, channels, height, width, side = shape
     threads = min(torch.get_num_threads(), batch)
-    conv_grad = torch.empty_like(conv)
+    conv_grad = torch.empty_like(conv) if out is None else out
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     scratch = conv.new_empty(threads * side * side * channels)
     load_kernels().unlocked_norm_act_backward(
@@ -146,15 +148,17 @@ def norm_act_backward_full(
     bias: Tensor,
     *,
     negative_slope: float = 0.01,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.reference.norm_act_backward_full`: one reduction, one pass."""
     shape = _shape(conv, 0)
-    if shape is None or activations_grad.stride() != conv.stride() or activations_grad.dtype != conv.dtype:
+    alike = activations_grad.stride() == conv.stride() and (out is None or out.stride() == conv.stride())
+    if shape is None or not alike or activations_grad.dtype != conv.dtype:
         return reference.norm_act_backward_full(
-            activations_grad, conv, mean, rstd, weight, bias, negative_slope=negative_slope
+            activations_grad, conv, mean, rstd, weight, bias, negative_slope=negative_slope, out=out
         )
     batch, channels, height, width, _ = shape
-    conv_grad = torch.empty_like(conv)
+    conv_grad = torch.empty_like(conv) if out is None else out
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     scratch = conv.new_empty(2 * batch * channels)
     load_kernels().unlocked_norm_act_backward_full(
