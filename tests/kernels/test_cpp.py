@@ -214,7 +214,9 @@ def test_local_head(
             assert (a is None) == (b is None) or (name == "basis_grad" and basis is None)
             continue
         assert torch.isfinite(a).all(), name
-        torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=1e-5 * size, msg=lambda m, n=name: n + m)
+        # Sums that cancel are as exact as their largest neighbours (1e12 where latents of zero are normalised).
+        near = 1e-5 * max(size, float(b.abs().max()))
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=near, msg=lambda m, n=name: n + m)
     assert totals[0] == pytest.approx(float(true_totals[0]), rel=2e-4, abs=1e-5 * size)
 
 
