@@ -3,6 +3,12 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unlocked.launch.comparison.results import Report
 
 __all__ = ["STUDIES", "main"]
 
@@ -14,16 +20,63 @@ STUDIES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs, and turns a user's mistake into one line and exit code 2."""
+    """Runs, and turns a user's mistake into one line and exit code 2. 1: no contender could be measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         study, rest = _take_study(given)
         if study is not None:
             return int(importlib.import_module(STUDIES[study]).main(rest))
-        raise ValueError("give --study NAME")
+        return _compare(rest)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        return 130
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from unlocked.launch.comparison.measure import measure
+    from unlocked.launch.comparison.options import parse
+    from unlocked.launch.comparison.table import print_report
+    from unlocked.runtime.tensorboard import require_tensorboard
+
+    options = parse(arguments)
+    if options.tensorboard is not None:
+        require_tensorboard()
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {options.output} can't be made ({error}); give a folder of yours") from error
+    report = measure(options, lambda line: print(line, flush=True))
+    written = _write(report, options.output)
+    if options.tensorboard is not None:
+        from unlocked.launch.comparison.board import write_board
+
+        write_board(report, options.tensorboard)
+        written.append(options.tensorboard)
+    print_report(report)
+    print("written: " + ", ".join(map(str, written)), flush=True)
+    return 0 if report.measured else 1
+
+
+def _write(report: "Report", folder: Path) -> list[Path]:
+    """All files of the report; their paths."""
+    from unlocked.launch.comparison.export import write_epochs_csv, write_runs_csv
+
+    files = [folder / name for name in ("report.json", "runs.csv", "epochs.csv")]
+    files[0].write_text(report.to_json(), encoding="utf-8")
+    write_runs_csv(report, files[1])
+    write_epochs_csv(report, files[2])
+    if find_spec("unlocked.launch.comparison.page") is not None:
+        page = folder / "report.html"
+        try:
+            importlib.import_module("unlocked.launch.comparison.page").write_page(report, page)
+        except ValueError as error:  # its plotting library is an extra
+            print(f"no page: {error}", file=sys.stderr, flush=True)
+        else:
+            files.append(page)
+    return files
 
 
 def _take_study(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -25,7 +25,7 @@ from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes"]
+__all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,7 @@ class Job:
 
     def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well."""
-        _warm_up_optimizers()
-        keep_freed_memory()
+        prepare_process()
         device = device or self.device
         source = None
         if index == 0:
@@ -175,6 +174,12 @@ class Engine(Protocol):
     """Runs a job to its end, or to an orderly stop."""
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult: ...
+
+
+def prepare_process() -> None:
+    """What every process does once before it trains; it costs seconds the first time."""
+    _warm_up_optimizers()
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

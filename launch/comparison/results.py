@@ -22,7 +22,9 @@ __all__ = [
     "LoggedTraining",
     "Report",
     "Run",
+    "RunKind",
     "Settings",
+    "SpanKind",
     "Spread",
     "StepSplit",
     "Timeline",
@@ -302,7 +304,10 @@ class TimelineSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """A window of one measured run, past the warm-up, all processes on one clock. Gaps between spans are bubbles."""
+    """A window of one measured run, past the warm-up, all processes on one clock.
+
+    Gaps between spans are bubbles and communication. All timelines of a report show windows of the same length.
+    """
 
     contender: str
     """`Contender.name`."""
@@ -340,6 +345,14 @@ class LoggedRun:
     steps_per_epoch: int
     trainings: dict[str, LoggedTraining]
     """By family: BP and LLS."""
+
+    @staticmethod
+    def load() -> "LoggedRun":
+        """The one that lies beside this file."""
+        text = Path(__file__).with_name("logged_run.json").read_text(encoding="utf-8")
+        logged = _revive(LoggedRun, json.loads(text), "logged run")
+        assert isinstance(logged, LoggedRun)
+        return logged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,139 @@
+"""Who takes part: every way to train that the comparison knows, for a device and a number of processes."""
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["LOCAL_RULES", "SCHEDULES", "Spec", "all_contenders", "choose"]
+
+LOCAL_RULES = ("LLS", "LLS_M", "LLS_MxM")
+SCHEDULES = ("GPipe", "1F1B", "zero-bubble", "ZBV")
+"""Of torch.distributed.pipelining: ScheduleGPipe, Schedule1F1B, ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble.
+The last two hold two stages per process."""
+
+_CHUNK_NOTE = "BatchNorm sees one chunk at a time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One contender, before it has run.
+
+    Attributes:
+        name: unique; see `results.Contender` for the attributes of the same names.
+        kernels, graphs: as `Trainer` takes them.
+        compiled: every block goes through torch.compile.
+        not_run: why it can't run on this machine; None: it can.
+    """
+
+    name: str
+    family: str
+    engine: str
+    processes: int = 1
+    threads: int = 1
+    kernels: str = "auto"
+    graphs: bool = True
+    compiled: bool = False
+    note: str = ""
+    not_run: str | None = None
+
+    @property
+    def is_bp_pipeline(self) -> bool:
+        return self.engine in SCHEDULES
+
+
+def all_contenders(device: str, *, cores: int, processes: int) -> list[Spec]:
+    """All contenders in the order of the table; those that need another device say so in `not_run`.
+
+    Args:
+        device: cpu or cuda.
+        cores: that a contender may use on a CPU; one process has 1 thread, and as many as that in a second form.
+        processes: of the pipelines; they share the cores out.
+    """
+    if device == "cuda":
+        return _on_cuda(processes)
+    threads = max(1, cores // processes)
+    found = [_sequential("BP", 1)]
+    if cores > 1:
+        found.append(_sequential("BP", cores))
+    found += [
+        Spec(name=f"BP {form}", family="BP", engine="sequential", not_run="no CUDA device")
+        for form in ("in a CUDA graph", "compiled")
+    ]
+    found += [_schedule(name, processes, threads) for name in SCHEDULES]
+    for rule in LOCAL_RULES:
+        found.append(_sequential(rule, 1))
+        if cores > 1:
+            found.append(_sequential(rule, cores))
+        found.append(
+            Spec(
+                name=f"{rule}, {processes} processes",
+                family=rule,
+                engine="processes",
+                processes=processes,
+                threads=threads,
+            )
+        )
+        found.append(Spec(name=f"{rule}, streams", family=rule, engine="streams"))
+    return found
+
+
+def choose(specs: list[Spec], words: list[str]) -> list[Spec]:
+    """Those whose names are, or begin with, one of the words, case aside; all without words.
+
+    Raises:
+        ValueError: a word fits no contender; lists the names.
+    """
+    if not words:
+        return specs
+    chosen = []
+    for word in words:
+        exact = [spec for spec in specs if spec.name.lower() == word.lower()]
+        fits = exact or [spec for spec in specs if spec.name.lower().startswith(word.lower())]
+        if not fits:
+            names = "; ".join(spec.name for spec in specs)
+            raise ValueError(f"--only {word!r} fits no contender; there are: {names}")
+        chosen += fits
+    return [spec for spec in specs if spec in chosen]
+
+
+def _sequential(family: str, threads: int) -> Spec:
+    plural = "s" if threads > 1 else ""
+    return Spec(name=f"{family}, {threads} thread{plural}", family=family, engine="sequential", threads=threads)
+
+
+def _schedule(name: str, processes: int, threads: int, not_run: str | None = None) -> Spec:
+    return Spec(
+        name=f"BP {name}, {processes} processes",
+        family="BP",
+        engine=name,
+        processes=processes,
+        threads=threads,
+        note=_CHUNK_NOTE,
+        not_run=not_run,
+    )
+
+
+def _on_cuda(processes: int) -> list[Spec]:
+    count = torch.cuda.device_count()
+    missing = None if count >= processes else f"needs {processes} CUDA devices, {count} found"
+    found = [
+        Spec(name="BP eager", family="BP", engine="sequential", kernels="torch", graphs=False),
+        Spec(name="BP in a CUDA graph", family="BP", engine="sequential"),
+        Spec(name="BP compiled", family="BP", engine="sequential", compiled=True, kernels="torch", graphs=False),
+        Spec(name="BP compiled, in a CUDA graph", family="BP", engine="sequential", compiled=True),
+        *(_schedule(name, processes, 1, missing) for name in SCHEDULES),
+    ]
+    for rule in LOCAL_RULES:
+        found += [
+            Spec(name=f"{rule} eager", family=rule, engine="sequential", kernels="torch", graphs=False),
+            Spec(name=f"{rule} in a CUDA graph", family=rule, engine="sequential"),
+            Spec(
+                name=f"{rule}, {processes} processes",
+                family=rule,
+                engine="processes",
+                processes=processes,
+                not_run=missing,
+            ),
+            Spec(name=f"{rule}, streams", family=rule, engine="streams"),
+        ]
+    return found
