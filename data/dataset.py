@@ -1,4 +1,4 @@
-"""`ImageDataset`: images and labels as whole tensors that stay on the device, and how batches are made of them."""
+"""`ImageDataset`: images and labels as whole tensors, on the device or mapped, and how batches are made of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unlocked.kernels.images import make_erase_boxes
 
-__all__ = ["Augmentation", "ImageDataset", "channel_statistics"]
+__all__ = ["Augmentation", "ImageDataset", "channel_statistics", "count_statistics"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,12 +20,16 @@ class Augmentation:
     """Mirror left and right with probability 1/2."""
     crop_padding: int = 0
     """Pad by this many black pixels on every side, then crop the original size at a random place."""
+    crop_margin: bool = False
+    """Cut images that are stored with a margin out at a random place instead of the middle."""
     erase_probability: float = 0.0
     """How often a random rectangle is blanked (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020)."""
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding is a number of pixels, at least 0, got {self.crop_padding}")
+        if self.crop_padding and self.crop_margin:
+            raise ValueError("crop_padding and crop_margin are two ways to crop; choose one")
         if not 0.0 <= self.erase_probability <= 1.0:
             raise ValueError(f"erase_probability is a probability in [0, 1], got {self.erase_probability}")
 
@@ -52,6 +56,8 @@ class ImageDataset:
     std: tuple[float, ...] = ()
     """Of each channel, where 255 counts as 1; empty: 1."""
     augmentation: Augmentation = Augmentation()
+    margin: int = 0
+    """Pixels on every side of the stored uint8 images that are cut off when they are read."""
     streamed: bool | None = None
     """True: the images stay where they are (in host memory, or in a file mapped into it), and micro-batches are read
     ahead of stage 0; False: they move to the device as a whole; None: as a whole where they fit. The numbers are the
@@ -97,8 +103,10 @@ class ImageDataset:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """One sample's: (C, H, W) of images; others may have any shape, such as (D,), (T, D) or, for tokens, (T,)."""
-        return tuple(self.images.shape[1:])
+        """One sample's as it is read: (C, H, W) of images; others may have any shape, such as (D,), (T, D) or, for
+        tokens, (T,)."""
+        shape = tuple(self.images.shape[1:])
+        return (shape[0], shape[1] - 2 * self.margin, shape[2] - 2 * self.margin) if self.margin else shape
 
     @property
     def sample_dtype(self) -> torch.dtype:
@@ -119,7 +127,9 @@ class ImageDataset:
         """How `load_batch` of the kernels makes a batch of this dataset: normalisation and augmentation."""
         height, width = self.image_shape[-2:] if len(self.image_shape) == 3 else (1, 1)
         probability = self.augmentation.erase_probability
+        cut = {"margin": self.margin, "crop_margin": self.augmentation.crop_margin} if self.margin else {}
         return {
+            **cut,
             "mean": self.mean255,
             "inv_std": self.inv_std255,
             "flip": self.augmentation.flip,
@@ -161,6 +171,8 @@ class ImageDataset:
                 f"labels are int64 of the shape [{len(images)}], one for each image,"
                 f" got {labels.dtype} {list(labels.shape)}"
             )
+        if self.margin and (images.dtype != torch.uint8 or not 0 < 2 * self.margin < min(images.shape[2:])):
+            return f"a margin leaves some of uint8 images {list(images.shape)}, got {self.margin}"
         if images.device != labels.device:
             return f"images and labels are on one device, got {images.device} and {labels.device}"
         return None
@@ -178,6 +190,8 @@ class ImageDataset:
         for word, values in {"mean": self.mean, "std": self.std}.items():
             if values and len(values) != channels:
                 return f"{word} has one value for each of {channels} channels, got {len(values)}"
+        if self.augmentation.crop_margin and not self.margin:
+            return "crop_margin is for images that are stored with a margin; use crop_padding"
         if any(value <= 0 for value in self.std):
             return f"std is positive, got {self.std}"
         if self.images.dtype == torch.uint8:
@@ -192,17 +206,21 @@ class ImageDataset:
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel of uint8 images [N, C, H, W], where 255 counts as 1.
+    """(mean, std) of each channel of uint8 images [N, C, H, W], where 255 counts as 1."""
+    return count_statistics(torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in images.unbind(1)]))
+
+
+def count_statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same from how often each value occurs in each channel: int64 [C, 256].
 
     Summed as integers, so that every machine gets the same floats.
     """
-    count = images.numel() // images.shape[1]
     values = torch.arange(256)
     means, stds = [], []
-    for channel in images.unbind(1):
-        counts = torch.bincount(channel.reshape(-1), minlength=256)
-        mean = int((counts * values).sum()) / count
-        variance = int((counts * values * values).sum()) / count - mean * mean
+    for channel in counts:
+        count = int(channel.sum())
+        mean = int((channel * values).sum()) / count
+        variance = int((channel * values * values).sum()) / count - mean * mean
         means.append(mean / 255.0)
-        stds.append(variance**0.5 / 255.0)
+        stds.append(max(variance, 0.0) ** 0.5 / 255.0)
     return tuple(means), tuple(stds)

@@ -2,7 +2,7 @@
 
 The archive grows as NAME.part and is renamed when its checksum is right; its files are unpacked into FOLDER.part,
 which is renamed when they are all there. So what stands under the final names is always complete. A download that
-broke off goes on where it stopped.
+broke off goes on where it stopped. Nothing is downloaded or unpacked whose checksum is not known.
 """
 
 import fcntl
@@ -12,15 +12,18 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-__all__ = ["Archive", "obtain"]
+__all__ = ["Archive", "obtain", "obtain_file", "only_one"]
 
 TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of the answer
 _CHUNK = 2**18
@@ -28,14 +31,14 @@ _CHUNK = 2**18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Archive:
-    """A .tar.gz file, and what is taken out of it."""
+    """A .tar.gz, .tgz or .zip file, and what is taken out of it."""
 
     url: str
     md5: str
     folder: str
     """The folder inside the archive, and in the dataset directory."""
-    files: tuple[str, ...]
-    """The files in that folder."""
+    files: tuple[str, ...] = ()
+    """The files in that folder; empty: all that are there, in folders of any depth."""
 
     @property
     def file_name(self) -> str:
@@ -60,43 +63,63 @@ def obtain(archive: Archive, dataset_dir: Path, *, download: bool) -> Path:
             f"no {archive.folder} in {dataset_dir}, and downloading is off. {_how_to_get(archive, dataset_dir)}"
         )
     dataset_dir.mkdir(parents=True, exist_ok=True)
-    with _only_one(dataset_dir / f".{archive.folder}.lock"):
+    with only_one(dataset_dir / f".{archive.folder}.lock"):
         if not folder.is_dir():
             path = dataset_dir / archive.file_name
             if not path.is_file():
-                _download(archive, path)
+                _download(archive.url, archive.md5, path, f"no {archive.folder} in {dataset_dir}")
             _unpack(archive, path, folder)
     return folder
 
 
-def _how_to_get(archive: Archive, dataset_dir: Path) -> str:
-    return f"To get it, download {archive.url} on any machine and put {archive.file_name} into {dataset_dir.resolve()}."
+def obtain_file(url: str, md5: str, path: Path, *, download: bool) -> Path:
+    """The file `path`, downloaded from `url` if it is not there. Processes wait for each other as in `obtain`.
+
+    Raises:
+        ValueError: it is not there and `download` is false or fails, or the checksum of what was sent is wrong.
+    """
+    if path.is_file():
+        return path
+    if not download:
+        raise ValueError(f"no {path.name} in {path.parent}, and downloading is off. {_how_to_get_file(url, path)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(path.parent / f".{path.name}.lock"):
+        if not path.is_file():
+            _download(url, md5, path, f"no {path.name} in {path.parent}")
+    return path
 
 
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def only_one(lock: Path) -> Iterator[None]:
     """Hold the lock file; the system lets go of it when its owner dies, and every step of the owner times out."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _download(archive: Archive, path: Path) -> None:
+def _how_to_get(archive: Archive, dataset_dir: Path) -> str:
+    return _how_to_get_file(archive.url, dataset_dir / archive.file_name)
+
+
+def _how_to_get_file(url: str, path: Path) -> str:
+    return f"To get it, download {url} on any machine and put {path.name} into {path.parent.resolve()}."
+
+
+def _download(url: str, md5: str, path: Path, lacking: str) -> None:
     part = path.with_name(path.name + ".part")
     try:
-        _receive(archive.url, part)
+        _receive(url, part)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         kept = f" What arrived is kept in {part}, and another try goes on from there." if part.exists() else ""
         raise ValueError(
-            f"no {archive.folder} in {path.parent}, and downloading it from {archive.url} failed: {reason}.{kept}"
-            f" {_how_to_get(archive, path.parent)}"
+            f"{lacking}, and downloading it from {url} failed: {reason}.{kept} {_how_to_get_file(url, path)}"
         ) from error
-    if (found := _md5(part)) != archive.md5:
+    if (found := _md5(part)) != md5:
         part.unlink()
         raise ValueError(
-            f"what {archive.url} sent has the MD5 sum {found}, expected {archive.md5}; it was removed, try again."
-            f" {_how_to_get(archive, path.parent)}"
+            f"what {url} sent has the MD5 sum {found}, expected {md5}; it was removed, try again."
+            f" {_how_to_get_file(url, path)}"
         )
     part.rename(path)
 
@@ -133,21 +156,54 @@ def _md5(path: Path) -> str:
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    """Write the archive's known files into `folder`; nothing in the archive chooses a path."""
+    """Write the archive's files into `folder`; nothing in the archive chooses a path outside of it."""
     if (found := _md5(path)) != archive.md5:
-        raise ValueError(f"archive {path} has the MD5 sum {found}, expected {archive.md5}; remove it and run again")
+        raise ValueError(
+            f"archive {path} has the MD5 sum {found}, expected {archive.md5}: it is damaged, or another one; remove it "
+            "and run again"
+        )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    wanted = {f"{archive.folder}/{name}": name for name in archive.files}
+    lacking = set(archive.files)
+    try:
+        for name, content in _members(path):
+            inside = _inside(name, archive)
+            if inside is not None:
+                target = part / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+                lacking.discard(inside)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"archive {path} is damaged ({error}); remove it and run again") from error
+    if lacking or not any(part.iterdir()):
+        what = ", ".join(sorted(lacking)) or archive.folder
+        raise ValueError(f"archive {path} has no {what}; remove it and run again")
+    part.rename(folder)
+
+
+def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The regular files of an archive in turn, each open while it is the current one."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    with archive.open(info) as content:
+                        yield info.filename, content
+        return
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            name = wanted.get(member.name)
-            content = tar.extractfile(member) if name else None
-            if name and content:
-                with content, (part / name).open("wb") as file:
-                    shutil.copyfileobj(content, file)
-                del wanted[member.name]
-    if wanted:
-        raise ValueError(f"archive {path} has no {', '.join(wanted)}; remove it and run again")
-    part.rename(folder)
+            extracted = tar.extractfile(member) if member.isfile() else None
+            if extracted is not None:
+                with extracted:
+                    yield member.name, extracted
+
+
+def _inside(name: str, archive: Archive) -> str | None:
+    """Where below its folder a wanted file of the archive belongs."""
+    parts = PurePosixPath(name).parts
+    if len(parts) < 2 or parts[0] != archive.folder or ".." in parts:
+        return None
+    inside = "/".join(parts[1:])
+    return inside if not archive.files or inside in archive.files else None

@@ -5,25 +5,30 @@ import io
 import pickle
 import struct
 import tarfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from file_server import Handler, serve
 
 from unlocked.data import Augmentation, ImageDataset, load_dataset
-from unlocked.data.cifar import CIFAR10_ARCHIVE, CLASSES, TEST_FILES, TRAIN_FILES, read_cifar10
+from unlocked.data.cifar import CIFAR10, CIFAR100, Cifar, read_cifar
 from unlocked.data.download import Archive, obtain
 
 COUNT = 12  # images in each of our files
 FOLDER = "cifar-10-batches-py"
+TRAIN_FILES, TEST_FILES = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def read_cifar10(folder: Path, kind: Cifar = CIFAR10) -> tuple[ImageDataset, ImageDataset]:
+    return read_cifar(kind, folder, train_images=5 * COUNT, test_images=COUNT)
 
 
 class _Python2Pickler(pickle._Pickler):
@@ -66,7 +71,7 @@ def _check(data: ImageDataset, contents: list[dict[bytes, Any]]) -> None:
 
 def test_reads_the_official_layout(tmp_path: Path) -> None:
     contents = _write(tmp_path / FOLDER)
-    train, test = read_cifar10(tmp_path / FOLDER, images_per_file=COUNT)
+    train, test = read_cifar10(tmp_path / FOLDER)
     _check(train, [contents[name] for name in TRAIN_FILES])
     _check(test, [contents["test_batch"]])
     assert (train.classes, train.mean, train.std) == (CLASSES, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -80,7 +85,7 @@ def test_reads_what_python_3_writes(tmp_path: Path, protocol: int, as_array: boo
     if as_array:
         content["labels"] = np.array(content["labels"], dtype=np.uint8)
     (tmp_path / FOLDER / "test_batch").write_bytes(pickle.dumps(content, protocol=protocol))
-    _check(read_cifar10(tmp_path / FOLDER, images_per_file=COUNT)[1], [contents["test_batch"]])
+    _check(read_cifar10(tmp_path / FOLDER)[1], [contents["test_batch"]])
 
 
 def test_load_dataset_takes_the_official_size_and_augments_as_named(tmp_path: Path) -> None:
@@ -89,6 +94,7 @@ def test_load_dataset_takes_the_official_size_and_augments_as_named(tmp_path: Pa
     first.write_bytes(_python2(_content(0, count=10_000)))
     for other in others:
         other.symlink_to(first)
+    (first.parent / "batches.meta").write_bytes(_python2({b"label_names": [name.encode() for name in CLASSES]}))
     train, test = load_dataset("CIFAR10", tmp_path)
     assert (len(train), len(test)) == (50_000, 10_000)
     assert (train.augmentation, test.augmentation) == (Augmentation(flip=True), Augmentation())
@@ -96,6 +102,28 @@ def test_load_dataset_takes_the_official_size_and_augments_as_named(tmp_path: Pa
     assert train.augmentation == Augmentation(flip=True, crop_padding=4, erase_probability=0.2)
     assert test.augmentation == Augmentation()
     assert train.name == "CIFAR10AUG"
+
+
+def test_cifar_100_has_its_fine_labels(tmp_path: Path) -> None:
+    names = [b"apple", *(f"class {i}".encode() for i in range(1, 100))]
+    folder, contents = tmp_path / "cifar-100-python", {}
+    folder.mkdir()
+    for word, count in (("train", 5 * COUNT), ("test", COUNT)):
+        content = _content(count, count)
+        fine = np.random.default_rng(count).integers(0, 100, count).tolist()
+        content |= {b"fine_labels": fine, b"coarse_labels": [label // 5 for label in fine]}
+        del content[b"labels"]
+        (folder / word).write_bytes(_python2(content))
+        contents[word] = content | {b"labels": fine}
+    meta = {b"fine_label_names": names, b"coarse_label_names": names[:20]}
+    (folder / "meta").write_bytes(_python2(meta))
+    train, test = read_cifar10(folder, CIFAR100)
+    _check(train, [contents["train"]])
+    _check(test, [contents["test"]])
+    assert (train.num_classes, train.classes[0], len(train.classes)) == (100, "apple", 100)
+    (folder / "meta").write_bytes(_python2({b"fine_label_names": names[:99]}))
+    with pytest.raises(ValueError, match=r"CIFAR-100 file .*meta is damaged: .*'fine_label_names' \(100 names"):
+        read_cifar10(folder, CIFAR100)
 
 
 class _Opens:
@@ -113,7 +141,7 @@ def test_a_pickle_that_calls_anything_is_refused_before_it_does(tmp_path: Path) 
     trace = tmp_path / "trace"
     (tmp_path / FOLDER / "data_batch_3").write_bytes(pickle.dumps(_Opens(trace)))
     with pytest.raises(ValueError, match=r"data_batch_3 is damaged.*is no part of an array"):
-        read_cifar10(tmp_path / FOLDER, images_per_file=COUNT)
+        read_cifar10(tmp_path / FOLDER)
     assert not trace.exists()
 
 
@@ -139,66 +167,35 @@ def test_a_damaged_file_is_named_with_what_was_expected(tmp_path: Path, kind: st
     content, message = _DAMAGE[kind]
     (tmp_path / FOLDER / "data_batch_2").write_bytes(content)
     with pytest.raises(ValueError, match=rf"data_batch_2 is damaged: expected .*\[12, 3072\].*found .*{message}"):
-        read_cifar10(tmp_path / FOLDER, images_per_file=COUNT)
+        read_cifar10(tmp_path / FOLDER)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     _write(tmp_path / FOLDER)
     (tmp_path / FOLDER / "test_batch").unlink()
     with pytest.raises(ValueError, match="test_batch is missing: expected"):
-        read_cifar10(tmp_path / FOLDER, images_per_file=COUNT)
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; answers a Range request; closes the connection after `cut` bytes if that is set."""
-
-    cut: int | None = None
-    ranges = True
-    requests: list[str | None]
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.requests.append(wanted)
-        content = Path(self.translate_path(self.path)).read_bytes()
-        first = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        if first >= len(content):
-            self.send_error(416)
-            return
-        self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(content) - first))
-        self.end_headers()
-        self.wfile.write(content[first : self.cut])
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        read_cifar10(tmp_path / FOLDER)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Archive, type[_Handler]]]:
+def server(tmp_path: Path) -> Iterator[tuple[Archive, type[Handler]]]:
     """A server with the archive; `Archive` as a user of the module would name it, and the handler to set up."""
     site = tmp_path / "site"
     _write(site / FOLDER)
     path = site / "cifar-10-python.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(site / FOLDER, FOLDER)
-    handler = type("Handler", (_Handler,), {"requests": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site))) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
-        thread.start()
-        url = f"http://127.0.0.1:{httpd.server_port}/{path.name}"
-        yield replace(CIFAR10_ARCHIVE, url=url, md5=hashlib.md5(path.read_bytes()).hexdigest()), handler
-        httpd.shutdown()
-        thread.join()
+    with serve(site) as (url, handler):
+        md5 = hashlib.md5(path.read_bytes()).hexdigest()
+        yield replace(CIFAR10.archive, url=f"{url}/{path.name}", md5=md5), handler
 
 
 def _is_whole(folder: Path, site: Path) -> bool:
-    read = [
-        torch.cat([data.images for data in read_cifar10(f, images_per_file=COUNT)]) for f in (folder, site / FOLDER)
-    ]
+    read = [torch.cat([data.images for data in read_cifar10(f)]) for f in (folder, site / FOLDER)]
     return torch.equal(*read) and (folder / "batches.meta").is_file()
 
 
-def test_download_unpacks_once(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_download_unpacks_once(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive, handler = server
     target = tmp_path / "not" / "there"
     folder = obtain(archive, target, download=True)
@@ -209,7 +206,7 @@ def test_download_unpacks_once(tmp_path: Path, server: tuple[Archive, type[_Hand
     assert not list(target.glob("*.part"))
 
 
-def test_several_at_once_download_once(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_several_at_once_download_once(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive, handler = server
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: obtain(archive, tmp_path / "d", download=True), range(4)))
@@ -220,7 +217,7 @@ def test_several_at_once_download_once(tmp_path: Path, server: tuple[Archive, ty
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on_where_it_stopped(
-    tmp_path: Path, server: tuple[Archive, type[_Handler]], ranges: bool
+    tmp_path: Path, server: tuple[Archive, type[Handler]], ranges: bool
 ) -> None:
     archive, handler = server
     handler.cut, handler.ranges = 1000, ranges
@@ -232,7 +229,7 @@ def test_a_broken_download_goes_on_where_it_stopped(
     assert handler.requests == [None, "bytes=1000-"]
 
 
-def test_a_part_that_is_whole_already_is_only_checked(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_a_part_that_is_whole_already_is_only_checked(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive, handler = server
     (tmp_path / "d").mkdir()
     part = tmp_path / "d" / "cifar-10-python.tar.gz.part"
@@ -241,16 +238,14 @@ def test_a_part_that_is_whole_already_is_only_checked(tmp_path: Path, server: tu
     assert handler.requests == [f"bytes={(tmp_path / 'd' / archive.file_name).stat().st_size}-"]
 
 
-def test_a_wrong_checksum_is_an_error_and_leaves_nothing(
-    tmp_path: Path, server: tuple[Archive, type[_Handler]]
-) -> None:
+def test_a_wrong_checksum_is_an_error_and_leaves_nothing(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive = replace(server[0], md5="0" * 32)
     with pytest.raises(ValueError, match=r"has the MD5 sum [0-9a-f]{32}, expected 0{32}"):
         obtain(archive, tmp_path / "d", download=True)
     assert [path.name for path in (tmp_path / "d").iterdir()] == [f".{FOLDER}.lock"]
 
 
-def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive, handler = server
     target = tmp_path / "d"
     target.mkdir()
@@ -261,20 +256,20 @@ def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: tuple[Arch
         obtain(replace(archive, folder="other", md5="0" * 32), target, download=False)
 
 
-def test_an_archive_without_a_file_names_it(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_an_archive_without_a_file_names_it(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     archive = replace(server[0], files=(*server[0].files, "data_batch_6"))
-    with pytest.raises(ValueError, match=f"has no {FOLDER}/data_batch_6"):
+    with pytest.raises(ValueError, match="has no data_batch_6"):
         obtain(archive, tmp_path / "d", download=True)
     assert not (tmp_path / "d" / FOLDER).exists()
 
 
-def test_no_server_and_no_permission_to_download(tmp_path: Path, server: tuple[Archive, type[_Handler]]) -> None:
+def test_no_server_and_no_permission_to_download(tmp_path: Path, server: tuple[Archive, type[Handler]]) -> None:
     advice = rf"no {FOLDER} in .*To get it, download http.* and put cifar-10-python.tar.gz into {tmp_path}"
     with pytest.raises(ValueError, match="downloading is off") as error:
         load_dataset("CIFAR10", tmp_path / "d", download=False)
     error.match(advice)
     assert not (tmp_path / "d").exists()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as httpd:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         port = httpd.server_port  # free again below: nobody answers there
     with pytest.raises(ValueError, match="refused") as error:
         obtain(replace(server[0], url=f"http://127.0.0.1:{port}/cifar-10-python.tar.gz"), tmp_path / "d", download=True)
