@@ -6,7 +6,8 @@ Shapes: N images in the data set, B in the micro-batch, C channels, H x W pixels
 sample in the data set, epoch, block), so that a sample is augmented alike whatever the placement, the micro-batch it
 falls into or the device. The four uniforms u0 .. u3 of a block mean:
 
-    block 0: u0 < 0.5 flips; crop row offset floor(u1 (2 pad + 1)); crop column offset floor(u2 (2 pad + 1))
+    block 0: u0 < 0.5 flips; crop row offset floor(u1 (2 pad + 1)); crop column offset floor(u2 (2 pad + 1)), where pad
+             is the padding, or the margin of images that are stored larger than they are read
     block 1: u0 < erase_probability erases; box number floor(u1 4096), of h x w pixels; its top row
              floor(u2 (H - h + 1)) and left column floor(u3 (W - w + 1))
 
@@ -48,6 +49,8 @@ def load_batch(
     crop_padding: int = 0,
     erase_probability: float = 0.0,
     erase_boxes: Tensor | None = None,
+    margin: int = 0,
+    crop_margin: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch order[start : start + size], augmented as [Note: draws] says, and its labels.
@@ -68,6 +71,9 @@ def load_batch(
         crop_padding: crop H x W pixels out of the image with this many zero pixels on each side.
         erase_probability: in [0, 1]; above 0 it needs `erase_boxes`.
         erase_boxes: the table of `make_erase_boxes`, int32 [4096, 2], on the images' device.
+        margin: pixels on every side that are cut off: H and W of the result are smaller by twice as much. Only this
+            backend has it.
+        crop_margin: cut the result out at a random place instead of the middle (then `crop_padding` is 0).
         out: buffers for the two results; images of bfloat16 get the rounded float32 values.
 
     Returns:
@@ -76,16 +82,18 @@ def load_batch(
     Raises:
         ValueError: a shape, dtype, device or option does not fit.
     """
-    boxes, (result, targets) = check_load_batch(
-        images, labels, order, start, size, mean, inv_std, epoch, crop_padding, erase_probability, erase_boxes, out
-    )
+    data, key, options = (images, labels, order, start, size), (mean, inv_std, epoch), (crop_padding, erase_probability)
+    boxes, (result, targets) = check_load_batch(*data, *key, *options, erase_boxes, out, margin=margin)
     batch = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
     index = _samples(order, start, size)
     torch.index_select(labels, 0, index, out=targets)
     pixels = images.index_select(0, index)
-    if flip or crop_padding:
+    if margin and not crop_margin:
+        pixels = pixels[:, :, margin:-margin, margin:-margin]
+    if flip or crop_padding or crop_margin:
         draws = _draws(seed, epoch, index, images.shape[0], block=0)
-        pixels = _crop_and_flip(pixels, draws, flip, crop_padding)
+        padded = F.pad(pixels, (crop_padding,) * 4) if crop_padding else pixels.contiguous()
+        pixels = _crop_and_flip(padded, draws, flip, margin if crop_margin else crop_padding)
     _normalize(pixels, mean, inv_std, batch)
     if boxes is not None:
         _erase(batch, _draws(seed, epoch, index, images.shape[0], block=1), erase_probability, boxes)
@@ -129,6 +137,7 @@ def check_load_batch(
     erase_probability: float,
     erase_boxes: Tensor | None,
     out: tuple[Tensor, Tensor] | None,
+    margin: int = 0,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
     """The checks that every backend's `load_batch` makes.
 
@@ -150,6 +159,9 @@ def check_load_batch(
     _expect("inv_std", inv_std, torch.float32, (channels,), device)
     if not 1 <= size <= order.shape[0]:
         raise ValueError(f"size must be in 1 .. {order.shape[0]}, the length of order, got {size}")
+    height, width = height - 2 * margin, width - 2 * margin
+    if margin < 0 or height < 1 or width < 1:
+        raise ValueError(f"margin must be at least 0 pixels and leave some of {list(images.shape[2:])}, got {margin}")
     if crop_padding < 0:
         raise ValueError(f"crop_padding must be at least 0 pixels, got {crop_padding}")
     if not 0.0 <= erase_probability <= 1.0:
@@ -216,24 +228,23 @@ def _draws_of_epoch(seed: int, epoch: int, num_images: int, block: int) -> Tenso
     return keyed_uniform(seed, Purpose.AUGMENT, torch.arange(num_images), epoch, block)
 
 
-def _crop_and_flip(pixels: Tensor, draws: Tensor, flip: bool, padding: int) -> Tensor:
-    """Random crop of the padded images [B, C, H, W], then the random flip: uint8 [B, C, H, W].
+def _crop_and_flip(padded: Tensor, draws: Tensor, flip: bool, slack: int) -> Tensor:
+    """Random crop of images [B, C, H, W] that are larger by `slack` pixels on every side, then the random flip: uint8
+    [B, C, H - 2 slack, W - 2 slack].
 
-    A crop is a window of the padded image. A view with overlapping elements, one window for every possible first
-    pixel, turns all crops into one index_select that copies whole rows; a flipped image is taken from a mirrored
-    copy, its window mirrored as well.
+    A view with overlapping elements, one window for every possible first pixel, turns all crops into one index_select
+    that copies whole rows; a flipped image is taken from a mirrored copy, its window mirrored as well.
     """
-    batch, channels, height, width = pixels.shape
-    padded = F.pad(pixels, (padding,) * 4) if padding else pixels
-    top, left = ((draws[:, 1:3] * (2 * padding + 1)).long()).unbind(1)
-    image = torch.arange(batch, device=pixels.device)
+    batch, channels, row_count, row = padded.shape
+    height, width = row_count - 2 * slack, row - 2 * slack
+    top, left = ((draws[:, 1:3] * (2 * slack + 1)).long()).unbind(1)
+    image = torch.arange(batch, device=padded.device)
     if flip:
         flipped = draws[:, 0] < 0.5
         padded = torch.cat([padded, padded.flip(3)])
         image = image + batch * flipped
-        left = torch.where(flipped, 2 * padding - left, left)
-    row = width + 2 * padding
-    plane = row * (height + 2 * padding)
+        left = torch.where(flipped, 2 * slack - left, left)
+    plane = row * row_count
     count = padded.numel() - (channels - 1) * plane - (height - 1) * row - (width - 1)
     windows = padded.as_strided((count, channels, height, width), (1, plane, row, 1))
     return windows.index_select(0, image * (channels * plane) + top * row + left)

@@ -7,6 +7,11 @@ from pathlib import Path
 
 __all__ = ["RunOptions", "parse"]
 
+DATASET_HELP = (
+    "digits, synthetic, MNIST, FashionMNIST, CIFAR10, CIFAR10AUG, CIFAR100, CIFAR100AUG, IMAGENETTE, IMAGENETTE_BASIC, "
+    "TinyIMAGENET, VWW, or folder (images in DIR/train/CLASS and DIR/test/CLASS, DIR being --dataset-dir)"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
@@ -56,6 +61,7 @@ class RunOptions:
     timeout: float
     transport: str
     prefetch: int | None
+    image_size: int | None
 
     @property
     def run_name(self) -> str:
@@ -95,7 +101,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset", default="digits", help="digits, synthetic, CIFAR10, CIFAR10AUG")
+    add("--dataset", default="digits", help=DATASET_HELP)
     add("--dataset-dir", type=Path, default=Path("datasets"), help="folder of the datasets' official layouts")
     add("--model", default="SmallConv", help="with or without the prefix LLS_")
     add("--num-epochs", type=int, default=10, help="passes over the training data")
@@ -141,6 +147,7 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--plain", action="store_true", help="lines instead of the dashboard")
     add("--coordinator-port", type=int, default=0, help="port of the coordinator (0: any free one)")
     add("--transport", default="auto", help="between processes: auto, shared (memory) or group (Gloo, NCCL)")
+    add("--image-size", type=int, default=None, help="side in pixels that --dataset folder scales its images to")
     add("--prefetch", type=int, default=None, help="micro-batches to assemble ahead on the host (0: none)")
     add("--timeout", type=float, default=300.0, help="seconds that a stage waits for a neighbour")
 

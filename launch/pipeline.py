@@ -63,7 +63,8 @@ def run(options: RunOptions) -> int:
     )
     for flag, path in (("--summary", options.summary), ("--trace", options.trace)):
         _check_writable(flag, path)
-    train, test = load_dataset(options.dataset, options.dataset_dir)
+    sizes: dict[str, Any] = {} if options.image_size is None else {"image_size": options.image_size}
+    train, test = load_dataset(options.dataset, options.dataset_dir, **sizes)
     sinks: list[MetricsSink] = []
     trainer = Trainer(
         make_model(options, train),

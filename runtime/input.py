@@ -116,6 +116,8 @@ def make_source(
     sets = [data for data in (train, test) if data is not None]
     resident = not any(_is_streamed(data, device) for data in sets)
     home = device if resident else torch.device("cpu")
+    if any(isinstance(data, ImageDataset) and data.margin for data in sets):
+        load_batch = host_load_batch  # plain tensor operations, which run on any device
 
     def images(train: ImageDataset, test: ImageDataset | None) -> BatchSource:
         return BatchSource(
@@ -124,7 +126,7 @@ def make_source(
             seed=seed,
             batch_size=plan.batch_size,
             eval_batch_size=plan.eval_batch_size,
-            load_batch=load_batch if home == device else host_load_batch,
+            load_batch=load_batch if resident else host_load_batch,
         )
 
     def reader(data: Dataset, *kinds: MarkKind) -> Source:

@@ -48,9 +48,8 @@ class LoaderReader:
                 torch.empty(samples.shape, dtype=self._data.sample_dtype, memory_format=layout),
                 torch.empty(labels.shape, dtype=torch.int64),
             )
-        out[0].copy_(samples)
-        if samples.dtype == torch.uint8:
-            out[0].mul_(1.0 / 255.0)  # rounded to float32 first, as the input operation does
+        # A quotient is rounded to float32 first, as the input operation does.
+        out[0].copy_(samples.float().mul_(1.0 / 255.0) if samples.dtype == torch.uint8 else samples)
         out[1].copy_(labels)
         return out
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unlocked.data import Augmentation, ImageDataset, epoch_order
 from unlocked.data.dataset import channel_statistics
 from unlocked.kernels.images import load_batch
-from unlocked.kernels.philox import Purpose, philox4x32
+from unlocked.kernels.philox import Purpose, keyed_uniform, philox4x32
 
 
 def _dataset(**changes: Any) -> ImageDataset:
@@ -48,6 +48,35 @@ def test_augmentation_reaches_the_batch_options() -> None:
     options = _dataset(augmentation=Augmentation(flip=True, crop_padding=2, erase_probability=0.5)).batch_options()
     assert (options["flip"], options["crop_padding"], options["erase_probability"]) == (True, 2, 0.5)
     assert options["erase_boxes"].amax() < 8
+
+
+def test_a_margin_is_cut_off_in_the_middle_or_at_random() -> None:
+    """Against slices, image by image, at the places that the draws name."""
+    plain = _dataset(margin=2, mean=(), std=())
+    assert plain.image_shape == (2, 4, 4)
+    zero, epoch = torch.zeros((), dtype=torch.int64), torch.tensor(3)
+
+    def read(data: ImageDataset) -> torch.Tensor:
+        made, _ = load_batch(
+            data.images, data.labels, torch.arange(6), zero, 6, seed=5, epoch=epoch, **data.batch_options()
+        )
+        return (made * 255).round().to(torch.uint8)
+
+    assert torch.equal(read(plain), plain.images[:, :, 2:6, 2:6])
+    draws = keyed_uniform(5, Purpose.AUGMENT, torch.arange(6), 3)
+    for flip in (False, True):
+        got = read(
+            _dataset(
+                images=plain.images, margin=2, mean=(), std=(), augmentation=Augmentation(flip=flip, crop_margin=True)
+            )
+        )
+        for image, made, (u0, u1, u2, _) in zip(plain.images, got, draws.tolist(), strict=True):
+            top, left = int(u1 * 5), int(u2 * 5)
+            cut = image[:, top : top + 4, left : left + 4]
+            assert torch.equal(made, cut.flip(2) if flip and u0 < 0.5 else cut)
+    flipped = read(_dataset(images=plain.images, margin=2, mean=(), std=(), augmentation=Augmentation(flip=True)))
+    middle = plain.images[:, :, 2:6, 2:6]
+    assert torch.equal(flipped, torch.where((draws[:, 0] < 0.5)[:, None, None, None], middle.flip(3), middle))
 
 
 def test_to_keeps_everything_else() -> None:
@@ -100,6 +129,8 @@ def test_images_become_contiguous() -> None:
         ({"labels": torch.zeros(6, dtype=torch.int32)}, "got torch.int32"),
         ({"labels": torch.tensor([0, 1, 2, 3, 0, 1])}, r"in \[0, 2\], got values from 0 to 3"),
         ({"labels": torch.tensor([0, 1, -1, 2, 0, 1])}, "got values from -1 to 2"),
+        ({"margin": 4}, r"a margin leaves some of uint8 images \[6, 2, 8, 8\], got 4"),
+        ({"augmentation": Augmentation(crop_margin=True)}, "crop_margin is for images that are stored with a margin"),
         ({"classes": ("a", "b")}, "num_classes is 3, but there are 2 class names"),
         ({"mean": (0.5,)}, "mean has one value for each of 2 channels, got 1"),
         ({"std": (0.1, 0.0)}, "std is positive"),
@@ -115,9 +146,11 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
         _dataset(**changes)
 
 
-@pytest.mark.parametrize("options", [{"crop_padding": -1}, {"erase_probability": 1.1}])
+@pytest.mark.parametrize(
+    "options", [{"crop_padding": -1}, {"erase_probability": 1.1}, {"crop_padding": 2, "crop_margin": True}]
+)
 def test_augmentation_is_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+    with pytest.raises(ValueError, match=next(iter(options))):
         Augmentation(**options)
 
 

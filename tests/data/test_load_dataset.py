@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from unlocked.data import DATASETS, Augmentation, ImageDataset, load_dataset
+from unlocked.launch.options import parse
 
 # What the first version drew: a change of these changes everyone's results.
 FIRST_TEST_LABELS = [0, 1, 3, 5, 0, 1, 0, 5, 9, 1]
@@ -75,11 +76,28 @@ def test_synthetic_can_be_learnt_but_not_from_one_pixel() -> None:
     assert pixel_accuracy < 0.4
 
 
-@pytest.mark.parametrize("name", ["cifar10", "MNIST", ""])
+@pytest.mark.parametrize("name", ["cifar10", "SVHN", ""])
 def test_unknown_names_list_the_known(name: str) -> None:
-    assert list(DATASETS) == ["digits", "synthetic", "CIFAR10", "CIFAR10AUG"]
-    with pytest.raises(ValueError, match="valid: digits, synthetic, CIFAR10, CIFAR10AUG"):
+    with pytest.raises(ValueError, match=f"valid: {', '.join(DATASETS)}"):
         load_dataset(name)
+
+
+def test_the_command_lines_help_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], default_engine="sequential")
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(DATASETS) <= set(words)
+    assert {"MNIST", "FashionMNIST", "CIFAR100AUG", "IMAGENETTE_BASIC", "TinyIMAGENET", "VWW", "folder"} <= set(
+        DATASETS
+    )
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "CIFAR100", "IMAGENETTE", "TinyIMAGENET", "VWW", "folder"])
+def test_what_is_missing_is_said_with_where_to_put_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}") as error:
+        load_dataset(name, tmp_path, download=False)
+    error.match("To get it, download http|expected all2014|DIR/train/CLASS")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
