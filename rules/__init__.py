@@ -1,6 +1,7 @@
-"""What a layer minimises: the LLS family, LocalLosses, plain cross-entropy, and the base of a rule of one's own."""
+"""What a layer minimises: the LLS family, LocalLosses, DRTP, cross-entropy, and the base of a rule of one's own."""
 
 from unlocked.rules.base import CrossEntropy, HeadArguments, LayerInfo, LocalRule, Rule
+from unlocked.rules.drtp import DRTP
 from unlocked.rules.lls import (
     LLS,
     LLS_M,
@@ -12,12 +13,15 @@ from unlocked.rules.lls import (
     LLSConfig,
     LocalLosses,
 )
-from unlocked.rules.registry import RULES, get_rule
+from unlocked.rules.registry import GLOBAL_RULES, RULES, TRAINING_MODES, get_rule
 
 __all__ = [
+    "DRTP",
+    "GLOBAL_RULES",
     "LLS",
     "LLS_M",
     "RULES",
+    "TRAINING_MODES",
     "CrossEntropy",
     "HeadArguments",
     "LLSConfig",

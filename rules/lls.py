@@ -130,6 +130,11 @@ class _Waves(LLSHead):
         super().__init__(layer, config, normalize=True)
         classes = layer.num_classes
         rows = layer.reduced_rank if kind == "reduced" else classes
+        if kind == "reduced" and rows > layer.num_latents:
+            raise ValueError(
+                f"its basis of reduced_rank={rows} rows is no reduction of {layer.num_latents} latents; give the block "
+                f"a reduced_rank of at most {layer.num_latents}"
+            )
         self.basis = make_basis(rows, layer.num_latents, config.waveform)
         if kind == "vector":
             self.feedback = nn.Parameter(_randn((classes,), MODULATION_SCALE, layer))

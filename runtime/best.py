@@ -1,6 +1,7 @@
 """The weights of the best evaluation. Upstream stages are epochs further when the accuracy is known, so every stage
 writes its layers as they were evaluated, and who gathers the results keeps the best and deletes the others."""
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from unlocked.workers.layer import Layer
 __all__ = ["BestWeights", "save_candidate"]
 
 FILE_NAME = "model_best.pt"
+RECORD = "best.json"
 
 
 def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
@@ -24,11 +26,21 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
 
 
 class BestWeights:
-    """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers."""
+    """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
 
-    def __init__(self, root: Path) -> None:
+    Among equals the earliest counts. `best.json` beside it says which epoch it was.
+
+    Args:
+        first_epoch: of a resumed run, the epoch in which it goes on: the best of the epochs before is taken up, if the
+            folder has it. 0: the run begins.
+    """
+
+    def __init__(self, root: Path, first_epoch: int = 0) -> None:
         self._root = root
-        self._best: tuple[float, int] | None = None
+        self._best = self._recorded(first_epoch)
+        for folder in root.glob("candidate-*"):
+            if self._best is None or folder != _folder(root, self._best[1]):
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
 
     def on_epoch(self, result: EpochResult) -> None:
         """By the time all stages have reported an epoch, all have written their candidates of it."""
@@ -38,6 +50,8 @@ class BestWeights:
             if self._best is not None:
                 shutil.rmtree(_folder(self._root, self._best[1]), ignore_errors=True)
             self._best = (result.eval_acc1, result.epoch)
+            record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
+            (self._root / RECORD).write_text(json.dumps(record))
         else:
             shutil.rmtree(_folder(self._root, result.epoch), ignore_errors=True)
 
@@ -45,11 +59,22 @@ class BestWeights:
         if self._best is None:
             return
         folder = _folder(self._root, self._best[1])
+        if not folder.is_dir():
+            return  # the best is of the part before a resume, whose end has written it already
         tensors = {}
         for path in sorted(folder.glob("*.pt")):
             tensors.update(torch.load(path, map_location="cpu", weights_only=True))
         torch.save(tensors, self._root / FILE_NAME)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _recorded(self, first_epoch: int) -> tuple[float, int] | None:
+        record = self._root / RECORD
+        if not first_epoch or not record.is_file():
+            return None
+        content = json.loads(record.read_text())
+        best = (float(content["test_acc1"]), int(content["epoch"]))
+        there = _folder(self._root, best[1]).is_dir() or (self._root / FILE_NAME).is_file()
+        return best if there and best[1] < first_epoch else None  # a later one will be evaluated again
 
     def on_start(self, info: RunInfo) -> None: ...
 

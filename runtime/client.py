@@ -73,6 +73,8 @@ class CoordinatorClient:
         self._chunks_seen = 0
         self._bye = False
         self._closing = False
+        self.lr_factor = 1.0
+        """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -321,6 +323,7 @@ class CoordinatorClient:
                 self._start, self._granted = message, max(self._granted, message.first)
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
+                self.lr_factor = message.lr_factor
             elif isinstance(message, m.Stop):
                 self.stopped = message
             elif isinstance(message, m.ChunkSeen):

@@ -5,12 +5,9 @@ failure (or one signal) reach all. It never touches a tensor, and no step waits 
 """
 
 import math
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -19,8 +16,9 @@ import zmq
 from unlocked.runtime import messages as m
 from unlocked.runtime.address import Address, listen
 from unlocked.runtime.callbacks import CallbackThread
+from unlocked.runtime.member import Member
 from unlocked.runtime.metrics import EpochAggregator, EpochResult, FanOut, MetricsSink
-from unlocked.runtime.windows import WindowPolicy
+from unlocked.runtime.windows import EpochGate, WindowPolicy
 
 __all__ = ["Coordinator"]
 
@@ -32,24 +30,6 @@ ABORT_SECONDS = 1.0
 """How long the coordinator's own process outlives an abort so that all others hear of it."""
 
 
-@dataclass(slots=True)
-class _Worker:
-    identity: bytes
-    hello: m.Hello
-    heard: float
-    position: int
-    chunks: list[bytes] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def name(self) -> str:
-        return m.stage_name(self.hello.stage, self.hello.rank, self.hello.layers)
-
-    @property
-    def local(self) -> bool:
-        return self.hello.pid == os.getpid() and self.hello.host == socket.gethostname()
-
-
 class Coordinator:
     """Serves one run of `len(stages)` workers. Use: construct, pass `address` on, `start`, `results`, `close`.
 
@@ -59,6 +39,7 @@ class Coordinator:
         queue_depth: of the edges between stages; sets the smallest window.
         host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
+        gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
         on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
             exception in it fails the run.
@@ -79,6 +60,7 @@ class Coordinator:
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
+        gate: EpochGate | None = None,
         sink: MetricsSink | None = None,
         on_snapshot: Callable[[int], None] | None = None,
         start_timeout: float = 120.0,
@@ -91,13 +73,16 @@ class Coordinator:
         self._stages = [tuple(layers) for layers in stages]
         self._first, self._total = first, total
         self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
+        self._gate = gate
+        if gate is not None:
+            self._policy.limit = gate.limit
         self._sink = sink or FanOut()
         self._on_snapshot = on_snapshot
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
         self._snapshots: dict[int, set[int]] = {}
-        self._workers: dict[int, _Worker] = {}
-        self._by_identity: dict[bytes, _Worker] = {}
+        self._workers: dict[int, Member] = {}
+        self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
         self._changed = threading.Condition()
         self._mailbox = m.Mailbox()
@@ -259,7 +244,7 @@ class Coordinator:
     # --- what workers say
 
     def _hello(self, identity: bytes, hello: m.Hello) -> None:
-        worker = _Worker(identity, hello, time.monotonic(), self._first)
+        worker = Member(identity, hello, time.monotonic(), self._first)
         if self.first_failure is not None:
             self._send(identity, m.Abort(message=self.first_failure))
             return
@@ -276,7 +261,7 @@ class Coordinator:
             if self.stopped:
                 self._send_all(self.stopped, self._workers.values())
 
-    def _hello_problem(self, worker: _Worker) -> str | None:
+    def _hello_problem(self, worker: Member) -> str | None:
         stage, layers = worker.hello.stage, worker.hello.layers
         if not 0 <= stage < len(self._stages):
             return f"{worker.name} joined a run of {len(self._stages)} stages; start as many workers as stages"
@@ -290,19 +275,19 @@ class Coordinator:
             )
         return None
 
-    def _beat(self, worker: _Worker, beat: m.Beat | m.Need) -> None:
+    def _beat(self, worker: Member, beat: m.Beat | m.Need) -> None:
         self._advance(worker, beat.position)
         if isinstance(beat, m.Need) and self._policy.granted > beat.position:
-            self._send(worker.identity, m.Grant(stop=self._policy.granted))
+            self._send(worker.identity, self._grant())
 
-    def _progress(self, worker: _Worker, message: m.Progress) -> None:
+    def _progress(self, worker: Member, message: m.Progress) -> None:
         self._advance(worker, message.progress.position)
         self._callbacks.post(self._sink.on_progress, message.progress, lossy=True)
 
-    def _step(self, worker: _Worker, message: m.Step) -> None:
+    def _step(self, worker: Member, message: m.Step) -> None:
         self._callbacks.post(self._sink.on_step, message.step)
 
-    def _epoch(self, worker: _Worker, message: m.Epoch) -> None:
+    def _epoch(self, worker: Member, message: m.Epoch) -> None:
         try:
             results = self._epochs.add(message.part)
         except ValueError as error:
@@ -310,8 +295,14 @@ class Coordinator:
         self.epochs += results
         for result in results:
             self._callbacks.post(self._sink.on_epoch, result)
+        if self._gate is not None and message.part.evaluation is not None:
+            text = self._gate.observe(message.part.epoch, message.part.evaluation.loss)
+            if text is not None:
+                self._callbacks.post(self._sink.on_message, text)
+            self._policy.limit = self._gate.limit
+            self._extend()
 
-    def _snapshot(self, worker: _Worker, message: m.SnapshotDone) -> None:
+    def _snapshot(self, worker: Member, message: m.SnapshotDone) -> None:
         done = self._snapshots.setdefault(message.position, set())
         done.add(worker.hello.stage)
         if len(done) == len(self._stages):
@@ -319,7 +310,7 @@ class Coordinator:
             if self._on_snapshot is not None:
                 self._callbacks.post(self._on_snapshot, message.position, important=True)
 
-    def _chunk(self, worker: _Worker, chunk: m.Chunk) -> None:
+    def _chunk(self, worker: Member, chunk: m.Chunk) -> None:
         if worker.finished or chunk.index != len(worker.chunks):
             raise m.MessageError(f"chunk {chunk.index} where {len(worker.chunks)} is due")
         worker.chunks.append(chunk.data)
@@ -339,7 +330,7 @@ class Coordinator:
                 self._complete = True
                 self._changed.notify_all()
 
-    def _stop(self, worker: _Worker | None, request: m.StopRequest) -> None:
+    def _stop(self, worker: Member | None, request: m.StopRequest) -> None:
         if self.stopped is None:
             self.stopped = m.Stop(position=self._policy.granted, signal=request.signal)
             source = "the coordinator" if worker is None else worker.name
@@ -347,7 +338,7 @@ class Coordinator:
             self._callbacks.post(self._sink.on_message, text)
             self._send_all(self.stopped, self._workers.values())
 
-    def _failed(self, worker: _Worker, failure: m.Failure) -> None:
+    def _failed(self, worker: Member, failure: m.Failure) -> None:
         text = f"{worker.name} failed in {failure.action} of {failure.layer or 'no layer'}: {failure.message}"
         if failure.echo and self.first_failure is None:
             self._echo = self._echo or (text, time.monotonic() + ECHO_GRACE_SECONDS)
@@ -357,12 +348,12 @@ class Coordinator:
         else:
             self._send(worker.identity, m.Abort(message=self.first_failure))
 
-    def _abort_seen(self, worker: _Worker, _: m.AbortSeen) -> None:
+    def _abort_seen(self, worker: Member, _: m.AbortSeen) -> None:
         self._told(worker)
 
     # --- what the coordinator does
 
-    def _advance(self, worker: _Worker, position: int) -> None:
+    def _advance(self, worker: Member, position: int) -> None:
         worker.position = max(worker.position, position)
         if len(self._workers) == len(self._stages):
             self._policy.observe(position, time.monotonic())
@@ -370,9 +361,12 @@ class Coordinator:
 
     def _extend(self) -> None:
         if self.stopped is None and self.first_failure is None and self._policy.extend():
-            self._send_all(m.Grant(stop=self._policy.granted), self._workers.values())
+            self._send_all(self._grant(), self._workers.values())
 
-    def _lost(self, worker: _Worker, why: str) -> None:
+    def _grant(self) -> m.Grant:
+        return m.Grant(stop=self._policy.granted, lr_factor=self._gate.factor if self._gate else 1.0)
+
+    def _lost(self, worker: Member, why: str) -> None:
         if self.first_failure is not None:
             self._told(worker)
         elif not worker.finished:
@@ -398,7 +392,7 @@ class Coordinator:
         if not self._abort_waits:
             self._abort_local()
 
-    def _told(self, worker: _Worker) -> None:
+    def _told(self, worker: Member) -> None:
         if worker.hello.stage in self._abort_waits:
             self._abort_waits.discard(worker.hello.stage)
             if not self._abort_waits:
@@ -412,7 +406,7 @@ class Coordinator:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
         self.abort(self._callback_error)
 
-    def _send_all(self, message: Any, workers: Iterable[_Worker]) -> None:
+    def _send_all(self, message: Any, workers: Iterable[Member]) -> None:
         for worker in tuple(workers):
             self._send(worker.identity, message)
 
@@ -432,7 +426,7 @@ class Coordinator:
         return self._workers[stage].name if stage in self._workers else m.stage_name(stage, None, self._stages[stage])
 
 
-_HANDLERS: dict[type, Callable[[Coordinator, _Worker, Any], None]] = {
+_HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
     m.Beat: Coordinator._beat,
     m.Need: Coordinator._beat,
     m.Progress: Coordinator._progress,

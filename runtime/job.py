@@ -15,6 +15,7 @@ from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
 from unlocked.runtime.input import make_source
+from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.metrics import MetricsSink, RunInfo
 from unlocked.runtime.network import Network, Rules, build_layer, measure_costs
 from unlocked.runtime.partition import check_ownership, parse_stages, partition
@@ -25,7 +26,7 @@ from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "Settings", "SinkMaker", "peak_memory_bytes", "prepare_process"]
+__all__ = ["Engine", "Job", "Settings", "SinkMaker", "check_device", "peak_memory_bytes", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +80,15 @@ class Job:
     network: Network
     rule: Rules
     optimizer: OptimizerFactory
-    lr_factor: Callable[[int], float]
+    lr_factor: LearningRate
     train: Dataset
     test: Dataset | None
     plan: StreamPlan
     settings: Settings
     fingerprint: Mapping[str, Any]
     """What must not differ when a run is resumed."""
+    rates: Mapping[str, Any]
+    """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +103,15 @@ class Job:
     def storage(self) -> torch.dtype:
         """What activations are stored in between two layers."""
         return storage_dtype(self.settings.precision)
+
+    def segments(self) -> list[tuple[int, int]]:
+        """The parts of the stream, as (first, stop) positions, between which the pipeline must drain: the whole of it,
+        or its epochs where the learning rate of one depends on the test loss of the one before."""
+        if not self.lr_factor.needs_losses:
+            return [(self.start, len(self.plan))]
+        ends = [self.plan.end_of_epoch(epoch) for epoch in range(self.plan.num_epochs)]
+        later = [end for end in ends if end > self.start]
+        return list(zip([self.start, *later], later, strict=False))
 
     def layer(self, index: int, device: torch.device | None = None) -> Layer:
         device = device or self.device
@@ -174,6 +186,18 @@ class Engine(Protocol):
     """Runs a job to its end, or to an orderly stop."""
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult: ...
+
+
+def check_device(name: str) -> None:
+    """Raises a ValueError if there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known; valid: cpu, cuda, cuda:INDEX") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; valid: cpu, cuda, cuda:INDEX")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
 
 
 def prepare_process() -> None:

@@ -1,11 +1,26 @@
-"""Learning-rate schedules as pure functions of the epoch, so that every stage knows its rate without asking."""
+"""Learning-rate schedules as pure functions, so that every stage knows its rate without asking.
+
+A schedule maps the epoch to a factor of the initial rate. `ReduceLROnPlateau` maps the test losses so far instead: the
+rate of an epoch is not known before the evaluation of the one before, so a pipeline drains there (and only then).
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-__all__ = ["LR_SCHEDULES", "constant", "cosine", "lr_schedule", "multi_step"]
+__all__ = [
+    "LR_SCHEDULES",
+    "CosineAnnealingLR",
+    "LearningRate",
+    "LrSchedule",
+    "MultiStepLR",
+    "ReduceLROnPlateau",
+    "constant",
+    "lr_schedule",
+]
 
-LR_SCHEDULES = ("none", "MultiStepLR", "CosineAnnealingLR")
+LR_SCHEDULES = ("none", "MultiStepLR", "CosineAnnealingLR", "ReduceLROnPlateau")
+SMALLEST_CHANGE = 1e-8  # of a rate; torch's default for ReduceLROnPlateau's `eps`
 
 
 def constant(epoch: int) -> float:
@@ -13,28 +28,140 @@ def constant(epoch: int) -> float:
     return 1.0
 
 
-def multi_step(milestones: Sequence[int], gamma: float) -> Callable[[int], float]:
+@dataclass(frozen=True, slots=True)
+class MultiStepLR:
     """Times `gamma` at every milestone epoch, as torch.optim.lr_scheduler.MultiStepLR."""
-    if any(m < 0 for m in milestones):
-        raise ValueError(f"milestones are epochs from 0, got {list(milestones)}")
-    return lambda epoch: gamma ** sum(epoch >= milestone for milestone in milestones)
+
+    milestones: tuple[int, ...]
+    gamma: float
+
+    def __post_init__(self) -> None:
+        if any(m < 0 for m in self.milestones):
+            raise ValueError(f"milestones are epochs from 0, got {list(self.milestones)}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma is {self.gamma}; it must be at least 0")
+
+    def __call__(self, epoch: int) -> float:
+        return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
-def cosine(epochs: int) -> Callable[[int], float]:
-    """Half a cosine from the initial rate to 0 over `epochs`, as CosineAnnealingLR (Loshchilov and Hutter 2017)."""
-    return lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+@dataclass(frozen=True, slots=True)
+class CosineAnnealingLR:
+    """Half a cosine from the initial rate to 0 over `epochs`, as torch's (Loshchilov and Hutter 2017)."""
+
+    epochs: int
+
+    def __call__(self, epoch: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
-def lr_schedule(name: str, *, epochs: int, milestones: Sequence[int], gamma: float) -> Callable[[int], float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceLROnPlateau:
+    """Times `factor` whenever the test loss has not fallen for more than `patience` epochs.
+
+    As torch.optim.lr_scheduler.ReduceLROnPlateau in its mode "min" with a relative threshold, in factors of the
+    initial rate instead of rates.
+    """
+
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    """A loss counts as fallen below `1 - threshold` times the best so far."""
+    cooldown: int = 0
+    """Epochs after a reduction in which none counts as bad."""
+    min_factor: float = 0.0
+    """No reduction goes below."""
+    eps: float = SMALLEST_CHANGE
+    """A reduction by less than this share of the initial rate is left out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor < 1:
+            raise ValueError(f"the factor of ReduceLROnPlateau is {self.factor}; it must lie in [0, 1)")
+        if self.patience < 0 or self.cooldown < 0:
+            raise ValueError(
+                f"ReduceLROnPlateau has patience {self.patience} and cooldown {self.cooldown}; both count epochs and "
+                "must be at least 0"
+            )
+
+    def __call__(self, losses: Sequence[float]) -> float:
+        """The factor of the epoch that follows those with these test losses."""
+        rate, best, bad, rest = 1.0, math.inf, 0, 0
+        for loss in losses:
+            if loss < best * (1 - self.threshold):
+                best, bad = loss, 0
+            else:  # also a loss that is not a number
+                bad += 1
+            if rest:
+                rest, bad = rest - 1, 0
+            if bad > self.patience:
+                lower = max(rate * self.factor, self.min_factor)
+                rate = lower if rate - lower > self.eps else rate
+                rest, bad = self.cooldown, 0
+        return rate
+
+
+LrSchedule = Callable[[int], float] | ReduceLROnPlateau
+"""Epoch -> factor of the initial learning rate; or the one schedule that needs the test losses."""
+
+
+class LearningRate:
+    """One run's factor of the learning rate, epoch by epoch: a schedule and what it has been told.
+
+    Args:
+        losses: the test loss of each epoch before a resume, by epoch.
+    """
+
+    def __init__(self, schedule: LrSchedule, losses: Mapping[int, float] | None = None) -> None:
+        self.schedule = schedule
+        self._losses = dict(losses or {})
+
+    @property
+    def needs_losses(self) -> bool:
+        """An epoch's factor is not known before the evaluation of the epoch before."""
+        return isinstance(self.schedule, ReduceLROnPlateau)
+
+    def __call__(self, epoch: int) -> float:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            return self.schedule([loss for _, loss in self.losses_before(epoch)])
+        return self.schedule(epoch)
+
+    def observe(self, epoch: int, loss: float) -> str | None:
+        """Takes the test loss of `epoch`. Returns a line for the user if the rate changes after it."""
+        if not self.needs_losses:
+            return None
+        before = self(epoch)
+        self._losses = {**self._losses, epoch: loss}  # never changed in place: a thread that writes snapshots reads it
+        after = self(epoch + 1)
+        if after == before:
+            return None
+        return f"the test loss is on a plateau: from epoch {epoch + 1} the rate is {after:g} of the initial one"
+
+    def losses_before(self, epoch: int) -> list[tuple[int, float]]:
+        """(epoch, test loss) of the epochs before `epoch`: the schedule's whole state, for snapshots."""
+        return sorted((e, loss) for e, loss in self._losses.items() if e < epoch)
+
+
+def lr_schedule(
+    name: str, *, epochs: int, milestones: Sequence[int], gamma: float, patience: int = 10, lr: float = 1.0
+) -> LrSchedule:
     """The schedule of that name.
 
+    Args:
+        epochs: of the whole run, for CosineAnnealingLR.
+        milestones: for MultiStepLR.
+        gamma: what MultiStepLR and ReduceLROnPlateau multiply by.
+        patience: for ReduceLROnPlateau.
+        lr: the initial rate; ReduceLROnPlateau leaves reductions by less than 1e-8 out, as torch's.
+
     Raises:
-        ValueError: lists the valid names.
+        ValueError: lists the valid names, or says what a value must be.
     """
     if name == "none":
         return constant
     if name == "MultiStepLR":
-        return multi_step(milestones, gamma)
+        return MultiStepLR(tuple(milestones), gamma)
     if name == "CosineAnnealingLR":
-        return cosine(epochs)
+        return CosineAnnealingLR(epochs)
+    if name == "ReduceLROnPlateau":
+        return ReduceLROnPlateau(factor=gamma, patience=patience, eps=SMALLEST_CHANGE / lr)
     raise ValueError(f"lr scheduler {name!r} is not known; valid: {', '.join(LR_SCHEDULES)}")

@@ -49,7 +49,7 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK_BYTES = 8 << 20
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected: nobody can make the coordinator swallow gigabytes."""
@@ -162,9 +162,11 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
-    """Every stage may run positions < `stop`."""
+    """Every stage may run positions < `stop`; `lr_factor` multiplies its learning rate where the coordinator sets it
+    (see `windows.EpochGate`)."""
 
     stop: int
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -114,27 +114,17 @@ def build_network(
 
 
 def check_rules(network: Network, rules: Rules) -> None:
-    """Builds every local layer's rule and tries it on zeros, so that what doesn't fit is said before training starts.
+    """Builds every layer's rule and asks it for a loss of made-up samples and its gradient, so that what doesn't fit is
+    said before training starts. What is built is thrown away, and the global random state is left as it was.
 
     Raises:
         ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
             rule and the activations' shape.
     """
-    for index, info in enumerate(network.infos):
-        chosen = _choose_rule(network, index, rules)
-        rule = _make_rule(chosen, info)
-        activations = torch.zeros(2, *info.activation_shape)
-        try:
-            with torch.no_grad():
-                loss = rule(activations, torch.zeros(2, dtype=torch.int64))
-        except Exception as error:
-            raise _misfit(info, chosen, error) from error
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"the rule {_name_of(chosen)} of layer {info.name} gives a loss of {got}; it must be a scalar "
-                "tensor, the mean over the micro-batch"
-            )
+    with torch.random.fork_rng(devices=[]):
+        for index, info in enumerate(network.infos):
+            chosen = _choose_rule(network, index, rules)
+            _try_rule(_make_rule(chosen, info), chosen, info)
 
 
 def backpropagation_network(network: Network) -> Network:
@@ -271,6 +261,29 @@ def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
             "such as LLS(), or a function from a LayerInfo to a LocalRule"
         )
     return rule
+
+
+def _try_rule(rule: LocalRule, chosen: Rule, info: LayerInfo) -> None:
+    activations = torch.randn(2, *info.activation_shape, requires_grad=True)
+    depends = False
+    try:
+        with torch.enable_grad():
+            loss = rule(activations, torch.zeros(2, dtype=torch.int64))
+            if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+                depends = torch.autograd.grad(loss, activations, allow_unused=True)[0] is not None
+    except Exception as error:
+        raise _misfit(info, chosen, error) from error
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"the rule {_name_of(chosen)} of layer {info.name} gives a loss of {got}; it must be a scalar "
+            "tensor, the mean over the micro-batch"
+        )
+    if not depends:
+        raise ValueError(
+            f"the rule {_name_of(chosen)} of layer {info.name} gives a loss that does not depend on the activations, "
+            "so the layer can't learn from it"
+        )
 
 
 def _misfit(info: LayerInfo, rule: Rule, error: Exception) -> ValueError:

@@ -119,6 +119,17 @@ class StreamPlan:
             raise ValueError(f"window {start} to {end} is not inside the plan, which has {length} items.")
         return map(self._item, range(start, end))
 
+    def settings(self) -> dict[str, int]:
+        """What makes a position mean the same micro-batch in another run; the number of epochs does not."""
+        return {
+            "train_size": self.train_size,
+            "batch_size": self.batch_size,
+            "eval_size": self.eval_size,
+            "eval_batch_size": self.eval_batch_size,
+            "statistics_batches": self.statistics_per_epoch,
+            "snapshot_every": self.snapshot_every,
+        }
+
     def position_of_step(self, step: int) -> int:
         """The position of training micro-batch `step`, counted over the run from 0.
 
@@ -138,6 +149,15 @@ class StreamPlan:
         if not 0 <= epoch < self.num_epochs:
             raise ValueError(f"epoch {epoch} is outside the run, which has epochs 0 to {self.num_epochs - 1}.")
         return self._epoch_start(epoch)
+
+    def end_of_epoch(self, epoch: int) -> int:
+        """The position after the last item of `epoch`.
+
+        Raises:
+            ValueError: the run has no such epoch.
+        """
+        self.position_of_epoch(epoch)  # raises where there is none
+        return self._epoch_start(epoch + 1) if epoch + 1 < self.num_epochs else len(self)
 
     @property
     def _tail(self) -> int:

@@ -68,6 +68,7 @@ class StageReporter:
         lr_factor: epoch -> what the learning rate is multiplied by.
         outlet: where records go.
         start: the first stream position of this run.
+        waits_for_losses: the next epoch's learning rate depends on this one's test loss, so the host waits for it.
         best_dir: where the layers go as they were evaluated, if the best weights are to be kept.
         queue_fill: how full the incoming edge is, 0 to 1.
     """
@@ -83,11 +84,13 @@ class StageReporter:
         print_freq: int,
         start: int = 0,
         rank: int = 0,
+        waits_for_losses: bool = False,
         best_dir: Path | None = None,
         queue_fill: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._stage, self._plan, self._recorder, self._outlet = stage, plan, recorder, outlet
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
+        self._waits_for_losses = waits_for_losses
         self._best_dir, self._queue_fill = best_dir, queue_fill
         self._device = stage.layers[0].device
         self.images = 0
@@ -118,6 +121,8 @@ class StageReporter:
             save_candidate(self._best_dir, item.epoch, self._stage.layers)
         if ends or (item.kind == "train" and ((item.index + 1) % self._print_freq == 0 or item.last)):
             self._read(item, ends)
+        if ends and self._waits_for_losses:
+            self.poll(wait=True)
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS:
             self._progress_at = now

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlocked.runtime.metrics import EpochResult
 
-__all__ = ["RunResult", "pack_tensors", "unpack_tensors", "weights_digest"]
+__all__ = ["RunResult", "pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,14 +75,14 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(_little_endian(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
 def pack_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Plain data that msgpack can carry from a stage to rank 0."""
     return [
-        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "data": _little_endian(t)}
+        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "data": tensor_bytes(t)}
         for n, t in tensors
     ]
 
@@ -97,7 +97,8 @@ def unpack_tensors(packed: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
     return result
 
 
-def _little_endian(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values in logical order, little-endian."""
     array = tensor.detach().cpu().contiguous()
     if array.dtype in (torch.bfloat16, torch.float16):
         array = array.view(torch.int16)

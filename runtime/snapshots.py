@@ -5,6 +5,7 @@ reaches the mark in the stream (upstream stages are further on by then: nothing 
 written; a folder without one does not count. Local rules keep no state across layers, so this is the whole run.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,13 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from unlocked.runtime.result import tensor_bytes
 from unlocked.workers.layer import Layer
 
-__all__ = ["Snapshot", "find_snapshot", "load_layers", "save_layers", "snapshot_folder", "write_manifest"]
+__all__ = [
+    "UNREADABLE",
+    "Snapshot",
+    "damaged",
+    "find_snapshot",
+    "first_line",
+    "layer_file_name",
+    "load_layers",
+    "read_layer",
+    "save_layers",
+    "snapshot_folder",
+    "state_digest",
+    "write_manifest",
+]
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_CHECKSUM = "sha256"
+UNREADABLE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError)
+"""What reading a file that is not what it should be can raise."""
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +53,14 @@ class Snapshot:
         position: the stream position at which a resumed run goes on.
         steps: training micro-batches done.
         settings: what must be the same in the resumed run.
+        test_losses: (epoch, test loss) of the epochs before, where the learning rate depends on them.
     """
 
     folder: Path
     position: int
     steps: int
     settings: Mapping[str, Any]
+    test_losses: tuple[tuple[int, float], ...] = ()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
@@ -57,35 +78,84 @@ def snapshot_folder(root: Path, steps: int) -> Path:
     return root / f"step-{steps:08d}"
 
 
+def layer_file_name(index: int, name: str) -> str:
+    """The file of a layer in every snapshot's folder."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    return f"layer-{index:03d}-{safe}.pt"
+
+
 def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     """Writes each layer's file; a reader never sees a half-written one."""
     folder.mkdir(parents=True, exist_ok=True)
     for layer in layers:
-        with _replacing(folder / _file_name(layer)) as temporary:
-            torch.save(layer.state_dict(), temporary)
+        with _replacing(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
+            state = layer.state_dict()
+            torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
 
 
 def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
     """Restores the given layers.
 
     Raises:
-        ValueError: a layer's file is missing or damaged (names it).
+        ValueError: a layer's file is missing, damaged or of another network (names it).
     """
     for layer in layers:
-        path = snapshot.folder / _file_name(layer)
+        path = snapshot.folder / layer_file_name(layer.info.index, layer.name)
         try:
-            state = torch.load(path, map_location=layer.device, weights_only=True)
-            layer.load_state_dict(state)
+            layer.load_state_dict(read_layer(path, layer.device))
         except FileNotFoundError as error:
             raise ValueError(f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}") from error
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise ValueError(f"snapshot file {path} is damaged or of another network: {reason}") from error
+        except UNREADABLE as error:
+            raise ValueError(damaged(path, error)) from error
 
 
-def write_manifest(root: Path, *, position: int, steps: int, settings: Mapping[str, Any]) -> None:
+def damaged(path: Path, error: Exception) -> str:
+    """What to say of a layer's file that could not be taken over."""
+    return f"snapshot file {path} is damaged or of another network: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The gist of torch's long messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def read_layer(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `Layer.state_dict` gave when the file was written.
+
+    Raises:
+        ValueError: its content does not have the checksum that was written with it.
+        Others: the file can't be read as a file of tensors.
+    """
+    state = torch.load(path, map_location=device, weights_only=True)
+    expected = state.pop(_CHECKSUM)
+    if state_digest(state) != expected:
+        raise ValueError("its content does not have the checksum that was written with it")
+    return dict(state)
+
+
+def state_digest(state: object) -> str:
+    """SHA-256 over everything in a layer's state: names, numbers, and the tensors' types, shapes and bytes."""
+    digest = hashlib.sha256()
+    _feed(digest, state)
+    return digest.hexdigest()
+
+
+def write_manifest(
+    root: Path,
+    *,
+    position: int,
+    steps: int,
+    settings: Mapping[str, Any],
+    test_losses: Iterable[tuple[int, float]] = (),
+) -> None:
     """Declares the snapshot after `steps` complete."""
-    content = {"format": _FORMAT, "position": position, "steps": steps, "settings": dict(settings)}
+    content = {
+        "format": _FORMAT,
+        "position": position,
+        "steps": steps,
+        "settings": dict(settings),
+        "test_losses": list(test_losses),
+    }
     with _replacing(snapshot_folder(root, steps) / _MANIFEST) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
@@ -103,9 +173,14 @@ def find_snapshot(root: Path) -> Snapshot:
             continue
         try:
             content = json.loads(path.read_text())
-            return Snapshot(folder, int(content["position"]), int(content["steps"]), content["settings"])
+            position, steps, settings = int(content["position"]), int(content["steps"]), content["settings"]
+            losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
+            written = content.get("format")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
+        if written != _FORMAT:
+            raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
+        return Snapshot(folder, position, steps, settings, losses)
     raise ValueError(
         f"no complete snapshot below {root}; --resume takes the folder that a run with --snapshot-every wrote"
     )
@@ -130,6 +205,18 @@ class _replacing:
             self._temporary.unlink(missing_ok=True)
 
 
-def _file_name(layer: Layer) -> str:
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", layer.name)
-    return f"layer-{layer.info.index:03d}-{safe}.pt"
+def _feed(digest: Any, value: object) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    elif isinstance(value, Mapping):
+        digest.update(f"map of {len(value)}".encode())
+        for key, item in value.items():
+            _feed(digest, key)
+            _feed(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list of {len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())

@@ -10,11 +10,14 @@ import torch
 from unlocked.data import Dataset
 from unlocked.kernels.dispatch import BACKENDS
 from unlocked.kernels.precision import check_precision, float32_products
+from unlocked.rules import GLOBAL_RULES
 from unlocked.runtime.best import BestWeights
+from unlocked.runtime.describe import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.engines import get_engine
+from unlocked.runtime.feedback_alignment import feedback_alignment_network
 from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
-from unlocked.runtime.job import Job, Settings
-from unlocked.runtime.learning_rate import constant
+from unlocked.runtime.job import Job, Settings, check_device
+from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.metrics import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.plan import StreamPlan
@@ -32,8 +35,8 @@ class Trainer:
         model: blocks of `unlocked.models`, an nn.Sequential, or a list of modules; the last one gives the logits. A
             network in one module becomes such a list by `unlocked.models.split`.
         rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers, one
-            per local layer in order, or a mapping by their names. "BP" trains end to end by backpropagation instead,
-            for comparison (sequential only).
+            per local layer in order, or a mapping by their names. For comparison, with the sequential engine only:
+            "BP" trains end to end by backpropagation, "DFA" by direct feedback alignment.
         optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
         engine: "sequential", "streams" or "processes" (under torchrun). All give the same numbers.
         seed: keys initialisation, shuffling, augmentation and dropout.
@@ -46,7 +49,8 @@ class Trainer:
             `unlocked.kernels.precision` says what is computed in what.
         graphs: capture CUDA graphs where the engine can.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
-        lr_factor: epoch -> factor of the initial learning rate.
+        lr_factor: epoch -> factor of the initial learning rate; or `learning_rate.ReduceLROnPlateau(...)`, which needs
+            the test loss: then the pipeline drains at the end of every epoch.
         statistics_batches: training micro-batches that re-estimate BatchNorm's statistics before each evaluation.
         snapshot_every, snapshot_dir: save a snapshot every so many training micro-batches, below that folder.
         resume: a snapshot folder to go on from; any engine and any number of stages.
@@ -82,7 +86,7 @@ class Trainer:
         precision: str = "fp32",
         graphs: bool = True,
         keep_weights: bool = False,
-        lr_factor: Callable[[int], float] = constant,
+        lr_factor: LrSchedule = constant,
         statistics_batches: int = 50,
         snapshot_every: int = 0,
         snapshot_dir: str | Path | None = None,
@@ -97,15 +101,19 @@ class Trainer:
         sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = (),
         names: dict[str, str] | None = None,
     ) -> None:
-        if isinstance(rule, str) and rule != "BP":
-            raise ValueError(f"rule {rule!r}: give a rule such as LLS(), or 'BP'; names: unlocked.rules.get_rule")
-        if rule == "BP" and engine != "sequential":
-            raise ValueError(f"backpropagation is not local, so it can't run with engine {engine!r}; use sequential")
+        if isinstance(rule, str) and rule not in GLOBAL_RULES:
+            valid = " or ".join(map(repr, GLOBAL_RULES))
+            raise ValueError(f"rule {rule!r}: give a rule such as LLS(), or {valid}; names: unlocked.rules.get_rule")
+        if isinstance(rule, str) and engine != "sequential":
+            raise ValueError(
+                f"{rule} is not local: every layer waits for the output's error, so it can't run as a pipeline with "
+                f"engine {engine!r}; use engine sequential in one process"
+            )
         if kernels not in BACKENDS:
             raise ValueError(f"kernels {kernels!r} is not known; valid: {', '.join(BACKENDS)}")
         if snapshot_every and snapshot_dir is None:
             raise ValueError(f"snapshot_every is {snapshot_every}, but there is no snapshot_dir to write to")
-        _check_device(device)
+        check_device(device)
         check_precision(precision, torch.device(device))
         get_engine(engine)
         self._model, self._rule, self._optimizer = model, rule, optimizer
@@ -173,7 +181,7 @@ class Trainer:
         def make_sinks() -> list[MetricsSink]:
             sinks.extend(self._sinks())
             if self.settings.best_dir is not None:
-                sinks.append(BestWeights(self.settings.best_dir))
+                sinks.append(BestWeights(self.settings.best_dir, job.plan[job.start].epoch))
             return sinks
 
         with float32_products(self.settings.precision):
@@ -199,6 +207,8 @@ class Trainer:
                 f"evaluation samples have shape {test_set.image_shape}, training samples {train_set.image_shape}; "
                 "they must be equal"
             )
+        if test_set is None and isinstance(self._lr_factor, ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau needs the test loss, but there is no evaluation; give evaluation data")
         plan = StreamPlan(
             epochs=epochs,
             train_size=len(train_set),
@@ -219,47 +229,40 @@ class Trainer:
         )
         train_set = with_classes(train_set, network.infos[-1].num_classes)
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
+        parameters = list(network.blocks[-1].parameters())
         if isinstance(self._rule, str):
-            network = backpropagation_network(network)
+            whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self._rule]
+            network = whole(network)
         else:
             check_rules(network, self._rule)
         fingerprint = {
             "layers": network.names,
+            "rule": describe_rule(self._rule),
+            "optimizer": describe_optimizer(self._optimizer, parameters),
             "seed": self.settings.seed,
             "precision": self.settings.precision,
-            "train_size": plan.train_size,
-            "batch_size": plan.batch_size,
-            "eval_size": plan.eval_size,
-            "eval_batch_size": plan.eval_batch_size,
-            "statistics_batches": plan.statistics_per_epoch,
-            "snapshot_every": plan.snapshot_every,
+            **plan.settings(),
         }
-        if self.settings.resume is not None:
-            self.settings.resume.check(fingerprint)
-            if self.settings.resume.position >= len(plan):
+        resume = self.settings.resume
+        if resume is not None:
+            resume.check(fingerprint)
+            if resume.position >= len(plan):
                 raise ValueError(
-                    f"the snapshot {self.settings.resume.folder} is at step {self.settings.resume.steps}, where this "
-                    f"run of {epochs} epochs has nothing left to do; give more epochs"
+                    f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {epochs} epochs has "
+                    "nothing left to do; give more epochs"
                 )
         return Job(
             network=network,
             rule=[] if isinstance(self._rule, str) else self._rule,
             optimizer=self._optimizer,
-            lr_factor=self._lr_factor,
+            lr_factor=LearningRate(self._lr_factor, dict(resume.test_losses) if resume else None),
             train=train_set,
             test=test_set,
             plan=plan,
             settings=self.settings,
             fingerprint=fingerprint,
+            rates={
+                "learning rate": learning_rates(self._optimizer, parameters),
+                "learning-rate schedule": describe_lr_factor(self._lr_factor, epochs),
+            },
         )
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known; valid: cpu, cuda, cuda:INDEX") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported; valid: cpu, cuda, cuda:INDEX")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")

@@ -1,8 +1,11 @@
 """How far ahead the stages may run: enough that none starves, little enough that an orderly stop is quick."""
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["WindowPolicy"]
+from unlocked.runtime.learning_rate import LearningRate
+
+__all__ = ["EpochGate", "WindowPolicy"]
 
 
 class WindowPolicy:
@@ -18,7 +21,8 @@ class WindowPolicy:
 
     def __init__(self, first: int, total: int, minimum: int, seconds: float = 0.5) -> None:
         self.granted = first
-        self._total = total
+        self.limit = total
+        """Nothing beyond is granted; may grow."""
         self._minimum = minimum
         self._seconds = seconds
         self._leader = first
@@ -47,5 +51,33 @@ class WindowPolicy:
             return False
         # Until the speed is known, the smallest window; then twice the lookahead, so that grants are rare.
         ahead = 2 * self.lookahead if self._rate > 0.0 else self._minimum
-        before, self.granted = self.granted, max(self.granted, min(self._total, self._leader + ahead))
+        before, self.granted = self.granted, max(self.granted, min(self.limit, self._leader + ahead))
         return self.granted > before
+
+
+class EpochGate:
+    """Holds the stream back at the end of every epoch until its test loss has set the next epoch's learning rate.
+
+    By then every stage has completed the epoch, so one factor is right for all of them at any time.
+
+    Args:
+        ends: for each epoch of the run, the position after its last item.
+        epoch: the first one to run.
+    """
+
+    def __init__(self, rate: LearningRate, ends: Sequence[int], epoch: int) -> None:
+        self._rate, self._ends = rate, list(ends)
+        self._open(epoch)
+
+    def observe(self, epoch: int, loss: float) -> str | None:
+        """Takes the test loss of `epoch` and opens the next one; a line for the user if the rate changes."""
+        text = self._rate.observe(epoch, loss)
+        if epoch + 1 < len(self._ends):
+            self._open(epoch + 1)
+        return text
+
+    def _open(self, epoch: int) -> None:
+        self.limit = self._ends[epoch]
+        """Where the stream is held back now."""
+        self.factor = self._rate(epoch)
+        """Of the learning rate, in the epoch that ends there."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from unlocked.runtime.job import Job, peak_memory_bytes
+from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.metrics import EpochAggregator, EpochPart, EpochResult, FanOut, StageProgress, StepResult
 from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult, weights_digest
@@ -14,11 +15,12 @@ __all__ = ["LocalOutlet", "finish_result", "steps_before", "write_stage_snapshot
 
 
 class LocalOutlet:
-    """Hands records to the sinks at once and keeps the epochs' results."""
+    """Hands records to the sinks at once, keeps the epochs' results, and tells the learning rate the test losses."""
 
-    def __init__(self, sinks: FanOut, num_stages: int) -> None:
+    def __init__(self, sinks: FanOut, num_stages: int, lr_factor: LearningRate) -> None:
         self.epochs: list[EpochResult] = []
         self._sinks, self._aggregator = sinks, EpochAggregator(num_stages)
+        self._lr_factor = lr_factor
 
     def progress(self, progress: StageProgress) -> None:
         self._sinks.on_progress(progress)
@@ -30,6 +32,10 @@ class LocalOutlet:
         for result in self._aggregator.add(part):
             self.epochs.append(result)
             self._sinks.on_epoch(result)
+            if result.eval_loss is not None:
+                text = self._lr_factor.observe(result.epoch, result.eval_loss)
+                if text is not None:
+                    self._sinks.on_message(text)
 
 
 def steps_before(plan: StreamPlan, position: int) -> int:
@@ -52,7 +58,8 @@ def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> N
     steps = steps_before(job.plan, item.position)
     save_layers(snapshot_folder(root, steps), stage.layers)
     if last:
-        write_manifest(root, position=item.position + 1, steps=steps, settings=job.fingerprint)
+        losses = job.lr_factor.losses_before(item.epoch)
+        write_manifest(root, position=item.position + 1, steps=steps, settings=job.fingerprint, test_losses=losses)
 
 
 def finish_result(

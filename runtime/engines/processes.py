@@ -31,6 +31,7 @@ from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, wei
 from unlocked.runtime.schedule import stage_actions
 from unlocked.runtime.signals import StopSignals
 from unlocked.runtime.snapshots import load_layers, save_layers, snapshot_folder, write_manifest
+from unlocked.runtime.windows import EpochGate
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError, StageError
@@ -114,7 +115,9 @@ class _Worker:
             job.plan,
             self.recorder,
             client,
-            lr_factor=job.lr_factor,
+            # The coordinator knows the test losses, and sets the rate with the window that the epoch begins in.
+            lr_factor=(lambda _: client.lr_factor) if job.lr_factor.needs_losses else job.lr_factor,
+            waits_for_losses=job.lr_factor.needs_losses,
             print_freq=job.settings.print_freq,
             start=job.start,
             rank=world.rank,
@@ -166,6 +169,7 @@ class _Worker:
             self.outbox.flush()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
@@ -218,6 +222,7 @@ class _Hub:
             host="127.0.0.1" if local else "0.0.0.0",
             advertise=None if local else self._world.master_address,
             port=job.settings.coordinator_port,
+            gate=_gate(job),
             sink=self._sinks,
             on_snapshot=self._complete_snapshot,
             start_timeout=job.settings.start_timeout,
@@ -282,7 +287,21 @@ class _Hub:
         job = self._job
         assert job.settings.snapshot_dir is not None
         steps = steps_before(job.plan, position)
-        write_manifest(job.settings.snapshot_dir, position=position + 1, steps=steps, settings=job.fingerprint)
+        losses = job.lr_factor.losses_before(job.plan[position].epoch)
+        write_manifest(
+            job.settings.snapshot_dir,
+            position=position + 1,
+            steps=steps,
+            settings=job.fingerprint,
+            test_losses=losses,
+        )
+
+
+def _gate(job: Job) -> EpochGate | None:
+    if not job.lr_factor.needs_losses:
+        return None
+    ends = [job.plan.end_of_epoch(epoch) for epoch in range(job.plan.num_epochs)]
+    return EpochGate(job.lr_factor, ends, job.plan[job.start].epoch)
 
 
 def _number_of_stages(job: Job, world: World) -> int:
@@ -308,6 +327,7 @@ def _settings(job: Job) -> dict[str, Any]:
     """What must be the same on all ranks, as JSON gives it back."""
     settings = {
         **job.fingerprint,
+        **job.rates,
         "length of the stream": len(job.plan),
         "first position": job.start,
         "queue_depth": job.settings.queue_depth,

@@ -37,7 +37,7 @@ class SequentialEngine:
             load_layers(job.settings.resume, stage.layers)
         recorder = Recorder(keep=job.settings.trace is not None)
         fan_out = FanOut(make_sinks())
-        outlet = LocalOutlet(fan_out, num_stages=1)
+        outlet = LocalOutlet(fan_out, 1, job.lr_factor)
         fan_out.on_start(job.run_info([part]))
         reporter = StageReporter(
             stage,
@@ -47,6 +47,7 @@ class SequentialEngine:
             lr_factor=job.lr_factor,
             print_freq=job.settings.print_freq,
             start=job.start,
+            waits_for_losses=job.lr_factor.needs_losses,
             best_dir=job.settings.best_dir,
         )
         position = job.start

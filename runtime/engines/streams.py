@@ -67,7 +67,7 @@ class _Run:
             for lane in self.lanes:
                 load_layers(job.settings.resume, lane.stage.layers)
         self.fan_out = FanOut(make_sinks())
-        self.outlet = LocalOutlet(self.fan_out, num_stages=len(self.lanes))
+        self.outlet = LocalOutlet(self.fan_out, len(self.lanes), job.lr_factor)
         self.fan_out.on_start(job.run_info(self.parts))
         self.recorders = [Recorder(keep=job.settings.trace is not None) for _ in self.lanes]
         self.reporters = [
@@ -79,13 +79,14 @@ class _Run:
                 lr_factor=job.lr_factor,
                 print_freq=job.settings.print_freq,
                 start=job.start,
+                waits_for_losses=job.lr_factor.needs_losses,
                 best_dir=job.settings.best_dir,
             )
             for lane, recorder in zip(self.lanes, self.recorders, strict=True)
         ]
         self.block: BlockGraph | None = None
         self._issued: deque[torch.cuda.Event] = deque()
-        self._end = len(job.plan)
+        self._first, self._end = job.start, len(job.plan)  # of the part of the stream that is under way
 
     def prepare(self) -> None:
         """On CUDA: captures the block graph after a warm-up whose effects are undone."""
@@ -97,7 +98,20 @@ class _Run:
         for recorder in self.recorders:
             recorder.restart()
         began = time.perf_counter()
-        tick, lag = self.job.start, len(self.lanes) - 1
+        for first, end in self.job.segments():
+            self._first, self._end = first, end
+            self._run_segment(signals)
+            if signals.received is not None:
+                break
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        for reporter in self.reporters:
+            reporter.poll(wait=True)
+        return seconds
+
+    def _run_segment(self, signals: StopSignals) -> None:
+        """Fills the pipeline, runs it, drains it."""
+        tick, lag = self._first, len(self.lanes) - 1
         while tick < self._end + lag:
             if signals.received is not None:
                 self._end = min(self._end, tick)  # what stage 0 has begun flows through, nothing new enters
@@ -111,11 +125,6 @@ class _Run:
             tick += ticks or 1
             for reporter in self.reporters:
                 reporter.poll()
-        self._synchronize()
-        seconds = time.perf_counter() - began
-        for reporter in self.reporters:
-            reporter.poll(wait=True)
-        return seconds
 
     def close(self) -> None:
         for lane in self.lanes:
@@ -147,7 +156,7 @@ class _Run:
         """One tick, stage by stage. Later stages first: they read a slot before the stage before them refills it."""
         for k, lane in reversed(list(enumerate(self.lanes))):
             position = tick - k
-            if not self.job.start <= position < self._end:
+            if not self._first <= position < self._end:
                 continue
             item = self.plan[position]
             start = time.perf_counter()
@@ -174,7 +183,7 @@ class _Run:
         if block is None or tick % block.alignment:
             return 0
         first, last = tick - len(self.lanes) + 1, tick + block.ticks - 1
-        if first < self.job.start or last >= self._end:
+        if first < self._first or last >= self._end:
             return 0
         a, b = self.plan[first], self.plan[last]
         uniform = a.kind == b.kind == "train" and a.epoch == b.epoch and a.index > 0

@@ -16,7 +16,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     train("sequential", out)
     lines = read(out)
     hashes = [line["sha256"] for line in lines]
-    assert len(set(hashes)) == 3, "three rules, whose queue depths agree with each other"
+    assert len(set(hashes)) == 4, "four rules, whose queue depths agree with each other"
     return lines
 
 
@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict]:
 
 def compare(lines: list[dict], expected: list[dict], size: int) -> None:
     truth = {line["rule"]: line for line in expected}
-    assert len(lines) == 8  # three rules, two depths, and LLS by two transports
+    assert len(lines) == 10  # three rules, two depths, LLS by two transports; DRTP by two transports
     for line in lines:
         assert len(line["stages"]) == size
         assert line["sha256"] == truth[line["rule"]]["sha256"], line["rule"]
@@ -35,7 +35,10 @@ def compare(lines: list[dict], expected: list[dict], size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_processes_equal_the_plain_loop(size: int, expected: list[dict], tmp_path: Path) -> None:
-    """LLS, LLS_M, LLS_MxM in bfloat16; partial last batches, evaluation, queue depth 1 and 8, dropout, augmentation."""
+    """LLS, LLS_M, LLS_MxM in bfloat16; partial last batches, evaluation, queue depth 1 and 8, dropout, augmentation.
+
+    And DRTP with a schedule-free optimizer and a learning rate that waits for the test loss.
+    """
     out = tmp_path / "out.jsonl"
     with ranks(size, [WORKER, "processes", str(out)]) as started:
         texts = [process.communicate(timeout=300)[1] for process in started]

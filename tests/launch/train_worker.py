@@ -9,13 +9,16 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import schedulefree
 import torch
 
 from unlocked.data import Augmentation, ImageDataset
 from unlocked.models import small_conv
-from unlocked.rules import LLS, LLS_M, LLS_MxM
+from unlocked.rules import DRTP, LLS, LLS_M, LLS_MxM
 from unlocked.runtime import Trainer
+from unlocked.runtime.learning_rate import ReduceLROnPlateau
 
 # What to train by, and in which precision.
 RULES = {"LLS": (LLS, "fp32"), "LLS_M": (LLS_M, "fp32"), "LLS_MxM": (LLS_MxM, "bf16")}
@@ -23,29 +26,31 @@ RULES = {"LLS": (LLS, "fp32"), "LLS_M": (LLS_M, "fp32"), "LLS_MxM": (LLS_MxM, "b
 
 def main(engine: str, out: Path) -> None:
     torch.set_num_threads(1)
-    train, test = data()
-    rank = int(os.environ.get("RANK", "0"))
+    both = ("shared", "group") if engine == "processes" else ("auto",)
     for name, (rule, precision) in RULES.items():
         for queue_depth in (1, 8):
-            for transport in ("shared", "group") if name == "LLS" and engine == "processes" else ("auto",):
-                trainer = Trainer(
-                    small_conv(3, 7, 16, dropout=0.2),
-                    rule=rule(temperature=0.5, label_smoothing=0.1),
-                    optimizer=partial(torch.optim.Adam, lr=1e-2),
-                    engine=engine,
-                    seed=3,
-                    precision=precision,
-                    queue_depth=queue_depth,
-                    statistics_batches=3,
-                    transport=transport,
-                    print_freq=2,
-                )
-                result = trainer.fit(train, epochs=2, batch_size=16, eval_data=test, eval_batch_size=25)
-                epochs = [{k: v for k, v in asdict(e).items() if k != "seconds"} for e in result.epochs]
-                line = {"rule": name, "sha256": result.weights_sha256, "epochs": epochs, "stages": result.stages}
-                if rank == 0:
-                    with out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+            for transport in both if name == "LLS" else ("auto",):
+                built = rule(temperature=0.5, label_smoothing=0.1)
+                how = {"precision": precision, "queue_depth": queue_depth, "transport": transport}
+                run(out, name, rule=built, engine=engine, **how)
+    # A rate that waits for the test loss, so that the pipeline drains, with an optimizer that has two sets of weights.
+    optimizer = partial(schedulefree.AdamWScheduleFree, lr=1e-2, weight_decay=0.01)
+    plateau = ReduceLROnPlateau(factor=0.5, patience=0, threshold=0.5)
+    for transport in both:
+        run(out, "DRTP", 3, rule=DRTP, engine=engine, optimizer=optimizer, lr_factor=plateau, transport=transport)
+
+
+def run(out: Path, name: str, epochs: int = 2, **options: Any) -> None:
+    train, test = data()
+    optimizer = partial(torch.optim.Adam, lr=1e-2)
+    settings = {"optimizer": optimizer, "seed": 3, "statistics_batches": 3, "print_freq": 2, **options}
+    trainer = Trainer(small_conv(3, 7, 16, dropout=0.2), **settings)
+    result = trainer.fit(train, epochs=epochs, batch_size=16, eval_data=test, eval_batch_size=25)
+    figures = [{k: v for k, v in asdict(e).items() if k != "seconds"} for e in result.epochs]
+    line = {"rule": name, "sha256": result.weights_sha256, "epochs": figures, "stages": result.stages}
+    if os.environ.get("RANK", "0") == "0":
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def data() -> tuple[ImageDataset, ImageDataset]:

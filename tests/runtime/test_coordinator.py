@@ -219,9 +219,9 @@ def garbage(token: bytes) -> Iterator[list[bytes]]:
     yield m.pack(token, m.StopRequest(signal=2))  # with the token, but never said hello
     yield [token, b"\xc1"]
     yield [token, msgpack.packb([1, 2])]
-    yield [token, msgpack.packb({"v": 1, "kind": "Nonsense"})]
-    yield [token, msgpack.packb({"v": 1, "kind": "Hello", "stage": "0"})]
-    yield [token, msgpack.packb({"v": 1, "kind": "Need", "position": None})]
+    yield [token, msgpack.packb({"v": m.PROTOCOL_VERSION, "kind": "Nonsense"})]
+    yield [token, msgpack.packb({"v": m.PROTOCOL_VERSION, "kind": "Hello", "stage": "0"})]
+    yield [token, msgpack.packb({"v": m.PROTOCOL_VERSION, "kind": "Need", "position": None})]
     yield [token, msgpack.packb({1: 2})]
 
 
@@ -252,11 +252,11 @@ def test_worker_of_another_release_is_told_so() -> None:
         with context.socket(zmq.DEALER) as other:
             other.setsockopt(zmq.LINGER, 0)
             other.connect(address.endpoint)
-            other.send_multipart([address.token, msgpack.packb({"v": 2, "kind": "Hello"})])
+            other.send_multipart([address.token, msgpack.packb({"v": 1, "kind": "Hello"})])
             assert other.poll(int(1000 * TIMEOUT))
             answer = m.unpack(address.token, other.recv_multipart())
         assert isinstance(answer, m.Abort)
-        assert "protocol version 2" in answer.message
+        assert "protocol version 1" in answer.message
 
 
 # --- the wire format and the window policy

@@ -20,14 +20,14 @@ from unlocked.kernels.philox import Purpose, keyed_uniform, philox_int
 from unlocked.models import small_conv
 from unlocked.rules import LLS, LLS_MxM, LocalLosses
 from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.learning_rate import multi_step
+from unlocked.runtime.learning_rate import MultiStepLR
 from unlocked.runtime.network import build_network
 
 SEED, DROPOUT, CLASSES, SIDE = 11, 0.3, 4, 8
 TRAIN, TEST = load_synthetic(num_train=27, num_test=13, num_classes=CLASSES, image_size=SIDE, seed=1)
 TRAIN = replace(TRAIN, augmentation=Augmentation(flip=True, crop_padding=1, erase_probability=0.5))
 EPOCHS, BATCH, EVAL_BATCH, STATISTICS, LR = 3, 8, 6, 2, 5e-3
-FACTOR = multi_step([1], 0.5)
+FACTOR = MultiStepLR((1,), 0.5)
 
 
 @dataclass

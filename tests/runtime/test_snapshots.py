@@ -15,7 +15,7 @@ from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import LLS_M_Random
 from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.snapshots import find_snapshot, snapshot_folder, write_manifest
+from unlocked.runtime.snapshots import find_snapshot, snapshot_folder, state_digest, write_manifest
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -116,10 +116,16 @@ def _cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
+def _flipped(content: bytes) -> bytes:
+    """One bit inside the largest tensor, which the file's own format does not notice."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]
+
+
 @pytest.mark.parametrize(
     "damage",
-    [_cut, lambda content: b"", lambda content: b"no archive at all", lambda content: content[:-1]],
-    ids=["half", "empty", "text", "a byte short"],
+    [_cut, lambda content: b"", lambda content: b"no archive at all", lambda content: content[:-1], _flipped],
+    ids=["half", "empty", "text", "a byte short", "a bit"],
 )
 def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     _fit(snapshot_every=11, snapshot_dir=tmp_path)
@@ -127,6 +133,34 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Pat
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"layer-002-conv3\.pt is damaged or of another network"):
         _fit(snapshot_every=11, snapshot_dir=tmp_path, resume=tmp_path)
+
+
+def test_a_checksum_covers_names_numbers_and_tensors() -> None:
+    state = {"a": torch.arange(4.0), "b": [{"lr": 0.1, "betas": (0.9, 0.99), "on": True}]}
+    digest = state_digest(state)
+    assert state_digest({"a": torch.arange(4.0), "b": [{"lr": 0.1, "betas": (0.9, 0.99), "on": True}]}) == digest
+    others: list[Any] = [
+        {**state, "a": torch.arange(4.0).view(2, 2)},
+        {**state, "a": torch.arange(4)},
+        {**state, "a": torch.tensor([0.0, 1.0, 2.0, 3.0000002])},
+        {**state, "b": [{"lr": 0.2, "betas": (0.9, 0.99), "on": True}]},
+        {**state, "b": [{"lr": 0.1, "betas": (0.9, 0.99), "on": 1}]},
+        {"c": state["a"], "b": state["b"]},
+    ]
+    assert digest not in {state_digest(other) for other in others}
+
+
+def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
+    write_manifest(_folder(tmp_path), position=4, steps=3, settings={})
+    path = snapshot_folder(tmp_path, 3) / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="has format 1, this release reads 2"):
+        find_snapshot(tmp_path)
+
+
+def _folder(root: Path) -> Path:
+    snapshot_folder(root, 3).mkdir()
+    return root
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"rule": 3, "block": 4, "optimizer": 5}], ids=["list", "numbers"])

@@ -1,0 +1,70 @@
+"""DFA: direct feedback alignment (Nokland, "Direct feedback alignment provides learning in deep neural networks",
+NeurIPS 2016), for comparison. Every layer waits for the output's error, so it is not local and can't be a pipeline.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unlocked.models import Block
+from unlocked.rules import LayerInfo
+from unlocked.rules.drtp import random_projection
+from unlocked.runtime.network import Network, backpropagation_network
+
+__all__ = ["feedback_alignment_network"]
+
+
+def feedback_alignment_network(network: Network) -> Network:
+    """The same model as one layer whose hidden blocks learn from projections of the output's error.
+
+    Block k's gradient at its activations [B, ...] is e B_k, where e [B, num_classes] is the loss's gradient at the
+    logits and B_k the fixed random matrix of `unlocked.rules.drtp` (the one that DRTP projects the labels with).
+    """
+    whole = backpropagation_network(network)
+    names = [block.name for block in network.blocks]
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))
+    body = _DirectFeedback(blocks, network.infos[:-1])
+    return replace(whole, blocks=[Block(whole.blocks[0].name, body, is_output=True)])
+
+
+class _DirectFeedback(nn.Sequential):
+    """Blocks in a row, between which no gradient flows."""
+
+    def __init__(self, blocks: "OrderedDict[str, nn.Module]", hidden: Sequence[LayerInfo]) -> None:
+        super().__init__(blocks)
+        for k, info in enumerate(hidden):
+            self.register_buffer(f"projection{k}", random_projection(info), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, output = self
+        assert isinstance(output, Block)
+        pairs: list[Tensor] = []
+        for k, block in enumerate(hidden):
+            assert isinstance(block, Block)
+            activations = block.body(x)
+            pairs += [activations, self.get_buffer(f"projection{k}")]
+            x = block.tail(activations.detach())
+        logits: Tensor = _ProjectError.apply(output(x), *pairs)
+        return logits
+
+
+class _ProjectError(torch.autograd.Function):
+    """Hands the logits on; on the way back, hands their gradient to all activations, projected."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        ctx.shapes = [activations.shape for activations in pairs[::2]]
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = grads
+        found: list[Tensor | None] = []
+        for projection, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True):
+            found += [(error @ projection).view(shape), None]
+        return error, *found
