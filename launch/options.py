@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-__all__ = ["RunOptions", "parse"]
+__all__ = ["LineParser", "RunOptions", "parse"]
 
 DATASET_HELP = (
     "digits, synthetic, MNIST, FashionMNIST, CIFAR10, CIFAR10AUG, CIFAR100, CIFAR100AUG, IMAGENETTE, IMAGENETTE_BASIC, "
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str) -> RunOptions
         arguments: without the program's name; None: those of this process.
         default_engine: "processes" under a launcher, else "sequential".
     """
-    parser = _Parser(
+    parser = LineParser(
         prog="pipeline.py",
         description="Trains a network by local learning rules, in one process or as a pipeline of processes.",
         epilog="As a pipeline: torchrun --standalone --nproc-per-node=2 launch/pipeline.py --dataset CIFAR10 ...",
@@ -90,11 +90,20 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str) -> RunOptions
     _add_training_flags(parser.add_argument_group("training (the authors' flags)"))
     _add_run_flags(parser.add_argument_group("running"), default_engine)
     values = vars(parser.parse_args(arguments))
-    values["milestone"] = tuple(values["milestone"])
+    for flag in ("pool", "record_gpu_mem"):
+        del values[flag]
+    if values["lr_scheduler"] is None:
+        values["lr_scheduler"] = "MultiStepLR" if values["milestone"] else "none"
+    values["milestone"] = tuple(values["milestone"] or _MILESTONES)
     return RunOptions(**values)
 
 
-class _Parser(argparse.ArgumentParser):
+_MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without --milestone
+
+
+class LineParser(argparse.ArgumentParser):
+    """Raises a ValueError of one line where argparse would print its usage and exit."""
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ValueError(f"{message}; see --help")
 
@@ -102,28 +111,37 @@ class _Parser(argparse.ArgumentParser):
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dataset", default="digits", help=DATASET_HELP)
-    add("--dataset-dir", type=Path, default=Path("datasets"), help="folder of the datasets' official layouts")
-    add("--model", default="SmallConv", help="with or without the prefix LLS_")
+    add("--dataset-dir", type=_path, default=Path("datasets"), help="folder of the datasets' official layouts")
+    add("--model", default="SmallConv", help="with or without the prefix LLS_ or DFA_")
     add("--num-epochs", type=int, default=10, help="passes over the training data")
     add("--lr", type=float, default=0.01, help="initial learning rate")
-    add("--training-mode", default="LLS", help="the local rule, or BP (backpropagation, sequential only)")
+    add("--training-mode", default="LLS", help="the local rule; or BP or DFA, for comparison (sequential only)")
     add("--waveform", default="cosine", help="of the fixed basis: cosine or square")
     add("--batch-size", type=int, default=64, help="rows of a training micro-batch")
     add("--test-batch-size", type=int, default=128, help="rows of an evaluation micro-batch")
     add("--weight-decay", type=float, default=0.0)
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--optimizer", default="Adam", help="SGD, Adam, AdamW, AdamWSF, SGDSF")
-    add("--milestone", type=int, nargs="*", default=[], help="epochs at which MultiStepLR multiplies by --gamma")
-    add("--gamma", type=float, default=0.1)
-    add("--lr-scheduler", default="none", help="none, MultiStepLR, CosineAnnealingLR")
+    add(
+        "-m", "--milestone", type=int, nargs="+", default=None, help="epochs at which MultiStepLR multiplies by --gamma"
+    )
+    add("--gamma", type=float, default=0.3, help="of MultiStepLR and ReduceLROnPlateau")
+    add(
+        "--lr-scheduler",
+        default=None,
+        help="none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau (drains the pipeline at the end of each epoch); "
+        "unless given: MultiStepLR where there are milestones, else none",
+    )
     add("--print-freq", type=int, default=50, help="training micro-batches between two readings of the losses")
     add("--experiment-name", default=None, help="folder below --save-path")
-    add("--save-path", type=Path, default=None, help="where log, metrics, config, snapshots and weights go")
+    add("--save-path", type=_path, default=None, help="where log, metrics, config, snapshots and weights go")
     add("--save-best-model", action="store_true", help="keep the weights of the best test accuracy")
-    add("--patience", type=int, default=0, help="of ReduceLROnPlateau (not offered yet)")
+    add("--patience", type=int, default=10, help="epochs that ReduceLROnPlateau waits for a lower test loss")
     add("--temperature", type=float, default=0.5, help="the local scores are divided by it")
     add("--label-smoothing", type=float, default=0.0, help="of the local losses")
     add("--dropout", type=float, default=0.0)
+    add("--pool", choices=["MAX"], default="MAX", help="between the blocks")
+    add("--record-gpu-mem", action="store_true", help="changes nothing: the summary always has the peak memory")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
@@ -139,10 +157,10 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--max-steps", type=int, default=None, help="stop after that many training micro-batches")
     add("--no-eval", action="store_true", help="train only")
     add("--statistics-batches", type=int, default=50, help="re-estimate BatchNorm from so many before an evaluation")
-    add("--summary", type=Path, default=None, help="write a JSON summary here")
-    add("--trace", type=Path, default=None, help="write a Chrome trace of every action here")
-    add("--tensorboard", type=Path, default=None, help="write TensorBoard's event files below this folder")
-    add("--resume", type=Path, default=None, help="go on from the newest snapshot in this folder")
+    add("--summary", type=_path, default=None, help="write a JSON summary here")
+    add("--trace", type=_path, default=None, help="write a Chrome trace of every action here")
+    add("--tensorboard", type=_path, default=None, help="write TensorBoard's event files below this folder")
+    add("--resume", type=_path, default=None, help="go on from the newest snapshot in this folder")
     add("--snapshot-every", type=int, default=0, help="training micro-batches between snapshots (0: none)")
     add("--plain", action="store_true", help="lines instead of the dashboard")
     add("--coordinator-port", type=int, default=0, help="port of the coordinator (0: any free one)")
@@ -150,6 +168,10 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--image-size", type=int, default=None, help="side in pixels that --dataset folder scales its images to")
     add("--prefetch", type=int, default=None, help="micro-batches to assemble ahead on the host (0: none)")
     add("--timeout", type=float, default=300.0, help="seconds that a stage waits for a neighbour")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _stages(text: str) -> int | str:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unlocked.launch.network import build_model
 from unlocked.launch.options import RunOptions, parse
 
 if TYPE_CHECKING:
@@ -59,7 +60,12 @@ def run(options: RunOptions) -> int:
         require_tensorboard()
     optimizer = optimizer_factory(options)
     lr_factor = lr_schedule(
-        options.lr_scheduler, epochs=options.num_epochs, milestones=options.milestone, gamma=options.gamma
+        options.lr_scheduler,
+        epochs=options.num_epochs,
+        milestones=options.milestone,
+        gamma=options.gamma,
+        patience=options.patience,
+        lr=options.lr,
     )
     for flag, path in (("--summary", options.summary), ("--trace", options.trace)):
         _check_writable(flag, path)
@@ -121,10 +127,10 @@ def make_rule(options: RunOptions) -> "Rule | str":
     Raises:
         ValueError: the name is not known.
     """
-    from unlocked.rules import get_rule
+    from unlocked.rules import GLOBAL_RULES, get_rule
 
-    if options.training_mode == "BP":
-        return "BP"
+    if options.training_mode in GLOBAL_RULES:
+        return options.training_mode
     return get_rule(
         options.training_mode,
         temperature=options.temperature,
@@ -139,16 +145,7 @@ def make_model(options: RunOptions, data: "ImageDataset") -> "list[Block]":
     Raises:
         ValueError: the name is not known, or the images are too small for it.
     """
-    from unlocked.models import get_model
-
-    channels, height, _ = data.image_shape
-    return get_model(
-        options.model,
-        in_channels=channels,
-        num_classes=data.num_classes,
-        image_size=height,
-        dropout=options.dropout,
-    )
+    return build_model(options.model, options.training_mode, data, options.dropout)
 
 
 def summary(options: RunOptions, result: Any) -> dict[str, Any]:

@@ -80,10 +80,16 @@ def test_a_frozen_worker_is_reported_and_ends_when_it_wakes(victim: int) -> None
 
 
 def test_other_flags_in_one_rank_end_all(tmp_path: Path) -> None:
-    with ranks(2, [str(PIPELINE), "--plain"], extra={1: ["--batch-size", "32"]}) as started:
+    other = ["--batch-size", "32", "--lr", "0.5", "--training-mode", "DRTP", "--optimizer", "SGD", "--milestone", "3"]
+    with ranks(2, [str(PIPELINE), "--plain"], extra={1: other}) as started:
         texts = [process.communicate(timeout=60)[1] for process in started]
     assert all(process.returncode not in (0, None) for process in started), texts
-    assert "batch_size is 32 here and 64 in rank 0" in error_line(texts[0])
+    line = error_line(texts[0])
+    assert "batch_size is 32 here and 64 in rank 0" in line
+    assert "rule is 'DRTP' here and \"LLS(" in line
+    assert "optimizer is 'SGD(" in line
+    assert "learning rate is [0.5] here and [0.01] in rank 0" in line
+    assert "learning-rate schedule is 'MultiStepLR(milestones=(3,), gamma=" in line
     assert not any("Traceback" in text for text in texts), texts
 
 
