@@ -1,5 +1,6 @@
 """The examples run as they stand, and learn."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,3 +15,24 @@ def test_a_rule_of_ones_own_learns() -> None:
     last = done.stdout.strip().splitlines()[-1]
     accuracy = float(last.split("test accuracy ")[1].split(" %")[0])
     assert accuracy > 90, done.stdout
+
+
+def test_a_transformer_learns_by_local_rules_in_one_process_and_in_two() -> None:
+    example = str(EXAMPLES / "transformer.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    commands = [[sys.executable, example], [sys.executable, *launcher, example]]
+    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    texts = []
+    for process in started:
+        printed, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        texts.append(printed)
+    assert "in 1 stages" in texts[0]
+    assert "in 2 stages" in texts[1]
+    hashes = {re.search(r"weights_sha256 (\w{64})", text)[1] for text in texts}  # type: ignore[index]
+    assert len(hashes) == 1, texts
+    epochs = [line for line in texts[0].splitlines() if line.startswith("epoch")]
+    losses = [[float(value) for value in re.findall(r"\w+ (\d+\.\d{3})", line)] for line in (epochs[0], epochs[-1])]
+    assert len(losses[0]) == 5
+    assert all(last < 0.5 * first for first, last in zip(*losses, strict=True)), texts[0]
+    assert float(epochs[-1].split("test accuracy ")[1].split(" %")[0]) > 80  # of ten classes
