@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.dispatch import get_backend
-from unlocked.kernels.reference import HeadResult, NormActResult
+from unlocked.kernels.reference import HeadResult, NormActResult, pool_latents
 from unlocked.models import ConvBlock, DepthwiseBlock, KeyedDropout, LinearBlock, OutputBlock
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
@@ -171,14 +171,53 @@ class _Normalized:
         return pooled
 
 
+class _UnevenlyPooled(_Normalized):
+    """The same where pooling windows do not tile the plane: they overlap, or repeat values where there are few.
+
+    The kernels normalise and activate; the library pools, and spreads the latents' gradient over the activations, so
+    that here a gradient exists at every activation.
+    """
+
+    def __init__(self, block: Any, norm: nn.BatchNorm1d | nn.BatchNorm2d, latent_size: int) -> None:
+        super().__init__(block, norm, 0)
+        self._side = latent_size
+        self._activations: Tensor | None = None
+
+    def forward(
+        self, backend: ModuleType, conv: Tensor, bias: Tensor | None, out: Tensor | None, *, pool: bool = True
+    ) -> Tensor:
+        activations = self._activations = super().forward(backend, conv, bias, None, pool=False)
+        output = activations
+        if self.block.pool == "max":
+            output = F.max_pool2d(activations, 2)
+        elif self.block.pool == "average":
+            output = F.adaptive_avg_pool2d(activations, self.block.pool_size)
+        return output if out is None else out.copy_(output)
+
+    def latents(self) -> Tensor:
+        assert self._activations is not None
+        return pool_latents(self._activations, self._side)
+
+    def backward(self, backend: ModuleType, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        activations, self._activations = self._activations, None
+        assert activations is not None
+        if activations.dim() == 4:
+            grid = grad.view(*activations.shape[:2], self._side, self._side)
+            full = torch.ops.aten._adaptive_avg_pool2d_backward(grid, activations)
+            full = full.contiguous(memory_format=torch.channels_last)
+        else:  # torch pools in one dimension as in two, the other being 1
+            row = activations[:, None, None]
+            full = torch.ops.aten._adaptive_avg_pool2d_backward(grad[:, None, None], row)[:, 0, 0]
+        return super().backward(backend, full)
+
+
 class _ConvBody:
     """Convolution (library) -> normalise, activate, pool. The convolution runs without its bias; see the reference."""
 
     backend: ModuleType
 
-    def __init__(self, block: ConvBlock, latent_size: int) -> None:
-        self.conv = block.conv
-        self.rest = _Normalized(block, block.norm, latent_size)
+    def __init__(self, block: ConvBlock, rest: _Normalized) -> None:
+        self.conv, self.rest = block.conv, rest
         self._zero = None if self.conv.bias is None else torch.zeros_like(self.conv.bias)
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -199,10 +238,9 @@ class _DepthwiseBody:
 
     backend: ModuleType
 
-    def __init__(self, block: DepthwiseBlock, latent_size: int) -> None:
+    def __init__(self, block: DepthwiseBlock, rest: _Normalized) -> None:
         self.depthwise, self.pointwise = block.depthwise, block.pointwise
-        self.first = _Normalized(block, block.norm1, 0)
-        self.second = _Normalized(block, block.norm2, latent_size)
+        self.first, self.second = _Normalized(block, block.norm1, 0), rest
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         self._x = x
@@ -228,9 +266,8 @@ class _LinearBody:
 
     backend: ModuleType
 
-    def __init__(self, block: LinearBlock, latent_size: int) -> None:
-        self.linear = block.linear
-        self.rest = _Normalized(block, block.norm, latent_size)
+    def __init__(self, block: LinearBlock, rest: _Normalized) -> None:
+        self.linear, self.rest = block.linear, rest
         self._zero = torch.zeros_like(self.linear.bias)
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -272,17 +309,16 @@ def _body(layer: Layer) -> _Body | None:
     p, shape = info.latent_size, info.activation_shape
     if isinstance(block, OutputBlock):
         return _OutputBody(block)
-    if isinstance(block, LinearBlock) and p == shape[0] and _usable(block.norm):
-        return _LinearBody(block, p)
+    if isinstance(block, LinearBlock) and _usable(block.norm):
+        return _LinearBody(block, (_Normalized if p == shape[0] else _UnevenlyPooled)(block, block.norm, p))
     if isinstance(block, ConvBlock | DepthwiseBlock):
-        height, width = shape[1:]
-        tiles = height % p == 0 and width % p == 0
-        pools = block.pool != "average" or (height % block.pool_size == 0 and width % block.pool_size == 0)
-        if not tiles or not pools:
-            return None
+        sides = [p, block.pool_size] if block.pool == "average" else [p]
+        even = all(length % side == 0 for length in shape[1:] for side in sides)
+        pooled = _Normalized if even else _UnevenlyPooled
         if isinstance(block, ConvBlock):
-            return _ConvBody(block, p) if _usable(block.norm) else None
-        return _DepthwiseBody(block, p) if _usable(block.norm1) and _usable(block.norm2) else None
+            return _ConvBody(block, pooled(block, block.norm, p)) if _usable(block.norm) else None
+        norms = _usable(block.norm1) and _usable(block.norm2)
+        return _DepthwiseBody(block, pooled(block, block.norm2, p)) if norms else None
     return None
 
 

@@ -209,9 +209,7 @@ def test_the_closed_form_follows_the_authors_trajectory(path: Path, monkeypatch:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # else the optimizer would be Triton's as well
     golden = load_golden(path)
     found = run(golden, lambda index: fused_step(reference))
-    # Latents that don't tile the plane have no closed form: MobileNetV1 has some, the others none.
-    fused = [isinstance(layer.step, FusedStep) for layer in found.layers]
-    assert any(fused) if "MobileNet" in path.stem else all(fused)
+    assert all(isinstance(layer.step, FusedStep) for layer in found.layers)
     _check(golden, found)
     start = golden_parameters(golden.meta)
     biases = [name for name in start if name.endswith((".block.conv.bias", ".block.linear.bias"))]
