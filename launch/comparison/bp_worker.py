@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -219,8 +220,8 @@ def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[
                 pipeline.infer(items[start : start + _INFER_ITEMS])
         if kind == "evaluate" or (not plan.eval_size and epoch == plan.num_epochs - 1):
             loss, test_loss, correct = _sums_of_last_stage(pipeline)
-            if not loss == loss:
-                raise ValueError(f"the loss is not finite in epoch {epoch}; give a smaller --lr")
+            if not isfinite(loss):
+                raise ValueError(f"the loss of epoch {epoch} is {loss}; lower --lr, and check the input data")
             epochs.append(
                 Epoch(
                     epoch=epoch,

@@ -71,7 +71,7 @@ class Pool:
             _collect(ranks, request.timeout)
         finally:
             for rank in ranks:
-                _end(rank.process)
+                _end(rank)
         answers = [rank.result for rank in ranks if rank.result is not None]
         if len(answers) < len(ranks):
             raise ContenderFailed(_reason(ranks, request.timeout))
@@ -109,11 +109,13 @@ def _collect(ranks: list[_Rank], timeout: float) -> None:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
 
 
-def _end(process: BaseProcess) -> None:
-    process.join(_GRACE_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
+def _end(rank: _Rank) -> None:
+    """A process that has answered may leave by itself; any other has had its time."""
+    if rank.result is not None or rank.reason:
+        rank.process.join(_GRACE_SECONDS)
+    if rank.process.is_alive():
+        rank.process.kill()
+    rank.process.join()
 
 
 def _reason(ranks: list[_Rank], timeout: float) -> str:

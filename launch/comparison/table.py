@@ -30,7 +30,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if contender.status != "measured":
             console.print(f"{contender.name}: {contender.status}: {contender.reason}", highlight=False, markup=False)
     for contender in report.measured:
-        if contender.trials:
+        if contender.is_pipeline:
             console.print(_form(contender), highlight=False, markup=False)
     if report.logged is not None:
         console.print(_logged(report.logged), highlight=False, markup=False)
@@ -38,8 +38,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _speed_table(report: Report) -> Table:
-    base = next((c.images_per_second for c in report.measured if c.family == "BP" and c.engine == "sequential"), None)
-    table = _table("Speed", "images/s", "lowest to highest", "x first BP", "peak MiB", "mJ/image")
+    first = next((c for c in report.measured if c.family == "BP" and c.engine == "sequential"), report.measured[0])
+    base = first.images_per_second
+    table = _table("Speed", "images/s", "lowest to highest", f"x {first.name}", "peak MiB", "mJ/image")
     for contender in report.measured:
         rate, energy = contender.images_per_second, contender.joules_per_image
         assert rate is not None
@@ -113,10 +114,11 @@ def _with_deviation(spread: Spread | None) -> str:
 
 def _form(contender: Contender) -> str:
     stages = " | ".join(", ".join(stage) for stage in contender.stages)
-    return (
-        f"{contender.name}: {contender.chunks} chunks, stages {stages}: the fastest of {len(contender.trials)} forms; "
-        f"{contender.note}"
-    )
+    text = f"{contender.name}: stages {stages}"
+    if contender.chunks is not None:
+        plural = "s" if contender.chunks > 1 else ""
+        text += f"; {contender.chunks} chunk{plural}, the fastest of {len(contender.trials)} forms; {contender.note}"
+    return text
 
 
 def _logged(logged: LoggedRun) -> str:
