@@ -230,6 +230,7 @@ class _ConvBody:
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
         grad, weight_grad, bias_grad = self.rest.backward(self.backend, latents_grad)
         kernel_grad = _convolution_backward(self.conv, grad, self._x, self._weight)[1]
+        del self._x  # nothing of a micro-batch outlives its update, or a stage would hold all its layers' inputs
         return [kernel_grad, *([] if self._zero is None else [self._zero]), weight_grad, bias_grad]
 
 
@@ -258,6 +259,7 @@ class _DepthwiseBody:
         inner_grad, pointwise = _convolution_backward(self.pointwise, grad, self._inner, second, with_input=True)[:2]
         grad, weight1, bias1 = self.first.backward(self.backend, inner_grad)
         depthwise = _convolution_backward(self.depthwise, grad, self._x, first)[1]
+        del self._x, self._inner
         return [depthwise, weight1, bias1, pointwise, weight2, bias2]
 
 
@@ -280,7 +282,9 @@ class _LinearBody:
 
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
         grad, weight_grad, bias_grad = self.rest.backward(self.backend, latents_grad)
-        return [grad.T @ self._x, self._zero, weight_grad, bias_grad]
+        kernel_grad = grad.T @ self._x
+        del self._x
+        return [kernel_grad, self._zero, weight_grad, bias_grad]
 
 
 class _OutputBody:
@@ -300,7 +304,9 @@ class _OutputBody:
         return self._logits
 
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
-        return [latents_grad.T @ self._x, latents_grad.sum(0)]
+        kernel_grad = latents_grad.T @ self._x
+        del self._x, self._logits
+        return [kernel_grad, latents_grad.sum(0)]
 
 
 def _body(layer: Layer) -> _Body | None:
