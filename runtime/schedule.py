@@ -13,7 +13,7 @@ from unlocked.workers.actions import Action, ActionKind, Item, MarkKind
 
 __all__ = ["Schedule", "build_schedule", "format_grid", "needed_kinds", "stage_actions", "validate"]
 
-_RECV, _F, _U, _SEND, _E, _SNAP = ActionKind
+_RECV, _F, _U, _SEND, _E, _SNAP, *_ = ActionKind
 # SEND stands before U: the output leaves before the local update, so that the next stage can begin at once.
 _NEEDED: Final[Mapping[MarkKind, tuple[ActionKind, ...]]] = {
     "train": (_RECV, _F, _SEND, _U),

@@ -28,8 +28,11 @@ from unlocked.workers.actions import ActionKind
 
 __all__ = ["Costs", "main", "simulate", "transfer_seconds"]
 
-# Which receive answers a send, and how far away the receiver is: a backward direction would be a second line.
-_CHANNELS: Final[Mapping[ActionKind, tuple[ActionKind, int]]] = {ActionKind.SEND: (ActionKind.RECV, +1)}
+# Which receive answers a send, and how far away the receiver is.
+_CHANNELS: Final[Mapping[ActionKind, tuple[ActionKind, int]]] = {
+    ActionKind.SEND: (ActionKind.RECV, +1),
+    ActionKind.SENDB: (ActionKind.RECVB, -1),
+}
 _RECEIVES: Final = {receive: (send, distance) for send, (receive, distance) in _CHANNELS.items()}
 
 

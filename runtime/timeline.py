@@ -10,7 +10,8 @@ from unlocked.workers.actions import Action, ActionKind
 
 __all__ = ["Bubble", "Edge", "Span", "Timeline", "format_timeline"]
 
-_NO_WORK: Final = frozenset({ActionKind.RECV, ActionKind.SEND})  # they only hand on what F, U and E work on
+# They only hand on what the others work on.
+_NO_WORK: Final = frozenset({ActionKind.RECV, ActionKind.SEND, ActionKind.RECVB, ActionKind.SENDB})
 
 
 class Span(NamedTuple):

@@ -31,6 +31,15 @@ class ActionKind(StrEnum):
     """Evaluate: forward in evaluation mode; the last stage also scores."""
     SNAP = "SNAP"
     """Save the stage's state. Nothing crosses an edge."""
+    B = "B"
+    """Backpropagation's gradient at the stage's input. This and the three below belong to schedules that local learning
+    is compared with: they are simulated, and no worker executes them."""
+    W = "W"
+    """Backpropagation's gradients of the stage's weights."""
+    SENDB = "SENDB"
+    """Hand the gradient to the previous stage."""
+    RECVB = "RECVB"
+    """Wait for the gradient from the next stage."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -37,7 +37,8 @@ def test_actions_print_and_parse() -> None:
         str(Action(2, ActionKind.F, 0)) == repr(Action(2, ActionKind.F, 0)) == f"{Action(2, ActionKind.F, 0)}" == "2F0"
     )
     assert parse_action("3SEND17") == Action(3, ActionKind.SEND, 17)
-    assert [kind.value for kind in ActionKind] == ["RECV", "F", "U", "SEND", "E", "SNAP"]
+    local, backpropagation = ["RECV", "F", "U", "SEND", "E", "SNAP"], ["B", "W", "SENDB", "RECVB"]
+    assert [kind.value for kind in ActionKind] == local + backpropagation
 
 
 @given(st.builds(Action, st.integers(0, 10**6), st.sampled_from(ActionKind), st.integers(0, 10**9)))
