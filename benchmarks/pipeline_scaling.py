@@ -16,18 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from unlocked.runtime.engines.links import link_stages
-from unlocked.runtime.engines.rendezvous import World
-from unlocked.workers.actions import Item
-from unlocked.workers.edges import SlotLayout
+from unlocked.launch.comparison.hops import measure_hops
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shapes of SmallConv's edges at batch 64: after conv1, conv2, conv3 and linear1.
@@ -65,7 +59,10 @@ def main() -> int:
         {run["weights_sha256"] for name in ("sequential, 1 thread", "processes, 2 x 1 thread") for run in runs[name]}
     )
     print(f"weights of one thread and of two processes: {'equal, bit for bit' if same == 1 else 'DIFFERENT'}\n")
-    hops = {transport: measure_hops(transport, options.hop_batches) for transport in ("shared", "group")}
+    hops = {
+        transport: measure_hops(HOPS, batch_size=64, transport=transport, batches=options.hop_batches)
+        for transport in ("shared", "group")
+    }
     print(f"{'edge (batch 64)':<22}{'KiB':>8}{'shared us':>12}{'limit us':>10}{'Gloo us':>10}")
     for name, (size, seconds) in hops["shared"].items():
         limit = 60 + size / 4096  # the house's budget for a hop: 60 us and 1 us per 4 KiB
@@ -103,53 +100,6 @@ def train(options: argparse.Namespace, engine: str, processes: int, threads: int
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         content: dict[str, Any] = json.loads(summary.read_text())
         return content
-
-
-def measure_hops(transport: str, batches: int) -> dict[str, tuple[int, float]]:
-    """Bytes and seconds per micro-batch of each edge."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_hop_worker, args=(folder, transport, batches), nprocs=2)
-        content: dict[str, tuple[int, float]] = json.loads((Path(folder) / "hops.json").read_text())
-        return content
-
-
-def _hop_worker(rank: int, folder: str, transport: str, batches: int) -> None:
-    torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    results = {}
-    for name, shape in HOPS.items():
-        layout = SlotLayout(64, shape)
-        store = dist.FileStore(str(Path(folder) / f"store-{len(results)}"), 2)
-        inbox, outbox = link_stages(
-            store,
-            World(rank, 2, rank, 2, "127.0.0.1", 0),
-            layout if rank else None,
-            None if rank else layout,
-            transport=transport,
-            depth=4,
-            device=cpu,
-            timeout=60,
-            names=["stage 0", "stage 1"],
-        )
-        items = [Item(i, "train", 0, i, 64, False) for i in range(batches)]
-        x, labels = layout.views(layout.allocate(cpu), 64)
-        x.normal_()
-        labels.zero_()
-        began = time.perf_counter()
-        if inbox is not None:
-            inbox.expect(items)
-            for item in items:
-                inbox.receive(item)
-                inbox.release()
-        if outbox is not None:
-            for item in items:
-                outbox.send(item, x, labels)
-            outbox.flush()
-        results[name] = (layout.nbytes(64), (time.perf_counter() - began) / batches)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if rank == 1:
-        (Path(folder) / "hops.json").write_text(json.dumps(results))
 
 
 def environment() -> str:
