@@ -3,7 +3,6 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,15 +67,31 @@ def _write(report: "Report", folder: Path) -> list[Path]:
     files[0].write_text(report.to_json(), encoding="utf-8")
     write_runs_csv(report, files[1])
     write_epochs_csv(report, files[2])
-    if find_spec("unlocked.launch.comparison.page") is not None:
-        page = folder / "report.html"
-        try:
-            importlib.import_module("unlocked.launch.comparison.page").write_page(report, page)
-        except ValueError as error:  # its plotting library is an extra
-            print(f"no page: {error}", file=sys.stderr, flush=True)
-        else:
-            files.append(page)
+    page = folder / "report.html"
+    try:
+        _write_page(report, page)
+    except ValueError as error:  # its plotting library is an extra
+        print(f"no page: {error}", file=sys.stderr, flush=True)
+    else:
+        files.append(page)
     return files
+
+
+def _write_page(report: "Report", path: Path) -> None:
+    """With a section for each study whose result lies in the same folder."""
+    from unlocked.launch.comparison.page import require_plotting, write_page
+
+    require_plotting()
+    from unlocked.launch.comparison.memory_study import MemoryStudy
+    from unlocked.launch.comparison.stages_results import StagesStudy
+
+    memory, stages = path.parent / "memory.json", path.parent / "stages.json"
+    write_page(
+        report,
+        path,
+        memory=MemoryStudy.load(memory) if memory.exists() else None,
+        stages=StagesStudy.load(stages) if stages.exists() else None,
+    )
 
 
 def _take_study(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -331,7 +331,7 @@ def _draw_timeline(axes: "Axes", timeline: Timeline, window: float, narrow: bool
     for span in timeline.spans:
         text = str(span.microbatch) if span.chunk is None else f"{span.microbatch}.{span.chunk}"
         has_room = span.end - span.start > character * (len(text) + 0.5)
-        if span.kind in ("receive", "send") or span.end > window or not has_room:
+        if span.kind in ("receive", "send") or span.start < 0 or span.end > window or not has_room:
             continue
         axes.text(
             (span.start + span.end) * 500,

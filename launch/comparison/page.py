@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from unlocked.launch.comparison.memory_study import MemoryStudy
     from unlocked.launch.comparison.stages_results import StagesStudy
 
-__all__ = ["Headline", "Section", "Table", "memory_section", "render", "require_plotting", "stages_section", "write_page"]
+__all__ = [
+    "Headline",
+    "Section",
+    "Table",
+    "memory_section",
+    "render",
+    "require_plotting",
+    "stages_section",
+    "write_page",
+]
 
 _HERE = Path(__file__).parent
 _NONE = "–"
