@@ -127,10 +127,11 @@ def _trace(model: str, rule: str, built: Any, network: Network, batch: int, grou
     for k, group in enumerate(groups):
         source = _Source(recorder) if k == 0 else None
         stage = Stage(k, [layers[i] for i in group], source)
-        lane = Lane(stage, rings[k], rings[k + 1] if k + 1 < len(rings) else None, META)
+        lane = Lane(stage, rings[k], rings[k + 1] if k + 1 < len(rings) else None, None)
+        lane.mark = lambda _, what, __: recorder.mark(what)
         recorder.begin(network.names[group.start] if len(group) == 1 else "network")
         with recorder:
-            lane.issue_in_block(item, 0, lambda _, what, __: recorder.mark(what))
+            lane.issue_in_block(item, 0)
         stages.append(recorder.nodes)
     fused = [isinstance(layer.step, FusedStep) for layer in layers]
     return StepTrace(model, rule, batch, stages, fused)

@@ -47,6 +47,9 @@ class RunOptions:
     kernels: str
     precision: str
     graphs: bool
+    graph_ticks: int
+    green_contexts: str
+    compile: bool
     seed: int
     max_steps: int | None
     no_eval: bool
@@ -153,6 +156,9 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--kernels", default="auto", help="auto, torch, cpp (CPU), triton or cuda (GPU)")
     add("--precision", default="fp32", help="fp32, tf32 (GPU) or bf16; weights and statistics stay float32")
     add("--no-graphs", dest="graphs", action="store_false", help="plain launches instead of CUDA graphs")
+    add("--graph-ticks", type=int, default=32, help="micro-batches in one CUDA graph of all stages (0: a graph each)")
+    add("--green-contexts", default="off", help="per stage, on a GPU: off, sms (a share of it) or queues")
+    add("--compile", action="store_true", help="torch.compile for what trains through autograd (BP)")
     add("--seed", type=int, default=0, help="keys initialisation, shuffling, augmentation and dropout")
     add("--max-steps", type=int, default=None, help="stop after that many training micro-batches")
     add("--no-eval", action="store_true", help="train only")

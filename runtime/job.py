@@ -44,6 +44,13 @@ class Settings:
     """fp32, tf32 or bf16: see `unlocked.kernels.precision`."""
     graphs: bool = True
     """CUDA graphs, in the engines that can use them."""
+    graph_ticks: int = 32
+    """Micro-batches of every stage in one graph, rounded up to a multiple of the queue depth: long enough to hide a
+    launch, short enough for an orderly stop. 0: graphs of single micro-batches of single stages alone."""
+    green_contexts: str = "off"
+    """Streams engine on a GPU: "sms" or "queues", see `unlocked.runtime.engines.green`."""
+    compile: bool = False
+    """torch.compile for the blocks that train through autograd."""
     print_freq: int = 50
     """Training micro-batches between two readings of the sums on the device."""
     prefetch: int | None = None
@@ -65,6 +72,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.queue_depth < 1:
             raise ValueError(f"queue_depth is {self.queue_depth}; an edge needs at least 1 slot")
+        if self.graph_ticks < 0:
+            raise ValueError(f"graph_ticks is {self.graph_ticks}; give at least 0 (0: no graph over several ticks)")
         if self.print_freq < 1:
             raise ValueError(f"print_freq is {self.print_freq}; it must be at least 1")
         if self.prefetch is not None and self.prefetch < 0:

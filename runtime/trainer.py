@@ -14,6 +14,7 @@ from unlocked.rules import GLOBAL_RULES
 from unlocked.runtime.best import BestWeights
 from unlocked.runtime.describe import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.engines import get_engine
+from unlocked.runtime.engines.green import GREEN_CONTEXTS
 from unlocked.runtime.feedback_alignment import feedback_alignment_network
 from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Job, Settings, check_device
@@ -48,6 +49,10 @@ class Trainer:
         precision: "fp32", "tf32" (GPU) or "bf16", with weights, optimizer and statistics in float32 in any case:
             `unlocked.kernels.precision` says what is computed in what.
         graphs: capture CUDA graphs where the engine can.
+        graph_ticks: micro-batches of every stage in one CUDA graph; 0: a graph per stage and micro-batch.
+        green_contexts: "off", or for the streams engine on a GPU "sms" (each stage is held to its share of the
+            multiprocessors) or "queues" (each has work queues of its own).
+        compile: run the blocks that train through autograd (all of "BP") by torch.compile.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
         lr_factor: epoch -> factor of the initial learning rate; or `learning_rate.ReduceLROnPlateau(...)`, which needs
             the test loss: then the pipeline drains at the end of every epoch.
@@ -85,6 +90,9 @@ class Trainer:
         kernels: str = "auto",
         precision: str = "fp32",
         graphs: bool = True,
+        graph_ticks: int = 32,
+        green_contexts: str = "off",
+        compile: bool = False,
         keep_weights: bool = False,
         lr_factor: LrSchedule = constant,
         statistics_batches: int = 50,
@@ -115,6 +123,7 @@ class Trainer:
             raise ValueError(f"snapshot_every is {snapshot_every}, but there is no snapshot_dir to write to")
         check_device(device)
         check_precision(precision, torch.device(device))
+        _check_green_contexts(green_contexts, engine, torch.device(device))
         get_engine(engine)
         self._model, self._rule, self._optimizer = model, rule, optimizer
         self._keep_weights, self._lr_factor = keep_weights, lr_factor
@@ -129,6 +138,9 @@ class Trainer:
             kernels=kernels,
             precision=precision,
             graphs=graphs,
+            graph_ticks=graph_ticks,
+            green_contexts=green_contexts,
+            compile=compile,
             print_freq=print_freq,
             snapshot_dir=None if snapshot_dir is None else Path(snapshot_dir),
             resume=None if resume is None else find_snapshot(Path(resume)),
@@ -265,4 +277,14 @@ class Trainer:
                 "learning rate": learning_rates(self._optimizer, parameters),
                 "learning-rate schedule": describe_lr_factor(self._lr_factor, epochs),
             },
+        )
+
+
+def _check_green_contexts(kind: str, engine: str, device: torch.device) -> None:
+    if kind not in GREEN_CONTEXTS:
+        raise ValueError(f"green contexts {kind!r} are not known; valid: {', '.join(GREEN_CONTEXTS)}")
+    if kind != "off" and (engine != "streams" or device.type != "cuda"):
+        raise ValueError(
+            f"green contexts {kind!r} are for the streams engine on a CUDA device, not for {engine} on {device}; "
+            "leave them off"
         )

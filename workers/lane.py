@@ -2,20 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from unlocked.workers.actions import Item
-from unlocked.workers.layer import AutogradStep
+from unlocked.workers.actions import Item, MarkKind
+from unlocked.workers.marks import Mark
+from unlocked.workers.recording import Recording
 from unlocked.workers.ring import Ring
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 
 __all__ = ["Lane"]
-
-Mark = Callable[[int, str, Item], None]
-"""Called around actions as mark(stage, "F" | "U" | "E" | "end", item): a trace records an event there."""
 
 
 class Lane:
@@ -24,22 +23,21 @@ class Lane:
     Args:
         inbox: the ring this stage reads; stage 0's is filled by the stage itself, from the dataset.
         outbox: the ring of the next stage, or None.
+        stream: None on a CPU.
     """
 
-    def __init__(self, stage: Stage, inbox: Ring, outbox: Ring | None, device: torch.device) -> None:
-        self.stage, self.inbox, self.outbox = stage, inbox, outbox
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
-        self._seen: set[tuple[Any, ...]] = set()
+    def __init__(self, stage: Stage, inbox: Ring, outbox: Ring | None, stream: torch.cuda.Stream | None) -> None:
+        self.stage, self.inbox, self.outbox, self.stream = stage, inbox, outbox, stream
+        self.mark: Mark | None = None
+        """Is told of every action, if there is one."""
+        self.offset = 0
+        """What a replayed item's position is short of the real one."""
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._pool: Any = None
 
     @property
     def is_capturable(self) -> bool:
         return all(layer.is_capturable for layer in self.stage.layers)
-
-    @property
-    def runs_autograd(self) -> bool:
-        return any(isinstance(layer.step, AutogradStep) for layer in self.stage.layers)
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -50,33 +48,60 @@ class Lane:
             with torch.cuda.stream(self.stream):
                 yield
 
-    def issue(self, item: Item, *, graphs: bool, mark: Mark | None = None) -> None:
+    def issue(self, item: Item, *, recorded: bool) -> None:
         """The item's actions with the waits that its slots need. Call within `on_stream`.
 
-        With `graphs`, an item like one that was issued before is captured, and replayed from then on.
+        With `recorded`, from the recording of items like this one, if there is one.
         """
         if item.kind == "snapshot":
             return
         self._wait(item)
         self._feed(item)
-        if graphs and self.stream is not None:
-            self._replay(item)
-            self._record_ready(item)
+        recording = self._recordings.get(self._key(item)) if recorded else None
+        if recording is None:
+            self.compute(item, self._record_ready)
         else:
-            self.compute(item, self._record_ready, mark)
+            self._replay(recording, item)
+            self._record_ready(item)
         self._record_free(item)
 
-    def issue_in_block(self, item: Item, ahead: int, mark: Mark | None = None) -> None:
-        """The same inside a graph over several ticks: `ahead` micro-batches after the device's cursor."""
+    def issue_in_block(self, item: Item, ahead: int) -> None:
+        """The same as a part of a recording over several ticks: `ahead` micro-batches after the device's cursor."""
         self._wait(item)
-        self.compute(item, self._record_ready, mark, ahead)
+        self.compute(item, self._record_ready, ahead)
         self._record_free(item)
 
-    def compute(self, item: Item, sent: Callable[[Item], None], mark: Mark | None = None, ahead: int = 0) -> None:
+    def warm_up(self, item: Item) -> None:
+        """The item's actions as they are, so that libraries choose their algorithms and load their kernels. Without
+        data that can be read again, on whatever lies in the slot."""
+        if isinstance(self.stage.source, BatchSource):
+            self.stage.source.seek(item)
+        self.compute(item, _nothing)
+
+    def record(self, kind: MarkKind, size: int) -> None:
+        """Makes recordings for items of this kind and size, one for every slot. A warm-up must come before."""
+        if self._pool is None and self.stream is not None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._set_mode(kind)
+        for position in range(self._depth):
+            item = Item(position, kind, 0, 0, size, False)
+            with self.uncounted():
+                # One pool: a stage's recordings never run at the same time.
+                recording = Recording(partial(self.compute, item, _nothing), self.stream, self._pool)
+            self._recordings[self._key(item)] = recording
+
+    def try_recordings(self) -> None:
+        """Replays each once, which also uploads it to the device: a failure shows before the run."""
+        for (kind, *_), recording in self._recordings.items():
+            self._set_mode(kind)
+            with self.uncounted():
+                recording.replay()
+
+    def compute(self, item: Item, sent: Callable[[Item], None], ahead: int = 0) -> None:
         """The item's actions and nothing else; `sent` is called when the output is written (before the update)."""
         stage, outbox = self.stage, self.outbox
         x, labels = self.inbox.views(item)
-        _call(mark, stage.index, "E" if item.kind == "evaluate" else "F", item)
+        self.tell("E" if item.kind == "evaluate" else "F", item)
         out = None
         if outbox is not None:
             out, out_labels = outbox.views(item)
@@ -92,22 +117,40 @@ class Lane:
             stage.forward(item, x, labels, out)
         sent(item)
         if item.kind == "train":
-            _call(mark, stage.index, "U", item)
+            self.tell("U", item)
             stage.update(item)
-        _call(mark, stage.index, "end", item)
+        self.tell("end", item)
+
+    def tell(self, what: str, item: Item) -> None:
+        """Marks that an action of `item` begins, or that the last one ends."""
+        if self.mark is not None:
+            self.mark(self.stage.index, what, item.position + self.offset)
 
     def advance(self, steps: int) -> None:
-        """Counts training steps that a graph has done."""
+        """Counts training steps that a recording has done."""
         for layer in self.stage.layers:
             layer.advance(steps, on_device=False)
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What is captured inside does not count as done."""
+        """What is recorded or replayed inside is not counted by the host; `advance` does that."""
         before = [layer.uncounted_steps() for layer in self.stage.layers]
-        yield
-        for layer, steps in zip(self.stage.layers, before, strict=True):
-            layer.restore_uncounted(steps)
+        try:
+            yield
+        finally:
+            for layer, steps in zip(self.stage.layers, before, strict=True):
+                layer.restore_uncounted(steps)
+
+    @property
+    def _depth(self) -> int:
+        return max(self.inbox.depth, self.outbox.depth if self.outbox else 1)
+
+    def _key(self, item: Item) -> tuple[Any, ...]:
+        return (item.kind, item.size, item.position % self._depth)
+
+    def _set_mode(self, kind: MarkKind) -> None:
+        for layer in self.stage.layers:
+            layer.set_mode(kind)
 
     def _feed(self, item: Item) -> None:
         """Stage 0: points the device's cursor at the item, or brings what was assembled on the host into its slot."""
@@ -117,33 +160,21 @@ class Lane:
         elif source is not None:
             source.load(item, self.inbox.views(item))
 
-    def _replay(self, item: Item) -> None:
-        depth = max(self.inbox.depth, self.outbox.depth if self.outbox else 1)
-        key = (item.kind, item.size, item.position % depth)
-        if (item.kind, item.size) not in self._seen:
-            # The first of its shape runs as it is: libraries choose their algorithms, kernels are loaded.
-            self._seen.add((item.kind, item.size))
-            self.compute(item, _nothing)
-            return
-        for layer in self.stage.layers:  # outside of the graph: an optimizer may switch its weights here
-            layer.set_mode(item.kind)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(item)
-        self._graphs[key].replay()
+    def _replay(self, recording: Recording, item: Item) -> None:
+        self._set_mode(item.kind)  # not a part of the recording: an optimizer may switch its weights here
+        on_device = self.stream is not None
+        if on_device:  # a graph holds no marks, a repeated call makes its own
+            self.tell("E" if item.kind == "evaluate" else "F", item)
+        self.offset = item.position - item.position % self._depth
+        try:
+            with self.uncounted():
+                recording.replay()
+        finally:
+            self.offset = 0
+        if on_device:
+            self.tell("end", item)
         if item.kind == "train":
             self.advance(1)
-
-    def _capture(self, item: Item) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Capturing is local to this thread: the CUDA calls of other threads must not break it. The stage's graphs
-        # share a pool, since they never run at the same time.
-        with (
-            self.uncounted(),
-            torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            self.compute(item, _nothing)
-        self._pool = graph.pool()
-        return graph
 
     def _wait(self, item: Item) -> None:
         if self.stream is None:
@@ -164,14 +195,10 @@ class Lane:
 
     def _record(self, events: list[torch.cuda.Event | None], slot: int) -> None:
         if self.stream is not None:
-            events[slot] = torch.cuda.Event()
-            events[slot].record(self.stream)  # type: ignore[union-attr]
+            event = torch.cuda.Event()
+            event.record(self.stream)
+            events[slot] = event
 
 
 def _nothing(item: Item) -> None:
     pass
-
-
-def _call(mark: Mark | None, stage: int, what: str, item: Item) -> None:
-    if mark is not None:
-        mark(stage, what, item)

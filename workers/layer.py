@@ -216,6 +216,7 @@ class Layer:
         self.clock.copy_(state["clock"])
         self._counted.copy_(self.clock)
         self._pending = 0
+        self._mode = None  # the optimizer's weights may be at another point now
 
 
 class AutogradStep:

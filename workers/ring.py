@@ -36,8 +36,8 @@ class Ring:
         self.sample_shape = sample_shape
         self._channels_last = len(sample_shape) == 3 and not flat_consumer
         size = max_rows * prod(sample_shape)
-        self._values = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
-        # Zeros are valid labels, should a slot be read before it is written (a captured graph's trial run does).
+        # Zeros are valid data, should a slot be read before it is written (a recording's trial run may).
+        self._values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(depth)]
         self._labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
         self.ready: list[torch.cuda.Event | None] = [None] * depth
         self.free: list[torch.cuda.Event | None] = [None] * depth

@@ -51,6 +51,15 @@ class Recorder:
             us = 1e6
             self.spans.append(Span(action.stage, str(action), (start + self._offset) * us, (end + self._offset) * us))
 
+    def add_span(self, action: Action, start_us: float, end_us: float) -> None:
+        """An action by the machine's clock, for the trace alone."""
+        if self.keep:
+            self.spans.append(Span(action.stage, str(action), start_us, end_us))
+
+    def estimate_busy(self, fraction: float) -> None:
+        """The busy time that this share of the time so far makes: where actions are timed in samples."""
+        self.busy = fraction * (time.perf_counter() - self.started)
+
     def busy_fraction(self) -> float:
         return self.busy / max(time.perf_counter() - self.started, 1e-9)
 

@@ -24,13 +24,13 @@ class SequentialEngine:
     """All layers in one stage: every layer updates before the next one runs."""
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        if job.settings.stages not in (None, 1):
+            raise ValueError(f"the sequential engine has one stage, got stages={job.settings.stages!r}; leave it out")
         if job.device.type == "cuda":
             from unlocked.runtime.engines.streams import StreamsEngine
 
             return StreamsEngine(max_stages=1).run(job, make_sinks)
         began = time.perf_counter()
-        if job.settings.stages not in (None, 1):
-            raise ValueError(f"the sequential engine has one stage, got stages={job.settings.stages!r}; leave it out")
         part = range(len(job.network.blocks))
         stage = job.stage(0, part)
         if job.settings.resume is not None:

@@ -46,16 +46,18 @@ def figures(result: RunResult) -> list[dict]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kernels", ["torch", "auto"])
-def test_streams_equal_sequential_for_every_rule(rule: str, kernels: str) -> None:
-    """On the CPU, at 2 to 5 stages: evaluation, partial batches, dropout, augmentation."""
+@pytest.mark.parametrize(("kernels", "stages"), [("torch", (2, 5)), ("auto", (3, 4, 5))])
+def test_streams_equal_sequential_for_every_rule(rule: str, kernels: str, stages: tuple[int, ...]) -> None:
+    """On the CPU, at 2 to 5 stages: evaluation, statistics, partial batches, dropout, augmentation, blocks of ticks."""
     built = RULES[rule](temperature=0.5)
-    expected = fit(trainer(rule=built, kernels=kernels), max_steps=7)
-    stages = 2 + list(RULES).index(rule) % 4
-    got = fit(trainer("streams", built, kernels=kernels, stages=stages, queue_depth=2), max_steps=7)
-    assert len(got.stages) == stages
-    assert got.weights_sha256 == expected.weights_sha256
-    assert figures(got) == figures(expected)
+    plan = {"batch_size": 8, "max_steps": 11}  # eight full micro-batches and one of 6 rows an epoch
+    expected = fit(trainer(rule=built, kernels=kernels), **plan)
+    for count in stages:
+        one = trainer("streams", built, kernels=kernels, stages=count, queue_depth=2, graph_ticks=2)
+        got = fit(one, **plan)
+        assert len(got.stages) == count
+        assert got.weights_sha256 == expected.weights_sha256
+        assert figures(got) == figures(expected)
 
 
 @settings(max_examples=8)

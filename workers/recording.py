@@ -1,0 +1,53 @@
+"""Work that is issued once and repeated many times: a CUDA graph, or on a CPU the same calls made again.
+
+Both see the host's values as they were when the work was recorded. What may change between two repetitions lies in
+tensors: the cursor into the data, learning rates, the clock that keys dropout. So a CPU, where a repetition is the call
+itself, tests that nothing else is read.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["Recording", "no_collection"]
+
+
+class Recording:
+    """`work`, ready to be repeated.
+
+    Args:
+        work: issues everything on `stream` and on streams that it forks off and joins again.
+        stream: where it is captured; None on a CPU. Whoever replays it chooses the stream then.
+        pool: memory that recordings share which never run at the same time.
+    """
+
+    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any = None) -> None:
+        self._work, self._graph = work, None
+        if stream is not None:
+            self._graph = torch.cuda.CUDAGraph()
+            # Capturing is local to this thread: CUDA calls of others (a dashboard's, a data reader's) don't break it.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+
+    def replay(self) -> None:
+        """On the current stream."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._work()
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected inside: a graph or tensor of an earlier run that is freed during a capture breaks it."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
