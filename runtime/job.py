@@ -23,7 +23,7 @@ from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.snapshots import Snapshot
 from unlocked.workers.fused import choose_step
-from unlocked.workers.layer import Layer, OptimizerFactory
+from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
 __all__ = ["Engine", "Job", "Settings", "SinkMaker", "check_device", "peak_memory_bytes", "prepare_process"]
@@ -49,8 +49,8 @@ class Settings:
     launch, short enough for an orderly stop. 0: graphs of single micro-batches of single stages alone."""
     green_contexts: str = "off"
     """Streams engine on a GPU: "sms" or "queues", see `unlocked.runtime.engines.green`."""
-    compile: bool = False
-    """torch.compile for the blocks that train through autograd."""
+    compile: bool | str = False
+    """torch.compile for the blocks that train through autograd; a string names its backend."""
     print_freq: int = 50
     """Training micro-batches between two readings of the sums on the device."""
     prefetch: int | None = None
@@ -124,7 +124,7 @@ class Job:
 
     def layer(self, index: int, device: torch.device | None = None) -> Layer:
         device = device or self.device
-        return build_layer(
+        layer = build_layer(
             self.network,
             index,
             rule=self.rule,
@@ -133,6 +133,10 @@ class Job:
             step=choose_step(self.settings.kernels, device),
             precision=self.settings.precision,
         )
+        if self.settings.compile and isinstance(layer.step, AutogradStep):
+            backend = self.settings.compile if isinstance(self.settings.compile, str) else "inductor"
+            layer.block.body.compile(backend=backend, dynamic=False)
+        return layer
 
     def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well."""

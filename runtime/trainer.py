@@ -52,7 +52,7 @@ class Trainer:
         graph_ticks: micro-batches of every stage in one CUDA graph; 0: a graph per stage and micro-batch.
         green_contexts: "off", or for the streams engine on a GPU "sms" (each stage is held to its share of the
             multiprocessors) or "queues" (each has work queues of its own).
-        compile: run the blocks that train through autograd (all of "BP") by torch.compile.
+        compile: run the blocks that train through autograd (all of "BP") by torch.compile; a string names its backend.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
         lr_factor: epoch -> factor of the initial learning rate; or `learning_rate.ReduceLROnPlateau(...)`, which needs
             the test loss: then the pipeline drains at the end of every epoch.
@@ -92,7 +92,7 @@ class Trainer:
         graphs: bool = True,
         graph_ticks: int = 32,
         green_contexts: str = "off",
-        compile: bool = False,
+        compile: bool | str = False,
         keep_weights: bool = False,
         lr_factor: LrSchedule = constant,
         statistics_batches: int = 50,

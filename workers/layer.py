@@ -236,12 +236,8 @@ class AutogradStep:
             return result if out is None else out.copy_(result)
 
     def update(self, labels: Tensor) -> Tensor:
-        layer, activations = self.layer, self._activations
-        assert activations is not None, "update without a forward"
-        self._activations = None  # the graph is freed by backward; nothing of this micro-batch outlives it
+        layer, activations = self.layer, self.take_activations()
         with torch.enable_grad():
-            if activations.dtype == torch.bfloat16:
-                activations = activations.float()  # a rule computes in float32, whatever the block did
             loss = layer.rule(activations, labels)
         if layer.optimizer is not None:
             layer.optimizer.zero_grad(set_to_none=True)
@@ -253,6 +249,15 @@ class AutogradStep:
             if layer.is_output:
                 layer.totals[1:] += count_correct(activations, labels)
         return loss_sum
+
+    def take_activations(self) -> Tensor:
+        """What `forward` kept, with its graph; nothing of the micro-batch outlives the update."""
+        activations = self._activations
+        assert activations is not None, "update without a forward"
+        self._activations = None
+        with torch.enable_grad():
+            # A rule computes in float32, whatever the block did.
+            return activations.float() if activations.dtype == torch.bfloat16 else activations
 
 
 StepFactory = Callable[[Layer], Step]

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,26 @@ def test_kernels_agree_within_rounding() -> None:
     a, b = (fit(trainer(kernels=k, **options), max_steps=3, epochs=1) for k in ("torch", "auto"))
     for name, value in a.weights.items():
         torch.testing.assert_close(b.weights[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_backpropagation_takes_its_loss_from_the_head_kernel() -> None:
+    """The closed form of the loss against autograd's, over an epoch of SGD: weights, losses and both counts."""
+    options: dict[str, Any] = {"rule": "BP", "optimizer": partial(torch.optim.SGD, lr=1e-2)}
+    plain, fused = (fit(trainer(**options, kernels=kernels), epochs=1) for kernels in ("torch", "auto"))
+    for name, value in plain.weights.items():
+        torch.testing.assert_close(fused.weights[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert fused.weights_sha256 != plain.weights_sha256
+    a, b = plain.epochs[0], fused.epochs[0]
+    assert (b.train_acc1, b.train_acc5) == (a.train_acc1, a.train_acc5)
+    assert b.train_loss == pytest.approx(a.train_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["BP", "LLS"])
+def test_compiling_keeps_the_numbers(rule: str) -> None:
+    """By a backend that traces the modules and runs the traced operations as they are."""
+    options: dict[str, Any] = {"rule": "BP" if rule == "BP" else LLS(), "kernels": "torch"}
+    plain, traced = (fit(trainer(**options, compile=c), max_steps=3, epochs=1) for c in (False, "eager"))
+    assert traced.weights_sha256 == plain.weights_sha256
 
 
 def test_backpropagation_trains_end_to_end() -> None:
