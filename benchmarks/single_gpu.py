@@ -1,189 +1,352 @@
-"""LLS against backpropagation on one GPU: 25 epochs and per-step times of every engine, in one run.
+"""LLS against backpropagation on one GPU: 25 epochs and per-step times of every engine, in one command.
 
     python benchmarks/single_gpu.py --json results.json          # synthetic data of CIFAR-10's size
-    python benchmarks/single_gpu.py --dataset CIFAR10 --dataset-dir datasets
+    python benchmarks/single_gpu.py --dataset CIFAR10 --dataset-dir datasets --json results.json
+    python benchmarks/single_gpu.py --device cpu --max-steps 20  # the same code without a GPU; says nothing of speed
 
-Contenders take turns, `--repeats` times, so that a drifting machine favours nobody; the table gives medians. Set-up
-(compilation, capture, warm-up) is outside the times and stands beside them. Training only, unless `--evaluate` is
-given.
+Every contender runs in a process of its own, with a time budget; they take turns in rounds, so that a drifting machine
+favours nobody, and the table gives medians. Set-up (compilation, capture, warm-up) is outside of the times and stands
+beside them. The results are written after every run. When `--time-limit` is near, what is left is skipped, so the
+command ends in under nine minutes whatever happens.
+
+All contenders read the same resident data by the same input operation, in channels-last memory, with the optimizer in
+one kernel; "BP graph" is backpropagation in a CUDA graph with loss and hits from one kernel. `floor` is the work of a
+step at the datasheet's rates, `predicted` what docs/feasibility.md predicts for it.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unlocked.data import load_dataset
+from unlocked.data import ImageDataset, load_dataset
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime import RunResult, Trainer
 
+__all__ = ["CONTENDERS", "Contender", "main", "overlap", "table"]
 
-@dataclass(frozen=True)
+EPOCHS, STEPS_PER_EPOCH = 25, 782
+_LEAST = 15.0  # seconds that a run needs at least to be worth starting
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contender:
     """One way to train."""
 
     name: str
-    rule: str
+    rule: str = "LLS"
     engine: str = "sequential"
     kernels: str = "auto"
+    precision: str = "tf32"
     graphs: bool = True
+    graph_ticks: int = 32
+    green_contexts: str = "off"
     compile: bool = False
-    steps: int | None = None
-    """Training micro-batches of a run; None: all epochs."""
+    traced: bool = False
+    evaluate: bool = False
+    model: str = "SmallConv"
+    batch_size: int = 64
+    steps: int | None = 4000
+    """Training micro-batches of a run; None: all 25 epochs."""
+    rounds: int = 1
+    budget: float = 40.0
+    """Seconds for the process."""
 
 
+def _streams(name: str, **options: Any) -> Contender:
+    return Contender(name=name, engine="streams", **options)
+
+
+# The order is that of importance: what time does not suffice for stands at the end.
 CONTENDERS = [
-    Contender("LLS streams", "LLS", engine="streams"),
-    Contender("LLS_M streams", "LLS_M", engine="streams"),
-    Contender("LLS_MxM streams", "LLS_MxM", engine="streams"),
-    Contender("LLS streams cuda", "LLS", engine="streams", kernels="cuda", steps=4000),
-    Contender("LLS streams, no graphs", "LLS", engine="streams", graphs=False, steps=1000),
-    Contender("LLS sequential graph", "LLS", steps=4000),
-    Contender("LLS sequential eager", "LLS", kernels="torch", graphs=False, steps=400),
-    Contender("BP graph", "BP", steps=4000),
-    Contender("BP compiled", "BP", kernels="torch", graphs=False, compile=True, steps=1000),
-    Contender("BP compiled graph", "BP", compile=True, steps=4000),
-    Contender("BP eager", "BP", kernels="torch", graphs=False, steps=400),
+    _streams("LLS streams", steps=None, rounds=3),
+    Contender(name="BP graph", rule="BP", rounds=3),
+    Contender(name="BP eager", rule="BP", kernels="torch", graphs=False, steps=400, rounds=2),
+    Contender(name="LLS sequential graph", rounds=2),
+    Contender(name="BP compiled graph", rule="BP", compile=True, rounds=2, budget=90.0),
+    _streams("LLS_M streams", rule="LLS_M", steps=None, rounds=2),
+    _streams("LLS_MxM streams", rule="LLS_MxM", steps=None, rounds=2),
+    _streams("LLS streams, traced", traced=True, steps=2000),
+    Contender(name="LLS sequential plain", graphs=False, steps=1000),
+    Contender(name="BP compiled", rule="BP", kernels="torch", graphs=False, compile=True, steps=1000, budget=90.0),
+    _streams("LLS streams bf16", precision="bf16"),
+    Contender(name="BP graph bf16", rule="BP", precision="bf16"),
+    _streams("LLS streams fp32", precision="fp32"),
+    Contender(name="BP graph fp32", rule="BP", precision="fp32"),
+    _streams("LLS streams, graph per stage", graph_ticks=0),
+    _streams("LLS streams, graphs of 128 ticks", graph_ticks=128),
+    _streams("LLS streams, no graphs", graphs=False, steps=1000),
+    _streams("LLS streams, green sms", green_contexts="sms"),
+    _streams("LLS streams, green queues", green_contexts="queues"),
+    _streams("VGG8 LLS streams", model="VGG8", batch_size=128, steps=400),
+    Contender(name="VGG8 BP graph", rule="BP", model="VGG8", batch_size=128, steps=400),
+    _streams("VGG8 LLS streams bf16", model="VGG8", batch_size=128, steps=400, precision="bf16"),
+    Contender(name="VGG8 BP graph bf16", rule="BP", model="VGG8", batch_size=128, steps=400, precision="bf16"),
+    _streams("LLS streams, evaluated", evaluate=True, steps=5 * STEPS_PER_EPOCH),
+    Contender(name="LLS sequential graph, evaluated", evaluate=True, steps=5 * STEPS_PER_EPOCH),
+    _streams("LLS streams, CUDA C++ kernels", kernels="cuda"),
+    Contender(
+        name="VGG8 BP compiled graph", rule="BP", model="VGG8", batch_size=128, steps=400, compile=True, budget=90.0
+    ),
 ]
 
 
-def main() -> int:
-    options = parse()
-    if not torch.cuda.is_available():
-        print("single_gpu: needs a CUDA device; none is there", file=sys.stderr)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("single_gpu: needs a CUDA device; none is there (--device cpu tries the code)", file=sys.stderr)
         return 1
-    torch.backends.cudnn.benchmark = True
-    if options.precision == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    train, test = load_dataset(options.dataset, options.dataset_dir)
-    chosen = [c for c in CONTENDERS if not options.only or any(word == c.name for word in options.only)]
-    runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in chosen}
-    for repeat in range(options.repeats):
+    if options.child:
+        contender = Contender(**json.loads(options.child))
+        print(json.dumps(measure(contender, options)))
+        return 0
+    chosen = [c for c in CONTENDERS if not options.only or c.name in options.only]
+    if missing := set(options.only or ()) - {c.name for c in chosen}:
+        print(
+            f"single_gpu: {sorted(missing)} are no contenders; valid: {[c.name for c in CONTENDERS]}", file=sys.stderr
+        )
+        return 2
+    report: dict[str, Any] = {
+        "environment": environment(),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "contenders": {c.name: asdict(c) for c in chosen},
+        "predicted": {c.name: predicted(c) for c in chosen},
+        "runs": {c.name: [] for c in chosen},
+    }
+    began = time.monotonic()
+    for turn in range(max(c.rounds for c in chosen)):
         for contender in chosen:
-            steps = contender.steps
-            if repeat and steps is None:
-                steps = 4000
-            if options.max_steps:
-                steps = min(steps or options.max_steps, options.max_steps)
-            try:
-                runs[contender.name].append(measure(contender, train, test, options, steps))
-            except Exception as error:  # a contender that fails is shown as failed; the others still report
-                runs[contender.name].append({"error": f"{type(error).__name__}: {error}"})
-            print(f"{contender.name}: {runs[contender.name][-1]}", flush=True)
-    report = {"environment": environment(), "options": vars(options) | {"json": str(options.json)}, "runs": runs}
-    print(table(runs))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1, default=str))
+            if turn >= min(contender.rounds, options.rounds):
+                continue
+            left = options.time_limit - (time.monotonic() - began)
+            result = {"skipped": "no time was left"} if left < _LEAST else run(contender, options, left)
+            report["runs"][contender.name].append(result)
+            print(f"{contender.name}: {_short(result)}", flush=True)
+            if options.json:
+                _write(options.json, report)
+    print(table(report))
     return 0
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="synthetic")
-    parser.add_argument("--dataset-dir", default="datasets")
-    parser.add_argument("--model", default="SmallConv")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--precision", choices=("fp32", "tf32"), default="tf32")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate after every epoch")
-    parser.add_argument("--trace", type=Path, help="write the first contender's timeline here")
-    parser.add_argument("--only", nargs="*", help="names of contenders")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+def run(contender: Contender, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    """One run of one contender, in a process of its own; what went wrong instead, if something did."""
+    if options.device == "cpu" and (problem := _adapt(contender)[1]):
+        return {"skipped": problem}
+    if options.in_process:
+        return measure(contender, options)
+    command = [sys.executable, __file__, "--child", json.dumps(asdict(contender)), "--device", options.device]
+    command += ["--dataset", options.dataset, "--dataset-dir", str(options.dataset_dir)]
+    for flag in ("max_steps", "train_size", "compile_backend"):
+        if (value := getattr(options, flag)) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+    budget = min(contender.budget, left)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=budget, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"out of time after {budget:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [""]
+        return {"error": f"exit status {done.returncode}: {lines[-1][:300]}", "stderr": lines[-25:]}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure(
-    contender: Contender, train: Any, test: Any, options: argparse.Namespace, steps: int | None
-) -> dict[str, Any]:
-    """One run of one contender."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains, in this process."""
+    if options.device == "cpu":
+        contender, _ = _adapt(contender)
+    torch.backends.cudnn.benchmark = True  # for all alike: the library times its algorithms in the warm-up
+    train, test = _load(options.dataset, options.dataset_dir, options.train_size)
     channels, height, _ = train.image_shape
-    model = get_model(options.model, in_channels=channels, num_classes=train.num_classes, image_size=height)
-    if contender.compile:
-        for block in model:
-            block.body.compile()
+    model = get_model(contender.model, in_channels=channels, num_classes=train.num_classes, image_size=height)
     rule: Any = "BP"
     if contender.rule != "BP":
         rule = get_rule(contender.rule, temperature=0.5, label_smoothing=0.0, waveform="cosine")
-    fused = contender.kernels == "torch"
-    trainer = Trainer(
-        model,
-        rule=rule,
-        optimizer=partial(torch.optim.Adam, lr=0.01, fused=fused or None),
-        engine=contender.engine,
-        device="cuda",
-        kernels=contender.kernels,
-        graphs=contender.graphs,
-        print_freq=200,
-        trace=options.trace if contender is CONTENDERS[0] else None,
-    )
-    began = time.perf_counter()
-    result: RunResult = trainer.fit(
-        train,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        eval_data=test if options.evaluate else None,
-        max_steps=steps,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json" if contender.traced else None
+        trainer = Trainer(
+            model,
+            rule=rule,
+            optimizer=partial(torch.optim.Adam, lr=0.01, fused=contender.kernels == "torch" or None),
+            engine=contender.engine,
+            device=options.device,
+            kernels=contender.kernels,
+            precision=contender.precision,
+            graphs=contender.graphs,
+            graph_ticks=contender.graph_ticks,
+            green_contexts=contender.green_contexts,
+            compile=contender.compile and (options.compile_backend or True),
+            print_freq=200,
+            trace=trace,
+        )
+        began = time.perf_counter()
+        steps = contender.steps if options.max_steps is None else options.max_steps
+        result: RunResult = trainer.fit(
+            train,
+            epochs=EPOCHS,
+            batch_size=min(contender.batch_size, len(train)),
+            eval_data=test if contender.evaluate else None,
+            eval_batch_size=min(128, len(test)),
+            max_steps=steps,
+        )
+        wall = time.perf_counter() - began
+        overlapped = None if trace is None else overlap(json.loads(trace.read_text())["traceEvents"])
     last = result.epochs[-1]
+    on_gpu = options.device == "cuda"
     return {
         "steps": result.steps,
         "seconds": result.train_seconds,
         "us_per_step": 1e6 * result.train_seconds / result.steps,
         "images_per_second": result.images_per_second,
         "setup_seconds": result.setup_seconds,
-        "wall_seconds": time.perf_counter() - began,
-        "peak_memory_mib": result.peak_memory_bytes[0] / 2**20,
+        "wall_seconds": wall,
+        "peak_allocated_mib": result.peak_memory_bytes[0] / 2**20,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None,
         "busy_fraction": result.busy_fraction,
+        "overlapped": overlapped,
         "train_loss": last.train_loss,
         "train_acc1": last.train_acc1,
         "test_acc1": result.test_acc1,
         "local_losses": result.local_losses,
+        "weights_sha256": result.weights_sha256,
     }
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [f"{'contender':<26}{'us/step':>10}{'min':>9}{'max':>9}{'images/s':>12}{'25 epochs s':>13}{'MiB':>8}"]
-    for name, results in runs.items():
-        times = [r["us_per_step"] for r in results if "error" not in r]
-        if not times:
-            lines.append(f"{name:<26}failed: {results[0]['error'][:90]}")
+def overlap(events: Iterable[dict[str, Any]]) -> float:
+    """The share of all stages' busy time in which another stage is busy too, of a trace's events."""
+    edges = []
+    for event in events:
+        if event["ph"] == "X":
+            edges += [(event["ts"], 1), (event["ts"] + event["dur"], -1)]
+    total = shared = 0.0
+    active, before = 0, 0.0
+    for when, change in sorted(edges):  # of equal times ends come first
+        total += active * (when - before)
+        shared += (active if active > 1 else 0) * (when - before)
+        active, before = active + change, when
+    return shared / max(total, 1e-9)
+
+
+def predicted(contender: Contender) -> dict[str, float] | None:
+    """Microseconds per step by the cost model, and the floor; None where the model has nothing to say."""
+    plain = contender.graphs and not contender.compile and contender.kernels == "auto" and not contender.evaluate
+    if not plain or contender.precision == "bf16" or contender.green_contexts != "off":
+        return None
+    sys.path.insert(0, str(Path(__file__).parent))
+    from cost_model import H200, floor_us, predict
+    from step_trace import trace_backpropagation, trace_local
+
+    tf32, streamed = contender.precision == "tf32", contender.engine == "streams"
+    if contender.rule == "BP":
+        trace = trace_backpropagation(contender.model, contender.batch_size)
+    else:
+        trace = trace_local(contender.model, contender.batch_size, contender.rule, one_stage=not streamed)
+    found = predict(trace, H200, tf32=tf32)
+    floor = sum(floor_us(node, H200, tf32=tf32) for node in trace.nodes)
+    return {"us_per_step": found.streamed if streamed else found.serial, "floor_us": floor}
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line per contender: medians over its runs, against the floor and the prediction for an H200."""
+    heads = ("us/step", "min", "max", "images/s", "25 epochs s", "MiB", "floor us", "pred. us")
+    lines = [f"{'contender':<34}" + "".join(f"{head:>12}" for head in heads)]
+    medians = {}
+    for name, results in report["runs"].items():
+        done = [r for r in results if "us_per_step" in r]
+        if not done:
+            reasons = [r.get("error") or r.get("skipped") for r in results]
+            lines.append(f"{name:<34}  {reasons[0] if reasons else 'not run'}")
             continue
-        median = statistics.median(times)
-        images = statistics.median(r["images_per_second"] for r in results if "error" not in r)
-        whole = median * 25 * 782 / 1e6
-        memory = results[0]["peak_memory_mib"]
-        lines.append(
-            f"{name:<26}{median:>10.1f}{min(times):>9.1f}{max(times):>9.1f}{images:>12.0f}{whole:>13.2f}{memory:>8.0f}"
-        )
+        times = [r["us_per_step"] for r in done]
+        medians[name] = median = statistics.median(times)
+        images = statistics.median(r["images_per_second"] for r in done)
+        small = report["contenders"][name]["model"] == "SmallConv"
+        whole = f"{median * EPOCHS * STEPS_PER_EPOCH / 1e6:.2f}" if small else "-"
+        guess = report["predicted"].get(name) or {}
+        cells = [f"{median:.1f}", f"{min(times):.1f}", f"{max(times):.1f}", f"{images:.0f}", whole]
+        cells += [f"{done[0]['peak_allocated_mib']:.0f}"]
+        cells += [f"{guess[key]:.1f}" if key in guess else "-" for key in ("floor_us", "us_per_step")]
+        lines.append(f"{name:<34}" + "".join(f"{cell:>12}" for cell in cells))
+    for rival in ("BP graph", "BP compiled graph", "BP eager", "LLS sequential graph"):
+        if "LLS streams" in medians and rival in medians:
+            lines.append(f"LLS streams: {medians[rival] / medians['LLS streams']:.2f} x the images/s of {rival}")
+    for traced in report["runs"].get("LLS streams, traced", ()):
+        if traced.get("overlapped") is not None:
+            lines.append(f"overlapped in the trace: {100 * traced['overlapped']:.0f} % of stage time")
     return "\n".join(lines)
 
 
 def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.stdout.strip() or os.environ.get("COMMIT") or None,
     }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="synthetic")
+    parser.add_argument("--dataset-dir", type=Path, default=Path("datasets"))
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="names of contenders")
+    parser.add_argument("--rounds", type=int, default=3, help="at most so many runs of each")
+    parser.add_argument("--time-limit", type=float, default=500.0, help="seconds after which nothing new is started")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every run")
+    parser.add_argument("--max-steps", type=int, help="training micro-batches of every run")
+    parser.add_argument("--train-size", type=int, help="only the first so many training images")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--compile-backend", help="of torch.compile, instead of its default")
+    parser.add_argument("--in-process", action="store_true", help="all in this process, without time budgets")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _adapt(contender: Contender) -> tuple[Contender, str]:
+    """The contender's form on a CPU, or why it has none."""
+    if contender.green_contexts != "off":
+        return contender, "green contexts have no CPU form"
+    if contender.kernels == "cuda":
+        return contender, "CUDA kernels have no CPU form"
+    return replace(contender, precision="fp32" if contender.precision == "tf32" else contender.precision), ""
+
+
+@lru_cache(maxsize=1)
+def _load(dataset: str, folder: Path, size: int | None) -> tuple[ImageDataset, ImageDataset]:
+    train, test = load_dataset(dataset, folder)
+    if not isinstance(train, ImageDataset) or not isinstance(test, ImageDataset):
+        raise ValueError(f"single_gpu: {dataset} is read from a loader; give a dataset that a device can hold")
+    if size is not None:
+        train, test = (replace(data, images=data.images[:size], labels=data.labels[:size]) for data in (train, test))
+    return train, test
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Never half a file, should the process be ended."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1))
+    os.replace(temporary, path)
+
+
+def _short(result: dict[str, Any]) -> str:
+    if "us_per_step" not in result:
+        return str(result.get("error") or result.get("skipped"))
+    return f"{result['us_per_step']:.1f} us/step, {result['seconds']:.2f} s, set-up {result['setup_seconds']:.1f} s"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks without a GPU: they start, refuse clearly, count a step's kernels, and predict from the counts."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +50,73 @@ def test_without_a_gpu_one_line_says_so(script: str) -> None:
     assert result.returncode == 1
     assert "needs a CUDA device" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+SMALL = ("--device", "cpu", "--max-steps", "2", "--train-size", "12", "--compile-backend", "eager")
+
+
+def test_every_contender_runs_where_there_is_no_gpu(load: Any, tmp_path: Path, capsys: Any) -> None:
+    """All but the CUDA calls of them, and of VGG8 one: it is a minute of work on a CPU."""
+    single_gpu, path = load("single_gpu"), tmp_path / "results.json"
+    names = [c.name for c in single_gpu.CONTENDERS if c.model == "SmallConv"] + ["VGG8 LLS streams"]
+    assert single_gpu.main([*SMALL, "--in-process", "--rounds", "1", "--json", str(path), "--only", *names]) == 0
+    report = json.loads(path.read_text())
+    for name in names:
+        (result,) = report["runs"][name]
+        if "green" in name or "C++" in name:
+            assert "no CPU form" in result["skipped"]
+        else:
+            assert result["steps"] == 2
+            assert result["us_per_step"] > 0
+            assert result["peak_allocated_mib"] > 0
+    # What differs in speed alone gives the same weights; a rule, an end-to-end gradient or a precision does not.
+    weights = {name: runs[0].get("weights_sha256") for name, runs in report["runs"].items()}
+    same = ("LLS streams", "LLS streams, traced", "LLS sequential plain", "LLS streams fp32", "LLS streams, no graphs")
+    assert len({weights[name] for name in same}) == 1
+    assert len({weights[name] for name in ("LLS streams", "LLS_MxM streams", "BP graph", "LLS streams bf16")}) == 4
+    assert 0 <= report["runs"]["LLS streams, traced"][0]["overlapped"] < 0.01  # one after the other on a CPU
+    printed = capsys.readouterr().out
+    assert "x the images/s of BP graph" in printed
+    assert report["predicted"]["BP graph"]["floor_us"] < report["predicted"]["BP graph"]["us_per_step"]
+
+
+def test_a_contender_that_fails_or_hangs_does_not_stop_the_others(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes: one that fails, one that is out of time, one that trains; the report is there after each."""
+    single_gpu, path = load("single_gpu"), tmp_path / "results.json"
+    contenders = [
+        single_gpu.Contender(name="fails", model="nonsense"),
+        single_gpu.Contender(name="hangs", budget=0.01),
+        single_gpu.Contender(name="trains", engine="streams", rounds=2, budget=100.0),
+    ]
+    monkeypatch.setattr(single_gpu, "CONTENDERS", contenders)
+    monkeypatch.setattr(single_gpu, "predicted", lambda contender: None)
+    written = []
+    monkeypatch.setattr(single_gpu, "_write", lambda path, report: written.append(json.loads(json.dumps(report))))
+    monkeypatch.setattr(single_gpu, "_LEAST", 1.0)
+    assert single_gpu.main([*SMALL, "--rounds", "1", "--time-limit", "100", "--json", str(path)]) == 0
+    assert len(written) == 3
+    assert written[0]["runs"]["trains"] == []
+    runs = written[-1]["runs"]
+    assert "nonsense" in runs["fails"][0]["error"]
+    assert "out of time" in runs["hangs"][0]["error"]
+    assert runs["trains"][0]["steps"] == 2
+    assert single_gpu.main([*SMALL, "--time-limit", "0", "--json", str(path)]) == 0
+    assert {r["skipped"] for runs in written[-1]["runs"].values() for r in runs} == {"no time was left"}
+
+
+def test_overlap_is_the_share_of_stage_time_in_company(load: Any) -> None:
+    overlap = load("single_gpu").overlap
+
+    def event(begin: float, end: float, row: int) -> dict[str, Any]:
+        return {"ph": "X", "ts": begin, "dur": end - begin, "tid": row}
+
+    alone = [event(0, 10, 0), event(10, 30, 1)]
+    assert overlap(alone) == 0
+    # [0, 10) one, [10, 20) two, [20, 25) three, [25, 30) one: 20 + 15 of 50 microseconds in company.
+    some = [event(0, 25, 0), event(10, 30, 1), event(20, 25, 2), {"ph": "M", "tid": 0}]
+    assert overlap(some) == pytest.approx(35 / 50)
 
 
 @no_gpu
