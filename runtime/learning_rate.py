@@ -134,7 +134,7 @@ class LearningRate:
         after = self(epoch + 1)
         if after == before:
             return None
-        return f"the test loss is on a plateau: from epoch {epoch + 1} the rate is {after:g} of the initial one"
+        return f"the test loss is on a plateau: after epoch {epoch + 1} the rate is {after:g} of the initial one"
 
     def losses_before(self, epoch: int) -> list[tuple[int, float]]:
         """(epoch, test loss) of the epochs before `epoch`: the schedule's whole state, for snapshots."""

@@ -58,7 +58,8 @@ class Trainer:
             the test loss: then the pipeline drains at the end of every epoch.
         statistics_batches: training micro-batches that re-estimate BatchNorm's statistics before each evaluation.
         snapshot_every, snapshot_dir: save a snapshot every so many training micro-batches, below that folder.
-        resume: a snapshot folder to go on from; any engine and any number of stages.
+        resume: a snapshot folder to go on from; any engine and any number of stages. Rule, optimizer, seed and batch
+            sizes must be the run's; the learning rate and `lr_factor` may be others, from there on.
         print_freq: training micro-batches between two readings of the losses.
         trace: file for a Chrome trace of every action.
         transport: how the processes engine moves activations: "auto", "shared" (memory of one machine) or "group"
@@ -181,7 +182,8 @@ class Trainer:
 
         Raises:
             ValueError: data, sizes and network don't fit each other.
-            StageError: a stage failed, or a loss became non-finite; says which stage, layer and action.
+            StageError: a layer of this process failed, or its loss became non-finite; names stage, layer and action.
+            RunFailed, TimeoutError: another process failed, or did not answer; carries its story.
         """
         began = time.perf_counter()
         train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch)

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from ranks import PIPELINE, free_port, ranks, torchrun
 
+from unlocked.launch import evaluate
 from unlocked.launch.pipeline import main
 from unlocked.runtime.engines.rendezvous import World
 from unlocked.runtime.engines.roll_call import RollCall
@@ -121,6 +122,13 @@ def test_files_of_a_run_of_processes(tmp_path: Path) -> None:
     assert {event["cat"] for event in spans if event["tid"] == 1} == {"RECV", "F", "U", "E"}
     for name in ("train.log", "metrics.csv", "config.json", "model_final.pt", "best/model_best.pt"):
         assert (tmp_path / "one" / name).is_file(), name
+    assert evaluate.main([str(tmp_path / "one" / "best" / "model_best.pt"), "--summary", str(tmp_path / "b.json")]) == 0
+    scored, best = json.loads((tmp_path / "b.json").read_text()), max(summary["epoch_results"], key=_accuracy)
+    assert (scored["test_acc1"], scored["test_loss"]) == (best["test_acc1"], best["test_loss"])
+
+
+def _accuracy(epoch: dict) -> float:
+    return float(epoch["test_acc1"])
 
 
 def test_a_signal_to_torchrun_ends_all_in_order(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_all_stages_wait_and_get_the_rate_with_the_epoch() -> None:
             assert {sum(start >= end for end in ENDS): rate for start, _, rate in windows} == {0: 1.0, 1: 1.0, 2: 0.5}
         coordinator.results(TIMEOUT)
         assert [epoch.epoch for epoch in sink.epochs] == [0, 1, 2]
-        assert ["from epoch 2 the rate is 0.5" in text for text in messages] == [True]
+        assert ["after epoch 2 the rate is 0.5" in text for text in messages] == [True]
 
 
 def test_a_resumed_gate_begins_with_its_epoch() -> None:

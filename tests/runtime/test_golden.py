@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import schedulefree
 import torch
 from golden import Golden, golden_batches, golden_files, golden_parameters, load_golden
 from torch import Tensor, nn
@@ -62,8 +63,8 @@ def _optimizer(meta: dict[str, Any]) -> Callable[[list[nn.Parameter]], Any]:
         return partial(torch.optim.SGD, lr=lr, momentum=meta["momentum"], weight_decay=decay)
     if meta["optimizer"] == "Adam":
         return partial(torch.optim.Adam, lr=lr, weight_decay=decay)
-    library = pytest.importorskip("schedulefree")
-    return partial(library.AdamWScheduleFree, lr=lr, weight_decay=decay)
+    assert meta["optimizer"] == "AdamWSF"
+    return partial(schedulefree.AdamWScheduleFree, lr=lr, weight_decay=decay)
 
 
 def _layers(meta: dict[str, Any], step: Callable[[int], StepFactory | None]) -> tuple[list[Layer], dict[str, Tensor]]:

@@ -90,7 +90,7 @@ def test_a_rate_keeps_the_losses_of_its_run() -> None:
     assert rate.needs_losses
     assert [rate(epoch) for epoch in range(3)] == [1.0, 1.0, 0.5]
     assert rate.observe(2, 0.5) is None
-    assert "from epoch 4 the rate is 0.25" in str(rate.observe(3, 0.7))
+    assert "after epoch 4 the rate is 0.25" in str(rate.observe(3, 0.7))
     assert rate.losses_before(3) == [(0, 1.0), (1, 2.0), (2, 0.5)]
     resumed = LearningRate(rate.schedule, dict(rate.losses_before(4)))
     assert resumed(4) == rate(4) == 0.25

@@ -72,7 +72,7 @@ def test_every_placement_and_every_snapshot_give_the_same_numbers(name: str, tmp
     whole = _fit(_trainer(optimizer, snapshot_every=3, snapshot_dir=folder, sinks=[told]))
     changes = _expected_changes(whole)
     assert 0 < len(changes) < 5, "some test losses fall and some do not"
-    assert all(f"from epoch {epoch + 1} " in text for epoch, text in zip(changes, told.messages, strict=True))
+    assert all(f"after epoch {epoch + 1} " in text for epoch, text in zip(changes, told.messages, strict=True))
     assert whole.weights_sha256 != _fit(_trainer(optimizer, lr_factor=lambda epoch: 1.0)).weights_sha256
     for stages, depth in ((2, 1), (5, 3)):
         placed = _fit(

@@ -3,12 +3,14 @@
 Only what defines the data and the draws is shared: `epoch_order`, `load_batch`, `keyed_uniform`, the start values.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from unlocked.data.synthetic import load_synthetic
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.philox import Purpose, keyed_uniform, philox_int
 from unlocked.models import small_conv
-from unlocked.rules import LLS, LLS_MxM, LocalLosses
+from unlocked.rules import DRTP, LLS, LLS_MxM, LocalLosses
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.learning_rate import MultiStepLR
 from unlocked.runtime.network import build_network
@@ -28,6 +30,9 @@ TRAIN, TEST = load_synthetic(num_train=27, num_test=13, num_classes=CLASSES, ima
 TRAIN = replace(TRAIN, augmentation=Augmentation(flip=True, crop_padding=1, erase_probability=0.5))
 EPOCHS, BATCH, EVAL_BATCH, STATISTICS, LR = 3, 8, 6, 2, 5e-3
 FACTOR = MultiStepLR((1,), 0.5)
+ADAM = partial(torch.optim.Adam, lr=LR)
+ADAMW_SF = partial(schedulefree.AdamWScheduleFree, lr=LR, weight_decay=0.01)
+SGD_SF = partial(schedulefree.SGDScheduleFree, lr=LR)
 
 
 @dataclass
@@ -48,6 +53,7 @@ class PlainLoop:
     """Local learning, or with `end_to_end` backpropagation."""
 
     mode: str
+    make_optimizer: Callable[[list[nn.Parameter]], Any]
     max_steps: int = 10**9
     steps: int = 0
     training: bool = True
@@ -57,6 +63,10 @@ class PlainLoop:
     @property
     def end_to_end(self) -> bool:
         return self.mode == "BP"
+
+    @property
+    def averages(self) -> bool:
+        return self.make_optimizer is not ADAM
 
     def run(self) -> None:
         self._build()
@@ -87,7 +97,7 @@ class PlainLoop:
         self._add(4, [nn.Linear(512, CLASSES)], values[4], lambda a: a, None)
         if self.end_to_end:
             everything = [p for layer in self.layers for module in layer.modules for p in module.parameters()]
-            self.layers[-1].optimizer = torch.optim.Adam(everything, lr=LR)
+            self.layers[-1].optimizer = self.make_optimizer(everything)
 
     def _add(
         self,
@@ -114,7 +124,7 @@ class PlainLoop:
             loss, rule = self._rule(index, latent_size)
         layer = PlainLayer(modules, body, tail, loss, rule)
         if not self.end_to_end:
-            layer.optimizer = torch.optim.Adam([*rule, *whole.parameters()], lr=LR)
+            layer.optimizer = self.make_optimizer([*rule, *whole.parameters()])
         self.layers.append(layer)
 
     def _rule(self, index: int, p: int) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Parameter]]:
@@ -128,7 +138,13 @@ class PlainLoop:
         elif self.mode == "LocalLosses":  # as wide as the latents in SmallConv, so there is nothing to pool
             trained = [nn.Parameter(0.1 * torch.randn(CLASSES, dim, generator=draws))]
 
+        features = [32 * 64, 64 * 16, 128 * 4, 512][index]
+        bound = math.sqrt(6 / features)
+        targets = torch.rand(CLASSES, features, generator=draws) * (2 * bound) - bound if self.mode == "DRTP" else None
+
         def loss(activations: Tensor, labels: Tensor) -> Tensor:
+            if targets is not None:
+                return (activations.flatten(1) * targets[labels]).sum(1).mean()
             z = F.adaptive_avg_pool2d(activations, p).flatten(1) if activations.dim() == 4 else activations
             if self.mode == "LocalLosses":
                 return F.cross_entropy(z @ trained[0].T / 0.5, labels)
@@ -163,6 +179,8 @@ class PlainLoop:
             layer.sum = 0.0
             if layer.optimizer is not None:
                 layer.optimizer.param_groups[0]["lr"] = LR * FACTOR(epoch)
+                if self.averages:
+                    layer.optimizer.train()
         order = epoch_order(len(TRAIN), SEED, epoch)
         for start in range(0, len(TRAIN), BATCH):
             if self.steps == self.max_steps:
@@ -187,6 +205,9 @@ class PlainLoop:
 
     @torch.no_grad()
     def _evaluate(self, epoch: int) -> None:
+        for layer in self.layers:
+            if self.averages and layer.optimizer is not None:
+                layer.optimizer.eval()  # BatchNorm's statistics are those of the averaged weights, too
         order = epoch_order(len(TRAIN), SEED, epoch, purpose=Purpose.STATISTICS)
         for i in range(STATISTICS):
             self._forward(self._batch(TRAIN, order, i * BATCH, BATCH, epoch)[0])
@@ -211,11 +232,11 @@ class PlainLoop:
         scores[2] += len(labels)  # four classes: every label is among the best five
 
 
-def _run(rule: Any, kernels: str = "torch", **plan: Any) -> RunResult:
+def _run(rule: Any, kernels: str = "torch", optimizer: Any = None, **plan: Any) -> RunResult:
     trainer = Trainer(
         small_conv(3, CLASSES, SIDE, dropout=DROPOUT),
         rule=rule,
-        optimizer=partial(torch.optim.Adam, lr=LR),
+        optimizer=optimizer or ADAM,
         seed=SEED,
         kernels=kernels,
         lr_factor=FACTOR,
@@ -225,16 +246,17 @@ def _run(rule: Any, kernels: str = "torch", **plan: Any) -> RunResult:
     return trainer.fit(TRAIN, eval_data=TEST, **{**sizes, **plan})
 
 
-RULES = {"LLS": LLS(), "LLS_MxM": LLS_MxM(), "LocalLosses": LocalLosses(), "BP": "BP"}
+RULES = {"LLS": LLS(), "LLS_MxM": LLS_MxM(), "LocalLosses": LocalLosses(), "DRTP": DRTP, "BP": "BP"}
+CASES = [*((mode, ADAM) for mode in RULES), ("LLS_MxM", ADAMW_SF), ("DRTP", SGD_SF), ("BP", ADAMW_SF)]
 
 
-@pytest.mark.parametrize("mode", RULES)
+@pytest.mark.parametrize(("mode", "optimizer"), CASES)
 @pytest.mark.parametrize("max_steps", [None, 6], ids=["whole", "cut"])
-def test_weights_and_figures_are_the_plain_loops(mode: str, max_steps: int | None) -> None:
+def test_weights_and_figures_are_the_plain_loops(mode: str, optimizer: Any, max_steps: int | None) -> None:
     """Partial batches, augmentation, dropout, a rate that falls, statistics and evaluation after every epoch."""
-    plain = PlainLoop(mode, max_steps or 10**9)
+    plain = PlainLoop(mode, optimizer, max_steps or 10**9)
     plain.run()
-    result = _run(RULES[mode], max_steps=max_steps)
+    result = _run(RULES[mode], optimizer=optimizer, max_steps=max_steps)
     assert result.steps == plain.steps == (max_steps or 12)
     assert len(result.epochs) == len(plain.epochs) == (2 if max_steps else 3)
     for found, expected in zip(result.epochs, plain.epochs, strict=True):
