@@ -102,43 +102,53 @@ _MOBILENET_V1 = _Network(
 )
 
 
-def small_conv(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+def small_conv(
+    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+) -> list[Block]:
     """SmallConv: three convolutional blocks (32, 64, 128), one linear block (512), the output layer.
 
     Args:
         in_channels: of the images [B, in_channels, image_size, image_size].
         num_classes: the output layer's width.
-        image_size: side of the square images in pixels; only checked, since no weight depends on it.
+        image_size: side of the square images in pixels.
         dropout: probability, after every pool.
+        upsample: the authors' adaptive pools repeat values where they are asked for more than there are (SmallConvL's
+            2048 latents of 1024 activations, VGG11's 8 x 8 of 2 x 2 pixels at 32). False: no pool gives more values
+            than it is given, which also makes the layer after it smaller. With True no weight depends on image_size.
 
     Raises:
         ValueError: a size is not positive, or the image is too small for a max pool (names the block and sizes).
     """
-    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout)
+    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout, upsample=upsample)
 
 
 def small_conv_l(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0
+    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
 ) -> list[Block]:
     """SmallConvL: SmallConv with widths 96, 192, 512 and 1024. Arguments and errors as `small_conv`.
 
-    The linear block has 1024 activations and 2048 latents: adaptive pooling repeats each of them.
+    The linear block has 1024 activations and 2048 latents: adaptive pooling repeats each of them unless `upsample` is
+    False.
     """
-    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout)
+    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout, upsample=upsample)
 
 
-def vgg8(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+def vgg8(
+    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+) -> list[Block]:
     """VGG8: six convolutional blocks and one linear block. Arguments and errors as `small_conv`."""
-    return _build(_VGG8, in_channels, num_classes, image_size, dropout)
+    return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample)
 
 
-def vgg11(in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> list[Block]:
+def vgg11(
+    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+) -> list[Block]:
     """VGG11: eight convolutional blocks and two linear blocks. Arguments and errors as `small_conv`.
 
     Made for larger images: at 32 pixels the last convolutional block holds 2 x 2 pixels, which the adaptive pool
-    to 8 x 8 repeats.
+    to 8 x 8 repeats (and the first linear block has 134 million weights) unless `upsample` is False.
     """
-    return _build(_VGG11, in_channels, num_classes, image_size, dropout)
+    return _build(_VGG11, in_channels, num_classes, image_size, dropout, upsample=upsample)
 
 
 def mobilenet_v1(
@@ -148,13 +158,14 @@ def mobilenet_v1(
     dropout: float = 0.0,
     *,
     same_padding: bool = False,
+    upsample: bool = True,
 ) -> list[Block]:
     """MobileNetV1: a strided convolution and thirteen depthwise-separable blocks. Arguments and errors as `small_conv`.
 
     `same_padding`: pad depthwise convolutions by 1, where the authors pad by the stride (see `DepthwiseBlock`).
     """
     network = replace(_MOBILENET_V1, reduced_rank=100) if num_classes > 200 else _MOBILENET_V1
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
 
 
 def mobilenet_v1_small(
@@ -164,10 +175,11 @@ def mobilenet_v1_small(
     dropout: float = 0.0,
     *,
     same_padding: bool = False,
+    upsample: bool = True,
 ) -> list[Block]:
     """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
     network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
 
 
 def _build(
@@ -177,6 +189,7 @@ def _build(
     image_size: int,
     dropout: float,
     same_padding: bool = False,
+    upsample: bool = True,
 ) -> list[Block]:
     for word, size in {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}.items():
         if size < 1:
@@ -189,20 +202,21 @@ def _build(
         counts[row.kind] += 1
         name = f"{row.kind}{counts[row.kind]}"
         pool: Pool = "average" if i == last_conv else "max" if row.max_pool else "none"
-        blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
-        features = row.width
-        if row.kind == "linear":
-            continue
-        padding = row.stride if row.kind == "depthwise" and not same_padding else 1
-        side = (side + 2 * padding - 3) // row.stride + 1
+        if row.kind != "linear":
+            padding = row.stride if row.kind == "depthwise" and not same_padding else 1
+            side = (side + 2 * padding - 3) // row.stride + 1
         if pool == "max" and side < 2:
             raise ValueError(
                 f"block {name}: a 2x2 max pool needs at least 2 x 2 pixels, got {side} x {side}"
                 f" from images of {image_size} x {image_size}; use larger images or a network with fewer pools"
             )
+        if not upsample:
+            most = row.width if row.kind == "linear" else side
+            row = row._replace(latent_size=min(row.latent_size, most))
+            network = replace(network, average=min(network.average, side)) if i == last_conv else network
+        blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
+        features = row.width * (network.average**2 if i == last_conv else 1)
         side //= 2 if pool == "max" else 1
-        if i == last_conv:
-            features *= network.average**2
     blocks.append(OutputBlock(features, num_classes))
     return blocks
 

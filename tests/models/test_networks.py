@@ -158,6 +158,60 @@ def test_mobilenet_padding() -> None:
     assert sides == [[16, 16, 9, 9, 6, 6, 4], [16, 16, 8, 8, 4, 4, 2]]
 
 
+@pytest.mark.parametrize(
+    ("image_size", "channels"), [(28, 1), (33, 3), (45, 2), (64, 3), (96, 3)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("upsample", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_images_of_any_size_and_channels(name: str, upsample: bool, image_size: int, channels: int) -> None:
+    """Every layer's local step has what it needs: shapes that chain, and as many latents as the rule is told."""
+    with torch.device("meta"):  # shapes alone; VGG11 has 150 million weights
+        blocks = get_model(name, in_channels=channels, num_classes=7, image_size=image_size, upsample=upsample)
+        x = torch.zeros(2, channels, image_size, image_size)
+        for block in blocks[:-1]:
+            activations = block.body(x)
+            assert block.latent_size is not None
+            most = activations.shape[1] if activations.dim() == 2 else min(activations.shape[2:])
+            assert upsample or block.latent_size <= most
+            latents = pool_latents(activations, block.latent_size)
+            kept = block.latent_size if activations.dim() == 2 else activations.shape[1] * block.latent_size**2
+            assert latents.shape == (2, kept)
+            x = block.tail(activations)
+        assert blocks[-1](x).shape == (2, 7)
+
+
+@pytest.mark.parametrize("image_size", [160, 224])
+@pytest.mark.parametrize("name", ["MobileNetV1", "MobileNetV1_small", "VGG11"])
+def test_large_images(name: str, image_size: int) -> None:
+    with torch.device("meta"):
+        blocks = get_model(name, image_size=image_size, num_classes=100)
+        assert _forward(blocks, torch.zeros(2, 3, image_size, image_size)).shape == (2, 100)
+
+
+def test_pools_need_not_repeat_values() -> None:
+    """The authors' default does; the switch shrinks what would repeat, and changes nothing where nothing does."""
+    with torch.device("meta"):
+        authors, sane = (get_model("SmallConvL", upsample=upsample) for upsample in (True, False))
+        assert [b.latent_size for b in authors] == [4, 2, 2, 2048, None]
+        assert [b.latent_size for b in sane] == [4, 2, 2, 1024, None]
+        authors, sane = (get_model("VGG11", upsample=upsample) for upsample in (True, False))
+        assert authors[8].linear.in_features == 512 * 8 * 8  # type: ignore[attr-defined]
+        assert sane[8].linear.in_features == 512 * 2 * 2  # type: ignore[attr-defined]
+        large = [get_model("VGG11", image_size=128, upsample=upsample) for upsample in (True, False)]
+        shapes = [[p.shape for block in blocks for p in block.parameters()] for blocks in large]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("SmallConv", 4), ("VGG8", 8), ("VGG11", 16), ("MobileNetV1", 1)])
+def test_the_smallest_image_that_fits(name: str, smallest: int) -> None:
+    with torch.device("meta"):
+        blocks = get_model(name, image_size=smallest)
+        assert _forward(blocks, torch.zeros(2, 3, smallest, smallest)).shape == (2, 10)
+    if smallest > 1:
+        with pytest.raises(ValueError, match=f"got 1 x 1 from images of {smallest - 1} x"):
+            get_model(name, image_size=smallest - 1)
+
+
 def test_reduced_rank_of_mobilenet_depends_on_the_classes() -> None:
     assert [get_model("MobileNetV1", num_classes=n)[0].reduced_rank for n in (10, 200, 201)] == [20, 20, 100]
 
