@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(options: argparse.Namespace, engine: str, processes: int, threads: int) -> dict[str, Any]:
-    """One run in processes of its own; its summary."""
+def train(
+    options: argparse.Namespace, engine: str, processes: int, threads: int, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One run in processes of its own, with `more` flags; its summary."""
     with tempfile.TemporaryDirectory() as folder:
         summary = Path(folder) / "summary.json"
         launcher = [sys.executable]
         if engine == "processes":
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         flags = ["--dataset", options.dataset, "--dataset-dir", options.dataset_dir, "--engine", engine, "--no-eval"]
-        flags += ["--max-steps", str(options.max_steps), "--kernels", options.kernels, "--plain"]
+        flags += ["--max-steps", str(options.max_steps), "--kernels", options.kernels, "--plain", *more]
         command = [*launcher, str(ROOT / "launch" / "pipeline.py"), *flags, "--summary", str(summary)]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)

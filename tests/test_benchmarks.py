@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from unlocked.kernels import cpp
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("ahead_of_time", "kernels", "predict", "single_gpu")
+SCRIPTS = ("ahead_of_time", "cpu_step", "pipeline_scaling", "plain_lls", "kernels", "predict", "single_gpu")
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -231,3 +233,39 @@ def test_the_report_of_ptxas_is_read(load: Any) -> None:
     first, second = load("ahead_of_time").parse_ptxas(log)
     assert first == {"name": "first", "registers": 44, "spills": 12, "stack": 16, "shared_bytes": 8192}
     assert second == {"name": "second", "registers": 32, "spills": 0, "stack": 0, "shared_bytes": 0}
+
+
+def test_the_plain_baseline_computes_what_the_runtime_does(load: Any) -> None:
+    """Same weights, two steps, the same losses in every layer: the baseline is slower, not different."""
+    plain = load("plain_lls").PlainLLS()
+    operations = load("cpu_operations")
+    layers = operations.build_layers("torch")
+    for block, layer in zip([*plain.blocks, plain.output], layers, strict=True):
+        ours = list(layer.block.parameters())
+        for theirs, weight in zip(block.parameters(), ours, strict=True):
+            theirs.data.copy_(weight.data)
+    images, labels = operations.batch()
+    # Adam's first step turns rounding noise in gradients of nearly zero into whole steps.
+    for tolerance in (1e-5, 1e-2):
+        expected = plain.step(images.contiguous(), labels)
+        x = images
+        for layer, loss in zip(layers, expected, strict=True):
+            x = layer.forward(x)
+            layer.totals.zero_()
+            layer.update(labels)
+            assert float(layer.totals[0]) / len(labels) == pytest.approx(float(loss), rel=tolerance)
+
+
+@pytest.mark.skipif(bool(cpp.unavailable("cpu")), reason="no C++ backend")
+def test_cpu_step_takes_a_step_apart(tmp_path: Path) -> None:
+    report = tmp_path / "cpu.json"
+    arguments = ["--only", "ladder", "operations", "--repeats", "1", "--steps", "1", "--json", str(report)]
+    result = run("cpu_step", *arguments, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    content = json.loads(report.read_text())
+    assert next(iter(content["ladder"])) == "plain autograd"
+    assert all(seconds > 0 for values in content["ladder"].values() for seconds in values)
+    rows = {(row["layer"], row["operation"]): row for row in content["operations"]["rows"]}
+    # conv2: 64 images of 16 x 16 pixels, 32 channels to 64, 3 x 3 taps, two operations a tap
+    assert rows["conv2", "convolution"]["operations"] == 2 * 64 * 256 * 32 * 64 * 9
+    assert {layer for layer, _ in rows} == {"conv1", "conv2", "conv3", "linear1", "output"}
