@@ -64,6 +64,8 @@ class RunOptions:
     timeout: float
     transport: str
     prefetch: int | None
+    threads: int | None
+    pin: bool
     image_size: int | None
 
     @property
@@ -173,6 +175,8 @@ def _add_run_flags(group: argparse._ArgumentGroup, default_engine: str) -> None:
     add("--transport", default="auto", help="between processes: auto, shared (memory) or group (Gloo, NCCL)")
     add("--image-size", type=int, default=None, help="side in pixels that --dataset folder scales its images to")
     add("--prefetch", type=int, default=None, help="micro-batches to assemble ahead on the host (0: none)")
+    add("--threads", type=int, default=None, help="intra-op threads of each process (default: torch's choice)")
+    add("--no-pin", dest="pin", action="store_false", help="let processes of one machine share its cores freely")
     add("--timeout", type=float, default=300.0, help="seconds that a stage waits for a neighbour")
 
 

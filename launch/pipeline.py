@@ -96,6 +96,8 @@ def run(options: RunOptions) -> int:
         trace=options.trace,
         timeout=options.timeout,
         prefetch=options.prefetch,
+        threads=options.threads,
+        pin=options.pin,
         transport=options.transport,
         coordinator_port=options.coordinator_port,
         best_dir=folder / "best" if folder is not None and options.save_best_model else None,

@@ -1,8 +1,5 @@
 """What an engine is given: the network, the data, the plan of the stream and the settings; and how a stage is built."""
 
-import ctypes
-import resource
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,7 @@ from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
 from unlocked.runtime.input import make_source
 from unlocked.runtime.learning_rate import LearningRate
+from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.metrics import MetricsSink, RunInfo
 from unlocked.runtime.network import Network, Rules, build_layer, measure_costs
 from unlocked.runtime.partition import check_ownership, parse_stages, partition
@@ -26,7 +24,7 @@ from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "Settings", "SinkMaker", "check_device", "peak_memory_bytes", "prepare_process"]
+__all__ = ["Engine", "Job", "Settings", "SinkMaker", "check_device", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,12 @@ class Settings:
     print_freq: int = 50
     """Training micro-batches between two readings of the sums on the device."""
     prefetch: int | None = None
-    """Micro-batches that a thread assembles ahead of stage 0 on the host; 0: none; None: a few for streamed data."""
+    """Micro-batches that a thread assembles ahead of stage 0 on the host; 0: none; None: a few for streamed data, and
+    where other stages leave cores idle."""
+    threads: int | None = None
+    """Intra-op threads of each process; None: torch's choice. Sums over threads may round otherwise."""
+    pin: bool = True
+    """Keep each of a machine's processes on cores of its own (processes engine on a CPU)."""
     snapshot_dir: Path | None = None
     resume: Snapshot | None = None
     transport: str = "auto"
@@ -78,6 +81,8 @@ class Settings:
             raise ValueError(f"print_freq is {self.print_freq}; it must be at least 1")
         if self.prefetch is not None and self.prefetch < 0:
             raise ValueError(f"prefetch is {self.prefetch}; give at least 0 micro-batches (0: none are read ahead)")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; a process needs at least 1")
         if self.timeout <= 0 or self.start_timeout <= 0:
             raise ValueError(f"timeouts must be positive, got {self.timeout} and {self.start_timeout}")
 
@@ -138,8 +143,11 @@ class Job:
             layer.block.body.compile(backend=backend, dynamic=False)
         return layer
 
-    def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
-        """Stage `index` with its layers on `device`; stage 0 gets the data as well."""
+    def stage(
+        self, index: int, layers: range, device: torch.device | None = None, *, prefetch: int | None = None
+    ) -> Stage:
+        """Stage `index` with its layers on `device`; stage 0 gets the data as well, read ahead by `prefetch` where the
+        settings leave that open."""
         prepare_process()
         device = device or self.device
         source = None
@@ -153,7 +161,7 @@ class Job:
                 seed=self.settings.seed,
                 device=device,
                 load_batch=torch_load_batch if backend is None else backend.load_batch,
-                prefetch=self.settings.prefetch,
+                prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
         return Stage(index, [self.layer(i, device) for i in layers], source)
@@ -219,28 +227,8 @@ def prepare_process() -> None:
     keep_freed_memory()
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees for the next step, instead of giving it back and faulting it in again.
-
-    Activations are a few megabytes, just what malloc maps and unmaps by default: page faults took 5 to 15 % of a
-    step. The numbers are mallopt's parameters (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) and their largest sensible values.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 1 << 30)
-        mallopt(-3, 32 << 20)
-
-
 def _warm_up_optimizers() -> None:
     """The first step of any torch optimizer imports torch's compiler, which takes seconds: that is set-up."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.SGD([parameter], lr=0.0).step()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process held: on the GPU what torch allocated, on the CPU the resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes

@@ -19,6 +19,7 @@ from unlocked.runtime.feedback_alignment import feedback_alignment_network
 from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Job, Settings, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
+from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.plan import StreamPlan
@@ -66,7 +67,9 @@ class Trainer:
             (Gloo, NCCL).
         timeout: seconds that a stage waits for a neighbour.
         prefetch: micro-batches that a thread assembles ahead of stage 0 on the host (0: none); by default a few for
-            data that is streamed and none for data that is resident. Numbers never depend on it.
+            data that is streamed and between processes on a CPU, else none. Numbers never depend on it.
+        threads: intra-op threads of each process; default: torch's choice. Equal results need equal counts.
+        pin: keep each of a machine's processes on cores of its own (`processes` on a CPU, Linux).
         coordinator_port: where rank 0's coordinator listens; 0: any free port.
         best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
         sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`), or a function that makes them, which is called
@@ -105,6 +108,8 @@ class Trainer:
         transport: str = "auto",
         timeout: float = 300.0,
         prefetch: int | None = None,
+        threads: int | None = None,
+        pin: bool = True,
         coordinator_port: int = 0,
         best_dir: str | Path | None = None,
         sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = (),
@@ -149,6 +154,8 @@ class Trainer:
             transport=transport,
             timeout=timeout,
             prefetch=prefetch,
+            threads=threads,
+            pin=pin,
             coordinator_port=coordinator_port,
             best_dir=None if best_dir is None else Path(best_dir),
             names=names or {},
@@ -186,6 +193,7 @@ class Trainer:
             RunFailed, TimeoutError: another process failed, or did not answer; carries its story.
         """
         began = time.perf_counter()
+        set_threads(self.settings.threads)
         train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch)
         test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
         job = self._job(train_set, epochs, batch_size, test_set, eval_batch_size, max_steps)

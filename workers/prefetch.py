@@ -4,6 +4,7 @@ What a micro-batch holds is decided by its item alone, and items are assembled i
 the look-ahead nor the speed of either side can change a number: they only decide who waits.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -77,6 +78,8 @@ class Prefetcher:
         self._in_use: _Slot | None = None
         self._error: BaseException | None = None
         self._closed = False
+        # A stage may be kept on cores of its own later: what reads ahead for it stays free to use those that idle.
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         self._changed = threading.Condition()
         # A daemon only for the case that `close` can't end it: a reader that never comes back must not keep the
         # process alive.
@@ -136,6 +139,8 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
+            if self._cores is not None:
+                os.sched_setaffinity(0, self._cores)
             for item in self._items:
                 slot = self._next_slot()
                 if slot is None:

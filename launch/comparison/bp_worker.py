@@ -20,7 +20,8 @@ from unlocked.launch.comparison.meter import Meter, reset_peak_memory
 from unlocked.launch.comparison.request import Form, RankAnswer, Request, load_data
 from unlocked.launch.comparison.results import Epoch, Trial
 from unlocked.launch.pipeline import make_model, optimizer_factory
-from unlocked.runtime.job import peak_memory_bytes, prepare_process
+from unlocked.runtime.job import prepare_process
+from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.network import Network, build_network
 from unlocked.runtime.plan import StreamPlan
 from unlocked.workers.actions import Item

@@ -87,8 +87,10 @@ class Meter:
 class _MeasuredJob(Job):
     meter: Meter
 
-    def stage(self, index: int, layers: range, device: torch.device | None = None) -> Stage:
-        return self.meter.watch(Job.stage(self, index, layers, device))
+    def stage(
+        self, index: int, layers: range, device: torch.device | None = None, *, prefetch: int | None = None
+    ) -> Stage:
+        return self.meter.watch(Job.stage(self, index, layers, device, prefetch=prefetch))
 
 
 class MeasuredTrainer(Trainer):

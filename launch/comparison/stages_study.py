@@ -31,7 +31,7 @@ from unlocked.launch.comparison.scaling_model import LOCAL, CostModel, Line, Lin
 from unlocked.launch.comparison.stages_page import stages_section
 from unlocked.launch.comparison.stages_results import MeasuredStages, StagesSettings, StagesStudy
 from unlocked.runtime.backpropagation import SCHEDULES
-from unlocked.runtime.job import keep_freed_memory
+from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.simulate import transfer_seconds
 from unlocked.workers.actions import Item
 

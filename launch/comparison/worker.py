@@ -14,7 +14,8 @@ from unlocked.launch.comparison.meter import MeasuredTrainer, Meter, reset_peak_
 from unlocked.launch.comparison.request import Costs, RankAnswer, RankSpan, Request, load_data
 from unlocked.launch.comparison.results import Epoch, SpanKind
 from unlocked.launch.pipeline import make_model, make_rule, optimizer_factory
-from unlocked.runtime.job import peak_memory_bytes, prepare_process
+from unlocked.runtime.job import prepare_process
+from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
 from unlocked.runtime.result import RunResult
 from unlocked.workers.actions import Action

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from unlocked.runtime.job import Job, peak_memory_bytes
+from unlocked.runtime.job import Job
 from unlocked.runtime.learning_rate import LearningRate
+from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.metrics import EpochAggregator, EpochPart, EpochResult, FanOut, StageProgress, StepResult
 from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult, weights_digest

@@ -23,7 +23,8 @@ from unlocked.runtime.engines.links import link_stages
 from unlocked.runtime.engines.local import steps_before
 from unlocked.runtime.engines.rendezvous import World, connect, exchange, meet
 from unlocked.runtime.engines.roll_call import RollCall, answer_roll_call
-from unlocked.runtime.job import Job, SinkMaker, peak_memory_bytes
+from unlocked.runtime.job import Job, SinkMaker
+from unlocked.runtime.machine import occupy_cores, own_cores, peak_memory_bytes
 from unlocked.runtime.messages import RunFailed, stage_name
 from unlocked.runtime.metrics import FanOut, MetricsSink
 from unlocked.runtime.reporter import StageReporter
@@ -41,6 +42,7 @@ from unlocked.workers.trace import Recorder, Span, write_chrome_trace
 
 __all__ = ["ProcessesEngine"]
 
+_READ_AHEAD = 2  # micro-batches of resident data that a thread assembles for stage 0
 _HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
 
 
@@ -106,7 +108,10 @@ class _Worker:
     ) -> None:
         self.job, self.client, self.device, self.index = job, client, device, world.rank
         self.num_stages = world.size
-        self.stage: Stage = job.stage(world.rank, parts[world.rank], device)
+        # On a CPU the other stages leave cores idle, if only between two of their actions.
+        read_ahead = _READ_AHEAD if world.size > 1 else None
+        self.stage: Stage = job.stage(world.rank, parts[world.rank], device, prefetch=read_ahead)
+        self.cores = own_cores(world.local_rank, world.local_size) if job.settings.pin and device.type == "cpu" else []
         if job.settings.resume is not None:
             load_layers(job.settings.resume, self.stage.layers)
         self.recorder = Recorder(keep=job.settings.trace is not None)
@@ -159,6 +164,7 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """Works through all windows; the stage's final payload."""
+        occupy_cores(self.cores)
         self.recorder.restart()
         began = time.perf_counter()
         with contextlib.closing(self.stage):

@@ -1,0 +1,63 @@
+"""What a process asks of the machine that it runs on: cores, intra-op threads, memory."""
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["keep_freed_memory", "occupy_cores", "own_cores", "peak_memory_bytes", "set_threads"]
+
+
+def own_cores(index: int, count: int, available: Iterable[int] | None = None) -> list[int]:
+    """The cores of process `index` of `count` on this machine: blocks of equal size of the `available` ones (default:
+    those that this process may use).
+
+    Blocks and not single cores, so that several runs on one large machine do not meet on the same few. Empty where
+    there are fewer cores than processes, a single process, or no way to choose (macOS).
+    """
+    if available is None:
+        available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    if count < 2:
+        return []
+    cores = sorted(available)
+    size = len(cores) // count
+    return cores[index * size : (index + 1) * size]
+
+
+def occupy_cores(cores: list[int]) -> None:
+    """Keeps the calling thread, and the intra-op threads that it starts later, on `cores`; no more threads than those.
+
+    Threads that run already (heartbeats, the coordinator, what reads ahead) stay free to use a core that idles.
+    """
+    if cores:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
+
+
+def set_threads(threads: int | None) -> None:
+    """Intra-op threads of this process; None leaves torch's choice (OMP_NUM_THREADS, else one per core)."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next step, instead of giving it back and faulting it in again.
+
+    Activations are a few megabytes, just what malloc maps and unmaps by default: page faults took 5 to 15 % of a
+    step. The numbers are mallopt's parameters (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) and their largest sensible values.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 1 << 30)
+        mallopt(-3, 32 << 20)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process held: on the GPU what torch allocated, on the CPU the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes

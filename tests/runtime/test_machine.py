@@ -1,0 +1,85 @@
+"""Cores, threads and memory: what a process asks of its machine."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlocked.models import small_conv
+from unlocked.rules import LLS
+from unlocked.runtime import Trainer
+from unlocked.runtime.machine import occupy_cores, own_cores
+
+linux = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not let a process choose")
+
+
+@given(available=st.integers(1, 70), count=st.integers(1, 9))
+def test_processes_share_the_cores_without_overlap(available: int, count: int) -> None:
+    shares = [own_cores(i, count, range(100, 100 + available)) for i in range(count)]
+    taken = [core for share in shares for core in share]
+    assert len(set(taken)) == len(taken)
+    assert set(taken) <= set(range(100, 100 + available))
+    assert len({len(share) for share in shares}) == 1
+    # A process alone, or with too few cores, is left where it is; else everyone has some and few are left over.
+    assert (available - len(taken) < count) if 1 < count <= available else not taken
+
+
+@linux
+def test_only_the_calling_thread_is_kept_on_its_cores() -> None:
+    whole = sorted(os.sched_getaffinity(0))
+    seen: list[list[int]] = []
+
+    def occupy() -> None:
+        threads = torch.get_num_threads()
+        occupy_cores(whole[:1])
+        seen.append(sorted(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads)
+
+    worker = threading.Thread(target=occupy)
+    worker.start()
+    worker.join()
+    assert seen == [whole[:1]]
+    assert sorted(os.sched_getaffinity(0)) == whole
+
+
+@linux
+def test_freed_memory_is_used_again() -> None:
+    """Counts page faults in a process of its own: 8 MiB tensors that come and go cost 2,048 of them each by default."""
+    program = """
+import resource, torch
+from unlocked.runtime.machine import keep_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        kept = [torch.ones(2 << 20) for _ in range(4)]
+        del kept
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
+faults(3)
+print(faults(10))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 500
+
+
+def test_threads_are_set_for_a_run() -> None:
+    before = torch.get_num_threads()
+    data = torch.randn(8, 1, 8, 8), torch.arange(8) % 2
+    model = small_conv(in_channels=1, num_classes=2, image_size=8)
+    try:
+        Trainer(model, rule=LLS(), optimizer=torch.optim.Adam, threads=2).fit(data, epochs=1, batch_size=4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_threads_are_refused() -> None:
+    model = small_conv(in_channels=1, num_classes=2, image_size=8)
+    with pytest.raises(ValueError, match="threads is 0; a process needs at least 1"):
+        Trainer(model, rule=LLS(), optimizer=torch.optim.Adam, threads=0)
