@@ -244,8 +244,9 @@ class _Run:
         """Without blocks and without a trace: begins and ends the windows of ticks that are timed."""
         if self.events is None or self.traced:
             return
-        timed = tick % _SAMPLE_EVERY < _SAMPLED_TICKS
-        if tick % _SAMPLED_TICKS == 0:
+        since_start = tick - self.job.start
+        timed = since_start % _SAMPLE_EVERY < _SAMPLED_TICKS
+        if since_start % _SAMPLED_TICKS == 0:
             self.events.cut()
             self._collect()
         for lane in self.lanes:

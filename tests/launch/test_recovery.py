@@ -14,10 +14,13 @@ import pytest
 import torch.distributed as dist
 from ranks import PIPELINE, free_port, ranks, torchrun
 
+from unlocked.data import load_dataset
 from unlocked.launch import evaluate
 from unlocked.launch.pipeline import main
 from unlocked.runtime.engines.rendezvous import World
 from unlocked.runtime.engines.roll_call import RollCall
+from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.schedule import stage_actions
 
 ENDLESS = [str(PIPELINE), "--num-epochs", "100000", "--plain"]
 SECONDS = 10  # in which everybody must be gone
@@ -119,7 +122,16 @@ def test_files_of_a_run_of_processes(tmp_path: Path) -> None:
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["tid"] for event in spans} == {0, 1}
     assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in spans)
-    assert {event["cat"] for event in spans if event["tid"] == 1} == {"RECV", "F", "U", "E"}
+    train, test = load_dataset("digits")
+    plan = StreamPlan(
+        epochs=10, train_size=len(train), batch_size=64, eval_size=len(test), eval_batch_size=128, max_steps=30
+    )
+    for k in (0, 1):  # one row per stage with the schedule's actions, and a busy fraction of the same times
+        mine = [event for event in spans if event["tid"] == k]
+        assert [event["name"] for event in mine] == [str(a) for a in stage_actions(k, 2, plan.items())]
+        busy = 1e-6 * sum(event["dur"] for event in mine if event["cat"] not in ("RECV", "SEND"))
+        # `train_seconds` is the slower stage's; a stage's own share is of its own time.
+        assert busy / summary["train_seconds"] <= 1.001 * summary["busy_fraction"][k] <= 1.001
     for name in ("train.log", "metrics.csv", "config.json", "model_final.pt", "best/model_best.pt"):
         assert (tmp_path / "one" / name).is_file(), name
     assert evaluate.main([str(tmp_path / "one" / "best" / "model_best.pt"), "--summary", str(tmp_path / "b.json")]) == 0
