@@ -167,12 +167,14 @@ class BpPipeline:
         self.parameters = [p for module in self.modules.values() for p in module.parameters()]
         self._make_optimizer = optimizer
         self.optimizer = optimizer(self.parameters)
+        self._mode: str | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.scores = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._schedule(source.batch_size)  # a form that the schedule refuses is refused here
 
     def train(self, item: Item) -> None:
         """One micro-batch: all chunks forward and backward by the schedule, then the optimizer's step."""
+        self._set_mode("train")
         clock = self.clock
         args, target = clock.timed("data", 0, None, self._load, item)
         losses: list[Tensor] = []
@@ -189,7 +191,7 @@ class BpPipeline:
             self.train(item)
         for stage, module in self.modules.items():
             module.load_state_dict(saved[stage])
-        self.optimizer = self._make_optimizer(self.parameters)
+        self.optimizer, self._mode = self._make_optimizer(self.parameters), None
         self.loss.zero_()
         self.clock.step = 0
 
@@ -198,6 +200,7 @@ class BpPipeline:
         """Forward without an update, of consecutive items of one kind: `statistics` re-estimates BatchNorm in train
         mode, `evaluate` adds up loss and correct answers. Every stage does all items before the next stage's turn, so
         that processes work side by side."""
+        self._set_mode("eval")
         train = items[0].kind == "statistics"
         kept: dict[int, list[Tensor]] = {}
         sends: list[tuple[dist.Work, Tensor]] = []
@@ -252,6 +255,12 @@ class BpPipeline:
         if self._order is None or self._order[0] != item.epoch:
             self._order = item.epoch, epoch_order(len(source.train), source.seed, item.epoch, self.device)
         return source.train.labels[self._order[1][item.index * source.batch_size :][: item.size]]
+
+    def _set_mode(self, mode: str) -> None:
+        """A schedule-free optimizer holds its weights at another point for training than for evaluation."""
+        if mode != self._mode:
+            self._mode = mode
+            getattr(self.optimizer, mode, lambda: None)()
 
     def _update(self) -> None:
         self.optimizer.step()

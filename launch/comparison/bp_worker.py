@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from unlocked.data import ImageDataset
 from unlocked.kernels.images import load_batch
+from unlocked.kernels.precision import float32_products
 from unlocked.launch.comparison.bp_pipeline import BpPipeline, Clock
 from unlocked.launch.comparison.meter import Meter, reset_peak_memory
 from unlocked.launch.comparison.request import Form, RankAnswer, Request, load_data
@@ -35,9 +36,9 @@ _INFER_ITEMS = 8  # that a stage infers before the next stage's turn
 def train_pipeline(request: Request) -> RankAnswer:
     """Trains as the options say; the counterpart of an engine's run."""
     with _process_group(request) as device:
-        began = time.perf_counter()
         train, test = load_data(request.data)
         reset_peak_memory()
+        began = time.perf_counter()
         prepare_process()
         assert request.form is not None
         plan = _plan(request, train, test)
@@ -152,7 +153,8 @@ def _process_group(request: Request) -> Iterator[torch.device]:
         world_size=size,
         timeout=timedelta(seconds=request.timeout),
     )
-    yield device
+    with float32_products(request.options.precision):
+        yield device
     dist.destroy_process_group()  # not after a failure: the others would be waited for
 
 

@@ -1,6 +1,7 @@
 """The comparison's command line."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class CompareOptions:
 
 _HANDED_ON = (
     *("dataset", "dataset_dir", "model", "lr", "batch_size", "test_batch_size", "weight_decay", "momentum"),
-    *("optimizer", "waveform", "temperature", "label_smoothing", "dropout", "seed", "device", "queue_depth"),
+    *("optimizer", "waveform", "temperature", "label_smoothing", "seed", "device", "precision", "queue_depth"),
 )
 
 
@@ -70,7 +71,7 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
         output=given.output,
         tensorboard=given.tensorboard,
         timeout=given.timeout,
-        command=" ".join(["python launch/compare.py", *arguments]),
+        command=shlex.join(["python", "launch/compare.py", *arguments]),
     )
     for flag, value, least in (
         ("--num-epochs", options.epochs, 0),
@@ -111,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--waveform", default="cosine")
     add("--temperature", type=float, default=0.5)
     add("--label-smoothing", type=float, default=0.0, help="of the local losses")
-    add("--dropout", type=float, default=0.0)
     add("--seed", type=int, default=0, help="the first one")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--precision", default="fp32", help="fp32, tf32 (GPU) or bf16, of all contenders that can")
     add("--queue-depth", type=int, default=4, help="of the local rules' pipelines")
     add = parser.add_argument_group("how much").add_argument
     add("--num-epochs", "--epochs", type=int, help="of an accuracy run; 0: none (digits: 5, else 10)")
@@ -126,8 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="once, and little")
     add("--timeout", type=float, default=7200.0, help="seconds for one run; what takes longer has failed")
     add = parser.add_argument_group("what is written").add_argument
-    add(
-        "--output", type=Path, default=Path("comparison"), help="folder: report.json, runs.csv, epochs.csv, report.html"
-    )
+    add("--output", type=Path, default=Path("comparison"), help="folder for report.json, report.html and two .csv")
     add("--tensorboard", type=Path, help="write TensorBoard's event files below this folder")
     return parser

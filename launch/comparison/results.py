@@ -96,6 +96,8 @@ class Settings:
     """Of the accuracy runs, one run each; empty: none."""
     processes: int
     """Of every contender that is a pipeline."""
+    precision: str = "fp32"
+    """fp32, tf32 or bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +426,8 @@ def _revive_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r}, where a {kind.__name__} belongs")
     hints = get_type_hints(kind)
-    missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    missing, unknown = required - value.keys(), value.keys() - hints.keys()
     if missing or unknown:
         raise ValueError(f"{where}: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    return kind(**{name: _revive(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: _revive(hints[name], content, f"{where}.{name}") for name, content in value.items()})

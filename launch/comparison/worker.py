@@ -61,15 +61,11 @@ def _train(request: Request) -> RankAnswer:
     options, spec = request.options, request.spec
     train, test = load_data(request.data)
     reset_peak_memory()
-    model = make_model(options, train)
-    if spec.compiled:
-        for block in model:
-            block.body.compile()
     device = torch.device(options.device)
     meter = Meter(device)
     trace = request.data.with_name(f"trace-{os.environ['MASTER_PORT']}.json") if request.timeline else None
     trainer = MeasuredTrainer(
-        model,
+        make_model(options, train),
         meter=meter,
         rule=make_rule(options),
         optimizer=optimizer_factory(options),
@@ -78,7 +74,9 @@ def _train(request: Request) -> RankAnswer:
         queue_depth=options.queue_depth,
         device=options.device,
         kernels=spec.kernels,
+        precision=options.precision,
         graphs=spec.graphs,
+        compile=spec.compiled,
         statistics_batches=options.statistics_batches,
         print_freq=options.print_freq,
         trace=trace,

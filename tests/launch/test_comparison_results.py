@@ -90,5 +90,5 @@ def test_other_formats_are_refused(text: str) -> None:
 
 
 def test_a_wrong_value_is_named_with_its_place() -> None:
-    with pytest.raises(ValueError, match=r"report: missing \['contenders', 'environment'"):
+    with pytest.raises(ValueError, match=r"report: missing \['contenders', 'environment', 'settings'\]"):
         Report.from_json('{"format": 1}')
