@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from cpu_operations import ceilings, ladder, operations
-from pipeline_scaling import ROOT, environment, measure_hops, train
+from pipeline_scaling import ROOT, environment, show_hops, train
 
 Runs = dict[str, list[float]]
 
@@ -39,7 +39,7 @@ def main() -> int:
         "engines": show_engines,
         "ladder": show_ladder,
         "operations": show_operations,
-        "hops": show_hops,
+        "hops": lambda options: show_hops(options.hop_batches),
         "memory": show_memory,
     }
     for name in options.only or tables:
@@ -126,16 +126,6 @@ def show_operations(options: argparse.Namespace) -> dict[str, Any]:
         )
     print(f"{'sum':<38}{total * 1e3:>8.3f}")
     return {"peak_operations_per_second": peak, "copy_bytes_per_second": bandwidth, "rows": rows}
-
-
-def show_hops(options: argparse.Namespace) -> dict[str, Any]:
-    hops = {transport: measure_hops(transport, options.hop_batches) for transport in ("shared", "group")}
-    print(f"{'hop (batch 64)':<22}{'KiB':>8}{'shared us':>12}{'limit us':>10}{'Gloo us':>10}")
-    for name, (size, seconds) in hops["shared"].items():
-        limit = 60 + size / 4096
-        gloo = hops["group"][name][1]
-        print(f"{name:<22}{size / 1024:>8.0f}{seconds * 1e6:>12.0f}{limit:>10.0f}{gloo * 1e6:>10.0f}")
-    return hops
 
 
 def show_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:

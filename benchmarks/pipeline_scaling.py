@@ -60,15 +60,7 @@ def main() -> int:
         {run["weights_sha256"] for name in ("sequential, 1 thread", "processes, 2 x 1 thread") for run in runs[name]}
     )
     print(f"weights of one thread and of two processes: {'equal, bit for bit' if same == 1 else 'DIFFERENT'}\n")
-    hops = {
-        transport: measure_hops(HOPS, batch_size=64, transport=transport, batches=options.hop_batches)
-        for transport in ("shared", "group")
-    }
-    print(f"{'edge (batch 64)':<22}{'KiB':>8}{'shared us':>12}{'limit us':>10}{'Gloo us':>10}")
-    for name, (size, seconds) in hops["shared"].items():
-        limit = 60 + size / 4096  # the house's budget for a hop: 60 us and 1 us per 4 KiB
-        gloo = hops["group"][name][1]
-        print(f"{name:<22}{size / 1024:>8.0f}{seconds * 1e6:>12.0f}{limit:>10.0f}{gloo * 1e6:>10.0f}")
+    hops = show_hops(options.hop_batches)
     if options.json:
         report = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
         options.json.write_text(json.dumps({**report, "runs": runs, "hops": hops}, indent=1))
@@ -85,6 +77,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hop-batches", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def show_hops(batches: int) -> dict[str, Any]:
+    """Bytes and seconds per micro-batch of each of SmallConv's edges, by shared memory and by Gloo."""
+    hops = {
+        transport: measure_hops(HOPS, batch_size=64, transport=transport, batches=batches)
+        for transport in ("shared", "group")
+    }
+    print(f"{'edge (batch 64)':<22}{'KiB':>8}{'shared us':>12}{'limit us':>10}{'Gloo us':>10}")
+    for name, (size, seconds) in hops["shared"].items():
+        limit = 60 + size / 4096  # the house's budget for a hop: 60 us and 1 us per 4 KiB
+        gloo = hops["group"][name][1]
+        print(f"{name:<22}{size / 1024:>8.0f}{seconds * 1e6:>12.0f}{limit:>10.0f}{gloo * 1e6:>10.0f}")
+    return hops
 
 
 def train(
