@@ -16,7 +16,9 @@ from unlocked.kernels import cpp
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("ahead_of_time", "cpu_step", "pipeline_scaling", "plain_lls", "kernels", "predict", "single_gpu")
+SCRIPTS = (
+    *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "predict", "single_gpu"),
+)
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 

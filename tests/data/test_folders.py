@@ -189,11 +189,12 @@ def test_several_processes_decode_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_processes_that_start_together_decode_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = write_folder(tmp_path / "train", {"a": 60})
-    write_folder(tmp_path / "test", {"a": 5})
+    """Large images, so that decoding takes longer than the second one needs to come."""
+    images = write_folder(tmp_path / "train", {"a": 40}, height=400, width=400)
+    write_folder(tmp_path / "test", {"a": 1}, height=400, width=400)
     code = (
         "import sys; from unlocked.data import load_dataset\n"
-        "print('ready', flush=True); input()\n"
+        "print('ready', flush=True); input(); print('begins', flush=True)\n"
         "print(int(load_dataset('folder', sys.argv[1])[0].images.sum()))"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -203,6 +204,7 @@ def test_processes_that_start_together_decode_once(tmp_path: Path, capsys: pytes
         assert process.stdout.readline() == "ready\n"
         process.stdin.write("go\n")
         process.stdin.flush()
+        assert process.stdout.readline() == "begins\n"
         train, _ = load_dataset("folder", tmp_path)
         theirs, errors = process.communicate(timeout=300)
     total = sum(int(image.sum()) for image in images)

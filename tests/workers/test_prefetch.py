@@ -198,3 +198,32 @@ def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None
 def test_a_negative_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="prefetch is -1; give at least 0"):
         fit(-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("into", [False, True])
+def test_a_gpu_gets_the_same_micro_batches(into: bool) -> None:
+    """Copies are in flight while the host assembles the next ones: a slot must not be written over too early."""
+    device = torch.device("cuda")
+    ahead = Prefetcher(
+        source(), PLAN.items(), depth=1, rows=PLAN.max_rows, sample_shape=(3, 16, 16), device=device, timeout=60.0
+    )
+    plain = source()
+    for item in PLAN:
+        if item.kind == "snapshot":
+            continue
+        images, labels = plain.load(item)
+        out = (torch.empty_like(images, device=device), torch.empty_like(labels, device=device)) if into else None
+        got = ahead.load(item, out)
+        assert got[0].is_cuda
+        assert torch.equal(got[0].cpu(), images)
+        assert torch.equal(got[1].cpu(), labels)
+    ahead.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_streamed_and_resident_data_train_alike_on_a_gpu() -> None:
+    figures = [fit(None, streamed, "streams", device="cuda").epochs[-1].train_loss for streamed in (None, True)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
