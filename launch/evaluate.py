@@ -59,7 +59,8 @@ def score(options: Mapping[str, Any]) -> dict[str, Any]:
         snapshot = find_snapshot(path / "snapshots" if (path / "snapshots").is_dir() else path)
     else:
         weights = load_weights(path)
-    train, test = load_dataset(told["dataset"], Path(told.get("dataset_dir", "datasets")))
+    sizes = {} if told.get("image_size") is None else {"image_size": told["image_size"]}
+    train, test = load_dataset(told["dataset"], Path(told.get("dataset_dir", "datasets")), **sizes)
     model = build_model(told["model"], told["training_mode"], train, told["dropout"])
     how = {"batch_size": told["test_batch_size"], "device": options["device"]}
     if snapshot is not None:
@@ -90,6 +91,7 @@ def _parser() -> LineParser:
     add("--training-mode", help="the run's; decides the activation function of DRTP's networks")
     add("--dataset")
     add("--dataset-dir", type=_path)
+    add("--image-size", type=int, help="side in pixels that the run scaled the images of a folder to")
     add("--test-batch-size", type=int)
     add("--device", default="cpu", help="cpu, cuda or cuda:INDEX")
     add("--summary", type=_path, help="write the figures here, as JSON")
@@ -108,7 +110,9 @@ def _config(path: Path) -> dict[str, Any]:
             continue
         try:
             settings = json.loads(file.read_text())["settings"]
-            return {key: settings[key] for key in (*_DEFAULTS, "dataset_dir") if settings.get(key) is not None}
+            return {
+                key: settings[key] for key in (*_DEFAULTS, "dataset_dir", "image_size") if settings.get(key) is not None
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not a run's config.json, or is damaged: {error}") from error
     return {}

@@ -6,6 +6,7 @@ micro-batches as at the end of its epoch, and a schedule-free optimizer's weight
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def _stage(
 
 def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Scores:
     """Runs the plan's last items: statistics and evaluation micro-batches."""
-    with float32_products(precision):
+    with float32_products(precision), closing(stage):
         for item in plan.items(start):
             x, labels = stage.load(item)
             if item.kind == "evaluate":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from dataset_files import draw, png, write_folder, write_mnist
 
+from unlocked.launch.evaluate import main as evaluate
 from unlocked.launch.pipeline import main
 
 
@@ -34,7 +35,11 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert (expected["dataset"], expected["steps"]) == ("folder", 3)
     for more in (("--prefetch", "2"), ("--engine", "streams", "--stages", "2", "--prefetch", "1")):
         assert train(tmp_path, *flags, *more)["weights_sha256"] == expected["weights_sha256"]
-    assert train(tmp_path, *flags, "--image-size", "12")["weights_sha256"] != expected["weights_sha256"]
+    scaled = train(tmp_path, *flags, "--image-size", "12", "--save-path", str(tmp_path), "--experiment-name", "scaled")
+    assert scaled["weights_sha256"] != expected["weights_sha256"]
+    scores = tmp_path / "scores.json"
+    assert evaluate([str(tmp_path / "scaled" / "model_final.pt"), "--summary", str(scores)]) == 0
+    assert json.loads(scores.read_text())["test_loss"] == pytest.approx(scaled["test_loss"])
 
 
 def test_a_mixed_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
