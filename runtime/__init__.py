@@ -6,12 +6,17 @@ Names are imported on first use, so that schedules can be built and simulated wh
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unlocked.runtime.learning_rate import ReduceLROnPlateau
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["RunResult", "Trainer"]
+__all__ = ["ReduceLROnPlateau", "RunResult", "Trainer"]
 
-_HOMES = {"Trainer": "unlocked.runtime.trainer", "RunResult": "unlocked.runtime.result"}
+_HOMES = {
+    "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
+    "RunResult": "unlocked.runtime.result",
+    "Trainer": "unlocked.runtime.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ class Trainer:
             multiprocessors) or "queues" (each has work queues of its own).
         compile: run the blocks that train through autograd (all of "BP") by torch.compile; a string names its backend.
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
-        lr_factor: epoch -> factor of the initial learning rate; or `learning_rate.ReduceLROnPlateau(...)`, which needs
+        lr_factor: epoch -> factor of the initial learning rate; or `unlocked.ReduceLROnPlateau(...)`, which needs
             the test loss: then the pipeline drains at the end of every epoch.
         statistics_batches: training micro-batches that re-estimate BatchNorm's statistics before each evaluation.
         snapshot_every, snapshot_dir: save a snapshot every so many training micro-batches, below that folder.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unlocked.data import load_dataset
     from unlocked.rules import (
+        DRTP,
         LLS,
         LLS_M,
         LayerInfo,
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
         LocalLosses,
         LocalRule,
     )
-    from unlocked.runtime import Trainer
+    from unlocked.runtime import ReduceLROnPlateau, Trainer
 
 __all__ = [
+    "DRTP",
     "LLS",
     "LLS_M",
     "LLS_M_Random",
@@ -32,13 +34,14 @@ __all__ = [
     "LayerInfo",
     "LocalLosses",
     "LocalRule",
+    "ReduceLROnPlateau",
     "Trainer",
     "__version__",
     "load_dataset",
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"Trainer": "unlocked.runtime", "load_dataset": "unlocked.data"}
+_HOMES = {"Trainer": "unlocked.runtime", "ReduceLROnPlateau": "unlocked.runtime", "load_dataset": "unlocked.data"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs of each, the last one cut, with a snapshot at the end of the first and in the second."""
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--plain", "--num-epochs", "3", "--max-steps", "30", "--batch-size", "128", "--test-batch-size", "100"]
-    flags += ["--save-path", str(folder), "--save-best-model", "--snapshot-every", "12", "--dropout", "0.1"]
+    flags += ["--save-path", str(folder), "--save-best-model", "--snapshot-every", "12"]
+    flags += ["--dropout", "0.1", "--statistics-batches", "3"]
     for mode, own in RUNS.items():
         named = ["--training-mode", mode, "--experiment-name", mode, "--summary", str(folder / f"{mode}.json")]
         assert pipeline.main([*flags, *named, *own]) == 0

@@ -13,8 +13,7 @@ import torch
 from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M
-from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.learning_rate import ReduceLROnPlateau
+from unlocked.runtime import ReduceLROnPlateau, RunResult, Trainer
 from unlocked.runtime.snapshots import snapshot_folder
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
