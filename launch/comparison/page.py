@@ -186,9 +186,10 @@ def _accuracy_section(report: Report) -> Section | None:
         key="accuracy",
         title="Accuracy",
         paragraphs=(
-            f"{s.epochs} epochs, evaluated after each; seeds {', '.join(map(str, s.seeds))}. All ways to run one rule "
-            "compute the same numbers, so only time tells them apart; BP in a pipeline cuts its batches, over which "
-            "BatchNorm then sees less.",
+            f"{s.epochs} epochs, evaluated after each; seeds {', '.join(map(str, s.seeds))}. All ways to run a local "
+            "rule compute the same numbers (with other numbers of threads up to rounding), so only time tells them "
+            "apart; BP in a pipeline cuts its batches, and BatchNorm sees one chunk at a time. Drawn are each rule's "
+            "first contender, its fastest, and its fastest pipeline; the table has all.",
         ),
         pictures=(picture,),
         tables=(
@@ -241,8 +242,9 @@ def _timeline_section(report: Report) -> Section | None:
         title="The pipelines' measured timelines",
         paragraphs=(
             "The same length of time from the middle of a measured run each. Numbers are micro-batches; 12.3 is the "
-            "fourth chunk of micro-batch 12. Local learning hands its output on and goes on; backpropagation waits for "
-            "gradients, and drains before every update.",
+            "fourth chunk of micro-batch 12. A stage of local learning updates all its layers but the last within its "
+            "forward action; it hands its output on and goes on. Backpropagation waits for gradients and drains before "
+            "every update.",
         ),
         pictures=(picture,),
     )

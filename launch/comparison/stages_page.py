@@ -50,6 +50,8 @@ def stages_chart(study: "StagesStudy") -> Picture:
     """Images per second against stages, both logarithmic; measured points upon the predictions."""
     s = study.settings
 
+    from matplotlib.ticker import LogLocator
+
     def plot(figure: "Figure", narrow: bool) -> None:
         axes = figure.subplots()
         for schedule in study.schedules:
@@ -87,6 +89,7 @@ def stages_chart(study: "StagesStudy") -> Picture:
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.minorticks_off()
         counts = [p.stages for p in study.of(LOCAL)]
         shown = counts[:: 2 if narrow and len(counts) > 6 else 1]

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from unlocked.launch.comparison.chain_worker import train_chain
 from unlocked.launch.comparison.hops import measure_hops
 from unlocked.launch.comparison.memory_study import ChainSettings, build_chain, chain
 from unlocked.launch.comparison.page import Headline, render, require_plotting
@@ -33,7 +34,6 @@ from unlocked.launch.comparison.stages_results import MeasuredStages, StagesSett
 from unlocked.runtime.backpropagation import SCHEDULES
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.simulate import transfer_seconds
-from unlocked.workers.actions import Item
 
 __all__ = ["StagesStudy", "fit_cost_model", "main", "measure_stages", "run_predictions", "write_stages_study"]
 
@@ -84,11 +84,12 @@ def fit_cost_model(settings: StagesSettings) -> CostModel:
     k = settings.blocks_per_stage
     depths = [k, 2 * k, 4 * k]
     steps = [_StepTimer(settings, depth) for depth in depths]
-    for _ in range(
-        settings.repeats + 1
-    ):  # in turns, so that a machine that drifts favours no depth; the first warms up
+    whole = _BackpropagationTimer(settings, 4 * k)
+    for _ in range(settings.repeats + 1):  # in turns, for a machine that drifts; the first round warms up
         for timer in steps:
-            timer.run(settings.step_repeats)
+            timer.run(2 * settings.step_repeats)
+        whole.run(settings.step_repeats)
+    steps[-1].block_times()  # to warm up
     forward, update = (statistics.median(part) for part in zip(*steps[-1].block_times(), strict=True))
     hops = measure_hops(
         {str(width): (width,) for width in _HOP_WIDTHS},
@@ -102,7 +103,7 @@ def fit_cost_model(settings: StagesSettings) -> CostModel:
         forward_share=forward / (forward + update),
         output=steps[-1].output_seconds(),
         hop=Line.fit([float(size) for size in sizes], list(seconds)),
-        backpropagation=_backpropagation_costs(settings, 4 * k),
+        backpropagation=whole.per_block(),
     )
 
 
@@ -234,26 +235,22 @@ def _link(settings: StagesSettings, model: CostModel) -> Link:
 
 
 class _StepTimer:
-    """The local step of one chain in this process."""
+    """The local step of one chain in this process: with the loop, as a whole, and block by block."""
 
     def __init__(self, settings: StagesSettings, depth: int) -> None:
+        self._settings, self._depth = settings, depth
         self._stage, self._x, self._labels = build_chain(settings.rule, depth, settings.chain, torch.device("cpu"))
-        self._item = Item(0, "train", 0, 0, settings.chain.batch_size, False)
-        self._rounds: list[list[float]] = []
+        self._rounds: list[float] = []
 
-    def run(self, repeats: int) -> None:
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            self._stage.forward(self._item, self._x.clone(), self._labels)  # as the loop's batch is a new tensor
-            self._stage.update(self._item)
-            times.append(time.perf_counter() - began)
-        self._rounds.append(times)
+    def run(self, steps: int) -> None:
+        s = self._settings
+        result = train_chain(blocks=self._depth, stages=1, steps=steps, rule=s.rule, settings=s.chain)
+        self._rounds.append(result.train_seconds / steps)
 
     @property
     def median(self) -> float:
-        """Of all rounds but the first."""
-        return statistics.median(time for times in self._rounds[1:] for time in times)
+        """Seconds of a step, of all rounds but the first."""
+        return statistics.median(self._rounds[1:])
 
     def block_times(self) -> list[tuple[float, float]]:
         """(forward, update) of every block, one step each."""
@@ -277,28 +274,39 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return result, time.perf_counter() - began
 
 
-def _backpropagation_costs(settings: StagesSettings, depth: int) -> dict[str, float]:
-    """Seconds per block. W is what a whole backward takes beyond B: splitting is granted to be free."""
-    s = settings.chain
-    body = torch.nn.Sequential(*chain(depth, s)[:-2]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    blocks = len(body)
-    shape = (s.batch_size, s.channels, s.image_size, s.image_size)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weights = list(body.parameters())
-    optimizer = torch.optim.Adam(weights, lr=0.01, fused=True)
-    gradient = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    rows = []
-    for _ in range(settings.step_repeats):
-        out, forward = _timed(body, x)
-        _, inputs = _timed(lambda out=out: torch.autograd.grad(out, x, gradient))
-        out = body(x)
-        grads, whole = _timed(lambda out=out: torch.autograd.grad(out, [x, *weights], gradient))
-        for weight, grad in zip(weights, grads[1:], strict=True):
+class _BackpropagationTimer:
+    """The parts of backpropagation's step through a chain of blocks, in this process."""
+
+    def __init__(self, settings: StagesSettings, depth: int) -> None:
+        s = settings.chain
+        blocks = chain(depth, s)[:-2]  # equal ones: neither the last, which pools, nor the output layer
+        self._body = torch.nn.Sequential(*blocks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shape = (s.batch_size, s.channels, s.image_size, s.image_size)
+        self._x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+        self._gradient = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        self._weights = list(self._body.parameters())
+        self._optimizer = torch.optim.Adam(self._weights, lr=0.01, fused=True)
+        self._rounds: list[list[tuple[float, ...]]] = []
+
+    def run(self, steps: int) -> None:
+        self._rounds.append([self._step() for _ in range(steps)])
+
+    def _step(self) -> tuple[float, ...]:
+        """Seconds of F, B, W and U. W is what a whole backward pass takes beyond B: cutting it is taken to be free."""
+        out, forward = _timed(self._body, self._x)
+        _, inputs = _timed(lambda: torch.autograd.grad(out, self._x, self._gradient))
+        again = self._body(self._x)
+        grads, whole = _timed(lambda: torch.autograd.grad(again, [self._x, *self._weights], self._gradient))
+        for weight, grad in zip(self._weights, grads[1:], strict=True):
             weight.grad = grad
-        _, update = _timed(optimizer.step)
-        rows.append((forward, inputs, max(whole - inputs, 0.0), update))
-    medians = [statistics.median(column) / blocks for column in zip(*rows[1:], strict=True)]
-    return dict(zip(("F", "B", "W", "U"), medians, strict=True))
+        _, update = _timed(self._optimizer.step)
+        return forward, inputs, max(whole - inputs, 0.0), update
+
+    def per_block(self) -> dict[str, float]:
+        """Medians of all rounds but the first."""
+        columns = zip(*(step for steps in self._rounds[1:] for step in steps), strict=True)
+        medians = [statistics.median(column) / len(self._body) for column in columns]
+        return dict(zip(("F", "B", "W", "U"), medians, strict=True))
 
 
 def _train(settings: StagesSettings, model: CostModel, count: int) -> float:
