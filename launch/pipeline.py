@@ -263,6 +263,15 @@ def _write_results(options: RunOptions, result: Any, folder: Path | None) -> Non
         print(f"test accuracy {result.test_acc1:.2f} % after {len(result.epochs)} epochs", flush=True)
     rate = result.images_per_second
     print(f"{result.steps} micro-batches in {result.train_seconds:.1f} s, {rate:.0f} images/s", flush=True)
+    if result.predicted_stage_seconds:
+        print(_stage_times(result), flush=True)
+
+
+def _stage_times(result: Any) -> str:
+    """One line: how long each stage's part of a training step was expected to take, and took."""
+    pairs = zip(result.predicted_stage_seconds, result.measured_stage_seconds, strict=True)
+    times = " | ".join(f"{1e3 * predicted:.2f} -> {1e3 * measured:.2f}" for predicted, measured in pairs)
+    return f"ms per step and stage, predicted -> measured: {times}"
 
 
 def _snapshots_of(path: Path | None) -> Path | None:

@@ -36,7 +36,10 @@ class RunResult:
     stopped_by: int | None = None
     """The signal number of an orderly stop, or None."""
     predicted_stage_seconds: list[float] = field(default_factory=list)
+    """Of a training micro-batch, from timing each layer alone before the stages were cut; empty for one stage."""
     measured_stage_seconds: list[float] = field(default_factory=list)
+    """Of a training micro-batch, on average: forward and update, without waiting for neighbours; empty where only the
+    device knows (`streams`)."""
 
     @property
     def is_complete(self) -> bool:
@@ -52,6 +55,8 @@ class RunResult:
             "test_acc1": self.test_acc1,
             "test_loss": self.test_loss,
             "weights_sha256": self.weights_sha256,
+            "predicted_stage_seconds": self.predicted_stage_seconds,
+            "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,
         }
 

@@ -17,7 +17,8 @@ from unlocked.kernels import cpp
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "predict", "single_gpu"),
+    *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
+    "single_gpu",
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -271,3 +272,56 @@ def test_cpu_step_takes_a_step_apart(tmp_path: Path) -> None:
     # conv2: 64 images of 16 x 16 pixels, 32 channels to 64, 3 x 3 taps, two operations a tap
     assert rows["conv2", "convolution"]["operations"] == 2 * 64 * 256 * 32 * 64 * 9
     assert {layer for layer, _ in rows} == {"conv1", "conv2", "conv3", "linear1", "output"}
+
+
+def test_models_count_multiply_adds_as_torch_does(load: Any) -> None:
+    """Forward against torch's own counter; a local step once more for the weights, and inside a layer for its input."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from unlocked.models import get_model
+    from unlocked.runtime.network import build_network
+
+    models = load("models")
+    network = build_network(get_model("MobileNetV1_small"), input_shape=(3, 32, 32), num_classes=10, seed=0)
+    counts = models.multiply_adds(network)
+    x = torch.zeros(2, 3, 32, 32)
+    for block, info, (forward, step) in zip(network.blocks, network.infos, counts, strict=True):
+        block.eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = block(x)
+        assert forward == counter.get_total_flops() // 2 // len(x)
+        weights = [m.weight for m in block.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+        pointwise = weights[1].numel() * info.activation_shape[1] ** 2 if len(weights) == 2 else 0
+        head = 0 if block.is_output else 2 * 10 * info.num_latents
+        assert step == 2 * forward + pointwise + head
+
+
+def test_models_prints_costs_and_losses(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = load("models")
+    threads = torch.get_num_threads()
+    small = ["--models", "SmallConv", "--image-size", "8", "--batch-size", "4", "--repeats", "1"]
+    assert models.main(["cost", *small, "--json", str(tmp_path / "cost.json")]) == 0
+    (row,) = json.loads((tmp_path / "cost.json").read_text())["models"]
+    assert row["parameters"] == 362_506
+    assert sum(layer[4] for layer in row["layers"]) == pytest.approx(row["seconds"])
+    assert set(row["stages"]) == {"2", "4"}  # five layers make no eight stages
+    assert 0.25 <= row["stages"]["4"]["largest_share"] <= 1
+    assert models.main(["losses", "--model", "SmallConv", "--dataset", "digits", "--max-steps", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "| SmallConv | 5 |" in printed
+    assert "SmallConv, 10 steps of 64: every layer's loss falls" in printed or "NOT every" in printed
+    torch.set_num_threads(threads)
+
+
+def test_a_loss_curve_takes_means_apart(load: Any) -> None:
+    from unlocked.runtime.metrics import StageProgress
+
+    models = load("models")
+    curve = models.LossCurve(20)
+    common = {"stage": 0, "position": 0, "epoch": 0, "busy_seconds": 0.0, "wait_seconds": 0.0, "seconds": 0.0}
+    for images, mean in [(10, ()), (20, (("a", 3.0),)), (33, (("a", 3.0),)), (60, (("a", 2.0),))]:
+        curve.on_progress(StageProgress(images=images, local_losses=mean, **common))
+    assert curve.intervals() == [
+        {"from": 0, "to": 20, "losses": {"a": 3.0}},
+        {"from": 20, "to": 60, "losses": {"a": 1.5}},
+    ]

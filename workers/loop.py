@@ -85,7 +85,7 @@ class StageLoop:
             raise StageError(
                 rank=self.rank, stage=self.stage.index, layers=layers, action=where, cause=error
             ) from error
-        self.recorder.add(action, start, time.perf_counter())
+        self.recorder.add(action, start, time.perf_counter(), trains=item.kind == "train")
 
     def _finish(self, item: Item) -> None:
         if self.inbox is not None and self._held is not None:

@@ -31,25 +31,36 @@ class Recorder:
     keep: bool = False
     busy: float = 0.0
     waiting: float = 0.0
+    training: float = 0.0
+    """The busy seconds of training micro-batches alone: what a partition predicts."""
+    train_steps: int = 0
     started: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
 
     def restart(self) -> None:
         """Training begins now: whatever came before was set-up."""
-        self.busy = self.waiting = 0.0
+        self.busy = self.waiting = self.training = 0.0
+        self.train_steps = 0
         self.started = time.perf_counter()
         self.spans.clear()
 
-    def add(self, action: Action, start: float, end: float) -> None:
-        """An action that lasted from `start` to `end` seconds of time.perf_counter."""
+    def add(self, action: Action, start: float, end: float, *, trains: bool = False) -> None:
+        """An action that lasted from `start` to `end` seconds of time.perf_counter; `trains`: for a training item."""
         if action.kind in _BUSY:
             self.busy += end - start
+            if trains:
+                self.training += end - start
+                self.train_steps += action.kind is ActionKind.U
         else:
             self.waiting += end - start
         if self.keep:
             us = 1e6
             self.spans.append(Span(action.stage, str(action), (start + self._offset) * us, (end + self._offset) * us))
+
+    def seconds_per_step(self) -> float:
+        """Busy seconds of a training micro-batch, on average; 0 where none was timed."""
+        return self.training / self.train_steps if self.train_steps else 0.0
 
     def add_span(self, action: Action, start_us: float, end_us: float) -> None:
         """An action by the machine's clock, for the trace alone."""

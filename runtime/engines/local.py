@@ -84,6 +84,7 @@ def finish_result(
     setup_seconds: float,
     busy_fraction: list[float],
     stopped_by: int | None,
+    step_seconds: Sequence[float] = (),
 ) -> RunResult:
     """Collects weights and figures of stages in this process."""
     for stage in stages:
@@ -108,4 +109,5 @@ def finish_result(
         peak_memory_bytes=[peak_memory_bytes(job.device)] * len(stages),
         busy_fraction=busy_fraction,
         stopped_by=stopped_by,
+        measured_stage_seconds=list(step_seconds),
     )

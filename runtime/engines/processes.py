@@ -185,8 +185,7 @@ class _Worker:
             "images": self.reporter.images,
             "position": self.position,
             "busy": self.recorder.busy / max(seconds, 1e-9),
-            "busy_seconds": self.recorder.busy,
-            "items": self.position - self.job.start,
+            "step_seconds": self.recorder.seconds_per_step(),
             "peak_memory": peak_memory_bytes(self.device),
             "spans": [(span.label, span.start_us, span.end_us) for span in self.recorder.spans],
         }
@@ -286,7 +285,7 @@ class _Hub:
             busy_fraction=[payload["busy"] for payload in stages],
             stopped_by=client.stopped.signal if client.stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
-            measured_stage_seconds=[payload["busy_seconds"] / max(payload["items"], 1) for payload in stages],
+            measured_stage_seconds=[payload["step_seconds"] for payload in stages],
         )
 
     def _complete_snapshot(self, position: int) -> None:

@@ -95,4 +95,5 @@ class SequentialEngine:
             setup_seconds=setup,
             busy_fraction=[recorder.busy / max(seconds, 1e-9)],
             stopped_by=signals.received,
+            step_seconds=[recorder.seconds_per_step()],
         )

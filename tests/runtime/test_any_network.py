@@ -1,7 +1,9 @@
 """Networks that nobody foresaw: the plain loop and a stage per layer give the same bits, and the layers learn."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,3 +213,16 @@ def test_a_rule_that_does_not_fit_is_named_before_training() -> None:
     five = [Block("deep", nn.Unflatten(1, (1, 3))), Block("output", nn.Sequential(nn.Flatten(), nn.Linear(768, 10)))]
     with pytest.raises(ValueError, match=r"rule LLS does not fit layer deep with activations \(1, 3, 16, 16\)"):
         _fit(lambda: five, _images(), "sequential")
+
+
+def test_the_measured_step_is_that_of_the_trace(tmp_path: Path) -> None:
+    """Evaluation and statistics pass through the same stages, but are no part of what the stages were cut by."""
+    trace = tmp_path / "trace.json"
+    tokens, labels = _tokens()
+    result = _fit(_transformer, (tokens, labels), "sequential", trace=trace)
+    (measured,) = result.measured_stage_seconds
+    events = {e["name"]: e["dur"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"}
+    updates = [name for name in events if "U" in name]
+    assert len(updates) == result.steps == 10
+    expected = sum(events[name] + events[name.replace("U", "F")] for name in updates) / len(updates)
+    assert measured == pytest.approx(expected / 1e6, rel=1e-3)
