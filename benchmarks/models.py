@@ -36,7 +36,8 @@ CPU = torch.device("cpu")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
-    report = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
+    kept = {k: v for k, v in vars(options).items() if k not in ("json", "dataset_dir")}
+    report: dict[str, Any] = {"environment": environment(), "options": kept}
     print(f"{environment()}, one thread\n")
     if options.what == "cost":
         report["models"] = [cost(name, options) for name in options.models]
