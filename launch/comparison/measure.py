@@ -31,7 +31,7 @@ from unlocked.launch.pipeline import make_model, make_rule, optimizer_factory
 __all__ = ["make_run", "measure"]
 
 _TIMELINE_STEPS = 40
-_MANY = 1_000_000  # epochs: `max_steps` ends the run
+_MANY = 10_000  # epochs: `max_steps` ends the run
 
 
 def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:

@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
     flags = [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in _HANDED_ON]
     options = CompareOptions(
         training=parse_run([*flags, "--plain", "--print-freq=1000000"], default_engine="sequential"),
-        epochs=_first(given.num_epochs, 3 if few else 5 if digits else 10),
+        epochs=_first(given.num_epochs, 3 if few else 4 if digits else 10),
         speed_steps=_first(given.max_steps, 30 if few else 46 if digits else 200),
         trial_steps=5 if few else 10 if digits else 20,
         repeats=_first(given.repeats, 1 if few else 3),
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="fp32", help="fp32, tf32 (GPU) or bf16, of all contenders that can")
     add("--queue-depth", type=int, default=4, help="of the local rules' pipelines")
     add = parser.add_argument_group("how much").add_argument
-    add("--num-epochs", "--epochs", type=int, help="of an accuracy run; 0: none (digits: 5, else 10)")
+    add("--num-epochs", "--epochs", type=int, help="of an accuracy run; 0: none (digits: 4, else 10)")
     add("--max-steps", type=int, help="training micro-batches of a speed run (digits: 46, else 200)")
     add("--repeats", type=int, help="speed runs of every contender (3)")
     add("--seeds", type=int, help="accuracy runs of every contender (digits: 3, else 1)")
