@@ -201,8 +201,8 @@ class _Run:
         if block is None or tick % block.alignment:
             return 0
         first, last = tick - len(self.lanes) + 1, tick + block.ticks - 1
-        if first < self._first or last >= self._end:
-            return 0
+        if first <= self._first or last >= self._end:
+            return 0  # every stage's first micro-batch here is issued by itself: its learning rate is set before it
         a, b = self.plan[first], self.plan[last]
         uniform = a.kind == b.kind == "train" and a.epoch == b.epoch and a.index > 0 and not b.last
         return block.ticks if uniform and b.index - a.index == last - first and b.size == self.plan.batch_size else 0

@@ -107,6 +107,23 @@ def test_a_resume_in_the_middle_of_an_epoch_keeps_its_sums(tmp_path: Path, repla
     assert figures(got)[-1] == figures(whole)[-1]
 
 
+@pytest.mark.parametrize(("stages", "depth", "ticks"), [(1, 4, 4), (2, 1, 3), (5, 2, 2)])
+def test_a_resume_with_another_learning_rate_begins_with_it(
+    stages: int, depth: int, ticks: int, replays: list[int], tmp_path: Path
+) -> None:
+    """In the middle of an epoch, where a block could begin with the last stage's first micro-batch."""
+    plan = {"batch_size": 4, "epochs": 1}  # 25 micro-batches
+    options: dict[str, Any] = {"snapshot_every": 11, "snapshot_dir": tmp_path / "whole"}
+    fit(trainer(**options), **plan, max_steps=11)
+    changed = {**options, "resume": tmp_path / "whole" / "step-00000011", "lr_factor": lambda epoch: 0.1}
+    expected = fit(trainer(**{**changed, "snapshot_dir": tmp_path / "plain"}), **plan)
+    blocks_of = {"stages": stages, "queue_depth": depth, "graph_ticks": ticks, "snapshot_dir": tmp_path / "streams"}
+    got = fit(trainer("streams", **{**changed, **blocks_of}), **plan)
+    assert replays
+    assert got.weights_sha256 == expected.weights_sha256
+    assert figures(got) == figures(expected)
+
+
 def test_a_failure_inside_a_block_names_the_real_micro_batch(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
