@@ -43,7 +43,9 @@ def fused_step(backend: ModuleType) -> StepFactory:
 
     def build(layer: Layer) -> Step:
         body = _body(layer)
-        closed_form = body is not None and layer.rule.head_arguments() is not None
+        # A gradient for every parameter of the block is what the closed form gives: autograd knows of frozen ones.
+        frozen = not all(p.requires_grad for p in layer.block.parameters())
+        closed_form = body is not None and not frozen and layer.rule.head_arguments() is not None
         layer.optimizer = _fuse_optimizer(layer, backend, closed_form=closed_form)
         if body is not None and closed_form:
             return FusedStep(layer, backend, body)
@@ -374,6 +376,9 @@ def _fuse_optimizer(layer: Layer, backend: ModuleType, *, closed_form: bool) -> 
     optimizer = layer.optimizer
     if optimizer is None:
         return None
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    if closed_form and list(map(id, owned)) != list(map(id, layer.parameters)):
+        return optimizer  # of some of them, or in another order: gradients are given by place
     if backend.__name__ == "unlocked.kernels.cpp":
         native = importlib.import_module("unlocked.kernels.cpp.optim").from_torch(optimizer) if closed_form else None
         return native or optimizer

@@ -103,7 +103,7 @@ class NativeOptimizer:
             beta2,
             group["eps"],
             group["weight_decay"],
-            int(isinstance(self.library, torch.optim.AdamW)),
+            int(isinstance(self.library, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))),
             torch.get_num_threads(),
         )
 

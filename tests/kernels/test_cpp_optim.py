@@ -22,6 +22,7 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 LIBRARY = {
     "adam": partial(torch.optim.Adam, lr=0.01),
     "adam-decay": partial(torch.optim.Adam, lr=0.01, betas=(0.0, 0.95), weight_decay=0.1, eps=1e-3),
+    "adam-decoupled": partial(torch.optim.Adam, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True),
     "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5),
     "sgd": partial(torch.optim.SGD, lr=0.1, weight_decay=0.1),
     "sgd-momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -1,24 +1,35 @@
 """The closed form of every kind of block, at sizes of all kinds, against autograd."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from unlocked.kernels import reference
 from unlocked.kernels.dispatch import get_backend
 from unlocked.models import Block, ConvBlock, DepthwiseBlock, LinearBlock, initialise
 from unlocked.rules import LLS, LayerInfo, LLS_MxM, LocalLosses
 from unlocked.workers.fused import FusedStep, fused_step
-from unlocked.workers.layer import Layer
+from unlocked.workers.layer import Layer, OptimizerFactory
 
 CPU = torch.device("cpu")
+SGD = partial(torch.optim.SGD, lr=0.5)
 RULES = {"LLS": LLS(), "LLS_MxM": LLS_MxM(label_smoothing=0.1), "LocalLosses": LocalLosses(temperature=2.0)}
 
 
-def _layer(block: Block, rule: str, shape: tuple[int, ...], latent_size: int, backend: object) -> Layer:
+def _layer(
+    block: Block,
+    rule: str,
+    shape: tuple[int, ...],
+    latent_size: int,
+    backend: object,
+    optimizer: OptimizerFactory = SGD,
+) -> Layer:
     initialise(block, seed=0, layer=0)
     info = LayerInfo(
         name="layer",
@@ -31,7 +42,7 @@ def _layer(block: Block, rule: str, shape: tuple[int, ...], latent_size: int, ba
         seed=0,
     )
     step = None if backend is None else fused_step(backend)  # type: ignore[arg-type]
-    return Layer(block, RULES[rule](info), info, partial(torch.optim.SGD, lr=0.5), device=CPU, step=step)
+    return Layer(block, RULES[rule](info), info, optimizer, device=CPU, step=step)
 
 
 def _compare(make: object, rule: str, x: torch.Tensor, latent_size: int, backend: object) -> None:
@@ -87,3 +98,60 @@ def test_this_machines_kernels_too(size: int, latent_size: int, pool: str) -> No
     for kind in (ConvBlock, DepthwiseBlock):
         make = partial(kind, 16, 32, pool=pool, latent_size=latent_size)  # type: ignore[arg-type]
         _compare(make, "LLS", x, latent_size, get_backend("auto", CPU))
+
+
+class _ByHand(torch.optim.SGD):
+    """What a library makes of the gradients, whichever way it holds them: no kernel takes a subclass over."""
+
+
+def _without_biases(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in params if p.dim() > 1]
+
+
+def _backwards(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return params[::-1]
+
+
+@pytest.mark.parametrize("choose", [_without_biases, _backwards])
+@pytest.mark.parametrize("rule", ["LLS", "LLS_MxM"])
+def test_an_optimizer_of_some_parameters_or_in_another_order(choose: Callable[..., Any], rule: str) -> None:
+    """Weight and bias of a BatchNorm have one shape: gradients by place would go to the wrong ones unseen."""
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(4) % 5
+    layers = []
+    for kind in (torch.optim.SGD, _ByHand):
+        layer = _layer(
+            ConvBlock(3, 6, pool="max", latent_size=2),
+            rule,
+            (6, 8, 8),
+            2,
+            get_backend("auto", CPU),
+            lambda params, kind=kind: kind(choose(params), lr=0.5),  # type: ignore[misc]
+        )
+        assert isinstance(layer.step, FusedStep)
+        for _ in range(2):
+            layer.forward(x)
+            layer.update(labels)
+        layers.append(layer)
+    for (name, a), (_, b) in zip(layers[0].tensors(), layers[1].tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+
+
+FREEZABLE = ["conv.weight", "norm.weight", "norm.bias"]
+
+
+@pytest.mark.parametrize("frozen", FREEZABLE)
+def test_frozen_parameters_stay_and_the_others_train(frozen: str) -> None:
+    x, labels = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), torch.arange(4) % 5
+    found = []
+    for backend in (get_backend("auto", CPU), None):
+        block = ConvBlock(3, 6, pool="max", latent_size=2)
+        block.get_parameter(frozen).requires_grad_(False)
+        layer = _layer(block, "LLS", (6, 8, 8), 2, backend)
+        before = {name: block.get_parameter(name).detach().clone() for name in FREEZABLE}
+        layer.forward(x)
+        layer.update(labels)
+        assert [name for name in FREEZABLE if torch.equal(block.get_parameter(name), before[name])] == [frozen]
+        found.append(dict(block.state_dict()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)
