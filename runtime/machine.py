@@ -1,10 +1,11 @@
 """What a process asks of the machine that it runs on: cores, intra-op threads, memory."""
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -27,14 +28,24 @@ def own_cores(index: int, count: int, available: Iterable[int] | None = None) ->
     return cores[index * size : (index + 1) * size]
 
 
-def occupy_cores(cores: list[int]) -> None:
-    """Keeps the calling thread, and the intra-op threads that it starts later, on `cores`; no more threads than those.
+@contextlib.contextmanager
+def occupy_cores(cores: list[int]) -> Iterator[None]:
+    """Keeps the calling thread, and the intra-op threads that it starts inside, on `cores`; no more threads than those.
+    What comes after, a further run for one, has the cores and threads of before.
 
     Threads that run already (heartbeats, the coordinator, what reads ahead) stay free to use a core that idles.
     """
-    if cores:
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
+    if not cores:
+        yield
+        return
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(min(threads, len(cores)))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
 
 
 def set_threads(threads: int | None) -> None:

@@ -82,7 +82,8 @@ class ProcessesEngine:
             if hub is not None:
                 roll_call.release()
             setup = time.perf_counter() - began
-            payload = worker.run()
+            with occupy_cores(worker.cores):
+                payload = worker.run()
             payload["setup_seconds"] = setup
             client.finish(payload)
         result = hub.collect(parts, plan["costs"], client) if hub else _own_result(job, names, worker, payload)
@@ -164,7 +165,6 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """Works through all windows; the stage's final payload."""
-        occupy_cores(self.cores)
         self.recorder.restart()
         began = time.perf_counter()
         with contextlib.closing(self.stage):

@@ -1,5 +1,6 @@
 """Cores, threads and memory: what a process asks of its machine."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -35,16 +36,30 @@ def test_only_the_calling_thread_is_kept_on_its_cores() -> None:
     seen: list[list[int]] = []
 
     def occupy() -> None:
-        threads = torch.get_num_threads()
-        occupy_cores(whole[:1])
+        with occupy_cores(whole[:1]):
+            seen.append(sorted(os.sched_getaffinity(0)))
         seen.append(sorted(os.sched_getaffinity(0)))
-        torch.set_num_threads(threads)
 
     worker = threading.Thread(target=occupy)
     worker.start()
     worker.join()
-    assert seen == [whole[:1]]
+    assert seen == [whole[:1], whole]
     assert sorted(os.sched_getaffinity(0)) == whole
+
+
+@linux
+def test_a_run_gives_its_cores_and_threads_back() -> None:
+    """Also one that fails: else every further run in the process would divide what the one before had left."""
+    whole, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with contextlib.suppress(RuntimeError), occupy_cores(whole[:1]):
+            assert torch.get_num_threads() == 1
+            raise RuntimeError
+        assert torch.get_num_threads() == 3
+        assert sorted(os.sched_getaffinity(0)) == whole
+    finally:
+        torch.set_num_threads(threads)
 
 
 @linux
