@@ -85,8 +85,12 @@ def layer_file_name(index: int, name: str) -> str:
 
 
 def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
-    """Writes each layer's file; a reader never sees a half-written one."""
+    """Writes each layer's file; a reader never sees a half-written one.
+
+    A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MANIFEST).unlink(missing_ok=True)
     for layer in layers:
         with _replacing(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
             state = layer.state_dict()

@@ -16,6 +16,8 @@ from unlocked.models import small_conv
 from unlocked.rules import LLS_M_Random
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.snapshots import find_snapshot, snapshot_folder, state_digest, write_manifest
+from unlocked.workers.errors import StageError
+from unlocked.workers.layer import Layer
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -103,6 +105,23 @@ def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
     assert (found.steps, found.position, found.folder.name) == (6, 7, "step-00000006")
     assert find_snapshot(snapshot_folder(tmp_path, 3)).steps == 3
     assert [path.name for path in found.folder.iterdir()] == ["manifest.json"]  # no temporary file is left
+
+
+def test_a_run_that_was_cut_does_not_leave_a_mixture_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run writes to the same folder with another learning rate, and ends between two layers of a snapshot."""
+    _fit(snapshot_every=5, snapshot_dir=tmp_path)
+    assert find_snapshot(tmp_path).steps == 10
+    original = Layer.state_dict
+
+    def state_dict(self: Layer) -> dict[str, Any]:
+        if self.name == "conv2" and self.clock >= 10:
+            raise OSError("no space left")
+        return original(self)
+
+    monkeypatch.setattr(Layer, "state_dict", state_dict)
+    with pytest.raises(StageError, match="no space left"):
+        _fit(optimizer=partial(torch.optim.Adam, lr=1e-3), snapshot_every=5, snapshot_dir=tmp_path)
+    assert find_snapshot(tmp_path).steps == 5
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"position": 3}', '{"position": "x", "steps": 1, "settings": {}}'])
