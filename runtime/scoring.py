@@ -70,10 +70,11 @@ def score_weights(
     """
     network = _network(model, test)
     _fill(network, _without_rules(network, weights))
+    rows = min(batch_size, len(test))  # of the training micro-batch that a plan must begin with, which is left out
     plan = StreamPlan(
         epochs=1,
-        train_size=len(test),
-        batch_size=len(test),
+        train_size=rows,
+        batch_size=rows,
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=0,
