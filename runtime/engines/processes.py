@@ -75,9 +75,16 @@ class ProcessesEngine:
         client.open()
         # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker died:
         # this worker must live to say why.
-        with StopSignals(client.request_stop), _telling(client, world, names[world.rank]):
+        # A failure is told before the data is closed: a loader that hangs keeps that waiting, and the neighbours would
+        # have their time out meanwhile, and be blamed.
+        with (
+            StopSignals(client.request_stop),
+            contextlib.ExitStack() as opened,
+            _telling(client, world, names[world.rank]),
+        ):
             _check_same_settings(job, plan["settings"])
             worker = _Worker(job, world, store, parts, client, device)
+            opened.callback(worker.stage.close)
             client.wait_started()
             if hub is not None:
                 roll_call.release()
@@ -167,10 +174,10 @@ class _Worker:
         """Works through all windows; the stage's final payload."""
         self.recorder.restart()
         began = time.perf_counter()
-        with contextlib.closing(self.stage):
-            for window in self.client.windows(self.job.settings.timeout):
-                items = list(self.job.plan.items(window.start, window.stop))
-                self.loop.run(items, stage_actions(self.index, self.num_stages, items))
+        for window in self.client.windows(self.job.settings.timeout):
+            items = list(self.job.plan.items(window.start, window.stop))
+            self.loop.run(items, stage_actions(self.index, self.num_stages, items))
+        self.stage.close()
         if self.outbox is not None:
             self.outbox.flush()
         if self.device.type == "cuda":

@@ -1,8 +1,13 @@
-"""One rank that trains from DataLoaders and writes what it read: python loader_worker.py OUT_FOLDER."""
+"""One rank that trains from DataLoaders and writes what it read: python loader_worker.py OUT_FOLDER [SECONDS].
+
+With SECONDS the training data takes that long for one sample of the second micro-batch, which is longer than the others
+wait.
+"""
 
 import json
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +56,23 @@ class Counted(TensorDataset):
         return super().__getitem__(index)
 
 
-def main(out: Path) -> None:
+class Slow(TensorDataset):
+    """Takes `seconds` for its twentieth sample."""
+
+    seconds = 0.0
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 19:
+            time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def main(out: Path, seconds: float = 0.0) -> None:
     torch.set_num_threads(1)
+    if seconds:
+        slow = Slow(*samples(70))
+        slow.seconds = seconds
+        fit(DataLoader(slow, 16), engine="processes", timeout=2.0)
     train, test = Counted(*samples(70)), Counted(*samples(40))
     result = fit(seeded(train), DataLoader(test, 25), "processes")
     content = {"sha256": result.weights_sha256, "read": [train.count, test.count]}
@@ -60,4 +80,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))

@@ -218,3 +218,12 @@ def test_what_does_not_fit_is_said_before_the_run() -> None:
         fit(batches, (images, labels + 4 - labels % 4))
     with pytest.raises(ValueError, match="evaluation samples have shape"):
         fit(batches, [(images[:, :, 1:], labels)])
+
+
+def test_a_loader_that_hangs_is_the_cause_that_all_ranks_are_told(tmp_path: Path) -> None:
+    """Not its stage's silence, which the next stage notices while the loader still keeps its own process busy."""
+    with ranks(3, [loader_worker.__file__, str(tmp_path), "7"]) as started:
+        texts = [process.communicate(timeout=120)[1] for process in started]
+        assert all(process.returncode for process in started)
+    assert "failed in 0F1 (epoch 0, train micro-batch 1): the data of train micro-batch 1 did not come" in texts[0]
+    assert "did not answer" not in texts[0]
