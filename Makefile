@@ -1,4 +1,4 @@
-# Two commands for everyone: `make demo` trains, `make test` checks. Both make the environment on first use.
+# `make demo` trains, `make compare` asks whether it pays, `make test` checks. All make the environment on first use.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,12 +7,15 @@ STAMP  := $(VENV)/.up-to-date
 # One thread per process: the stages are the parallelism.
 RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: demo test lint clean
+.PHONY: demo compare test lint clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
 	    --dataset digits --model SmallConv --training-mode LLS --num-epochs 12 \
 	    --lr-scheduler CosineAnnealingLR
+
+compare: $(STAMP)
+	$(BIN)/python launch/compare.py
 
 test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest

@@ -100,7 +100,7 @@ def build_layers(kernels: str, *, native_optimizer: bool = True) -> list[Layer]:
             step=fused.choose_step(kernels, CPU),
         )
         if not native_optimizer:
-            layer.optimizer = layer.optimizer.library
+            layer.optimizer = layer.optimizer.wrapped
         layers.append(layer)
     return layers
 

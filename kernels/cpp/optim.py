@@ -44,12 +44,12 @@ class NativeOptimizer:
     """Stands in for the torch.optim optimizer that it was made from, which keeps all state.
 
     Args:
-        library: the optimizer; Adam, AdamW or SGD over float32 parameters on the CPU.
+        wrapped: the optimizer; Adam, AdamW or SGD over float32 parameters on the CPU.
     """
 
-    def __init__(self, library: torch.optim.Optimizer) -> None:
-        self.library = library
-        self._params: list[Tensor] = library.param_groups[0]["params"]
+    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+        self.wrapped = wrapped
+        self._params: list[Tensor] = wrapped.param_groups[0]["params"]
         count = len(self._params)
         self._sizes = (ctypes.c_int64 * count)(*(p.numel() for p in self._params))
         self._grads = (ctypes.c_void_p * count)()
@@ -58,7 +58,7 @@ class NativeOptimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The library's: one group, to be read and written."""
-        return self.library.param_groups
+        return self.wrapped.param_groups
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor] | None = None) -> None:
@@ -71,20 +71,20 @@ class NativeOptimizer:
         for i, grad in enumerate(aligned):
             self._grads[i] = grad.data_ptr()
         first = not self._pointers and self._prepare()
-        if isinstance(self.library, torch.optim.SGD):
+        if isinstance(self.wrapped, torch.optim.SGD):
             self._sgd(first)
         else:
             self._adam()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.library.zero_grad(set_to_none)
+        self.wrapped.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.library.state_dict()
+        return self.wrapped.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.library.load_state_dict(state_dict)
-        self._params = self.library.param_groups[0]["params"]
+        self.wrapped.load_state_dict(state_dict)
+        self._params = self.wrapped.param_groups[0]["params"]
         self._pointers = {}
 
     def _adam(self) -> None:
@@ -103,7 +103,7 @@ class NativeOptimizer:
             beta2,
             group["eps"],
             group["weight_decay"],
-            int(isinstance(self.library, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))),
+            int(isinstance(self.wrapped, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))),
             torch.get_num_threads(),
         )
 
@@ -126,8 +126,8 @@ class NativeOptimizer:
     def _prepare(self) -> bool:
         """Makes the state that the library would make in its first step, and notes where everything lies. Whether
         the state is new."""
-        state, names = self.library.state, _KINDS[type(self.library)]
-        if isinstance(self.library, torch.optim.SGD) and not self.param_groups[0]["momentum"]:
+        state, names = self.wrapped.state, _KINDS[type(self.wrapped)]
+        if isinstance(self.wrapped, torch.optim.SGD) and not self.param_groups[0]["momentum"]:
             names = ()
         new = any(state[p].get(name) is None for p in self._params for name in names)
         for p in self._params:
@@ -136,10 +136,10 @@ class NativeOptimizer:
                     state[p][name] = torch.zeros_like(p)
                 elif state[p][name].stride() != p.stride():  # SGD's first buffer lies as the gradient did
                     state[p][name] = _like(state[p][name], p)
-            if new and not isinstance(self.library, torch.optim.SGD):
+            if new and not isinstance(self.wrapped, torch.optim.SGD):
                 state[p]["step"] = torch.zeros((), dtype=torch.float32)
         tensors = {name: [state[p][name] for p in self._params] for name in names}
-        if names and not isinstance(self.library, torch.optim.SGD):
+        if names and not isinstance(self.wrapped, torch.optim.SGD):
             tensors["step"] = [state[p]["step"] for p in self._params]
         for name, values in {"params": self._params, **tensors}.items():
             self._pointers[name] = (ctypes.c_void_p * len(values))(*(v.data_ptr() for v in values))
