@@ -47,11 +47,14 @@ class BestWeights:
         if result.eval_acc1 is None:
             return
         if self._best is None or result.eval_acc1 > self._best[0]:
-            if self._best is not None:
-                shutil.rmtree(_folder(self._root, self._best[1]), ignore_errors=True)
-            self._best = (result.eval_acc1, result.epoch)
+            before, self._best = self._best, (result.eval_acc1, result.epoch)
             record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
-            (self._root / RECORD).write_text(json.dumps(record))
+            # Renamed into place, and only then is the older one given up: a run may be cut at any point.
+            fresh = self._root / f"{RECORD}.new"
+            fresh.write_text(json.dumps(record))
+            fresh.replace(self._root / RECORD)
+            if before is not None:
+                shutil.rmtree(_folder(self._root, before[1]), ignore_errors=True)
         else:
             shutil.rmtree(_folder(self._root, result.epoch), ignore_errors=True)
 

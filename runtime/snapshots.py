@@ -170,7 +170,7 @@ def find_snapshot(root: Path) -> Snapshot:
     Raises:
         ValueError: there is none (says where it looked), or its manifest is damaged.
     """
-    folders = [root] if (root / _MANIFEST).is_file() else sorted(root.glob("step-*"), reverse=True)
+    folders = [root] if (root / _MANIFEST).is_file() else sorted(root.glob("step-*"), key=_by_number, reverse=True)
     for folder in folders:
         path = folder / _MANIFEST
         if not path.is_file():
@@ -207,6 +207,11 @@ class _replacing:
             os.replace(self._temporary, self._path)
         else:
             self._temporary.unlink(missing_ok=True)
+
+
+def _by_number(folder: Path) -> tuple[int, str]:
+    """Orders `step-NNNNNNNN` by its number, also beyond the eight digits that names are padded to."""
+    return len(folder.name), folder.name
 
 
 def _feed(digest: Any, value: object) -> None:

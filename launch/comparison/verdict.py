@@ -29,10 +29,10 @@ def verdict(report: Report) -> str:
     reached, rivals = local.test_acc1, rival.test_acc1
     if reached is not None and rivals is not None:
         difference = reached.mean - rivals.mean
+        points = f"{abs(difference):.1f} points {'more' if difference > 0 else 'less'} than"
         text += (
             f". It reaches {reached.mean:.1f} % test accuracy after {settings.epochs} epochs, "
-            f"{abs(difference):.1f} points {'more' if difference >= 0 else 'less'} than backpropagation's "
-            f"{rivals.mean:.1f} %"
+            f"{points if abs(difference) >= 0.05 else 'as'} backpropagation's {rivals.mean:.1f} %"
         )
     return text + "."
 

@@ -107,6 +107,13 @@ def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
     assert [path.name for path in found.folder.iterdir()] == ["manifest.json"]  # no temporary file is left
 
 
+def test_the_newest_is_found_beyond_the_digits_that_names_are_padded_to(tmp_path: Path) -> None:
+    for steps in (99_999_999, 100_000_000):
+        snapshot_folder(tmp_path, steps).mkdir()
+        write_manifest(tmp_path, position=steps + 1, steps=steps, settings={"seed": 0})
+    assert find_snapshot(tmp_path).steps == 100_000_000
+
+
 def test_a_run_that_was_cut_does_not_leave_a_mixture_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run writes to the same folder with another learning rate, and ends between two layers of a snapshot."""
     _fit(snapshot_every=5, snapshot_dir=tmp_path)
