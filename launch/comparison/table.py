@@ -1,5 +1,6 @@
 """The report on a terminal."""
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,18 +41,20 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def _speed_table(report: Report) -> Table:
     first = next((c for c in report.measured if c.family == "BP" and c.engine == "sequential"), report.measured[0])
     base = first.images_per_second
-    table = _table("Speed", "images/s", "lowest to highest", f"x {first.name}", "peak MiB", "mJ/image")
+    has_energy = any(contender.joules_per_image for contender in report.measured)
+    columns = ["images/s", "lowest to highest", "x", "peak MiB", *(["mJ/image"] if has_energy else [])]
+    table = _table(f"Speed (x: times {first.name})", *columns)
     for contender in report.measured:
         rate, energy = contender.images_per_second, contender.joules_per_image
         assert rate is not None
-        table.add_row(
+        cells = [
             contender.name,
             f"{rate.median:,.0f}",
             f"{rate.low:,.0f} to {rate.high:,.0f}" if rate.count > 1 else "",
             f"{rate.median / base.median:.2f}" if base else "",
             " + ".join(f"{peak / 2**20:,.0f}" for peak in contender.peak_memory_bytes),
-            f"{1000 * energy.median:.2f}" if energy else "-",
-        )
+        ]
+        table.add_row(*cells, *([f"{1000 * energy.median:.2f}" if energy else "-"] if has_energy else []))
     return table
 
 
@@ -66,7 +69,8 @@ def _step_table(report: Report) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
+    """Narrow enough for 80 columns, where a figure that is cut off tells nothing."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("contender", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
