@@ -33,6 +33,13 @@ HOPS = {
     "linear1 (512)": (512,),
 }
 
+# By default processes have cores of their own and read ahead; one process does neither.
+PLACEMENTS = {
+    "processes, 2 x 1 thread: cores shared": ["--no-pin"],
+    "processes, 2 x 1 thread: not read ahead": ["--prefetch", "0"],
+    "sequential, 2 threads: read ahead": ["--prefetch", "2"],
+}
+
 
 def main() -> int:
     options = parse()
@@ -41,19 +48,23 @@ def main() -> int:
         "sequential, 2 threads": ("sequential", 1, 2),
         "processes, 2 x 1 thread": ("processes", 2, 1),
     }
+    flags: dict[str, list[str]] = {name: [] for name in contenders}
+    if options.placement:
+        contenders |= {name: contenders[name.split(":")[0]] for name in PLACEMENTS}
+        flags |= PLACEMENTS
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(options.repeats):
         for name, (engine, processes, threads) in contenders.items():
-            runs[name].append(train(options, engine, processes, threads))
+            runs[name].append(train(options, engine, processes, threads, flags[name]))
     rates = {name: [run["images_per_second"] for run in results] for name, results in runs.items()}
     base = statistics.median(rates["sequential, 1 thread"])
     print(f"SmallConv, LLS, {options.dataset}, batch 64, {options.max_steps} micro-batches, {options.repeats} repeats")
     print(f"{environment()}\n")
-    print(f"{'engine':<26}{'images/s':>10}{'min':>9}{'max':>9}{'x 1 thread':>12}  busy share of each stage")
+    print(f"{'engine':<42}{'images/s':>10}{'min':>9}{'max':>9}{'x 1 thread':>12}  busy share of each stage")
     for name, values in rates.items():
         median = statistics.median(values)
         busy = ", ".join(f"{share:.2f}" for share in runs[name][-1]["busy_fraction"])
-        print(f"{name:<26}{median:>10.0f}{min(values):>9.0f}{max(values):>9.0f}{median / base:>12.2f}  {busy}")
+        print(f"{name:<42}{median:>10.0f}{min(values):>9.0f}{max(values):>9.0f}{median / base:>12.2f}  {busy}")
     stages = runs["processes, 2 x 1 thread"][-1]["stages"]
     print("stages: " + " | ".join(", ".join(stage) for stage in stages))
     same = len(
@@ -74,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--placement", action="store_true", help="also without cores of one's own, and reading ahead")
     parser.add_argument("--hop-batches", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

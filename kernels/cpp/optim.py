@@ -1,7 +1,7 @@
 """One call per step for a layer's optimizer: torch.optim's Adam, AdamW and SGD without what surrounds their arithmetic.
 
-For the small tensors of a layer, torch's fused optimizers spend most of their time outside of their kernels (on the
-machine of docs/performance.md 250 of 270 microseconds). `from_torch` takes over such an optimizer: hyperparameters
+For the small tensors of a layer, torch's fused optimizers spend most of their time outside of their kernels;
+docs/performance.md has what a step gains. `from_torch` takes over such an optimizer: hyperparameters
 and state stay in the library's object, so state dicts, learning-rate changes and resumes are the library's own.
 """
 
