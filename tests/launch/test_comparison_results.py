@@ -78,7 +78,8 @@ def test_without_speed_runs_the_accuracy_runs_give_the_speed() -> None:
 
 
 def test_energy_is_per_image() -> None:
-    joules = _contender(_run("speed", 10.0, energy_joules=1280.0)).joules_per_image
+    evaluated = _run("accuracy", 10.0, energy_joules=6400.0)  # evaluation's energy is not a training image's
+    joules = _contender(evaluated, _run("speed", 10.0, energy_joules=1280.0)).joules_per_image
     assert joules is not None
     assert joules.median == pytest.approx(2.0)
 
