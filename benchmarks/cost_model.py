@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from step_trace import Node, StepTrace
 
-from unlocked.runtime.plan import StreamPlan
-from unlocked.runtime.schedule import build_schedule
-from unlocked.runtime.simulate import Costs, simulate
+from unlocked.runtime.schedules.schedule import build_schedule
+from unlocked.runtime.schedules.simulate import Costs, simulate
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ActionKind
 
 __all__ = ["CASES", "H200", "Machine", "Prediction", "floor_us", "node_us", "predict"]

@@ -23,9 +23,9 @@ from unlocked.data import load_dataset
 from unlocked.models import MODELS, Block, get_model
 from unlocked.rules import LLS, LayerInfo
 from unlocked.runtime import Trainer
-from unlocked.runtime.metrics import StageProgress
+from unlocked.runtime.metrics.records import StageProgress
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
-from unlocked.runtime.partition import partition
+from unlocked.runtime.schedules.partition import partition
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from unlocked.launch.comparison.hops import measure_hops
+from unlocked.comparison.stages.hops import measure_hops
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shapes of SmallConv's edges at batch 64: after conv1, conv2, conv3 and linear1.

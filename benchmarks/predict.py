@@ -5,8 +5,8 @@
     python benchmarks/predict.py --json predictions.json
 
 Nothing here is measured. The kernels are those that the workers launch (step_trace.py), their times come from the cost
-model (cost_model.py) and the pipeline's from `unlocked.runtime.simulate`. The ahead-of-time tables are read from
-benchmarks/results (ahead_of_time.py writes them).
+model (cost_model.py) and the pipeline's from `unlocked.runtime.schedules.simulate`. The ahead-of-time tables are read
+from benchmarks/results (ahead_of_time.py writes them).
 """
 
 import argparse

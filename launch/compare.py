@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unlocked.launch.comparison.results import Report
+    from unlocked.comparison.results import Report
 
 __all__ = ["STUDIES", "main"]
 
 STUDIES = {
-    "memory": "unlocked.launch.comparison.memory_study",
-    "stages": "unlocked.launch.comparison.stages_study",
+    "memory": "unlocked.comparison.memory.study",
+    "stages": "unlocked.comparison.stages.study",
 }
 """Name -> module with a `main(arguments: list[str]) -> int`, which gets the command line without `--study NAME`."""
 
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from unlocked.launch.comparison.measure import measure
-    from unlocked.launch.comparison.options import parse
-    from unlocked.launch.comparison.table import print_report
-    from unlocked.runtime.tensorboard import require_tensorboard
+    from unlocked.comparison.measure import measure
+    from unlocked.comparison.options import parse
+    from unlocked.comparison.report.table import print_report
+    from unlocked.runtime.metrics.tensorboard import require_tensorboard
 
     options = parse(arguments)
     if options.tensorboard is not None:
@@ -50,7 +50,7 @@ def _compare(arguments: Sequence[str]) -> int:
     report = measure(options, lambda line: print(line, flush=True))
     written = _write(report, options.output)
     if options.tensorboard is not None:
-        from unlocked.launch.comparison.board import write_board
+        from unlocked.comparison.report.board import write_board
 
         write_board(report, options.tensorboard)
         written.append(options.tensorboard)
@@ -61,7 +61,7 @@ def _compare(arguments: Sequence[str]) -> int:
 
 def _write(report: "Report", folder: Path) -> list[Path]:
     """All files of the report; their paths."""
-    from unlocked.launch.comparison.export import write_epochs_csv, write_runs_csv
+    from unlocked.comparison.report.export import write_epochs_csv, write_runs_csv
 
     files = [folder / name for name in ("report.json", "runs.csv", "epochs.csv")]
     files[0].write_text(report.to_json(), encoding="utf-8")
@@ -79,11 +79,11 @@ def _write(report: "Report", folder: Path) -> list[Path]:
 
 def _write_page(report: "Report", path: Path) -> None:
     """With a section for each study whose result lies in the same folder."""
-    from unlocked.launch.comparison.page import require_plotting, write_page
+    from unlocked.comparison.report.page import require_plotting, write_page
 
     require_plotting()
-    from unlocked.launch.comparison.memory_study import MemoryStudy
-    from unlocked.launch.comparison.stages_results import StagesStudy
+    from unlocked.comparison.memory.study import MemoryStudy
+    from unlocked.comparison.stages.results import StagesStudy
 
     memory, stages = path.parent / "memory.json", path.parent / "stages.json"
     write_page(

@@ -49,8 +49,8 @@ def score(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: no such weights, or they don't fit model and data.
     """
     from unlocked.data import load_dataset
-    from unlocked.runtime.scoring import load_weights, score_snapshot, score_weights
-    from unlocked.runtime.snapshots import find_snapshot
+    from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
+    from unlocked.runtime.saving.snapshots import find_snapshot
 
     path: Path = options["weights"]
     told = {**_DEFAULTS, **_config(path), **{key: value for key, value in options.items() if value is not None}}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unlocked.data import ImageDataset
     from unlocked.models import Block
     from unlocked.rules import Rule
-    from unlocked.runtime.metrics import MetricsSink
+    from unlocked.runtime.metrics.records import MetricsSink
 
 __all__ = ["main", "make_model", "make_rule", "optimizer_factory", "run", "summary"]
 
@@ -48,9 +48,9 @@ def run(options: RunOptions) -> int:
     """One run; returns the exit code."""
     from unlocked.data import load_dataset
     from unlocked.runtime import Trainer
-    from unlocked.runtime.dashboard import Dashboard
     from unlocked.runtime.learning_rate import lr_schedule
-    from unlocked.runtime.tensorboard import TensorBoard, require_tensorboard
+    from unlocked.runtime.metrics.dashboard import Dashboard
+    from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 
     rule = make_rule(options)
     folder = None if options.save_path is None else options.save_path / options.run_name
@@ -224,14 +224,14 @@ def optimizer_factory(options: RunOptions) -> Callable[[Any], Any]:
 
 def _make_sinks(options: RunOptions, folder: Path | None, made: "list[MetricsSink]") -> "list[MetricsSink]":
     """Called where the run reports: in the only process, or in rank 0's."""
-    from unlocked.runtime.dashboard import Dashboard
-    from unlocked.runtime.run_log import RunLog
+    from unlocked.runtime.metrics.dashboard import Dashboard
+    from unlocked.runtime.metrics.run_log import RunLog
 
     made.append(Dashboard(plain=True if options.plain else None))
     if folder is not None:
         made.append(RunLog(folder, options.as_dict(), resume=options.resume is not None))
     if options.tensorboard is not None:
-        from unlocked.runtime.tensorboard import TensorBoard
+        from unlocked.runtime.metrics.tensorboard import TensorBoard
 
         made.append(TensorBoard(options.tensorboard / options.run_name))
     return made
@@ -283,7 +283,7 @@ def _snapshots_of(path: Path | None) -> Path | None:
 
 def _was_told(error: BaseException) -> bool:
     """The failure is another worker's, which has reported it with its own trace."""
-    from unlocked.runtime.messages import RunFailed
+    from unlocked.runtime.control.messages import RunFailed
 
     return isinstance(error, RunFailed | TimeoutError)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.images import load_batch as host_load_batch
-from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import MarkKind
 from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.reader import LoaderReader

@@ -14,12 +14,12 @@ from unlocked.kernels.precision import storage_dtype
 from unlocked.runtime.input import make_source
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
-from unlocked.runtime.metrics import MetricsSink, RunInfo
+from unlocked.runtime.metrics.records import MetricsSink, RunInfo
 from unlocked.runtime.network import Network, Rules, build_layer, measure_costs
-from unlocked.runtime.partition import check_ownership, parse_stages, partition
-from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.snapshots import Snapshot
+from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
@@ -46,7 +46,7 @@ class Settings:
     """Micro-batches of every stage in one graph, rounded up to a multiple of the queue depth: long enough to hide a
     launch, short enough for an orderly stop. 0: graphs of single micro-batches of single stages alone."""
     green_contexts: str = "off"
-    """Streams engine on a GPU: "sms" or "queues", see `unlocked.runtime.engines.green`."""
+    """Streams engine on a GPU: "sms" or "queues", see `unlocked.runtime.engines.streams.green`."""
     compile: bool | str = False
     """torch.compile for the blocks that train through autograd; a string names its backend."""
     print_freq: int = 50

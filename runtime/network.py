@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unlocked.models import Block, initialise
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
-from unlocked.runtime.chain import check_ownership_of_weights, follow_shapes
+from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 
 __all__ = [

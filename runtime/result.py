@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlocked.runtime.metrics import EpochResult
+from unlocked.runtime.metrics.records import EpochResult
 
 __all__ = ["RunResult", "pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
 

@@ -11,20 +11,20 @@ from unlocked.data import Dataset
 from unlocked.kernels.dispatch import BACKENDS
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.rules import GLOBAL_RULES
-from unlocked.runtime.best import BestWeights
-from unlocked.runtime.describe import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.engines import get_engine
-from unlocked.runtime.engines.green import GREEN_CONTEXTS
-from unlocked.runtime.feedback_alignment import feedback_alignment_network
+from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS
 from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Job, Settings, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
-from unlocked.runtime.metrics import FanOut, MetricsSink
+from unlocked.runtime.metrics.best import BestWeights
+from unlocked.runtime.metrics.records import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
-from unlocked.runtime.plan import StreamPlan
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.snapshots import find_snapshot
+from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
+from unlocked.runtime.saving.snapshots import find_snapshot
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.whole import feedback_alignment_network
 from unlocked.workers.layer import OptimizerFactory
 
 __all__ = ["Trainer"]
@@ -72,8 +72,8 @@ class Trainer:
         pin: keep each of a machine's processes on cores of its own (`processes` on a CPU, Linux).
         coordinator_port: where rank 0's coordinator listens; 0: any free port.
         best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
-        sinks: receive metrics (`unlocked.runtime.metrics.MetricsSink`), or a function that makes them, which is called
-            in the process that reports (rank 0's) alone.
+        sinks: receive metrics (`unlocked.runtime.metrics.records.MetricsSink`), or a function that makes them, which is
+            called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
 
     Raises:

@@ -11,7 +11,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "launch")]
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parent / "launch"),
+    str(Path(__file__).parent / "comparison"),
+]
 
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))

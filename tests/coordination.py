@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from unlocked.runtime.client import CoordinatorClient
-from unlocked.runtime.metrics import EpochResult, FanOut, StageProgress
+from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.metrics.records import EpochResult, FanOut, StageProgress
 
 LAYERS = [("conv1", "conv2"), ("conv3",), ("linear1", "output")]
 TIMEOUT = 10.0

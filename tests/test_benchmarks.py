@@ -314,7 +314,7 @@ def test_models_prints_costs_and_losses(load: Any, tmp_path: Path, capsys: pytes
 
 
 def test_a_loss_curve_takes_means_apart(load: Any) -> None:
-    from unlocked.runtime.metrics import StageProgress
+    from unlocked.runtime.metrics.records import StageProgress
 
     models = load("models")
     curve = models.LossCurve(20)

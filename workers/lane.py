@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from unlocked.workers.actions import Item, MarkKind
-from unlocked.workers.marks import Mark
 from unlocked.workers.recording import Recording
 from unlocked.workers.ring import Ring
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
+from unlocked.workers.stamps import Mark
 
 __all__ = ["Lane"]
 

@@ -9,7 +9,7 @@ from unlocked.workers.actions import Action, ActionKind, Item
 from unlocked.workers.edges import InEdge, OutEdge
 from unlocked.workers.errors import StageError, StopRun
 from unlocked.workers.stage import Stage
-from unlocked.workers.trace import Recorder
+from unlocked.workers.stopwatch import Recorder
 
 __all__ = ["StageLoop"]
 

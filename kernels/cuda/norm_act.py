@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels.cuda.bindings import DTYPES, device_limits, floats, launch, pointer, require, require_cuda
-from unlocked.kernels.cuda.plan import backward_plan, forward_plans, full_backward_plan, vector_width
+from unlocked.kernels.cuda.geometry import backward_plan, forward_plans, full_backward_plan, vector_width
 from unlocked.kernels.reference import NormActResult, PoolKind
 
 __all__ = ["norm_act_backward", "norm_act_backward_full", "norm_act_forward"]

@@ -14,13 +14,13 @@ def _sequential() -> Engine:
 
 
 def _processes() -> Engine:
-    from unlocked.runtime.engines.processes import ProcessesEngine
+    from unlocked.runtime.engines.processes.engine import ProcessesEngine
 
     return ProcessesEngine()
 
 
 def _streams() -> Engine:
-    from unlocked.runtime.engines.streams import StreamsEngine
+    from unlocked.runtime.engines.streams.engine import StreamsEngine
 
     return StreamsEngine()
 

@@ -2,18 +2,18 @@
 
 import time
 
-from unlocked.runtime.engines.local import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics import FanOut
-from unlocked.runtime.reporter import StageReporter
+from unlocked.runtime.metrics.records import FanOut
+from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.schedule import stage_actions
+from unlocked.runtime.saving.snapshots import load_layers
+from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.signals import StopSignals
-from unlocked.runtime.snapshots import load_layers
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import StopRun
 from unlocked.workers.loop import StageLoop
-from unlocked.workers.trace import Recorder, write_chrome_trace
+from unlocked.workers.stopwatch import Recorder, write_chrome_trace
 
 __all__ = ["SequentialEngine"]
 
@@ -27,7 +27,7 @@ class SequentialEngine:
         if job.settings.stages not in (None, 1):
             raise ValueError(f"the sequential engine has one stage, got stages={job.settings.stages!r}; leave it out")
         if job.device.type == "cuda":
-            from unlocked.runtime.engines.streams import StreamsEngine
+            from unlocked.runtime.engines.streams.engine import StreamsEngine
 
             return StreamsEngine(max_stages=1).run(job, make_sinks)
         began = time.perf_counter()

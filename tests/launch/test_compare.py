@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from unlocked.comparison.results import Contender, Report
 from unlocked.launch.compare import main
-from unlocked.launch.comparison.results import Contender, Report
 
 QUICK = ["--num-epochs", "1", "--seeds", "1", "--repeats", "1", "--max-steps", "28"]
 

@@ -19,7 +19,7 @@ from unlocked.data import ImageDataset, LoaderDataset
 from unlocked.kernels.images import load_batch
 from unlocked.rules import LLS
 from unlocked.runtime import Trainer
-from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.errors import StageError
 from unlocked.workers.source import BatchSource
 

@@ -14,7 +14,7 @@ from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M
 from unlocked.runtime import ReduceLROnPlateau, RunResult, Trainer
-from unlocked.runtime.snapshots import snapshot_folder
+from unlocked.runtime.saving.snapshots import snapshot_folder
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
 PLATEAU = ReduceLROnPlateau(factor=0.5, patience=0, threshold=0.05)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_engines import figures, fit, trainer
+from engine_runs import figures, fit, trainer
 from torch import Tensor, nn
 
 from unlocked.kernels.dispatch import get_backend

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from unlocked.rules import LLS, CrossEntropy
 from unlocked.runtime.network import build_layer, build_network
-from unlocked.runtime.plan import StreamPlan
-from unlocked.runtime.schedule import stage_actions
+from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import NonFiniteLossError, StageError, StopRun
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
-from unlocked.workers.trace import Recorder
+from unlocked.workers.stopwatch import Recorder
 
 CPU = torch.device("cpu")
 PLAN = StreamPlan(

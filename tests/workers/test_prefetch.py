@@ -17,7 +17,7 @@ from unlocked.kernels.images import load_batch
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.plan import StreamPlan
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.source import Batch, BatchSource, Source

@@ -1,0 +1,360 @@
+"""The report as one HTML file that opens offline: nothing in it is fetched, whatever the browser."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unlocked.comparison.report import charts
+from unlocked.comparison.report.figures import Picture, require_plotting
+from unlocked.comparison.report.verdict import verdict
+from unlocked.comparison.results import Contender, Report, Spread
+
+if TYPE_CHECKING:
+    from unlocked.comparison.memory.study import MemoryStudy
+    from unlocked.comparison.stages.results import StagesStudy
+
+__all__ = [
+    "Headline",
+    "Section",
+    "Table",
+    "memory_section",
+    "render",
+    "require_plotting",
+    "stages_section",
+    "write_page",
+]
+
+_HERE = Path(__file__).parent
+_NONE = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The page in one sentence, and the conditions under which it holds."""
+
+    sentence: str
+    conditions: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers of a section. `words` are the columns that hold sentences."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: tuple[int, ...] = ()
+
+    def is_words(self, column: int) -> bool:
+        return column in self.words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page; `key` is unique on it."""
+
+    key: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    facts: Sequence[tuple[str, str]] = field(default=())
+
+
+def write_page(
+    report: Report, path: Path, *, memory: "MemoryStudy | None" = None, stages: "StagesStudy | None" = None
+) -> None:
+    """Writes the comparison's page.
+
+    Args:
+        memory, stages: results of the studies, for a section each.
+
+    Raises:
+        ValueError: matplotlib or jinja2 is not installed.
+    """
+    sections = [
+        _throughput_section(report),
+        _accuracy_section(report),
+        _split_section(report),
+        _timeline_section(report),
+        _logged_section(report),
+        None if memory is None else memory_section(memory),
+        None if stages is None else stages_section(stages),
+        _conditions_section(report),
+    ]
+    missing = [c for c in report.contenders if c.status != "measured"]
+    headline = Headline(sentence=verdict(report), conditions=_conditions(report))
+    text = render("Local learning against backpropagation", headline, [s for s in sections if s is not None], missing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def render(title: str, headline: Headline, sections: Sequence[Section], missing: Sequence[Contender] = ()) -> str:
+    """The page's text. Raises: ValueError where jinja2 is not installed."""
+    require_plotting()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    from markupsafe import Markup
+
+    css = Markup((_HERE / "page.css").read_text(encoding="utf-8"))
+    template = environment.get_template("page.html")
+    return template.render(title=title, headline=headline, sections=sections, missing=missing, css=css)
+
+
+def memory_section(study: "MemoryStudy") -> Section:
+    """Of the page, or a page of its own."""
+    s = study.settings
+    rows = [
+        [
+            p.method,
+            str(p.depth),
+            f"{p.activation_bytes / 2**20:,.3f}",
+            f"{p.persistent_bytes / 2**20:,.3f}",
+            f"{p.held_bytes:,}",
+        ]
+        for method in study.methods
+        for p in study.of(method)
+    ]
+    slopes = ", ".join(f"{method} {study.slope(method)[0] / 1024:,.1f} KiB per block" for method in study.methods)
+    return Section(
+        key="memory",
+        title="Activation memory against depth",
+        paragraphs=(
+            f"Chains of equal 3x3 convolutional blocks: {s.channels} channels, {s.image_size} x {s.image_size} pixels, "
+            f"batch {s.batch_size}, on {s.device}. Counted at the allocator, to the byte. A local rule frees a layer's "
+            "activations before the next layer runs; backpropagation keeps them until it comes back.",
+            f"Slope of the line through the points: {slopes}.",
+        ),
+        pictures=(charts.memory_chart(study),),
+        tables=(
+            Table(
+                caption="Peak memory of a step",
+                head=["method", "blocks", "activations, MiB", "weights and states, MiB", "kept between steps, bytes"],
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def stages_section(study: "StagesStudy") -> Section:
+    """Of the page, or a page of its own."""
+    from unlocked.comparison.stages import page as stages_page
+
+    return stages_page.stages_section(study)
+
+
+def _throughput_section(report: Report) -> Section | None:
+    picture = charts.throughput_chart(report)
+    if picture is None:
+        return None
+    head = ["contender", "images/s", "slowest to fastest", "runs", "bubbles", "peak memory, MiB", "J/image"]
+    has_energy = any(c.joules_per_image is not None for c in report.contenders)
+    rows = []
+    for c in report.measured:
+        memory = " + ".join(f"{size / 2**20:,.0f}" for size in c.peak_memory_bytes) or _NONE
+        row = [c.name, *_median_and_range(c.images_per_second), _percent(c.bubble_share), memory]
+        rows.append([*row, _number(c.joules_per_image, "{:.4f}")] if has_energy else row)
+    return Section(
+        key="throughput",
+        title="Throughput",
+        paragraphs=(
+            "Training only. The contenders' runs took turns, so that a machine that drifts favours nobody. Memory is "
+            + ("what torch allocated" if report.settings.device.startswith("cuda") else "each process's resident set")
+            + ".",
+        ),
+        pictures=(picture,),
+        tables=(Table(caption="Throughput", head=head if has_energy else head[:-1], rows=rows),),
+    )
+
+
+def _accuracy_section(report: Report) -> Section | None:
+    picture = charts.accuracy_chart(report)
+    if picture is None:
+        return None
+    rows = []
+    for c in report.measured:
+        accuracy, seconds = c.test_acc1, c.train_seconds
+        if accuracy is not None and seconds is not None:
+            spread = f"± {accuracy.deviation:.2f}" if accuracy.count > 1 else "one seed"
+            rows.append([c.name, f"{accuracy.mean:.2f}", spread, f"{seconds.median:.1f}"])
+    s = report.settings
+    return Section(
+        key="accuracy",
+        title="Accuracy",
+        paragraphs=(
+            f"{s.epochs} epochs, evaluated after each; seeds {', '.join(map(str, s.seeds))}. All ways to run a local "
+            "rule compute the same numbers (with other numbers of threads up to rounding), so only time tells them "
+            "apart; BP in a pipeline cuts its batches, and BatchNorm sees one chunk at a time. Drawn are each rule's "
+            "first contender, its fastest, and its fastest pipeline; the table has all.",
+        ),
+        pictures=(picture,),
+        tables=(
+            Table(
+                caption="Test accuracy after the last epoch",
+                head=["contender", "mean, %", "deviation", "time to train, s"],
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _split_section(report: Report) -> Section | None:
+    picture = charts.split_chart(report)
+    if picture is None:
+        return None
+    rows = [
+        [
+            c.name,
+            str(number),
+            *(f"{seconds * 1e3:.3f}" for seconds in (split.data, split.compute, split.wait, split.update, split.total)),
+        ]
+        for c in report.measured
+        for number, split in enumerate(c.split)
+    ]
+    return Section(
+        key="split",
+        title="Where a step's time goes",
+        paragraphs=(
+            "Of the run with the median throughput, per training micro-batch and process. Wait is time for a "
+            "neighbour's message or a free slot, and copying.",
+        ),
+        pictures=(picture,),
+        tables=(
+            Table(
+                caption="Milliseconds per micro-batch",
+                head=["contender", "process", "data", "compute", "wait", "update", "all"],
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _timeline_section(report: Report) -> Section | None:
+    picture = charts.timeline_chart(report)
+    if picture is None:
+        return None
+    return Section(
+        key="timeline",
+        title="The pipelines' measured timelines",
+        paragraphs=(
+            "The same length of time from the middle of a measured run each. Numbers are micro-batches; 12.3 is the "
+            "fourth chunk of micro-batch 12. A stage of local learning updates all its layers but the last within its "
+            "forward action; it hands its output on and goes on. Backpropagation waits for gradients and drains before "
+            "every update.",
+        ),
+        pictures=(picture,),
+    )
+
+
+def _logged_section(report: Report) -> Section | None:
+    logged, picture = report.logged, charts.logged_chart(report)
+    if logged is None or picture is None:
+        return None
+    rows = [
+        [
+            family,
+            f"{t.total_minutes:g}",
+            f"{t.seconds_per_step * 1e3:.1f}",
+            f"{t.data_seconds_per_step * 1e3:.1f}",
+            f"{t.test_acc1:.1f}",
+        ]
+        for family, t in logged.trainings.items()
+    ]
+    minutes = " against ".join(f"{t.total_minutes:g} minutes by {family}" for family, t in logged.trainings.items())
+    return Section(
+        key="logged",
+        title="Beside the logged run",
+        paragraphs=(
+            f"The training log that this project is measured against: {logged.model} on {logged.dataset}, "
+            f"{logged.epochs} epochs, {minutes}. Its hardware is not named, so only its ratio may stand beside the "
+            "figures of this page.",
+        ),
+        pictures=(picture,),
+        tables=(
+            Table(
+                caption="The logged run",
+                head=["rule", "minutes", "ms per step", "of which data", "test accuracy, %"],
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _conditions_section(report: Report) -> Section:
+    e, s = report.environment, report.settings
+    gigabytes = "" if e.memory_bytes is None else f", {e.memory_bytes / 2**30:.0f} GiB"
+    facts = [
+        ("command", s.command),
+        ("processor", f"{e.cpu}, {e.cores} cores{gigabytes}"),
+        ("GPU", ", ".join(e.gpus) or "none"),
+        ("system", f"{e.platform}, Python {e.python}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in e.versions.items())),
+        *([("commit", e.commit)] if e.commit else []),
+        ("started", e.started_at),
+        ("network", f"{s.model}: {', '.join(s.layers)}"),
+        (
+            "data",
+            f"{s.dataset}: {s.train_images:,} images of {' x '.join(map(str, s.image_shape))}, "
+            f"{s.test_images:,} to test",
+        ),
+        ("step", f"batch {s.batch_size}, {s.optimizer}, learning rate {s.lr:g}, weight decay {s.weight_decay:g}"),
+        ("local loss", f"temperature {s.temperature:g}, {s.waveform} basis, label smoothing {s.label_smoothing:g}"),
+        (
+            "runs",
+            f"{s.repeats} of {s.speed_steps} steps each for speed; {len(s.seeds)} of {s.epochs} epochs for accuracy",
+        ),
+    ]
+    rows = [
+        [
+            c.name,
+            f"{c.processes} x {c.threads}",
+            " | ".join(", ".join(stage) for stage in c.stages) or _NONE,
+            str(c.chunks or _NONE),
+            c.status if c.status == "measured" else f"{c.status}: {c.reason}",
+            c.note,
+        ]
+        for c in report.contenders
+    ]
+    return Section(
+        key="conditions",
+        title="What ran on what",
+        tables=(
+            Table(
+                caption="All contenders",
+                head=["contender", "processes x threads", "stages", "chunks", "status", "note"],
+                rows=rows,
+                words=(2, 4, 5),
+            ),
+        ),
+        facts=facts,
+    )
+
+
+def _conditions(report: Report) -> list[str]:
+    s, e = report.settings, report.environment
+    machine = ", ".join(e.gpus) if s.device.startswith("cuda") and e.gpus else e.cpu
+    accuracy = f"accuracy after {s.epochs} epochs, {len(s.seeds)} seed{'s' if len(s.seeds) != 1 else ''}"
+    return [
+        f"{s.optimizer}, learning rate {s.lr:g}",
+        machine,
+        f"medians of {s.repeats} interleaved runs of {s.speed_steps} steps",
+        *([accuracy] if s.seeds else []),
+    ]
+
+
+def _median_and_range(spread: Spread | None) -> list[str]:
+    if spread is None:
+        return [_NONE, _NONE, "0"]
+    return [f"{spread.median:,.0f}", f"{spread.low:,.0f} to {spread.high:,.0f}", str(spread.count)]
+
+
+def _percent(spread: Spread | None) -> str:
+    return _NONE if spread is None else f"{spread.median:.1%}"
+
+
+def _number(spread: Spread | None, form: str) -> str:
+    return _NONE if spread is None else form.format(spread.median)

@@ -1,0 +1,1 @@
+"""Backpropagation as the best rival: its pipeline schedules, executed, and the forms in which it is measured."""

@@ -1,0 +1,265 @@
+"""What a process of backpropagation's pipeline does with a request: trains, or tries forms; and what layers cost."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import groupby
+from math import isfinite
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unlocked.comparison.meter import Meter, reset_peak_memory
+from unlocked.comparison.request import Form, RankAnswer, Request, load_data
+from unlocked.comparison.results import Epoch, Trial
+from unlocked.comparison.rival.pipeline import BpPipeline, Clock
+from unlocked.data import ImageDataset
+from unlocked.kernels.images import load_batch
+from unlocked.kernels.precision import float32_products
+from unlocked.launch.pipeline import make_model, optimizer_factory
+from unlocked.runtime.job import prepare_process
+from unlocked.runtime.machine import peak_memory_bytes
+from unlocked.runtime.network import Network, build_network
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.workers.actions import Item
+from unlocked.workers.source import BatchSource
+
+__all__ = ["backpropagation_costs", "train_pipeline", "try_forms"]
+
+_TURNS = 2  # of every form that is tried
+_INFER_ITEMS = 8  # that a stage infers before the next stage's turn
+
+
+def train_pipeline(request: Request) -> RankAnswer:
+    """Trains as the options say; the counterpart of an engine's run."""
+    with _process_group(request) as device:
+        train, test = load_data(request.data)
+        reset_peak_memory()
+        began = time.perf_counter()
+        prepare_process()
+        assert request.form is not None
+        plan = _plan(request, train, test)
+        clock = Clock(keep=request.timeline)
+        network = _network(request, train)
+        pipeline = _pipeline(request, request.form, network, _source(request, train, test, device), clock)
+        pipeline.warm_up(_one_of_each_size(plan))
+        meter = Meter(device)
+        dist.barrier()
+        setup = time.perf_counter() - began
+        clock.restart()
+        meter.begin()
+        began = time.perf_counter()
+        epochs, images = _follow(plan, pipeline, began)
+        _synchronize(device)
+        seconds = time.perf_counter() - began
+        busy: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(busy, clock.busy / seconds)
+        names = network.names
+        return RankAnswer(
+            steps=plan.train_steps,
+            images=images,
+            train_seconds=seconds,
+            setup_seconds=setup,
+            data_seconds=clock.seconds.get("data", 0.0),
+            update_seconds=clock.seconds.get("update", 0.0),
+            busy=tuple(busy) if device.type == "cpu" else None,
+            is_split=device.type == "cpu",
+            peak_memory_bytes=peak_memory_bytes(device),
+            energy_joules=meter.energy_joules(),
+            stages=tuple(tuple(names[start:stop]) for start, stop in request.form.parts),
+            epochs=tuple(epochs),
+            spans=tuple(clock.spans),
+        )
+
+
+def try_forms(request: Request) -> RankAnswer:
+    """Trains `max_steps` micro-batches in every form, in turns, of which the fastest counts. A form that is refused
+    says why."""
+    with _process_group(request) as device:
+        train, test = load_data(request.data)
+        prepare_process()
+        source = _source(request, train, test, device)
+        plan = _plan(request, train, test)
+        steps = [item for item in plan if item.kind == "train" and item.size == plan.batch_size]
+        pipelines: dict[Form, BpPipeline] = {}
+        reasons: dict[Form, str] = {}
+        for form in request.forms:
+            try:
+                pipelines[form] = _pipeline(request, form, _network(request, train), source, Clock())
+            except ValueError as error:  # raised alike on every process, before anything was sent
+                reasons[form] = " ".join(str(error).split())
+            else:
+                pipelines[form].warm_up(steps[:1] * 2)
+        rates: dict[Form, float] = {}
+        for _ in range(_TURNS):
+            for form, pipeline in pipelines.items():
+                dist.barrier()
+                began = time.perf_counter()
+                for item in steps:
+                    pipeline.train(item)
+                dist.barrier()
+                rate = sum(item.size for item in steps) / (time.perf_counter() - began)
+                rates[form] = max(rate, rates.get(form, 0.0))
+        names = _network(request, train).names
+        return RankAnswer(
+            trials=tuple(
+                Trial(
+                    chunks=form.chunks,
+                    stages=tuple(tuple(names[start:stop]) for start, stop in form.parts),
+                    images_per_second=rates.get(form),
+                    reason=reasons.get(form),
+                )
+                for form in request.forms
+            )
+        )
+
+
+def backpropagation_costs(
+    network: Network, optimizer: Callable[[Any], Any], batch_size: int, device: torch.device, repeats: int = 5
+) -> tuple[float, ...]:
+    """Seconds of every layer's forward, backward (with the input's gradient, save the first's) and update: medians."""
+    x = torch.randn(batch_size, *network.input_shape, device=device)
+    costs = []
+    for index, block in enumerate(network.blocks):
+        block.to(device).train()
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+            block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parameters = list(block.parameters())
+        own = optimizer(parameters) if parameters else None
+        x = x.detach().requires_grad_(index > 0)
+        times = []
+        for _ in range(repeats + 2):
+            _synchronize(device)
+            began = time.perf_counter()
+            y = block(x)
+            y.backward(torch.ones_like(y))
+            if own is not None:
+                own.step()
+                own.zero_grad(set_to_none=True)
+            x.grad = None
+            _synchronize(device)
+            times.append(time.perf_counter() - began)
+        costs.append(median(times[2:]))
+        x = y.detach()
+    return tuple(costs)
+
+
+@contextmanager
+def _process_group(request: Request) -> Iterator[torch.device]:
+    """Joins the contender's processes; the device of this one."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = request.options.device.startswith("cuda")
+    if os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes run on this machine
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=request.timeout),
+    )
+    with float32_products(request.options.precision):
+        yield device
+    dist.destroy_process_group()  # not after a failure: the others would be waited for
+
+
+def _network(request: Request, train: ImageDataset) -> Network:
+    return build_network(
+        make_model(request.options, train),
+        input_shape=train.image_shape,
+        num_classes=train.num_classes,
+        seed=request.options.seed,
+    )
+
+
+def _source(request: Request, train: ImageDataset, test: ImageDataset, device: torch.device) -> BatchSource:
+    """Resident micro-batches, as every other contender reads them."""
+    return BatchSource(
+        train.to(device),
+        test.to(device),
+        seed=request.options.seed,
+        batch_size=request.options.batch_size,
+        eval_batch_size=request.options.test_batch_size,
+        load_batch=load_batch,
+    )
+
+
+def _plan(request: Request, train: ImageDataset, test: ImageDataset) -> StreamPlan:
+    options = request.options
+    return StreamPlan(
+        epochs=options.num_epochs,
+        train_size=len(train),
+        batch_size=options.batch_size,
+        eval_size=0 if options.no_eval else len(test),
+        eval_batch_size=options.test_batch_size,
+        statistics_batches=options.statistics_batches,
+        max_steps=options.max_steps,
+    )
+
+
+def _pipeline(request: Request, form: Form, network: Network, source: BatchSource, clock: Clock) -> BpPipeline:
+    optimizer = optimizer_factory(request.options)
+    return BpPipeline(network, engine=request.spec.engine, form=form, optimizer=optimizer, source=source, clock=clock)
+
+
+def _one_of_each_size(plan: StreamPlan) -> list[Item]:
+    """A training micro-batch of every number of rows that occurs, twice: the second is an ordinary one."""
+    sizes: dict[int, Item] = {}
+    for item in plan.items(0, min(len(plan), plan.steps_per_epoch)):
+        if item.kind == "train":
+            sizes.setdefault(item.size, item)
+    return [item for item in sizes.values() for _ in range(2)]
+
+
+def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[Epoch], int]:
+    """Runs the whole stream; the evaluated epochs (without evaluation the last one), and the training images."""
+    epochs: list[Epoch] = []
+    images = 0
+    for (kind, epoch), group in groupby(plan, key=lambda item: (item.kind, item.epoch)):
+        items = list(group)
+        if kind == "train":
+            pipeline.loss.zero_()
+            for item in items:
+                pipeline.train(item)
+            trained = sum(item.size for item in items)
+            images += trained
+        else:
+            for start in range(0, len(items), _INFER_ITEMS):
+                pipeline.infer(items[start : start + _INFER_ITEMS])
+        if kind == "evaluate" or (not plan.eval_size and epoch == plan.num_epochs - 1):
+            loss, test_loss, correct = _sums_of_last_stage(pipeline)
+            if not isfinite(loss):
+                raise ValueError(f"the loss of epoch {epoch} is {loss}; lower --lr, and check the input data")
+            epochs.append(
+                Epoch(
+                    epoch=epoch,
+                    seconds=time.perf_counter() - began,
+                    train_loss=loss / trained,
+                    test_loss=test_loss / plan.eval_size if plan.eval_size else None,
+                    test_acc1=100 * correct / plan.eval_size if plan.eval_size else None,
+                )
+            )
+            pipeline.scores.zero_()
+    return epochs, images
+
+
+def _sums_of_last_stage(pipeline: BpPipeline) -> list[float]:
+    """Training loss, evaluation loss, correct answers, summed over samples: known to the last stage's process, told
+    to all."""
+    sums = torch.cat([pipeline.loss[None], pipeline.scores])
+    dist.broadcast(sums, pipeline.last_owner)
+    values: list[float] = sums.tolist()
+    return values
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

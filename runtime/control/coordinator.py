@@ -1,0 +1,440 @@
+"""The coordinator: one thread in rank 0's process that all workers talk to.
+
+It hands out the stream in windows, gathers metrics and final payloads, notices lost workers, and makes one worker's
+failure (or one signal) reach all. It never touches a tensor, and no step waits for it: windows are granted ahead.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgpack
+import zmq
+
+from unlocked.runtime.control import messages as m
+from unlocked.runtime.control.address import Address, listen
+from unlocked.runtime.control.callbacks import CallbackThread
+from unlocked.runtime.control.member import Member
+from unlocked.runtime.control.windows import EpochGate, WindowPolicy
+from unlocked.runtime.metrics.records import EpochAggregator, EpochResult, FanOut, MetricsSink
+
+__all__ = ["Coordinator"]
+
+PING_SECONDS = 0.25
+"""Every ping tells the workers that the coordinator lives, and finds out whose connection is gone."""
+ECHO_GRACE_SECONDS = 0.5
+"""How long a failure that looks like another worker's fault waits for that other worker's own story."""
+ABORT_SECONDS = 1.0
+"""How long the coordinator's own process outlives an abort so that all others hear of it."""
+
+
+class Coordinator:
+    """Serves one run of `len(stages)` workers. Use: construct, pass `address` on, `start`, `results`, `close`.
+
+    Args:
+        stages: the layer names of each stage, in order; a worker that reports other layers fails the run.
+        total: length of the stream; `first` is where it starts (above 0 after a resume).
+        queue_depth: of the edges between stages; sets the smallest window.
+        host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one.
+        advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
+        gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
+        sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
+        on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
+            exception in it fails the run.
+        start_timeout: seconds for all workers to say hello.
+        heartbeat_timeout: seconds of silence after which a connected worker counts as lost.
+
+    Raises:
+        ValueError: port taken, host not this machine's, or a nonsensical stream.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Sequence[str]],
+        total: int,
+        *,
+        first: int = 0,
+        queue_depth: int = 2,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise: str | None = None,
+        gate: EpochGate | None = None,
+        sink: MetricsSink | None = None,
+        on_snapshot: Callable[[int], None] | None = None,
+        start_timeout: float = 120.0,
+        heartbeat_timeout: float = 30.0,
+    ) -> None:
+        if not stages or not 0 <= first <= total:
+            raise ValueError(
+                f"{len(stages)} stages, positions {first} to {total}; valid: at least 1 stage, 0 <= first <= total"
+            )
+        self._stages = [tuple(layers) for layers in stages]
+        self._first, self._total = first, total
+        self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
+        self._gate = gate
+        if gate is not None:
+            self._policy.limit = gate.limit
+        self._sink = sink or FanOut()
+        self._on_snapshot = on_snapshot
+        self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
+        self._epochs = EpochAggregator(len(stages))
+        self._snapshots: dict[int, set[int]] = {}
+        self._workers: dict[int, Member] = {}
+        self._by_identity: dict[bytes, Member] = {}
+        self._results: dict[int, Any] = {}
+        self._changed = threading.Condition()
+        self._mailbox = m.Mailbox()
+        self._callbacks = CallbackThread(self._callback_failed)
+        self._callback_error: str | None = None
+        self._echo: tuple[str, float] | None = None
+        self._abort_waits: set[int] = set()
+        self._abort_deadline = math.inf
+        self._next_ping = 0.0
+        self._running = True
+        self._complete = False
+        self.first_failure: str | None = None
+        """The first cause of an abort; None while all is well."""
+        self.stopped: m.Stop | None = None
+        """Set once an orderly stop was ordered: the final position and the signal."""
+        self.epochs: list[EpochResult] = []
+        """The epochs that all stages have reported, in order; final once `results` has returned."""
+        self.ignored_frames = 0
+        """Frames from strangers and malformed ones."""
+        self._context = zmq.Context()
+        try:
+            self._socket, endpoint = listen(self._context, host, port, advertise)
+        except ValueError:
+            self._context.term()
+            self._mailbox.close()
+            raise
+        self._address = Address.new(endpoint)
+        self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """What `CoordinatorClient` needs: endpoint and token. Hand it to the run's workers only."""
+        return str(self._address)
+
+    def start(self) -> None:
+        """Begins to serve; the start timeout runs from here."""
+        self._callbacks.start()
+        self._thread.start()
+
+    def request_stop(self, signal: int | None = None) -> None:
+        """Orders an orderly stop: no further windows. From any thread or signal handler; returns at once."""
+        self._mailbox.put(m.StopRequest(signal=signal))
+
+    def abort(self, message: str) -> None:
+        """Fails the run on behalf of rank 0's own code; `message` becomes the first cause unless there is one."""
+        self._mailbox.put(m.Abort(message=message))
+
+    def results(self, timeout: float = 600.0) -> dict[int, Any]:
+        """Waits until every stage has finished; {stage: payload}. All callbacks have run by then.
+
+        Raises:
+            RunFailed: the run was aborted; carries the first cause.
+            TimeoutError: names the stages that have not finished.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._complete or self.first_failure is not None, timeout)
+            if self.first_failure is not None:
+                raise m.RunFailed(self.first_failure)
+            if not done:
+                missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._results)
+                raise TimeoutError(f"coordinator: no final results after {timeout:g} s from {missing}")
+        if not self._callbacks.drain(timeout):
+            raise TimeoutError(f"coordinator: metrics sinks or the snapshot callback still run after {timeout:g} s")
+        if self._callback_error is not None:
+            raise m.RunFailed(self._callback_error)
+        return dict(self._results)
+
+    def close(self) -> None:
+        """Ends the thread and frees the port. Idempotent."""
+        self._mailbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(10.0)
+        self._callbacks.close()
+        if not self._socket.closed and not self._thread.is_alive():
+            self._shut()
+
+    def __enter__(self) -> "Coordinator":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the loop
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._mailbox.fileno(), zmq.POLLIN)
+        self._start_deadline = time.monotonic() + self._start_timeout
+        try:
+            while self._running:
+                poller.poll(50 if self._echo or self._abort_waits else 250)
+                self._receive()
+                for order in self._mailbox.drain():
+                    self._obey(order)
+                self._tick(time.monotonic())
+        except Exception as error:  # our own bug, but still nobody may hang
+            self._fail(f"coordinator: {type(error).__name__}: {error}")
+            self._send_all(m.Abort(message=self.first_failure or ""), self._workers.values())
+            raise
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
+        self._socket.close(linger=1000)
+        self._context.term()
+        self._mailbox.close()
+
+    def _receive(self) -> None:
+        for _ in range(1000):  # then let the clock have its turn
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            try:
+                message = m.unpack(self._address.token, frames)
+                handler = _HANDLERS.get(type(message))
+                worker = self._by_identity.get(identity)
+                if isinstance(message, m.Hello):
+                    self._hello(identity, message)
+                elif handler is None or worker is None:
+                    raise m.MessageError("not a worker's message")
+                else:
+                    worker.heard = time.monotonic()
+                    handler(self, worker, message)
+            except m.VersionError as error:
+                self.ignored_frames += 1
+                self._send(identity, m.Abort(message=f"coordinator: {error}"))
+                self._fail(f"coordinator: a worker speaks {error}")
+            except m.MessageError:
+                self.ignored_frames += 1
+
+    def _obey(self, order: Any) -> None:
+        if order is None:
+            self._running = False
+        elif isinstance(order, m.StopRequest):
+            self._stop(None, order)
+        elif isinstance(order, m.Abort):
+            self._fail(order.message)
+
+    def _tick(self, now: float) -> None:
+        if now >= self._next_ping:
+            self._next_ping = now + PING_SECONDS
+            for worker in tuple(self._workers.values()):
+                if not self._send(worker.identity, m.Beat(position=self._policy.granted)):
+                    self._lost(worker, "its connection closed")
+                elif now - worker.heard > self._heartbeat_timeout:
+                    self._lost(worker, f"no heartbeat for {self._heartbeat_timeout:g} s")
+        if len(self._workers) < len(self._stages) and now > self._start_deadline:
+            missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._workers)
+            self._fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
+        if self._echo and now >= self._echo[1]:
+            self._fail(self._echo[0])
+        if self._abort_waits and now >= self._abort_deadline:
+            self._abort_waits.clear()
+            self._abort_local()
+
+    # --- what workers say
+
+    def _hello(self, identity: bytes, hello: m.Hello) -> None:
+        worker = Member(identity, hello, time.monotonic(), self._first)
+        if self.first_failure is not None:
+            self._send(identity, m.Abort(message=self.first_failure))
+            return
+        problem = self._hello_problem(worker)
+        if problem:
+            self._send(identity, m.Abort(message=problem))
+            self._fail(problem)
+            return
+        self._workers[hello.stage] = self._by_identity[identity] = worker
+        if len(self._workers) == len(self._stages):
+            self._policy.observe(self._first, time.monotonic())
+            self._send_all(m.Start(first=self._first, total=self._total), self._workers.values())
+            self._extend()
+            if self.stopped:
+                self._send_all(self.stopped, self._workers.values())
+
+    def _hello_problem(self, worker: Member) -> str | None:
+        stage, layers = worker.hello.stage, worker.hello.layers
+        if not 0 <= stage < len(self._stages):
+            return f"{worker.name} joined a run of {len(self._stages)} stages; start as many workers as stages"
+        if layers != self._stages[stage]:
+            return f"{worker.name} should run {', '.join(self._stages[stage])}; give all workers the same settings"
+        if stage in self._workers:
+            other = self._workers[stage].hello
+            return (
+                f"{worker.name} joined twice: pid {other.pid} on {other.host}, pid {worker.hello.pid} on "
+                f"{worker.hello.host}; give each worker its own rank"
+            )
+        return None
+
+    def _beat(self, worker: Member, beat: m.Beat | m.Need) -> None:
+        self._advance(worker, beat.position)
+        if isinstance(beat, m.Need) and self._policy.granted > beat.position:
+            self._send(worker.identity, self._grant())
+
+    def _progress(self, worker: Member, message: m.Progress) -> None:
+        self._advance(worker, message.progress.position)
+        self._callbacks.post(self._sink.on_progress, message.progress, lossy=True)
+
+    def _step(self, worker: Member, message: m.Step) -> None:
+        self._callbacks.post(self._sink.on_step, message.step)
+
+    def _epoch(self, worker: Member, message: m.Epoch) -> None:
+        try:
+            results = self._epochs.add(message.part)
+        except ValueError as error:
+            raise m.MessageError(str(error)) from error
+        self.epochs += results
+        for result in results:
+            self._callbacks.post(self._sink.on_epoch, result)
+        if self._gate is not None and message.part.evaluation is not None:
+            text = self._gate.observe(message.part.epoch, message.part.evaluation.loss)
+            if text is not None:
+                self._callbacks.post(self._sink.on_message, text)
+            self._policy.limit = self._gate.limit
+            self._extend()
+
+    def _snapshot(self, worker: Member, message: m.SnapshotDone) -> None:
+        done = self._snapshots.setdefault(message.position, set())
+        done.add(worker.hello.stage)
+        if len(done) == len(self._stages):
+            del self._snapshots[message.position]
+            if self._on_snapshot is not None:
+                self._callbacks.post(self._on_snapshot, message.position, important=True)
+
+    def _chunk(self, worker: Member, chunk: m.Chunk) -> None:
+        if worker.finished or chunk.index != len(worker.chunks):
+            raise m.MessageError(f"chunk {chunk.index} where {len(worker.chunks)} is due")
+        worker.chunks.append(chunk.data)
+        if len(worker.chunks) == chunk.count:
+            try:
+                payload = msgpack.unpackb(b"".join(worker.chunks), strict_map_key=False)
+            except Exception as error:  # see messages.unpack
+                self._fail(f"{worker.name} sent a final payload that can't be read: {error}")
+                return
+            worker.finished, worker.chunks = True, []
+            with self._changed:
+                self._results[worker.hello.stage] = payload
+        self._send(worker.identity, m.ChunkSeen(index=chunk.index))
+        if len(self._results) == len(self._stages) and not self._complete and self.first_failure is None:
+            self._send_all(m.Bye(), self._workers.values())
+            with self._changed:
+                self._complete = True
+                self._changed.notify_all()
+
+    def _stop(self, worker: Member | None, request: m.StopRequest) -> None:
+        if self.stopped is None:
+            self.stopped = m.Stop(position=self._policy.granted, signal=request.signal)
+            source = "the coordinator" if worker is None else worker.name
+            text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
+            self._callbacks.post(self._sink.on_message, text)
+            self._send_all(self.stopped, self._workers.values())
+
+    def _failed(self, worker: Member, failure: m.Failure) -> None:
+        text = f"{worker.name} failed in {failure.action} of {failure.layer or 'no layer'}: {failure.message}"
+        if failure.echo and self.first_failure is None:
+            self._echo = self._echo or (text, time.monotonic() + ECHO_GRACE_SECONDS)
+            self._next_ping = 0.0
+        elif self.first_failure is None:
+            self._fail(text)
+        else:
+            self._send(worker.identity, m.Abort(message=self.first_failure))
+
+    def _abort_seen(self, worker: Member, _: m.AbortSeen) -> None:
+        self._told(worker)
+
+    # --- what the coordinator does
+
+    def _advance(self, worker: Member, position: int) -> None:
+        worker.position = max(worker.position, position)
+        if len(self._workers) == len(self._stages):
+            self._policy.observe(position, time.monotonic())
+            self._extend()
+
+    def _extend(self) -> None:
+        if self.stopped is None and self.first_failure is None and self._policy.extend():
+            self._send_all(self._grant(), self._workers.values())
+
+    def _grant(self) -> m.Grant:
+        return m.Grant(stop=self._policy.granted, lr_factor=self._gate.factor if self._gate else 1.0)
+
+    def _lost(self, worker: Member, why: str) -> None:
+        if self.first_failure is not None:
+            self._told(worker)
+        elif not worker.finished:
+            self._fail(
+                f"{worker.name} is lost after position {worker.position}: {why} (pid {worker.hello.pid} on "
+                f"{worker.hello.host})"
+            )
+
+    def _fail(self, message: str) -> None:
+        """Records the first cause and tells everyone: the others first, this process last, as it may exit then."""
+        if self.first_failure is not None:
+            return
+        self._echo = None
+        with self._changed:
+            self.first_failure = message
+            self._changed.notify_all()
+        remote = [worker for worker in self._workers.values() if not worker.local]
+        self._abort_waits = {worker.hello.stage for worker in remote}
+        self._abort_deadline = time.monotonic() + ABORT_SECONDS
+        for worker in remote:
+            if not self._send(worker.identity, m.Abort(message=message)):
+                self._abort_waits.discard(worker.hello.stage)
+        if not self._abort_waits:
+            self._abort_local()
+
+    def _told(self, worker: Member) -> None:
+        if worker.hello.stage in self._abort_waits:
+            self._abort_waits.discard(worker.hello.stage)
+            if not self._abort_waits:
+                self._abort_local()
+
+    def _abort_local(self) -> None:
+        local = [worker for worker in self._workers.values() if worker.local]
+        self._send_all(m.Abort(message=self.first_failure or ""), local)
+
+    def _callback_failed(self, error: Exception) -> None:
+        self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
+        self.abort(self._callback_error)
+
+    def _send_all(self, message: Any, workers: Iterable[Member]) -> None:
+        for worker in tuple(workers):
+            self._send(worker.identity, message)
+
+    def _send(self, identity: bytes, message: Any) -> bool:
+        """False if the connection is gone (the next ping acts on it)."""
+        try:
+            self._socket.send_multipart([identity, *m.pack(self._address.token, message)], zmq.DONTWAIT)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    def _name(self, stage: int) -> str:
+        return self._workers[stage].name if stage in self._workers else m.stage_name(stage, None, self._stages[stage])
+
+
+_HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
+    m.Beat: Coordinator._beat,
+    m.Need: Coordinator._beat,
+    m.Progress: Coordinator._progress,
+    m.Step: Coordinator._step,
+    m.Epoch: Coordinator._epoch,
+    m.SnapshotDone: Coordinator._snapshot,
+    m.Chunk: Coordinator._chunk,
+    m.StopRequest: Coordinator._stop,
+    m.Failure: Coordinator._failed,
+    m.AbortSeen: Coordinator._abort_seen,
+}

@@ -1,0 +1,304 @@
+"""The coordinator's wire format: typed messages, msgpack maps with a protocol version, and the run's token.
+
+On the wire a message is two frames: the token (so that strangers are told apart before anything is parsed), and a
+msgpack map `{"v": version, "kind": name, **fields}`.
+"""
+
+import contextlib
+import hmac
+import socket
+import types
+import typing
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+import msgpack
+
+from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
+
+__all__ = [
+    "CHUNK_BYTES",
+    "MAX_FRAME_BYTES",
+    "PROTOCOL_VERSION",
+    "Abort",
+    "AbortSeen",
+    "Beat",
+    "Bye",
+    "Chunk",
+    "ChunkSeen",
+    "Epoch",
+    "Failure",
+    "Grant",
+    "Hello",
+    "Mailbox",
+    "MessageError",
+    "Need",
+    "Progress",
+    "RunFailed",
+    "SnapshotDone",
+    "Start",
+    "Step",
+    "Stop",
+    "StopRequest",
+    "VersionError",
+    "pack",
+    "stage_name",
+    "unpack",
+]
+
+PROTOCOL_VERSION = 2
+CHUNK_BYTES = 8 << 20
+MAX_FRAME_BYTES = 2 * CHUNK_BYTES
+"""A peer that sends a larger frame is disconnected: nobody can make the coordinator swallow gigabytes."""
+
+
+class MessageError(ValueError):
+    """Bytes that are not a message of this run."""
+
+
+class VersionError(MessageError):
+    """A peer of this run that speaks another protocol version."""
+
+
+class RunFailed(RuntimeError):
+    """The run was aborted; the text is the first cause."""
+
+
+def stage_name(stage: int, rank: int | None = None, layers: Sequence[str] = ()) -> str:
+    """How errors name a stage: `stage 1 (rank 1: conv3, linear1)`."""
+    return f"stage {stage} (rank {stage if rank is None else rank}: {', '.join(layers) or 'layers unknown'})"
+
+
+# --- from a worker to the coordinator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    stage: int
+    rank: int
+    pid: int
+    host: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """The worker lives; `position` is what its main thread completed."""
+
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """The worker has run out of granted positions and waits at `position`."""
+
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    progress: StageProgress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    step: StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    part: EpochPart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotDone:
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A worker's own failure. `echo`: seen while talking to a neighbour, so likely another worker's fault."""
+
+    stage: int
+    rank: int
+    layer: str
+    action: str
+    message: str
+    echo: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbortSeen:
+    """The worker knows that the run is over and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequest:
+    signal: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Part `index` of `count` of the worker's final payload."""
+
+    index: int
+    count: int
+    data: bytes
+
+
+# --- from the coordinator to a worker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """All stages are there; the run covers the stream positions `first` to `total` - 1."""
+
+    first: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """Every stage may run positions < `stop`; `lr_factor` multiplies its learning rate where the coordinator sets it
+    (see `windows.EpochGate`)."""
+
+    stop: int
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """No further grants: every stage completes the positions < `position` and finishes."""
+
+    position: int
+    signal: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkSeen:
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abort:
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bye:
+    """All payloads have arrived; the worker may go."""
+
+
+_KINDS: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        *(Hello, Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
+        *(Start, Grant, Stop, ChunkSeen, Abort, Bye),
+    )
+}
+
+
+def pack(token: bytes, message: Any) -> list[bytes]:
+    """The two frames of a message."""
+    body = {"v": PROTOCOL_VERSION, "kind": type(message).__name__, **_as_map(message)}
+    return [token, msgpack.packb(body)]
+
+
+def unpack(token: bytes, frames: Sequence[bytes | memoryview]) -> Any:
+    """The message in two frames.
+
+    Raises:
+        VersionError: the token is right, the protocol version is not.
+        MessageError: anything else that is not a well-formed message of this run.
+    """
+    if len(frames) != 2 or not hmac.compare_digest(bytes(frames[0]), token):
+        raise MessageError("a stranger's frames")
+    try:
+        body = msgpack.unpackb(frames[1], strict_map_key=True)
+    except Exception as error:  # msgpack documents a family of unrelated exceptions for malformed input
+        raise MessageError(f"not msgpack: {error}") from error
+    if not isinstance(body, dict):
+        raise MessageError("not a map")
+    version, kind = body.pop("v", None), body.pop("kind", None)
+    if version != PROTOCOL_VERSION:
+        raise VersionError(f"protocol version {version!r} where {PROTOCOL_VERSION} is spoken; install one release")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise MessageError(f"unknown kind {kind!r}")
+    return _from_map(cls, body)
+
+
+class Mailbox:
+    """A queue into an event loop: `put` from any thread or signal handler, wake the loop through a file descriptor."""
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()  # its append and popleft are atomic, also under a signal handler
+        # Socket objects, not bare pipe descriptors: sending on a closed object fails cleanly, whereas a closed
+        # descriptor's number may already belong to somebody else's file.
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def put(self, item: Any) -> None:
+        """Never blocks; after `close` it does nothing."""
+        self._items.append(item)
+        with contextlib.suppress(OSError):  # full: the loop wakes anyway; closed: there is no loop
+            self._writer.send(b"\0")
+
+    def drain(self) -> list[Any]:
+        """All items put so far, in order."""
+        with contextlib.suppress(OSError):
+            self._reader.recv(65536)
+        items = []
+        while self._items:
+            items.append(self._items.popleft())
+        return items
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+def _as_map(record: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(record, field.name)) for field in fields(record)}
+
+
+def _plain(value: Any) -> Any:
+    return _as_map(value) if is_dataclass(value) else value
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _from_map(cls: type, body: Any) -> Any:
+    hints = _hints(cls)
+    if not isinstance(body, dict) or body.keys() != hints.keys():
+        raise MessageError(f"{cls.__name__} needs exactly the fields {', '.join(hints)}")
+    return cls(**{name: _typed(hint, body[name], f"{cls.__name__}.{name}") for name, hint in hints.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type: numbers, str, bytes, optional, tuples and nested records."""
+    if isinstance(hint, types.UnionType):
+        chosen = [option for option in typing.get_args(hint) if option is not type(None)]
+        return None if value is None else _typed(chosen[0], value, where)
+    if typing.get_origin(hint) is tuple:
+        options = typing.get_args(hint)
+        repeated = len(options) == 2 and options[1] is Ellipsis
+        if isinstance(value, list) and (repeated or len(value) == len(options)):
+            return tuple(_typed(options[0] if repeated else options[i], item, where) for i, item in enumerate(value))
+    elif is_dataclass(hint):
+        return _from_map(typing.cast(type, hint), value)
+    elif hint is float and isinstance(value, int | float):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise MessageError(f"{where} can't be {value!r:.80}")

@@ -1,0 +1,113 @@
+"""What the engines that run in one process share: their outlet, snapshots and results."""
+
+from collections.abc import Sequence
+
+from unlocked.runtime.job import Job
+from unlocked.runtime.learning_rate import LearningRate
+from unlocked.runtime.machine import peak_memory_bytes
+from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, FanOut, StageProgress, StepResult
+from unlocked.runtime.result import RunResult, weights_digest
+from unlocked.runtime.saving.snapshots import save_layers, snapshot_folder, write_manifest
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.workers.actions import Item
+from unlocked.workers.errors import StageError
+from unlocked.workers.stage import Stage
+
+__all__ = ["LocalOutlet", "finish_result", "locate", "steps_before", "write_stage_snapshot"]
+
+_ACTIONS = {"evaluate": "E", "snapshot": "SNAP"}
+
+
+class LocalOutlet:
+    """Hands records to the sinks at once, keeps the epochs' results, and tells the learning rate the test losses."""
+
+    def __init__(self, sinks: FanOut, num_stages: int, lr_factor: LearningRate) -> None:
+        self.epochs: list[EpochResult] = []
+        self._sinks, self._aggregator = sinks, EpochAggregator(num_stages)
+        self._lr_factor = lr_factor
+
+    def progress(self, progress: StageProgress) -> None:
+        self._sinks.on_progress(progress)
+
+    def step(self, step: StepResult) -> None:
+        self._sinks.on_step(step)
+
+    def epoch(self, part: EpochPart) -> None:
+        for result in self._aggregator.add(part):
+            self.epochs.append(result)
+            self._sinks.on_epoch(result)
+            if result.eval_loss is not None:
+                text = self._lr_factor.observe(result.epoch, result.eval_loss)
+                if text is not None:
+                    self._sinks.on_message(text)
+
+
+def steps_before(plan: StreamPlan, position: int) -> int:
+    """Training micro-batches before `position`, over the whole run."""
+    if position >= len(plan):
+        return plan.train_steps
+    item = plan[position]
+    done = item.epoch * plan.steps_per_epoch
+    if item.kind in ("statistics", "evaluate"):
+        return min(done + plan.steps_per_epoch, plan.train_steps)
+    if item.kind == "train":
+        return done + item.index
+    return steps_before(plan, position - 1) + 1 if position else 0
+
+
+def locate(error: Exception, stage: Stage, item: Item) -> StageError:
+    """The failure of a stage with where it happened."""
+    action = f"{stage.index}{_ACTIONS.get(item.kind, 'F')}{item.position}"
+    where = f"{action} (epoch {item.epoch}, {item.kind} micro-batch {item.index})"
+    return StageError(rank=0, stage=stage.index, layers=", ".join(stage.layer_names), action=where, cause=error)
+
+
+def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> None:
+    """Action SNAP in an engine of one process: stages reach the mark one after the other, the last completes it."""
+    root = job.settings.snapshot_dir
+    assert root is not None, "a plan with snapshots needs a folder"
+    steps = steps_before(job.plan, item.position)
+    save_layers(snapshot_folder(root, steps), stage.layers)
+    if last:
+        losses = job.lr_factor.losses_before(item.epoch)
+        write_manifest(root, position=item.position + 1, steps=steps, settings=job.fingerprint, test_losses=losses)
+
+
+def finish_result(
+    job: Job,
+    stages: Sequence[Stage],
+    outlet: LocalOutlet,
+    *,
+    position: int,
+    images: int,
+    train_seconds: float,
+    setup_seconds: float,
+    busy_fraction: list[float],
+    stopped_by: int | None,
+    step_seconds: Sequence[float] = (),
+) -> RunResult:
+    """Collects weights and figures of stages in this process."""
+    for stage in stages:
+        for layer in stage.layers:
+            layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
+    weights = {
+        name: value.detach().cpu().clone()
+        for stage in stages
+        for layer in stage.layers
+        for name, value in layer.tensors()
+    }
+    return RunResult(
+        engine=job.settings.engine,
+        stages=[stage.layer_names for stage in stages],
+        epochs=outlet.epochs,
+        steps=steps_before(job.plan, position),
+        train_seconds=train_seconds,
+        setup_seconds=setup_seconds,
+        images_per_second=images / max(train_seconds, 1e-9),
+        weights=weights,
+        weights_sha256=weights_digest(weights.items()),
+        peak_memory_bytes=[peak_memory_bytes(job.device)] * len(stages),
+        busy_fraction=busy_fraction,
+        stopped_by=stopped_by,
+        measured_stage_seconds=list(step_seconds),
+    )

@@ -1,0 +1,1 @@
+"""A worker process per stage, edges between neighbours, control by the coordinator."""

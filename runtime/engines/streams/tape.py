@@ -1,0 +1,287 @@
+"""What the streams engine records before it runs: every kind of micro-batch of each stage, and blocks of many ticks.
+
+A block is one recording that takes every stage through many full training micro-batches, with the data flow's
+dependences and no others: on a GPU one captured graph, in which the stages run side by side.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.runtime.engines.one_process import locate
+from unlocked.runtime.job import Job
+from unlocked.workers.actions import Item, MarkKind
+from unlocked.workers.lane import Lane
+from unlocked.workers.recording import Recording, no_collection
+from unlocked.workers.source import BatchSource
+from unlocked.workers.stamps import DeviceClock, DeviceMark
+
+__all__ = ["Block", "record"]
+
+_WARM_UPS = 3  # of every kind of micro-batch before a capture, as torch's own capturing helpers make
+_SAMPLE = 16  # of so many replays one is timed, where not all are
+
+
+def record(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "Block | None":
+    """Warms up, records every kind of item that the stream has, and puts all state back as it was.
+
+    Args:
+        timed: every replay is to be timed, for a trace; else a sample.
+
+    Returns:
+        The block, or None if the run is too short for one, or if its data is not where a recording can read it.
+    """
+    items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
+    shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
+    ticks, alignment = _ticks(job, len(lanes))
+    source = lanes[0].stage.source
+    if isinstance(source, BatchSource):
+        source.reserve(max(ticks, 1))
+    else:
+        ticks = 0
+    _synchronize(lanes)
+    on_device = lanes[0].stream is not None
+    with _Restored(lanes), no_collection() if on_device else nullcontext():
+        _warm_up(lanes, shapes)
+        for lane in lanes:
+            with lane.on_stream():
+                for kind, size in shapes:
+                    lane.record(kind, size)
+        block = Block(job, lanes, ticks, alignment, timed=timed) if ticks else None
+        if on_device:
+            for lane in lanes:
+                with lane.on_stream():
+                    lane.try_recordings()
+            _synchronize(lanes)
+            if block is not None:
+                block.try_recordings()
+    return block
+
+
+class Block:
+    """One recording of `ticks` full training micro-batches of every stage.
+
+    Before a replay the micro-batches of the tick before it lie in the rings, so every stage has work from the first
+    tick on. On a GPU a second copy also records the time of every action, and is replayed now and then; for a trace
+    there are two such copies and no other, so that one is read while the other runs.
+
+    Args:
+        alignment: the ticks at which a replay may begin are its multiples; there the rings' slots are those recorded.
+    """
+
+    def __init__(self, job: Job, lanes: Sequence[Lane], ticks: int, alignment: int, *, timed: bool) -> None:
+        self.ticks, self.alignment = ticks, alignment
+        self._plan, self._lanes = job.plan, list(lanes)
+        self._first: Item | None = None
+        self._replays = 0
+        self.clock: DeviceClock | None = None
+        """Gets the times of timed replays, on a GPU."""
+        self.stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
+        for lane in lanes:
+            with lane.on_stream():
+                for layer in lane.stage.layers:
+                    layer.set_mode("train")
+        copies = 0 if self.stream is None else 2 if timed else 1
+        # One pool: no two of these ever run at the same time.
+        self._timed = [_TimedCopy(self, pool) for _ in range(copies)]
+        self._plain = None if timed and self._timed else self._record(pool)
+
+    def replay(self, first: Item) -> None:
+        """Runs the block whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
+        source = self._lanes[0].stage.source
+        assert isinstance(source, BatchSource)
+        self._first = first
+        if self.stream is None:
+            assert self._plain is not None
+            source.seek(first, self.ticks)
+            with self._offset(first.position):
+                self._plain.replay()
+        else:
+            self._replay_on_device(source, first)
+        for lane in self._lanes:
+            lane.advance(self.ticks)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Hands the times of timed replays that have happened to the clock; with `wait`, all."""
+        assert self.clock is not None
+        for copy in self._timed:
+            copy.collect(self.clock, wait=wait)
+
+    def try_recordings(self) -> None:
+        """Replays each copy once; see `Lane.try_recordings`."""
+        assert self.stream is not None
+        for recording in [*([self._plain] if self._plain else []), *(copy.recording for copy in self._timed)]:
+            with torch.cuda.stream(self.stream):
+                recording.replay()
+            self.stream.synchronize()
+
+    def _replay_on_device(self, source: BatchSource, first: Item) -> None:
+        assert self.stream is not None
+        recording, copy = self._plain, None
+        if recording is None or self._replays % _SAMPLE == 1:
+            copy = self._timed[self._replays % len(self._timed)]
+            recording = copy.recording
+            assert self.clock is not None
+            copy.collect(self.clock, wait=True)  # before its events are recorded anew
+        self._replays += 1
+        for lane in self._lanes:
+            assert lane.stream is not None
+            self.stream.wait_stream(lane.stream)
+        with torch.cuda.stream(self.stream):
+            source.seek(first, self.ticks)
+            recording.replay()
+            if copy is not None:
+                copy.started(first.position)
+        for lane in self._lanes:
+            assert lane.stream is not None
+            lane.stream.wait_stream(self.stream)
+            lane.inbox.forget_events()
+
+    def _record(self, pool: Any) -> Recording:
+        """One copy. What is captured waits for nothing outside, and nothing outside for what is in it."""
+        _synchronize(self._lanes)
+        for lane in self._lanes:
+            lane.inbox.forget_events()
+        with self._uncounted():
+            recording = Recording(self._work, self.stream, pool)
+        for lane in self._lanes:
+            lane.inbox.forget_events()
+        return recording
+
+    def _work(self) -> None:
+        """Issues all ticks. Later stages first, as the engine does."""
+        if self.stream is not None:  # fork
+            begin = torch.cuda.Event()
+            begin.record(self.stream)
+            for lane in self._lanes:
+                assert lane.stream is not None
+                lane.stream.wait_event(begin)
+        with self._uncounted():
+            for tick in range(self.ticks):
+                for lane in reversed(self._lanes):
+                    k = lane.stage.index
+                    # Stage k is k micro-batches behind: its slot is that of the position tick - k.
+                    item = Item(tick - k, "train", 0, 0, self._plan.batch_size, False)
+                    with lane.on_stream():
+                        try:
+                            lane.issue_in_block(item, tick)
+                        except (ValueError, RuntimeError) as error:
+                            raise locate(error, lane.stage, self._real(item)) from error
+        if self.stream is not None:  # join
+            for lane in self._lanes:
+                assert lane.stream is not None
+                self.stream.wait_stream(lane.stream)
+
+    def _real(self, item: Item) -> Item:
+        """The item of the stream that a recorded one stands for, where it is known."""
+        return item if self._first is None else self._plan[self._first.position + item.position]
+
+    def _uncounted(self) -> ExitStack:
+        stack = ExitStack()
+        for lane in self._lanes:
+            stack.enter_context(lane.uncounted())
+        return stack
+
+    def _offset(self, position: int) -> ExitStack:
+        """Tells the lanes where in the stream the block is, and takes it back."""
+        stack = ExitStack()
+        for lane in self._lanes:
+            lane.offset = position
+            stack.callback(setattr, lane, "offset", 0)
+        return stack
+
+
+class _TimedCopy:
+    """A recording of the block's work with an event at every mark."""
+
+    def __init__(self, block: Block, pool: Any) -> None:
+        self._marks: list[DeviceMark] = []
+        self._streams = [lane.stream for lane in block._lanes]
+        self._running: tuple[int, torch.cuda.Event] | None = None
+        for lane in block._lanes:
+            lane.mark = self._mark
+        try:
+            self.recording = block._record(pool)
+        finally:
+            for lane in block._lanes:
+                lane.mark = None
+
+    def started(self, position: int) -> None:
+        """It was replayed for the block at `position`, on the current stream."""
+        done = torch.cuda.Event()
+        done.record()
+        self._running = (position, done)
+
+    def collect(self, clock: DeviceClock, *, wait: bool) -> None:
+        if self._running is None:
+            return
+        position, done = self._running
+        if wait:
+            done.synchronize()
+        elif not done.query():
+            return
+        self._running = None
+        clock.add(self._marks, position)
+
+    def _mark(self, stage: int, what: str, position: int) -> None:
+        # External: the graph records the event anew at every replay, instead of drawing a dependence from it.
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        event.record(self._streams[stage])
+        self._marks.append(DeviceMark(stage, what, position, event))
+
+
+class _Restored:
+    """Puts the layers back, in place, as they were before a warm-up: recorded addresses stay."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+
+    def __enter__(self) -> None:
+        self._layers = [layer for lane in self._lanes for layer in lane.stage.layers]
+        self._saved = [(_clone(layer.state_dict()), layer.eval_totals.clone()) for layer in self._layers]
+        _synchronize(self._lanes)
+
+    def __exit__(self, *_: object) -> None:
+        _synchronize(self._lanes)
+        for layer, (state, eval_totals) in zip(self._layers, self._saved, strict=True):
+            layer.load_state_dict(state)
+            layer.eval_totals.copy_(eval_totals)
+        _synchronize(self._lanes)
+
+
+def _ticks(job: Job, stages: int) -> tuple[int, int]:
+    """(ticks of a block, their alignment); (0, 1) where there is no block."""
+    depth = job.settings.queue_depth if stages > 1 else 1
+    ticks = -(-job.settings.graph_ticks // depth) * depth
+    too_short = job.plan.train_size // job.plan.batch_size < ticks + stages
+    return (0, 1) if too_short else (ticks, depth)
+
+
+def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[MarkKind, int]]) -> None:
+    repeats = 1 if lanes[0].stream is None else _WARM_UPS
+    for kind, size in shapes:
+        for _ in range(repeats):
+            for lane in lanes:
+                with lane.on_stream():
+                    lane.warm_up(Item(0, kind, 0, 0, size, False))
+                _synchronize([lane])  # the next stage reads what this one wrote
+
+
+def _synchronize(lanes: Sequence[Lane]) -> None:
+    if any(lane.stream is not None for lane in lanes):
+        torch.cuda.synchronize()
+
+
+def _clone(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _clone(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_clone(value) for value in state]
+    return state

@@ -1,0 +1,92 @@
+"""The weights of the best evaluation. Upstream stages are epochs further when the accuracy is known, so every stage
+writes its layers as they were evaluated, and who gathers the results keeps the best and deletes the others."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult
+from unlocked.workers.layer import Layer
+
+__all__ = ["BestWeights", "save_candidate"]
+
+FILE_NAME = "model_best.pt"
+RECORD = "best.json"
+
+
+def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
+    """Writes the layers' tensors as they were evaluated after `epoch`."""
+    folder = _folder(root, epoch)
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in layers:
+        torch.save(dict(layer.tensors()), folder / f"{layer.info.index:03d}.pt")
+
+
+class BestWeights:
+    """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
+
+    Among equals the earliest counts. `best.json` beside it says which epoch it was.
+
+    Args:
+        first_epoch: of a resumed run, the epoch in which it goes on: the best of the epochs before is taken up, if the
+            folder has it. 0: the run begins.
+    """
+
+    def __init__(self, root: Path, first_epoch: int = 0) -> None:
+        self._root = root
+        self._best = self._recorded(first_epoch)
+        for folder in root.glob("candidate-*"):
+            if self._best is None or folder != _folder(root, self._best[1]):
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """By the time all stages have reported an epoch, all have written their candidates of it."""
+        if result.eval_acc1 is None:
+            return
+        if self._best is None or result.eval_acc1 > self._best[0]:
+            before, self._best = self._best, (result.eval_acc1, result.epoch)
+            record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
+            # Renamed into place, and only then is the older one given up: a run may be cut at any point.
+            fresh = self._root / f"{RECORD}.new"
+            fresh.write_text(json.dumps(record))
+            fresh.replace(self._root / RECORD)
+            if before is not None:
+                shutil.rmtree(_folder(self._root, before[1]), ignore_errors=True)
+        else:
+            shutil.rmtree(_folder(self._root, result.epoch), ignore_errors=True)
+
+    def on_finish(self, summary: Mapping[str, object]) -> None:
+        if self._best is None:
+            return
+        folder = _folder(self._root, self._best[1])
+        if not folder.is_dir():
+            return  # the best is of the part before a resume, whose end has written it already
+        tensors = {}
+        for path in sorted(folder.glob("*.pt")):
+            tensors.update(torch.load(path, map_location="cpu", weights_only=True))
+        torch.save(tensors, self._root / FILE_NAME)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _recorded(self, first_epoch: int) -> tuple[float, int] | None:
+        record = self._root / RECORD
+        if not first_epoch or not record.is_file():
+            return None
+        content = json.loads(record.read_text())
+        best = (float(content["test_acc1"]), int(content["epoch"]))
+        there = _folder(self._root, best[1]).is_dir() or (self._root / FILE_NAME).is_file()
+        return best if there and best[1] < first_epoch else None  # a later one will be evaluated again
+
+    def on_start(self, info: RunInfo) -> None: ...
+
+    def on_progress(self, progress: StageProgress) -> None: ...
+
+    def on_step(self, step: StepResult) -> None: ...
+
+    def on_message(self, text: str) -> None: ...
+
+
+def _folder(root: Path, epoch: int) -> Path:
+    return root / f"candidate-{epoch:05d}"

@@ -1,0 +1,286 @@
+"""What a stage tells about itself while it works, and what it does at the seams of epochs."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unlocked.runtime.metrics.best import save_candidate
+from unlocked.runtime.metrics.records import EpochPart, Meters, Scores, StageProgress, StepResult
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.workers.actions import Item
+from unlocked.workers.errors import NonFiniteLossError, StageError
+from unlocked.workers.stage import Stage
+from unlocked.workers.stopwatch import Recorder
+
+__all__ = ["Outlet", "StageReporter"]
+
+_PROGRESS_SECONDS = 0.25
+
+
+class Outlet(Protocol):
+    """Where a stage's records go: straight to the sinks, or over the wire to the coordinator."""
+
+    def progress(self, progress: StageProgress) -> None: ...
+
+    def step(self, step: StepResult) -> None: ...
+
+    def epoch(self, part: EpochPart) -> None: ...
+
+
+class _Reading(NamedTuple):
+    """Sums on their way from the device, and what they belong to."""
+
+    sums: Tensor  # on the host; valid once `event` has happened
+    event: torch.cuda.Event | None
+    item: Item
+    ends_epoch: bool
+    images: int
+    images_evaluated: int
+    steps: int
+    time: float
+    waiting: float
+
+
+class _Base(NamedTuple):
+    """Where the meters last stood."""
+
+    time: float
+    waiting: float
+    images: int
+    steps: int
+    sums: tuple[float, float, float]
+
+
+class StageReporter:
+    """Called before and after every item of the stream.
+
+    Sums are read every `print_freq` training steps and at the end of an epoch. On a GPU a reading is a copy on the
+    stage's stream that is looked at once it has arrived (`poll`): the host never waits for it in between.
+
+    Args:
+        stage: the layers.
+        lr_factor: epoch -> what the learning rate is multiplied by.
+        outlet: where records go.
+        start: the first stream position of this run.
+        waits_for_losses: the next epoch's learning rate depends on this one's test loss, so the host waits for it.
+        best_dir: where the layers go as they were evaluated, if the best weights are to be kept.
+        queue_fill: how full the incoming edge is, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        plan: StreamPlan,
+        recorder: Recorder,
+        outlet: Outlet,
+        *,
+        lr_factor: Callable[[int], float],
+        print_freq: int,
+        start: int = 0,
+        rank: int = 0,
+        waits_for_losses: bool = False,
+        best_dir: Path | None = None,
+        queue_fill: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._stage, self._plan, self._recorder, self._outlet = stage, plan, recorder, outlet
+        self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
+        self._waits_for_losses = waits_for_losses
+        self._best_dir, self._queue_fill = best_dir, queue_fill
+        self._device = stage.layers[0].device
+        self.images = 0
+        """Training images that went through this stage."""
+        self._epoch_lr: int | None = None
+        self._run_began = self._progress_at = time.perf_counter()
+        self._losses: tuple[tuple[str, float], ...] = ()
+        self._steps = 0  # of this epoch, in this run
+        self._epoch_base = self._recent = _Base(self._run_began, 0.0, 0, 0, (0.0, 0.0, 0.0))
+        self._readings: deque[_Reading] = deque()
+        if start:
+            stage.resume_epoch(images_trained(plan, start))
+
+    def before(self, item: Item) -> None:
+        if item.kind == "train":
+            if item.index == 0:
+                self._stage.begin_epoch()
+            if item.epoch != self._epoch_lr:
+                self._begin(item)
+
+    def after(self, item: Item) -> None:
+        self._stage.count(item)
+        if item.kind == "train":
+            self.images += item.size
+            self._steps += 1
+        ends = self._ends_epoch(item)
+        if ends and item.kind == "evaluate" and self._best_dir is not None:
+            save_candidate(self._best_dir, item.epoch, self._stage.layers)
+        if ends or (item.kind == "train" and ((item.index + 1) % self._print_freq == 0 or item.last)):
+            self._read(item, ends)
+        if ends and self._waits_for_losses:
+            self.poll(wait=True)
+        now = time.perf_counter()
+        if now - self._progress_at >= _PROGRESS_SECONDS:
+            self._progress_at = now
+            self._outlet.progress(self.progress(item.position + 1, item.epoch))
+
+    def skip(self, items: Sequence[Item]) -> None:
+        """Like `after` for training items of one epoch that a replayed graph has done together."""
+        for item in items:
+            self._stage.count(item)
+            self.images += item.size
+        self._steps += len(items)
+        if (items[-1].index + 1) // self._print_freq > items[0].index // self._print_freq:
+            self._read(items[-1], False)
+        now = time.perf_counter()
+        if now - self._progress_at >= _PROGRESS_SECONDS:
+            self._progress_at = now
+            self._outlet.progress(self.progress(items[-1].position + 1, items[-1].epoch))
+
+    def poll(self, wait: bool = False) -> None:
+        """Looks at the readings that have arrived; with `wait`, at all.
+
+        Raises:
+            StageError: a loss is not finite; names layer, epoch and micro-batch.
+        """
+        while self._readings:
+            event = self._readings[0].event
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    return
+            self._resolve(self._readings.popleft())
+
+    def progress(self, position: int, epoch: int) -> StageProgress:
+        return StageProgress(
+            stage=self._stage.index,
+            position=position,
+            epoch=epoch,
+            images=self.images,
+            busy_seconds=self._recorder.busy,
+            wait_seconds=self._recorder.waiting,
+            seconds=time.perf_counter() - self._run_began,
+            queue_fill=self._queue_fill(),
+            local_losses=self._losses,
+        )
+
+    def _begin(self, item: Item) -> None:
+        self._epoch_lr = item.epoch
+        self._stage.set_lr_factor(self._lr_factor(item.epoch))
+        seen = self._stage.images_this_epoch
+        sums = (0.0, 0.0, 0.0)
+        if seen:  # resumed in the middle of an epoch
+            loss, correct, correct5 = self._stage.layers[-1].totals.tolist()
+            sums = (loss, correct, correct5)
+        self._steps = 0
+        self._recent = self._epoch_base = _Base(time.perf_counter(), self._recorder.waiting, seen, 0, sums)
+
+    def _read(self, item: Item, ends_epoch: bool) -> None:
+        sums, event = self._stage.read_sums(), None
+        if self._device.type == "cuda":
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            sums = host.copy_(sums, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        stage = self._stage
+        self._readings.append(
+            _Reading(
+                sums,
+                event,
+                item,
+                ends_epoch,
+                stage.images_this_epoch,
+                stage.images_evaluated,
+                self._steps,
+                time.perf_counter(),
+                self._recorder.waiting,
+            )
+        )
+        self.poll()
+
+    def _resolve(self, reading: _Reading) -> None:
+        rows = reading.sums.tolist()
+        item, images = reading.item, max(reading.images, 1)
+        for layer, row in zip(self._stage.layers, rows, strict=False):
+            if not isfinite(row[0]):
+                where = f" by epoch {item.epoch}, micro-batch {item.index}"
+                error = NonFiniteLossError(layer.name, row[0], where)
+                names = ", ".join(self._stage.layer_names)
+                action = f"{self._stage.index}U{item.position}"
+                raise StageError(
+                    rank=self._rank, stage=self._stage.index, layers=names, action=action, cause=error
+                ) from error
+        self._losses = tuple(
+            (layer.name, row[0] / images) for layer, row in zip(self._stage.layers, rows, strict=False)
+        )
+        if reading.ends_epoch:
+            self._finish_epoch(reading, rows)
+        if item.kind == "train" and self._stage.is_last:
+            self._report_step(reading, tuple(rows[-2]))
+
+    def _report_step(self, reading: _Reading, sums: Sequence[float]) -> None:
+        here = _Base(reading.time, reading.waiting, reading.images, reading.steps, (sums[0], sums[1], sums[2]))
+        item = reading.item
+        epoch_images = _Base(self._epoch_base.time, self._epoch_base.waiting, 0, 0, (0.0, 0.0, 0.0))
+        self._outlet.step(
+            StepResult(
+                epoch=item.epoch,
+                step=item.index,
+                steps=self._plan.steps_per_epoch,
+                recent=_meters(self._recent, here),
+                mean=_meters(epoch_images, here),
+            )
+        )
+        self._recent = here
+
+    def _ends_epoch(self, item: Item) -> bool:
+        return item.last and item.kind == ("evaluate" if self._plan.eval_size else "train")
+
+    def _finish_epoch(self, reading: _Reading, rows: list[list[float]]) -> None:
+        train = evaluation = None
+        if self._stage.is_last:
+            train = _scores(rows[-2], reading.images)
+            if self._plan.eval_size:
+                evaluation = _scores(rows[-1], reading.images_evaluated)
+        self._outlet.epoch(
+            EpochPart(
+                stage=self._stage.index,
+                epoch=reading.item.epoch,
+                local_losses=self._losses,
+                seconds=reading.time - self._epoch_base.time,
+                train=train,
+                evaluation=evaluation,
+            )
+        )
+
+
+def images_trained(plan: StreamPlan, position: int) -> int:
+    """Training images of the epoch that `position` lies in, before `position`."""
+    if position >= len(plan):
+        return 0
+    epoch = plan[position].epoch
+    first = plan.position_of_epoch(epoch)
+    return sum(item.size for item in plan.items(first, position) if item.kind == "train")
+
+
+def _scores(sums: Sequence[float], count: int) -> Scores:
+    loss, correct, correct5 = (value / max(count, 1) for value in sums)
+    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
+
+
+def _meters(base: _Base, here: _Base) -> Meters:
+    """Means between two readings."""
+    steps, images = max(here.steps - base.steps, 1), max(here.images - base.images, 1)
+    loss, correct, correct5 = ((b - a) / images for a, b in zip(base.sums, here.sums, strict=True))
+    return Meters(
+        time=(here.time - base.time) / steps,
+        data=(here.waiting - base.waiting) / steps,
+        loss=loss,
+        acc1=100 * correct,
+        acc5=100 * correct5,
+    )

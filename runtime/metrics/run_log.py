@@ -1,0 +1,196 @@
+"""The files a run leaves in its save path: `train.log`, `metrics.csv` and `config.json`.
+
+`train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one row
+per epoch with the columns `CSV_COLUMNS` and one `local_loss/LAYER` per layer. `config.json` holds all settings and the
+versions of what computed with them.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+
+from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StageProgress, StepResult
+
+__all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
+
+CSV_COLUMNS = (
+    "epoch",  # from 0
+    "train_loss",  # mean cross-entropy of the output layer over the epoch's training samples
+    "train_acc1",  # percent
+    "train_acc5",
+    "eval_loss",  # after the epoch; empty without evaluation
+    "eval_acc1",
+    "eval_acc5",
+    "seconds",  # wall clock of the epoch, evaluation included
+)
+_FILES = ("train.log", "metrics.csv", "config.json")
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
+
+
+class RunLog:
+    """A metrics sink that writes the files of one run.
+
+    Args:
+        path: the folder; made if it does not exist.
+        config: all settings, JSON values or anything with a `str`. Values of keys that name secrets are left out.
+        resume: append to the run that is there. Rows of epochs that are run again are replaced.
+
+    Raises:
+        ValueError: `path` holds a run already and `resume` is False, or is not a folder.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, object] | None = None, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self._config = dict(config or {})
+        self._layers: tuple[str, ...] = ()
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"save path {self.path} is a file; give a folder")
+        present = [name for name in _FILES if (self.path / name).exists()]
+        if present and not resume:
+            raise ValueError(
+                f"{self.path} holds a run already ({', '.join(present)}); choose another --experiment-name, or go on "
+                "with that run by --resume"
+            )
+
+    def on_start(self, info: RunInfo) -> None:
+        """Writes `config.json` and the head of the other files.
+
+        Raises:
+            ValueError: the run to be resumed has other layers.
+        """
+        self._layers = info.layers
+        self._check_columns()
+        self.path.mkdir(parents=True, exist_ok=True)
+        settings = {**info.config, **self._config}
+        run = {
+            "model": info.model,
+            "dataset": info.dataset,
+            "engine": info.engine,
+            "rule": info.rule,
+            "stages": info.stages,
+            "device": info.device,
+            "first_position": info.start,
+        }
+        document = {"settings": _without_secrets(settings), "run": run, "versions": _versions()}
+        _write(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
+        if info.start:
+            self._line(f"Resumed at position {info.start} of {info.total}")
+        stages = " | ".join(", ".join(layers) for layers in info.stages)
+        self._line(f"{info.model} on {info.dataset}, {info.rule}, engine {info.engine} on {info.device}: {stages}")
+
+    def on_progress(self, progress: StageProgress) -> None:
+        """Nothing: progress is for watching."""
+
+    def on_step(self, step: StepResult) -> None:
+        self._line(format_step(step))
+
+    def on_epoch(self, result: EpochResult) -> None:
+        self._line(f" @Training * Acc@1 {result.train_acc1:.3f} Acc@5 {result.train_acc5:.3f}")
+        if result.eval_acc1 is not None:
+            self._line(f" @Testing * Acc@1 {result.eval_acc1:.3f} Acc@5 {result.eval_acc5:.3f}")
+        losses = " - ".join(f"L{i}: {value:.4f}" for i, (_, value) in enumerate(result.local_losses, start=1))
+        self._line(f"Losses - {losses}")
+        self._row(result)
+
+    def on_message(self, text: str) -> None:
+        self._line(text)
+
+    def on_finish(self, summary: Mapping[str, object]) -> None:
+        self._line("Finished: " + json.dumps(_without_secrets(summary), default=str))
+
+    def _line(self, text: str) -> None:
+        with open(self.path / "train.log", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def _columns(self) -> list[str]:
+        return [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in self._layers)]
+
+    def _rows(self) -> list[list[str]]:
+        """What `metrics.csv` holds, header included."""
+        try:
+            with open(self.path / "metrics.csv", newline="", encoding="utf-8") as file:
+                return [row for row in csv.reader(file) if row]
+        except FileNotFoundError:
+            return []
+
+    def _check_columns(self) -> None:
+        rows, columns = self._rows(), self._columns()
+        if rows and rows[0] != columns:
+            raise ValueError(
+                f"{self.path / 'metrics.csv'} has the columns {', '.join(rows[0])}, this run {', '.join(columns)}; "
+                "resume with the same model, or choose another --experiment-name"
+            )
+
+    def _row(self, result: EpochResult) -> None:
+        losses = dict(result.local_losses)
+        values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
+        row = ["" if value is None else repr(value) for value in values]
+        kept = [old for old in self._rows()[1:] if int(old[0]) < result.epoch]
+        _write(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
+
+    def _free_config(self) -> Path:
+        """A resumed run keeps the first run's settings and writes its own beside them."""
+        path, number = self.path / "config.json", 1
+        while path.exists():
+            path, number = self.path / f"config.resume-{number}.json", number + 1
+        return path
+
+
+def format_step(step: StepResult) -> str:
+    """One training line: the recent value of each meter, in brackets its mean over the epoch so far.
+
+    Seconds per step, of which waiting for data; loss; percent.
+    """
+    width = len(str(step.steps))
+    recent, mean = step.recent, step.mean
+    return "\t".join(
+        (
+            f"Epoch: [{step.epoch}] [{step.step:{width}d}/{step.steps}]",
+            _meter("Time", "6.3f", "time", recent, mean),
+            _meter("Data", "6.3f", "data", recent, mean),
+            _meter("Loss", ".4e", "loss", recent, mean),
+            _meter("Acc@1", "6.2f", "acc1", recent, mean),
+            _meter("Acc@5", "6.2f", "acc5", recent, mean),
+        )
+    )
+
+
+def _meter(title: str, form: str, name: str, recent: Meters, mean: Meters) -> str:
+    return f"{title} {getattr(recent, name):{form}} ({getattr(mean, name):{form}})"
+
+
+def _csv_text(rows: Sequence[Sequence[str]]) -> str:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a crash leaves the old file."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _without_secrets(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(k): _without_secrets(v) for k, v in value.items() if not _SECRET.search(str(k))}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(item) for item in value]
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("unlocked", "torch", "triton", "numpy", "pyzmq"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

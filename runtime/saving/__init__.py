@@ -1,0 +1,1 @@
+"""What a run leaves behind: snapshots, scored weights, and the fingerprint that keeps runs apart."""

@@ -1,0 +1,116 @@
+"""Peak activation memory: law 3, counted to the byte, and against what autograd says that it saves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from unlocked.comparison.memory.study import (
+    BP,
+    CHECKPOINTED,
+    ChainSettings,
+    MemoryPoint,
+    MemoryStudy,
+    _count_allocations,
+    chain,
+    main,
+    measure,
+)
+
+SETTINGS = ChainSettings(channels=4, image_size=8, batch_size=8)
+
+
+def saved_bytes(depth: int) -> int:
+    """What autograd keeps for the backward pass of a chain: the storages that its saved tensors lie in, each once."""
+    network = nn.Sequential(*chain(depth, SETTINGS)).to(memory_format=torch.channels_last)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.randn(8, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(x)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(("rule", "kernels"), [("LLS", "auto"), ("LLS_MxM", "torch")])
+def test_a_local_rule_needs_one_layer_whatever_the_depth(rule: str, kernels: str) -> None:
+    settings = ChainSettings(channels=4, image_size=8, batch_size=8, kernels=kernels)
+    points = [measure(rule, depth, settings) for depth in (3, 6, 18)]
+    assert len({point.activation_bytes for point in points}) == 1
+    assert [point.held_bytes for point in points] == [0, 0, 0]
+    assert points[0].activation_bytes < 12 * settings.activation_bytes
+
+
+def test_backpropagation_needs_what_autograd_saves() -> None:
+    few, many = measure(BP, 8, SETTINGS), measure(BP, 24, SETTINGS)
+    assert few.held_bytes == many.held_bytes == 0
+    slope = (many.activation_bytes - few.activation_bytes) / 16
+    saved = (saved_bytes(24) - saved_bytes(8)) / 16
+    assert slope == pytest.approx(saved, rel=0.02)
+    assert saved >= 3 * SETTINGS.activation_bytes  # input of convolution, normalisation and activation
+
+
+def test_checkpoints_lie_between() -> None:
+    depth = 36
+    local, checkpointed, whole = (measure(m, depth, SETTINGS).activation_bytes for m in ("LLS", CHECKPOINTED, BP))
+    assert local < checkpointed < whole / 2
+
+
+def test_the_count_is_exact() -> None:
+    with _count_allocations(torch.device("cpu")) as count:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        third = torch.empty(250)
+    assert (count.peak, count.now) == (6000, 3000)
+    assert second.numel() + third.numel() == 750
+
+
+def test_the_line_through_the_points(tmp_path: Path) -> None:
+    def point(depth: int, size: int) -> MemoryPoint:
+        return MemoryPoint(method="BP", depth=depth, activation_bytes=size, persistent_bytes=1, held_bytes=0)
+
+    study = MemoryStudy(settings=SETTINGS, points=[point(8, 170), point(4, 90), point(2, 50)])
+    assert study.slope("BP") == pytest.approx((20, 10))
+    assert [p.depth for p in study.of("BP")] == [2, 4, 8]
+    assert MemoryStudy.from_dict(json.loads(json.dumps(study.as_dict()))) == study
+    with pytest.raises(ValueError, match="at least two depths"):
+        study.slope("LLS")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="no memory study"):
+        MemoryStudy.load(tmp_path / "x.json")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--depths", "2", "6", "4", "--channels", "4", "--image-size", "8", "--batch-size", "4"]
+    assert main([*flags, "--output", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "LLS: 0.00 KiB per block" in output
+    study = MemoryStudy.load(tmp_path / "memory.json")
+    assert study.methods == ["BP", "BP, checkpointed", "LLS"]
+    assert [point.depth for point in study.of("LLS")] == [2, 4, 6]
+    lines = (tmp_path / "memory.csv").read_text().splitlines()
+    assert lines[0] == "method,depth,activation_bytes,persistent_bytes,held_bytes"
+    assert len(lines) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depths", "4"], "two different depths"),
+        (["--depths", "0", "4"], "1 or more"),
+        (["--channels", "0"], "channels=0"),
+        (["--training-mode", "nonsense"], "nonsense"),
+    ],
+)
+def test_mistakes(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([*flags, "--output", str(tmp_path)])

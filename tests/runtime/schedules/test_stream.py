@@ -1,0 +1,160 @@
+"""The stream's arithmetic against a list built by plain loops."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.workers.actions import Item
+
+
+def naive(plan: StreamPlan) -> list[Item]:
+    """What the plan promises, by counting rows and steps one at a time; `last` is set when a kind's run has ended."""
+    items: list[Item] = []
+
+    def put(kind, epoch: int, size: int) -> None:
+        index = sum(item.kind == kind and item.epoch == epoch for item in items)
+        items.append(Item(len(items), kind, epoch, index, size, False))
+
+    def sizes(rows: int, batch: int) -> list[int]:
+        found = []
+        while rows > 0:
+            found.append(min(batch, rows))
+            rows -= batch
+        return found
+
+    steps = 0
+    for epoch in range(plan.epochs):
+        if steps == plan.max_steps:
+            break
+        batches = sizes(plan.train_size, plan.batch_size)
+        for size in batches:
+            if steps == plan.max_steps:
+                break
+            put("train", epoch, size)
+            steps += 1
+            if plan.snapshot_every and steps % plan.snapshot_every == 0:
+                put("snapshot", epoch, 0)
+        if plan.eval_size:
+            for size in batches[: plan.statistics_batches]:
+                put("statistics", epoch, size)
+            for size in sizes(plan.eval_size, plan.eval_batch_size):
+                put("evaluate", epoch, size)
+    final = {(item.kind, item.epoch): item.position for item in items}
+    return [replace(item, last=final[item.kind, item.epoch] == item.position) for item in items]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StreamPlan:
+    train_size = draw(st.integers(1, 30))
+    return StreamPlan(
+        epochs=draw(st.integers(1, 5)),
+        train_size=train_size,
+        batch_size=draw(st.integers(1, train_size)),
+        eval_size=draw(st.integers(0, 12)),
+        eval_batch_size=draw(st.integers(1, 14)),
+        statistics_batches=draw(st.integers(0, 6)),
+        snapshot_every=draw(st.integers(0, 9)),
+        max_steps=draw(st.none() | st.integers(1, 160)),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans())
+def test_plan_is_the_naive_list(plan: StreamPlan) -> None:
+    expected = naive(plan)
+    assert len(plan) == len(expected)
+    assert list(plan) == expected
+    assert [plan[position - len(plan)] for position in range(len(plan))] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(), st.data())
+def test_windows_and_positions(plan: StreamPlan, data: st.DataObject) -> None:
+    expected = naive(plan)
+    start = data.draw(st.integers(0, len(expected)))
+    stop = data.draw(st.integers(start, len(expected)))
+    assert list(plan.items(start, stop)) == expected[start:stop]
+    assert list(plan.items(start)) == expected[start:]
+    train = [item.position for item in expected if item.kind == "train"]
+    assert [plan.position_of_step(step) for step in range(plan.train_steps)] == train
+    first: dict[int, int] = {}
+    for item in expected:
+        first.setdefault(item.epoch, item.position)
+    assert {epoch: plan.position_of_epoch(epoch) for epoch in range(plan.num_epochs)} == first
+
+
+def test_an_epoch_by_hand() -> None:
+    plan = StreamPlan(
+        epochs=1, train_size=10, batch_size=4, eval_size=5, eval_batch_size=3, statistics_batches=2, snapshot_every=2
+    )
+    assert list(plan) == [
+        Item(0, "train", 0, 0, 4, False),
+        Item(1, "train", 0, 1, 4, False),
+        Item(2, "snapshot", 0, 0, 0, True),
+        Item(3, "train", 0, 2, 2, True),
+        Item(4, "statistics", 0, 0, 4, False),
+        Item(5, "statistics", 0, 1, 4, True),
+        Item(6, "evaluate", 0, 0, 3, False),
+        Item(7, "evaluate", 0, 1, 2, True),
+    ]
+
+
+def test_a_cut_epoch_is_still_evaluated() -> None:
+    plan = StreamPlan(epochs=9, train_size=10, batch_size=4, eval_size=1, statistics_batches=0, max_steps=4)
+    assert [(item.kind, item.epoch, item.last) for item in plan] == [
+        *[("train", 0, False)] * 2,
+        ("train", 0, True),
+        ("evaluate", 0, True),
+        ("train", 1, True),
+        ("evaluate", 1, True),
+    ]
+
+
+def test_a_very_long_run_is_reached_directly() -> None:
+    plan = StreamPlan(epochs=10**9, train_size=10**9, batch_size=7, eval_size=100, snapshot_every=1000)
+    assert plan[plan.position_of_step(plan.train_steps - 1)].last
+    assert plan[-1] == Item(len(plan) - 1, "evaluate", 10**9 - 1, 0, 100, True)
+    assert plan[plan.position_of_step(10**12)].kind == "train"
+
+
+def test_micro_batch_larger_than_the_data_names_both() -> None:
+    with pytest.raises(ValueError, match=r"batch_size=64 .* 50 rows"):
+        StreamPlan(epochs=1, train_size=50, batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("train_size", 0),
+        ("batch_size", 0),
+        ("eval_batch_size", 0),
+        ("eval_size", -1),
+        ("statistics_batches", -1),
+        ("snapshot_every", -1),
+        ("max_steps", 0),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, value: int) -> None:
+    good = {"epochs": 2, "train_size": 10, "batch_size": 5}
+    with pytest.raises(ValueError, match=f"{name}={value} "):
+        StreamPlan(**{**good, name: value})
+
+
+def test_places_outside_the_plan() -> None:
+    plan = StreamPlan(epochs=2, train_size=10, batch_size=5)
+    for position in (4, -5):
+        with pytest.raises(IndexError, match=f"position {position} .*4 items"):
+            plan[position]
+    for window in ((0, 5), (-1, 2), (3, 2)):
+        with pytest.raises(ValueError, match="window"):
+            plan.items(*window)
+    for step in (4, -1):
+        with pytest.raises(ValueError, match=f"step {step} .*0 to 3"):
+            plan.position_of_step(step)
+    for epoch in (2, -1):
+        with pytest.raises(ValueError, match=f"epoch {epoch} .*0 to 1"):
+            plan.position_of_epoch(epoch)
