@@ -20,12 +20,14 @@ from unlocked.kernels.triton.norm_act_plan import Plan, Shape, backward_plan, fo
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
+from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.workers.actions import Item
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
+from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Node", "StepTrace", "head_work", "trace_backpropagation", "trace_local"]
 
@@ -127,14 +129,29 @@ def _trace(model: str, rule: str, built: Any, network: Network, batch: int, grou
     for k, group in enumerate(groups):
         source = _Source(recorder) if k == 0 else None
         stage = Stage(k, [layers[i] for i in group], source)
-        lane = Lane(stage, rings[k], rings[k + 1] if k + 1 < len(rings) else None, None)
-        lane.mark = lambda _, what, __: recorder.mark(what)
+        lane = Lane(
+            stage,
+            rings[k],
+            rings[k + 1] if k + 1 < len(rings) else None,
+            None,
+            snapshot=_nothing,
+            before_item=_nothing,
+            after_item=_nothing,
+            stopwatch=Stopwatch(),
+            find_item=lambda _: item,
+        )
+        lane.cursor_stays = True
+        lane.stamp = lambda _, what, __: recorder.mark(what)
         recorder.begin(network.names[group.start] if len(group) == 1 else "network")
         with recorder:
-            lane.issue_in_block(item, 0)
+            lane.work(item, stage_actions(k, len(groups), [item]))
         stages.append(recorder.nodes)
     fused = [isinstance(layer.step, FusedStep) for layer in layers]
     return StepTrace(model, rule, batch, stages, fused)
+
+
+def _nothing(item: Item) -> None:
+    pass
 
 
 def _ring(network: Network, group: range, batch: int) -> Ring:

@@ -15,6 +15,7 @@ sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "launch"),
     str(Path(__file__).parent / "comparison"),
+    str(Path(__file__).parent / "engines"),
 ]
 
 torch.set_num_threads(1)

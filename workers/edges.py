@@ -80,8 +80,13 @@ class InEdge(Protocol):
 class OutEdge(Protocol):
     """Where a stage puts its outputs."""
 
-    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
-        """Copies `item` into the slot, once the message before it has left, and lets it go without waiting for it."""
+    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+        """(activations, labels) of the slot from which `item` will be sent, for the stage to write. The host doesn't
+        wait here: room for one micro-batch more than the neighbour may have is always there."""
+        ...
+
+    def send(self, item: Item) -> None:
+        """Lets the reserved slot go, once the neighbour has room for it, without waiting for its arrival."""
         ...
 
     def flush(self) -> None:
@@ -154,16 +159,17 @@ class ProcessOutEdge:
 
     def __init__(self, layout: SlotLayout, *, target_rank: int, device: torch.device, timeout: float) -> None:
         self._layout, self._rank, self._timeout = layout, target_rank, timedelta(seconds=timeout)
-        self._slot = layout.allocate(device)
+        self._slot, self._leaving = layout.allocate(device), layout.allocate(device)
         self._work: dist.Work | None = None
 
-    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
+    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+        return self._layout.views(self._slot, item.size)
+
+    def send(self, item: Item) -> None:
         self.flush()
-        slot_output, slot_labels = self._layout.views(self._slot, item.size)
-        slot_output.copy_(output)
-        slot_labels.copy_(labels)
+        self._slot, self._leaving = self._leaving, self._slot
         with _link(f"stage {self._rank}"):
-            self._work = dist.isend(self._layout.message(self._slot, item.size), dst=self._rank)
+            self._work = dist.isend(self._layout.message(self._leaving, item.size), dst=self._rank)
 
     def flush(self) -> None:
         if self._work is not None:

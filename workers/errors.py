@@ -1,6 +1,6 @@
 """What a failing worker says: rank, stage, layer and action, first cause on top."""
 
-__all__ = ["LinkLostError", "NonFiniteLossError", "StageError", "StopRun"]
+__all__ = ["LinkLostError", "MissingActionError", "NonFiniteLossError", "StageError", "StopRun"]
 
 
 class NonFiniteLossError(ValueError):
@@ -15,6 +15,14 @@ class NonFiniteLossError(ValueError):
 
 class LinkLostError(RuntimeError):
     """A neighbour's end of an edge is gone, or did not answer within the time limit."""
+
+
+class MissingActionError(RuntimeError):
+    """An item of the stream was not worked off to its end: the schedule lacks an action."""
+
+    def __init__(self, action: str) -> None:
+        self.action = action
+        super().__init__(f"the schedule lacks {action}; every stage must do all that its items need")
 
 
 class StageError(RuntimeError):

@@ -1,5 +1,7 @@
 """Edges inside one process: rings of device buffers, ordered by CUDA events (and by nothing on a CPU)."""
 
+from collections import deque
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from unlocked.workers.actions import Item
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "RingInEdge", "RingOutEdge"]
 
 
 class Ring:
@@ -36,7 +38,7 @@ class Ring:
         self.sample_shape = sample_shape
         self._channels_last = len(sample_shape) == 3 and not flat_consumer
         size = max_rows * prod(sample_shape)
-        # Zeros are valid data, should a slot be read before it is written (a recording's trial run may).
+        # Zeros are valid data, should a slot be read before it is written (a captured graph's trial launch may).
         self._values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(depth)]
         self._labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
         self.ready: list[torch.cuda.Event | None] = [None] * depth
@@ -60,3 +62,61 @@ class Ring:
         """Whatever the events ordered has been waited for as a whole."""
         self.ready = [None] * self.depth
         self.free = [None] * self.depth
+
+
+class RingInEdge:
+    """The consumer's end: on a device the stream waits, never the host.
+
+    Args:
+        stream: the consumer's; None on a CPU, where whoever issues the work keeps the order.
+    """
+
+    def __init__(self, ring: Ring, stream: torch.cuda.Stream | None) -> None:
+        self.ring, self._stream = ring, stream
+        self._held: deque[int] = deque()
+
+    def expect(self, items: Iterable[Item]) -> None:
+        """Nothing is posted ahead."""
+
+    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+        slot = self.ring.slot(item.position)
+        _wait(self.ring.ready[slot], self._stream)
+        self._held.append(slot)
+        return self.ring.views(item)
+
+    def release(self) -> None:
+        self.ring.free[self._held.popleft()] = _recorded(self._stream)
+
+
+class RingOutEdge:
+    """The producer's end.
+
+    Args:
+        stream: the producer's; None on a CPU.
+    """
+
+    def __init__(self, ring: Ring, stream: torch.cuda.Stream | None) -> None:
+        self.ring, self._stream = ring, stream
+
+    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+        _wait(self.ring.free[self.ring.slot(item.position)], self._stream)
+        return self.ring.views(item)
+
+    def send(self, item: Item) -> None:
+        self.ring.ready[self.ring.slot(item.position)] = _recorded(self._stream)
+
+    def flush(self) -> None:
+        """The device's order keeps what has been sent."""
+
+
+def _wait(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
+    if event is not None and stream is not None:
+        stream.wait_event(event)
+
+
+def _recorded(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    if stream is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -1,9 +1,10 @@
 """Edges between two processes of one machine: slots in shared memory, one byte on a Unix socket per slot.
 
-The receiver owns the ring and lends its slots; the sender copies an output straight into the next free one and sends
-a byte, the receiver works on it in place and sends a byte back when it is done. No slot is ever copied twice, and a
-neighbour's death is an end-of-file, seen at once. A hop costs one copy and two small system calls, where Gloo's
-handshakes over TCP take about a millisecond on a busy two-core machine (`benchmarks/pipeline_scaling.py`).
+The receiver owns the ring and lends its slots; the sender computes an output straight into the next one and sends a
+byte, the receiver works on it in place and sends a byte back when it is done. The ring has one slot more than the
+receiver may hold: the one that the sender writes meanwhile. Nothing is copied, and a neighbour's death is an
+end-of-file, seen at once. A hop costs two small system calls, where Gloo's handshakes over TCP take about a millisecond
+on a busy two-core machine (`benchmarks/pipeline_scaling.py`).
 """
 
 import contextlib
@@ -32,14 +33,14 @@ class SharedListener:
     """The receiver's side before the sender has come: makes the ring and waits at a socket.
 
     Args:
-        depth: slots of the ring.
+        depth: micro-batches that the sender may be ahead.
         timeout: seconds to wait for the neighbour, now and later.
     """
 
     def __init__(self, layout: SlotLayout, *, depth: int, timeout: float) -> None:
-        self._layout, self._depth, self._timeout = layout, depth, timeout
+        self._layout, self._slots, self._timeout = layout, depth + 1, timeout
         self._folder = tempfile.mkdtemp(prefix="unlocked-", dir=_memory_folder())
-        size = depth * _slot_bytes(layout)
+        size = self._slots * _slot_bytes(layout)
         with open(self._ring_path, "w+b") as file:
             file.truncate(size)
             self._memory = mmap.mmap(file.fileno(), size)
@@ -69,7 +70,7 @@ class SharedListener:
             raise LinkLostError(f"{neighbour} did not connect within {self._timeout:g} s") from error
         finally:
             self.close()
-        return SharedInEdge(self._layout, self._memory, link, self._depth, self._timeout, neighbour)
+        return SharedInEdge(self._layout, self._memory, link, self._slots, self._timeout, neighbour)
 
     def close(self) -> None:
         """Idempotent."""
@@ -89,11 +90,11 @@ class SharedInEdge:
         layout: SlotLayout,
         memory: mmap.mmap,
         link: socket.socket,
-        depth: int,
+        slots: int,
         timeout: float,
         neighbour: str,
     ) -> None:
-        self._layout, self._slots = layout, _slots(layout, memory, depth)
+        self._layout, self._slots = layout, _slots(layout, memory, slots)
         self._link, self._neighbour, self._timeout = link, neighbour, timeout
         link.settimeout(timeout)
         self.fill = 0.0
@@ -109,7 +110,7 @@ class SharedInEdge:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
         self._arrived += _count_waiting(self._link)
-        self.fill += 0.1 * (self._arrived / len(self._slots) - self.fill)
+        self.fill += 0.1 * (self._arrived / (len(self._slots) - 1) - self.fill)
         while not self._arrived:
             self._arrived += _count_bytes(self._link, self._neighbour, self._timeout)
         self._arrived -= 1
@@ -130,7 +131,7 @@ class SharedOutEdge:
 
     def __init__(self, layout: SlotLayout, address: str, *, depth: int, timeout: float, neighbour: str) -> None:
         self._layout, self._neighbour, self._timeout = layout, neighbour, timeout
-        size = depth * _slot_bytes(layout)
+        size = (depth + 1) * _slot_bytes(layout)
         try:
             with open(Path(address) / "ring", "r+b") as file:
                 self._memory = mmap.mmap(file.fileno(), size)
@@ -139,31 +140,32 @@ class SharedOutEdge:
             self._link.connect(str(Path(address) / "link"))
         except (OSError, ValueError) as error:
             raise LinkLostError(f"can't reach {neighbour} ({error})") from error
-        self._slots = _slots(layout, self._memory, depth)
-        self._free, self._next = depth, 0
+        self._slots = _slots(layout, self._memory, depth + 1)
+        self._depth = self._free = depth  # slots that the receiver has not been given
+        self._next = 0
 
-    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
+    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+        return self._layout.views(self._slots[self._next % len(self._slots)], item.size)
+
+    def send(self, item: Item) -> None:
         self._await_free(1)
-        slot_output, slot_labels = self._layout.views(self._slots[self._next % len(self._slots)], item.size)
-        slot_output.copy_(output)
-        slot_labels.copy_(labels)
         self._free -= 1
         self._next += 1
         _send_byte(self._link, self._neighbour)
 
     def flush(self) -> None:
         """Waits until the receiver has done everything."""
-        self._await_free(len(self._slots))
+        self._await_free(self._depth)
 
     def _await_free(self, count: int) -> None:
         while self._free < count:
             self._free += _count_bytes(self._link, self._neighbour, self._timeout)
 
 
-def _slots(layout: SlotLayout, memory: mmap.mmap, depth: int) -> list[Tensor]:
+def _slots(layout: SlotLayout, memory: mmap.mmap, count: int) -> list[Tensor]:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     size = _slot_bytes(layout)
-    return [whole[i * size : (i + 1) * size] for i in range(depth)]
+    return [whole[i * size : (i + 1) * size] for i in range(count)]
 
 
 def _slot_bytes(layout: SlotLayout) -> int:

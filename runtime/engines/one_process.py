@@ -10,12 +10,9 @@ from unlocked.runtime.result import RunResult, weights_digest
 from unlocked.runtime.saving.snapshots import save_layers, snapshot_folder, write_manifest
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
-from unlocked.workers.errors import StageError
 from unlocked.workers.stage import Stage
 
-__all__ = ["LocalOutlet", "finish_result", "locate", "steps_before", "write_stage_snapshot"]
-
-_ACTIONS = {"evaluate": "E", "snapshot": "SNAP"}
+__all__ = ["LocalOutlet", "finish_result", "steps_before", "write_stage_snapshot"]
 
 
 class LocalOutlet:
@@ -53,13 +50,6 @@ def steps_before(plan: StreamPlan, position: int) -> int:
     if item.kind == "train":
         return done + item.index
     return steps_before(plan, position - 1) + 1 if position else 0
-
-
-def locate(error: Exception, stage: Stage, item: Item) -> StageError:
-    """The failure of a stage with where it happened."""
-    action = f"{stage.index}{_ACTIONS.get(item.kind, 'F')}{item.position}"
-    where = f"{action} (epoch {item.epoch}, {item.kind} micro-batch {item.index})"
-    return StageError(rank=0, stage=stage.index, layers=", ".join(stage.layer_names), action=where, cause=error)
 
 
 def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> None:

@@ -13,7 +13,7 @@ from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import StopRun
 from unlocked.workers.loop import StageLoop
-from unlocked.workers.stopwatch import Recorder, write_chrome_trace
+from unlocked.workers.stopwatch import Stopwatch, write_chrome_trace
 
 __all__ = ["SequentialEngine"]
 
@@ -35,14 +35,14 @@ class SequentialEngine:
         stage = job.stage(0, part)
         if job.settings.resume is not None:
             load_layers(job.settings.resume, stage.layers)
-        recorder = Recorder(keep=job.settings.trace is not None)
+        stopwatch = Stopwatch(keep=job.settings.trace is not None)
         fan_out = FanOut(make_sinks())
         outlet = LocalOutlet(fan_out, 1, job.lr_factor)
         fan_out.on_start(job.run_info([part]))
         reporter = StageReporter(
             stage,
             job.plan,
-            recorder,
+            stopwatch,
             outlet,
             lr_factor=job.lr_factor,
             print_freq=job.settings.print_freq,
@@ -68,9 +68,9 @@ class SequentialEngine:
                 snapshot=lambda item: write_stage_snapshot(job, stage, item, last=True),
                 before_item=reporter.before,
                 after_item=after,
-                recorder=recorder,
+                stopwatch=stopwatch,
             )
-            recorder.restart()
+            stopwatch.restart()
             setup = time.perf_counter() - began
             train_began = time.perf_counter()
             try:
@@ -84,7 +84,7 @@ class SequentialEngine:
         seconds = time.perf_counter() - train_began
         outlet.progress(reporter.progress(position, job.plan[max(position - 1, 0)].epoch))
         if job.settings.trace is not None:
-            write_chrome_trace(job.settings.trace, recorder.spans, {0: "stage 0: " + ", ".join(stage.layer_names)})
+            write_chrome_trace(job.settings.trace, stopwatch.timed, {0: "stage 0: " + ", ".join(stage.layer_names)})
         return finish_result(
             job,
             [stage],
@@ -93,7 +93,7 @@ class SequentialEngine:
             images=reporter.images,
             train_seconds=seconds,
             setup_seconds=setup,
-            busy_fraction=[recorder.busy / max(seconds, 1e-9)],
+            busy_fraction=[stopwatch.busy / max(seconds, 1e-9)],
             stopped_by=signals.received,
-            step_seconds=[recorder.seconds_per_step()],
+            step_seconds=[stopwatch.seconds_per_step()],
         )

@@ -16,7 +16,7 @@ from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import NonFiniteLossError, StageError
 from unlocked.workers.stage import Stage
-from unlocked.workers.stopwatch import Recorder
+from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Outlet", "StageReporter"]
 
@@ -77,7 +77,7 @@ class StageReporter:
         self,
         stage: Stage,
         plan: StreamPlan,
-        recorder: Recorder,
+        stopwatch: Stopwatch,
         outlet: Outlet,
         *,
         lr_factor: Callable[[int], float],
@@ -88,7 +88,7 @@ class StageReporter:
         best_dir: Path | None = None,
         queue_fill: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._stage, self._plan, self._recorder, self._outlet = stage, plan, recorder, outlet
+        self._stage, self._plan, self._stopwatch, self._outlet = stage, plan, stopwatch, outlet
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
         self._waits_for_losses = waits_for_losses
         self._best_dir, self._queue_fill = best_dir, queue_fill
@@ -162,8 +162,8 @@ class StageReporter:
             position=position,
             epoch=epoch,
             images=self.images,
-            busy_seconds=self._recorder.busy,
-            wait_seconds=self._recorder.waiting,
+            busy_seconds=self._stopwatch.busy,
+            wait_seconds=self._stopwatch.waiting,
             seconds=time.perf_counter() - self._run_began,
             queue_fill=self._queue_fill(),
             local_losses=self._losses,
@@ -178,7 +178,7 @@ class StageReporter:
             loss, correct, correct5 = self._stage.layers[-1].totals.tolist()
             sums = (loss, correct, correct5)
         self._steps = 0
-        self._recent = self._epoch_base = _Base(time.perf_counter(), self._recorder.waiting, seen, 0, sums)
+        self._recent = self._epoch_base = _Base(time.perf_counter(), self._stopwatch.waiting, seen, 0, sums)
 
     def _read(self, item: Item, ends_epoch: bool) -> None:
         sums, event = self._stage.read_sums(), None
@@ -198,7 +198,7 @@ class StageReporter:
                 stage.images_evaluated,
                 self._steps,
                 time.perf_counter(),
-                self._recorder.waiting,
+                self._stopwatch.waiting,
             )
         )
         self.poll()

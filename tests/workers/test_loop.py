@@ -16,7 +16,7 @@ from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import NonFiniteLossError, StageError, StopRun
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
-from unlocked.workers.stopwatch import Recorder
+from unlocked.workers.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 PLAN = StreamPlan(
@@ -46,12 +46,12 @@ class Pipe:
     def release(self) -> None:
         self.lent -= 1
 
-    def send(self, item: Item, output: Tensor, labels: Tensor) -> None:
-        slot = self.layout.allocate(CPU)
-        values, numbers = self.layout.views(slot, item.size)
-        values.copy_(output)
-        numbers.copy_(labels)
-        self.queue.append((item, values, numbers))
+    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+        self.reserved = self.layout.views(self.layout.allocate(CPU), item.size)
+        return self.reserved
+
+    def send(self, item: Item) -> None:
+        self.queue.append((item, *self.reserved))
 
     def flush(self) -> None: ...
 
@@ -78,7 +78,7 @@ def _loop(stage: Stage, inbox: Any, outbox: Any, **calls: Any) -> StageLoop:
         "snapshot": lambda item: None,
         "before_item": lambda item: None,
         "after_item": lambda item: None,
-        "recorder": Recorder(keep=True),
+        "stopwatch": Stopwatch(keep=True),
         **calls,
     }
     return StageLoop(stage, rank=7, inbox=inbox, outbox=outbox, **hooks)
@@ -98,7 +98,7 @@ def test_two_loops_do_what_the_stages_would_alone() -> None:
             after_item=lambda item, stage=stage: (log.append(("after", item)), stage.count(item)),
         )
         loop.run(items, stage_actions(k, 2, items))
-        assert [span.label for span in loop.recorder.spans] == [str(a) for a in stage_actions(k, 2, items)]
+        assert [one.label for one in loop.stopwatch.timed] == [str(a) for a in stage_actions(k, 2, items)]
     assert log == 2 * [(what, item) for item in items for what in ("before", "after")]
     marks = [item for item in items if item.kind == "snapshot"]
     assert marks

@@ -38,7 +38,7 @@ from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError, StageError
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
-from unlocked.workers.stopwatch import Recorder, Span, write_chrome_trace
+from unlocked.workers.stopwatch import Stopwatch, TimedAction, write_chrome_trace
 
 __all__ = ["ProcessesEngine"]
 
@@ -122,11 +122,11 @@ class _Worker:
         self.cores = own_cores(world.local_rank, world.local_size) if job.settings.pin and device.type == "cpu" else []
         if job.settings.resume is not None:
             load_layers(job.settings.resume, self.stage.layers)
-        self.recorder = Recorder(keep=job.settings.trace is not None)
+        self.stopwatch = Stopwatch(keep=job.settings.trace is not None)
         self.reporter = StageReporter(
             self.stage,
             job.plan,
-            self.recorder,
+            self.stopwatch,
             client,
             # The coordinator knows the test losses, and sets the rate with the window that the epoch begins in.
             lr_factor=(lambda _: client.lr_factor) if job.lr_factor.needs_losses else job.lr_factor,
@@ -167,12 +167,12 @@ class _Worker:
             snapshot=self._snapshot,
             before_item=self.reporter.before,
             after_item=self._after,
-            recorder=self.recorder,
+            stopwatch=self.stopwatch,
         )
 
     def run(self) -> dict[str, Any]:
         """Works through all windows; the stage's final payload."""
-        self.recorder.restart()
+        self.stopwatch.restart()
         began = time.perf_counter()
         for window in self.client.windows(self.job.settings.timeout):
             items = list(self.job.plan.items(window.start, window.stop))
@@ -191,10 +191,10 @@ class _Worker:
             "train_seconds": seconds,
             "images": self.reporter.images,
             "position": self.position,
-            "busy": self.recorder.busy / max(seconds, 1e-9),
-            "step_seconds": self.recorder.seconds_per_step(),
+            "busy": self.stopwatch.busy / max(seconds, 1e-9),
+            "step_seconds": self.stopwatch.seconds_per_step(),
             "peak_memory": peak_memory_bytes(self.device),
-            "spans": [(span.label, span.start_us, span.end_us) for span in self.recorder.spans],
+            "spans": [(one.label, one.start_us, one.end_us) for one in self.stopwatch.timed],
         }
 
     def _after(self, item: Item) -> None:
@@ -275,7 +275,7 @@ class _Hub:
         job = self._job
         names = [[job.network.names[i] for i in part] for part in parts]
         if job.settings.trace is not None:
-            spans = [Span(i, *span) for i, payload in enumerate(stages) for span in payload["spans"]]
+            spans = [TimedAction(i, *span) for i, payload in enumerate(stages) for span in payload["spans"]]
             rows = {i: f"stage {i}: {', '.join(layers)}" for i, layers in enumerate(names)}
             write_chrome_trace(job.settings.trace, spans, rows)
         return RunResult(

@@ -2,38 +2,41 @@
 
 In tick t stage k works on the micro-batch at stream position t - k. Ticks are the order in which the host issues work;
 on the GPU only the true dependences order it (a slot is written before it is read, and read before it is written
-again), so stages drift within the rings' depth. A run of uniform training ticks is replayed as one recording; what
-lies between (a partial micro-batch, evaluation, the seam of an epoch) is issued stage by stage, from recordings of each
-kind. Recordings are CUDA graphs; on a CPU they are the calls themselves, made again in the same order, one after the
-other.
+again), so stages drift within the rings' depth. What a stage does is the schedule's list, executed by the loop that
+every engine runs. A run of uniform training ticks is launched as one captured piece; what lies between (a partial
+micro-batch, evaluation, the seam of an epoch) is issued stage by stage, from captured pieces of each kind. Captured
+work is a CUDA graph; on a CPU it is the calls themselves, made again in the same order, one after the other.
 """
 
 import contextlib
 import time
 import warnings
 from collections import deque
+from functools import partial
 
 import torch
 
 from unlocked.models import LinearBlock, OutputBlock
-from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, locate, write_stage_snapshot
+from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
 from unlocked.runtime.engines.streams.green import make_streams
-from unlocked.runtime.engines.streams.tape import Block, record
+from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
+from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.signals import StopSignals
+from unlocked.workers.actions import Item
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
-from unlocked.workers.stamps import DeviceClock, EventMarks, HostMarks
-from unlocked.workers.stopwatch import Recorder, write_chrome_trace
+from unlocked.workers.stamps import DeviceClock, EventStamps
+from unlocked.workers.stopwatch import Stopwatch, write_chrome_trace
 
 __all__ = ["StreamsEngine"]
 
-_BLOCKS_AHEAD = 3  # blocks that the host may issue ahead of the device
-# Without blocks and without a trace, the actions of so many ticks out of so many are timed.
+_GRAPHS_AHEAD = 3  # tick graphs that the host may issue ahead of the device
+# Without tick graphs and without a trace, the actions of so many ticks out of so many are timed.
 _SAMPLED_TICKS, _SAMPLE_EVERY = 32, 256
 
 
@@ -69,20 +72,22 @@ class _Run:
         self.job, self.device, self.plan = job, job.device, job.plan
         self.parts = _partition(job, max_stages)
         self.streams, self._contexts = make_streams(job.settings.green_contexts, job.device, len(self.parts))
-        self.lanes = _build_lanes(job, self.parts, self.streams)
+        self.traced = job.settings.trace is not None
+        self.stopwatches = [Stopwatch(keep=self.traced) for _ in self.parts]
+        rings = _rings(job, self.parts)
+        exits = [*rings[1:], None]
+        self.lanes = [self._lane(k, part, rings[k], exits[k]) for k, part in enumerate(self.parts)]
         if job.settings.resume is not None:
             for lane in self.lanes:
                 load_layers(job.settings.resume, lane.stage.layers)
         self.fan_out = FanOut(make_sinks())
         self.outlet = LocalOutlet(self.fan_out, len(self.lanes), job.lr_factor)
         self.fan_out.on_start(job.run_info(self.parts))
-        self.traced = job.settings.trace is not None
-        self.recorders = [Recorder(keep=self.traced) for _ in self.lanes]
         self.reporters = [
             StageReporter(
                 lane.stage,
                 job.plan,
-                recorder,
+                stopwatch,
                 self.outlet,
                 lr_factor=job.lr_factor,
                 print_freq=job.settings.print_freq,
@@ -90,27 +95,40 @@ class _Run:
                 waits_for_losses=job.lr_factor.needs_losses,
                 best_dir=job.settings.best_dir,
             )
-            for lane, recorder in zip(self.lanes, self.recorders, strict=True)
+            for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
-        self.recorded = job.settings.graphs and self._capturable()
-        self.block: Block | None = None
+        self.captures = job.settings.graphs and self._capturable()
+        self.graph: TickGraph | None = None
         self.clock: DeviceClock | None = None
-        self.events: EventMarks | None = None
+        self.events: EventStamps | None = None
         self._issued: deque[torch.cuda.Event] = deque()
         self._first, self._end = job.start, len(job.plan)  # of the part of the stream that is under way
 
+    def _lane(self, k: int, part: range, entry: Ring, exit: Ring | None) -> Lane:
+        return Lane(
+            self.job.stage(k, part),
+            entry,
+            exit,
+            self.streams[k],
+            snapshot=partial(self._snapshot, k),
+            before_item=lambda item: self.reporters[k].before(item),
+            after_item=lambda item: self.reporters[k].after(item),
+            stopwatch=self.stopwatches[k],
+            find_item=self.plan.__getitem__,
+        )
+
     def prepare(self) -> None:
-        """Makes the recordings after a warm-up whose effects are undone, and waits for everything that was begun."""
-        if self.recorded:
-            self.block = record(self.job, self.lanes, timed=self.traced)
+        """Captures after a warm-up whose effects are undone, and waits for everything that was begun."""
+        if self.captures:
+            self.graph = capture(self.job, self.lanes, timed=self.traced)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
 
     def train(self, signals: StopSignals) -> float:
         """Issues every tick; returns the seconds until the device had done them."""
-        for recorder in self.recorders:
-            recorder.restart()
-        self._begin_marks()
+        for stopwatch in self.stopwatches:
+            stopwatch.restart()
+        self._begin_stamps()
         began = time.perf_counter()
         try:
             for first, end in self.job.segments():
@@ -138,7 +156,7 @@ class _Run:
                     break
             ticks = self._uniform_ticks(tick)
             if ticks:
-                self._replay_block(tick)
+                self._launch_ticks(tick)
             else:
                 self._sample(tick)
                 self._issue(tick)
@@ -156,11 +174,11 @@ class _Run:
         if self.clock is not None:
             busy = self.clock.busy_fraction(seconds)
         else:
-            busy = [recorder.busy / max(seconds, 1e-9) for recorder in self.recorders]
+            busy = [stopwatch.busy / max(seconds, 1e-9) for stopwatch in self.stopwatches]
         if self.job.settings.trace is not None:
             rows = {k: f"stage {k}: {', '.join(lane.stage.layer_names)}" for k, lane in enumerate(self.lanes)}
-            spans = [span for recorder in self.recorders for span in recorder.spans]
-            write_chrome_trace(self.job.settings.trace, spans, rows)
+            timed = [action for stopwatch in self.stopwatches for action in stopwatch.timed]
+            write_chrome_trace(self.job.settings.trace, timed, rows)
         return finish_result(
             self.job,
             [lane.stage for lane in self.lanes],
@@ -175,73 +193,63 @@ class _Run:
 
     def _issue(self, tick: int) -> None:
         """One tick, stage by stage. Later stages first: they read a slot before the stage before them refills it."""
-        # A trace shows F and U apart, and a stage's graph holds no marks: these ticks are then issued plainly.
-        recorded = self.recorded and not (self.traced and self.device.type == "cuda")
         for k, lane in reversed(list(enumerate(self.lanes))):
             position = tick - k
             if not self._first <= position < self._end:
                 continue
             item = self.plan[position]
             with lane.on_stream():
-                self.reporters[k].before(item)
-                try:
-                    lane.issue(item, recorded=recorded)
-                    if item.kind == "snapshot":
-                        lane.tell("SNAP", item)
-                        write_stage_snapshot(self.job, lane.stage, item, last=k == len(self.lanes) - 1)
-                        lane.tell("end", item)
-                except (ValueError, RuntimeError) as error:
-                    raise locate(error, lane.stage, item) from error
-                self.reporters[k].after(item)
+                lane.run([item], stage_actions(k, len(self.lanes), [item]))
+
+    def _snapshot(self, stage: int, item: Item) -> None:
+        write_stage_snapshot(self.job, self.lanes[stage].stage, item, last=stage == len(self.lanes) - 1)
 
     def _uniform_ticks(self, tick: int) -> int:
-        """The block's ticks if all of its micro-batches are full ones of one epoch, past its first and before its last
-        (where there are sums to begin and to report); else 0."""
-        block = self.block
-        if block is None or tick % block.alignment:
+        """The tick graph's ticks if all of its micro-batches are full ones of one epoch, past its first and before its
+        last (where there are sums to begin and to report); else 0."""
+        graph = self.graph
+        if graph is None or tick % graph.alignment:
             return 0
-        first, last = tick - len(self.lanes) + 1, tick + block.ticks - 1
+        first, last = tick - len(self.lanes) + 1, tick + graph.ticks - 1
         if first <= self._first or last >= self._end:
             return 0  # every stage's first micro-batch here is issued by itself: its learning rate is set before it
         a, b = self.plan[first], self.plan[last]
         uniform = a.kind == b.kind == "train" and a.epoch == b.epoch and a.index > 0 and not b.last
-        return block.ticks if uniform and b.index - a.index == last - first and b.size == self.plan.batch_size else 0
+        return graph.ticks if uniform and b.index - a.index == last - first and b.size == self.plan.batch_size else 0
 
-    def _replay_block(self, tick: int) -> None:
-        block = self.block
-        assert block is not None
+    def _launch_ticks(self, tick: int) -> None:
+        graph = self.graph
+        assert graph is not None
         if self.events is not None:
             self.events.cut()
-        block.replay(self.plan[tick])
+        graph.launch(self.plan[tick])
         for k, (lane, reporter) in enumerate(zip(self.lanes, self.reporters, strict=True)):
             with lane.on_stream():
-                reporter.skip(list(self.plan.items(tick - k, tick - k + block.ticks)))
+                reporter.skip(list(self.plan.items(tick - k, tick - k + graph.ticks)))
         self._collect()
-        if block.stream is not None:
+        if graph.stream is not None:
             event = torch.cuda.Event()
-            event.record(block.stream)
+            event.record(graph.stream)
             self._issued.append(event)
-            if len(self._issued) > _BLOCKS_AHEAD:
+            if len(self._issued) > _GRAPHS_AHEAD:
                 self._issued.popleft().synchronize()
 
-    def _begin_marks(self) -> None:
-        """On a CPU every action is timed. On a GPU all are for a trace; else samples of the blocks, or of the ticks."""
+    def _begin_stamps(self) -> None:
+        """On a CPU the loop times every action. On a GPU all are stamped for a trace; else samples of the tick graphs,
+        or of the ticks."""
         if self.device.type == "cpu":
-            marks = HostMarks(self.recorders)
-            for lane in self.lanes:
-                lane.mark = marks
             return
-        self.clock = DeviceClock(self.recorders, whole=self.traced)
-        if self.block is not None:
-            self.block.clock = self.clock
-        if self.traced or self.block is None:
-            self.events = EventMarks([stream for stream in self.streams if stream is not None], self.clock)
+        self.clock = DeviceClock(self.stopwatches, whole=self.traced)
+        if self.graph is not None:
+            self.graph.clock = self.clock
+        if self.traced or self.graph is None:
+            self.events = EventStamps([stream for stream in self.streams if stream is not None], self.clock)
         if self.traced:
             for lane in self.lanes:
-                lane.mark = self.events
+                lane.stamp = self.events
 
     def _sample(self, tick: int) -> None:
-        """Without blocks and without a trace: begins and ends the windows of ticks that are timed."""
+        """Without tick graphs and without a trace: begins and ends the windows of ticks that are timed."""
         if self.events is None or self.traced:
             return
         since_start = tick - self.job.start
@@ -250,12 +258,12 @@ class _Run:
             self.events.cut()
             self._collect()
         for lane in self.lanes:
-            lane.mark = self.events if timed else None
+            lane.stamp = self.events if timed else None
 
     def _collect(self, *, wait: bool = False) -> None:
         """Takes in the times that have come from the device."""
-        if self.clock is not None and self.block is not None:
-            self.block.collect(wait=wait)
+        if self.clock is not None and self.graph is not None:
+            self.graph.collect(wait=wait)
         if self.events is not None:
             if wait:
                 self.events.cut()
@@ -286,7 +294,8 @@ def _partition(job: Job, max_stages: int | None) -> list[range]:
     return job.partition(costs, count)
 
 
-def _build_lanes(job: Job, parts: list[range], streams: list[torch.cuda.Stream | None]) -> list[Lane]:
+def _rings(job: Job, parts: list[range]) -> list[Ring]:
+    """The ring that each stage reads."""
     plan, network, device = job.plan, job.network, job.device
     rings = []
     for k, part in enumerate(parts):
@@ -296,5 +305,4 @@ def _build_lanes(job: Job, parts: list[range], streams: list[torch.cuda.Stream |
         depth = job.settings.queue_depth if k else 1
         dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
         rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
-    outboxes = [*rings[1:], None]
-    return [Lane(job.stage(k, part), rings[k], outboxes[k], streams[k]) for k, part in enumerate(parts)]
+    return rings

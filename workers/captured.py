@@ -1,7 +1,7 @@
-"""Work that is issued once and repeated many times: a CUDA graph, or on a CPU the same calls made again.
+"""Work that is issued once and launched many times: a CUDA graph, or on a CPU the same calls made again.
 
-Both see the host's values as they were when the work was recorded. What may change between two repetitions lies in
-tensors: the cursor into the data, learning rates, the clock that keys dropout. So a CPU, where a repetition is the call
+Both see the host's values as they were when the work was captured. What may change between two launches lies in
+tensors: the cursor into the data, learning rates, the clock that keys dropout. So a CPU, where a launch is the call
 itself, tests that nothing else is read.
 """
 
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Recording", "no_collection"]
+__all__ = ["Captured", "no_collection"]
 
 
-class Recording:
-    """`work`, ready to be repeated.
+class Captured:
+    """`work`, ready to be launched.
 
     Args:
         work: issues everything on `stream` and on streams that it forks off and joins again.
-        stream: where it is captured; None on a CPU. Whoever replays it chooses the stream then.
-        pool: memory that recordings share which never run at the same time.
+        stream: where it is captured; None on a CPU. Whoever launches it chooses the stream then.
+        pool: memory that graphs share which never run at the same time.
     """
 
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any = None) -> None:
@@ -32,7 +32,7 @@ class Recording:
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 work()
 
-    def replay(self) -> None:
+    def launch(self) -> None:
         """On the current stream."""
         if self._graph is not None:
             self._graph.replay()

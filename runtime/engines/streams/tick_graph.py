@@ -1,39 +1,39 @@
-"""What the streams engine records before it runs: every kind of micro-batch of each stage, and blocks of many ticks.
+"""What the streams engine captures before it runs: every kind of micro-batch of each stage, and graphs of many ticks.
 
-A block is one recording that takes every stage through many full training micro-batches, with the data flow's
-dependences and no others: on a GPU one captured graph, in which the stages run side by side.
+A tick graph takes every stage through many full training micro-batches, with the data flow's dependences and no others:
+on a GPU one CUDA graph, in which the stages run side by side.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unlocked.runtime.engines.one_process import locate
 from unlocked.runtime.job import Job
+from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.workers.actions import Item, MarkKind
+from unlocked.workers.captured import Captured, no_collection
 from unlocked.workers.lane import Lane
-from unlocked.workers.recording import Recording, no_collection
 from unlocked.workers.source import BatchSource
-from unlocked.workers.stamps import DeviceClock, DeviceMark
+from unlocked.workers.stamps import DeviceClock, DeviceStamp
 
-__all__ = ["Block", "record"]
+__all__ = ["TickGraph", "capture"]
 
 _WARM_UPS = 3  # of every kind of micro-batch before a capture, as torch's own capturing helpers make
-_SAMPLE = 16  # of so many replays one is timed, where not all are
+_SAMPLE = 16  # of so many launches one is timed, where not all are
 
 
-def record(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "Block | None":
-    """Warms up, records every kind of item that the stream has, and puts all state back as it was.
+def capture(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "TickGraph | None":
+    """Warms up, captures every kind of item that the stream has, and puts all state back as it was.
 
     Args:
-        timed: every replay is to be timed, for a trace; else a sample.
+        timed: every launch is to be timed, for a trace; else a sample.
 
     Returns:
-        The block, or None if the run is too short for one, or if its data is not where a recording can read it.
+        The tick graph, or None if the run is too short for one, or if its data is not where captured work can read it.
     """
     items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
     shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
@@ -50,36 +50,38 @@ def record(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "Block | None":
         for lane in lanes:
             with lane.on_stream():
                 for kind, size in shapes:
-                    lane.record(kind, size)
-        block = Block(job, lanes, ticks, alignment, timed=timed) if ticks else None
+                    lane.capture(kind, size)
+        graph = TickGraph(job, lanes, ticks, alignment, timed=timed) if ticks else None
         if on_device:
             for lane in lanes:
                 with lane.on_stream():
-                    lane.try_recordings()
+                    lane.try_captured()
+                _synchronize([lane])  # stages share slots, and nothing orders these launches
             _synchronize(lanes)
-            if block is not None:
-                block.try_recordings()
-    return block
+            if graph is not None:
+                graph.try_captured()
+    for lane in lanes:
+        lane.launches = True
+    return graph
 
 
-class Block:
-    """One recording of `ticks` full training micro-batches of every stage.
+class TickGraph:
+    """Captured work of `ticks` full training micro-batches of every stage.
 
-    Before a replay the micro-batches of the tick before it lie in the rings, so every stage has work from the first
-    tick on. On a GPU a second copy also records the time of every action, and is replayed now and then; for a trace
+    Before a launch the micro-batches of the tick before it lie in the rings, so every stage has work from the first
+    tick on. On a GPU a second copy also records the time of every action, and is launched now and then; for a trace
     there are two such copies and no other, so that one is read while the other runs.
 
     Args:
-        alignment: the ticks at which a replay may begin are its multiples; there the rings' slots are those recorded.
+        alignment: the ticks at which a launch may begin are its multiples; there the rings' slots are those captured.
     """
 
     def __init__(self, job: Job, lanes: Sequence[Lane], ticks: int, alignment: int, *, timed: bool) -> None:
         self.ticks, self.alignment = ticks, alignment
         self._plan, self._lanes = job.plan, list(lanes)
-        self._first: Item | None = None
-        self._replays = 0
+        self._launches = 0
         self.clock: DeviceClock | None = None
-        """Gets the times of timed replays, on a GPU."""
+        """Gets the times of timed launches, on a GPU."""
         self.stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
         pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         for lane in lanes:
@@ -89,69 +91,68 @@ class Block:
         copies = 0 if self.stream is None else 2 if timed else 1
         # One pool: no two of these ever run at the same time.
         self._timed = [_TimedCopy(self, pool) for _ in range(copies)]
-        self._plain = None if timed and self._timed else self._record(pool)
+        self._plain = None if timed and self._timed else self._capture(pool)
 
-    def replay(self, first: Item) -> None:
-        """Runs the block whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
+    def launch(self, first: Item) -> None:
+        """Runs the ticks whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
         source = self._lanes[0].stage.source
         assert isinstance(source, BatchSource)
-        self._first = first
         if self.stream is None:
             assert self._plain is not None
             source.seek(first, self.ticks)
-            with self._offset(first.position):
-                self._plain.replay()
+            with self._lanes_over_many_ticks(first.position):
+                self._plain.launch()
         else:
-            self._replay_on_device(source, first)
+            self._launch_on_device(source, first)
         for lane in self._lanes:
             lane.advance(self.ticks)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Hands the times of timed replays that have happened to the clock; with `wait`, all."""
+        """Hands the times of timed launches that have happened to the clock; with `wait`, all."""
         assert self.clock is not None
         for copy in self._timed:
             copy.collect(self.clock, wait=wait)
 
-    def try_recordings(self) -> None:
-        """Replays each copy once; see `Lane.try_recordings`."""
+    def try_captured(self) -> None:
+        """Launches each copy once; see `Lane.try_captured`."""
         assert self.stream is not None
-        for recording in [*([self._plain] if self._plain else []), *(copy.recording for copy in self._timed)]:
+        for captured in [*([self._plain] if self._plain else []), *(copy.captured for copy in self._timed)]:
             with torch.cuda.stream(self.stream):
-                recording.replay()
+                captured.launch()
             self.stream.synchronize()
 
-    def _replay_on_device(self, source: BatchSource, first: Item) -> None:
+    def _launch_on_device(self, source: BatchSource, first: Item) -> None:
         assert self.stream is not None
-        recording, copy = self._plain, None
-        if recording is None or self._replays % _SAMPLE == 1:
-            copy = self._timed[self._replays % len(self._timed)]
-            recording = copy.recording
+        captured, copy = self._plain, None
+        if captured is None or self._launches % _SAMPLE == 1:
+            copy = self._timed[self._launches % len(self._timed)]
+            captured = copy.captured
             assert self.clock is not None
             copy.collect(self.clock, wait=True)  # before its events are recorded anew
-        self._replays += 1
+        self._launches += 1
         for lane in self._lanes:
             assert lane.stream is not None
             self.stream.wait_stream(lane.stream)
         with torch.cuda.stream(self.stream):
             source.seek(first, self.ticks)
-            recording.replay()
+            captured.launch()
             if copy is not None:
                 copy.started(first.position)
         for lane in self._lanes:
             assert lane.stream is not None
             lane.stream.wait_stream(self.stream)
-            lane.inbox.forget_events()
+            lane.entry.forget_events()
 
-    def _record(self, pool: Any) -> Recording:
+    def _capture(self, pool: Any) -> Captured:
         """One copy. What is captured waits for nothing outside, and nothing outside for what is in it."""
         _synchronize(self._lanes)
         for lane in self._lanes:
-            lane.inbox.forget_events()
-        with self._uncounted():
-            recording = Recording(self._work, self.stream, pool)
+            lane.entry.forget_events()
+        with self._uncounted(), self._lanes_over_many_ticks(None):
+            captured = Captured(self._work, self.stream, pool)
         for lane in self._lanes:
-            lane.inbox.forget_events()
-        return recording
+            lane.entry.forget_events()
+        return captured
 
     def _work(self) -> None:
         """Issues all ticks. Later stages first, as the engine does."""
@@ -168,18 +169,11 @@ class Block:
                     # Stage k is k micro-batches behind: its slot is that of the position tick - k.
                     item = Item(tick - k, "train", 0, 0, self._plan.batch_size, False)
                     with lane.on_stream():
-                        try:
-                            lane.issue_in_block(item, tick)
-                        except (ValueError, RuntimeError) as error:
-                            raise locate(error, lane.stage, self._real(item)) from error
+                        lane.work(item, stage_actions(k, len(self._lanes), [item]))
         if self.stream is not None:  # join
             for lane in self._lanes:
                 assert lane.stream is not None
                 self.stream.wait_stream(lane.stream)
-
-    def _real(self, item: Item) -> Item:
-        """The item of the stream that a recorded one stands for, where it is known."""
-        return item if self._first is None else self._plan[self._first.position + item.position]
 
     def _uncounted(self) -> ExitStack:
         stack = ExitStack()
@@ -187,32 +181,39 @@ class Block:
             stack.enter_context(lane.uncounted())
         return stack
 
-    def _offset(self, position: int) -> ExitStack:
-        """Tells the lanes where in the stream the block is, and takes it back."""
-        stack = ExitStack()
+    @contextmanager
+    def _lanes_over_many_ticks(self, offset: int | None) -> Iterator[None]:
+        """Inside, stage 0 reads on from where the cursor stands, and actions are not launched from other captures.
+
+        Args:
+            offset: where in the stream the ticks are, where the work is called again and may fail.
+        """
         for lane in self._lanes:
-            lane.offset = position
-            stack.callback(setattr, lane, "offset", 0)
-        return stack
+            lane.launches, lane.cursor_stays, lane.offset = False, True, offset
+        try:
+            yield
+        finally:
+            for lane in self._lanes:
+                lane.launches, lane.cursor_stays, lane.offset = True, False, None
 
 
 class _TimedCopy:
-    """A recording of the block's work with an event at every mark."""
+    """The ticks' work with an event at every stamp."""
 
-    def __init__(self, block: Block, pool: Any) -> None:
-        self._marks: list[DeviceMark] = []
-        self._streams = [lane.stream for lane in block._lanes]
+    def __init__(self, graph: TickGraph, pool: Any) -> None:
+        self._stamps: list[DeviceStamp] = []
+        self._streams = [lane.stream for lane in graph._lanes]
         self._running: tuple[int, torch.cuda.Event] | None = None
-        for lane in block._lanes:
-            lane.mark = self._mark
+        for lane in graph._lanes:
+            lane.stamp = self._stamp
         try:
-            self.recording = block._record(pool)
+            self.captured = graph._capture(pool)
         finally:
-            for lane in block._lanes:
-                lane.mark = None
+            for lane in graph._lanes:
+                lane.stamp = None
 
     def started(self, position: int) -> None:
-        """It was replayed for the block at `position`, on the current stream."""
+        """It was launched for the ticks at `position`, on the current stream."""
         done = torch.cuda.Event()
         done.record()
         self._running = (position, done)
@@ -226,17 +227,17 @@ class _TimedCopy:
         elif not done.query():
             return
         self._running = None
-        clock.add(self._marks, position)
+        clock.add(self._stamps, position)
 
-    def _mark(self, stage: int, what: str, position: int) -> None:
-        # External: the graph records the event anew at every replay, instead of drawing a dependence from it.
+    def _stamp(self, stage: int, what: str, position: int) -> None:
+        # External: the graph records the event anew at every launch, instead of drawing a dependence from it.
         event = torch.cuda.Event(enable_timing=True, external=True)
         event.record(self._streams[stage])
-        self._marks.append(DeviceMark(stage, what, position, event))
+        self._stamps.append(DeviceStamp(stage, what, position, event))
 
 
 class _Restored:
-    """Puts the layers back, in place, as they were before a warm-up: recorded addresses stay."""
+    """Puts the layers back, in place, as they were before a warm-up: captured addresses stay."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = lanes
@@ -255,7 +256,7 @@ class _Restored:
 
 
 def _ticks(job: Job, stages: int) -> tuple[int, int]:
-    """(ticks of a block, their alignment); (0, 1) where there is no block."""
+    """(ticks of a tick graph, their alignment); (0, 1) where there is none."""
     depth = job.settings.queue_depth if stages > 1 else 1
     ticks = -(-job.settings.graph_ticks // depth) * depth
     too_short = job.plan.train_size // job.plan.batch_size < ticks + stages
@@ -267,8 +268,9 @@ def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[MarkKind, int]]) -> N
     for kind, size in shapes:
         for _ in range(repeats):
             for lane in lanes:
+                item = Item(0, kind, 0, 0, size, False)
                 with lane.on_stream():
-                    lane.warm_up(Item(0, kind, 0, 0, size, False))
+                    lane.warm_up(item, list(stage_actions(lane.stage.index, len(lanes), [item])))
                 _synchronize([lane])  # the next stage reads what this one wrote
 
 
