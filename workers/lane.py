@@ -68,6 +68,7 @@ class Lane(StageLoop):
         """Set while captured work is called again: what its items' positions are short of the real ones."""
         self.cursor_stays = False
         """Set in work over many ticks: stage 0 reads so many micro-batches after the cursor as an item's position."""
+        self._is_warming = False
         self._find_item = find_item
         self._captured: dict[_Key, Captured] = {}
         self._pool: Any = None
@@ -88,12 +89,15 @@ class Lane(StageLoop):
     def warm_up(self, item: Item, actions: Sequence[Action]) -> None:
         """The item's actions as they are, so that libraries choose their algorithms and load their kernels. Its numbers
         count for nothing: a loss that is not finite shows, with its place, in the run."""
+        self._is_warming = True
         try:
             self.work(item, actions)
         except StageError as error:
             if not isinstance(error.cause, NonFiniteLossError):
                 raise
             self._let_go()
+        finally:
+            self._is_warming = False
 
     def capture(self, kind: MarkKind, size: int) -> None:
         """Captures what items of this kind and size compute, once for every slot. A warm-up must come before."""
@@ -154,7 +158,8 @@ class Lane(StageLoop):
         held, source = self._place_of_input(item, slot), self.stage.source
         if not isinstance(source, BatchSource):
             assert source is not None
-            source.load(item, held)
+            if not self._is_warming:  # data that can't be read again: then whatever lies in the slot will do
+                source.load(item, held)
         elif not self.cursor_stays:
             source.seek(item)
         return held
