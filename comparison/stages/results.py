@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unlocked.comparison.memory.study import ChainSettings
+from unlocked.comparison.memory.results import ChainSettings
 from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Prediction
 from unlocked.workers.edges import SlotLayout
 

@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 
-from unlocked.comparison.memory.study import ChainSettings, build_chain, chain
-from unlocked.comparison.report.page import Headline, render, require_plotting
+from unlocked.comparison.memory.chain import build_chain, chain
+from unlocked.comparison.memory.results import ChainSettings
+from unlocked.comparison.report.figures import require_plotting
+from unlocked.comparison.report.sections import Headline, render
 from unlocked.comparison.stages.hops import measure_hops
 from unlocked.comparison.stages.page import stages_section
 from unlocked.comparison.stages.results import MeasuredStages, StagesSettings, StagesStudy

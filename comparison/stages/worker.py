@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from unlocked.comparison.memory.study import ChainSettings, chain
+from unlocked.comparison.memory.chain import chain
+from unlocked.comparison.memory.results import ChainSettings
 from unlocked.rules import get_rule
 from unlocked.runtime import Trainer
 from unlocked.runtime.result import RunResult

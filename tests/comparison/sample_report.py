@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from unlocked.comparison.memory.study import ChainSettings, MemoryPoint, MemoryStudy
+from unlocked.comparison.memory.results import ChainSettings, MemoryPoint, MemoryStudy
 from unlocked.comparison.results import (
     Contender,
     Environment,
