@@ -7,19 +7,19 @@ import torch
 
 from unlocked.comparison.contenders import Spec, all_contenders, choose
 from unlocked.comparison.environment import available_cores, describe_environment
+from unlocked.comparison.excerpts import cut_excerpts
+from unlocked.comparison.logged import LoggedRun
 from unlocked.comparison.options import CompareOptions
 from unlocked.comparison.pool import ContenderFailed, Pool
-from unlocked.comparison.report.timeline import cut_windows
-from unlocked.comparison.request import Costs, Form, RankAnswer, Request, Task, save_data
+from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, Task, save_data
 from unlocked.comparison.results import (
+    ComparisonSettings,
     Contender,
-    LoggedRun,
     Report,
     Run,
     RunKind,
-    Settings,
     StepSplit,
-    Timeline,
+    TimelineExcerpt,
     Trial,
 )
 from unlocked.comparison.rival.forms import forms_to_try
@@ -55,7 +55,7 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
     make_rule(training)
     train, test = load_dataset(training.dataset, training.dataset_dir)
     layers = tuple(block.name for block in make_model(training, train))
-    settings = Settings(
+    settings = ComparisonSettings(
         command=options.command,
         dataset=training.dataset,
         model=training.model,
@@ -173,7 +173,7 @@ class _Session:
                 found += f", test accuracy {run.test_acc1:.2f} %"
             self.announce(f"{title} | {entry.spec.name}: {found}")
 
-    def timelines(self) -> list[Timeline]:
+    def timelines(self) -> list[TimelineExcerpt]:
         """Of LLS by processes and of backpropagation by 1F1B, where both run."""
         chosen = [e for e in self.entries if e.is_running and (e.spec.family, e.spec.engine) in _WITH_TIMELINE]
         if len(chosen) < len(_WITH_TIMELINE):
@@ -188,9 +188,9 @@ class _Session:
                 self.announce(f"no timelines | {entry.spec.name}: {error}")
                 return []
             found.append((entry.spec.name, answers))
-        return cut_windows(found)
+        return cut_excerpts(found)
 
-    def _costs(self, pipelines: Sequence[_Entry]) -> Costs | None:
+    def _costs(self, pipelines: Sequence[_Entry]) -> LayerCosts | None:
         spec = replace(pipelines[0].spec, processes=1, threads=1, name="costs of the layers")
         try:
             answers = self.pool.run(self._message(spec, "costs", self.options.training))
@@ -200,7 +200,7 @@ class _Session:
             return None
         return answers[0].costs
 
-    def _choose_form(self, entry: _Entry, costs: Costs) -> None:
+    def _choose_form(self, entry: _Entry, costs: LayerCosts) -> None:
         options = self.options
         forms = forms_to_try(
             entry.spec.engine,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from unlocked.comparison.meter import MeasuredTrainer, Meter, reset_peak_memory
-from unlocked.comparison.request import Costs, RankAnswer, RankSpan, Request, load_data
-from unlocked.comparison.results import Epoch, SpanKind
+from unlocked.comparison.request import LayerCosts, RankAnswer, Request, load_data
+from unlocked.comparison.results import EpochFigures, SpanKind, TimelineSpan
 from unlocked.comparison.rival.worker import backpropagation_costs, train_pipeline, try_forms
 from unlocked.launch.pipeline import make_model, make_rule, optimizer_factory
 from unlocked.runtime.job import prepare_process
@@ -110,13 +110,13 @@ def _train(request: Request) -> RankAnswer:
     )
 
 
-def _epochs(result: RunResult) -> tuple[Epoch, ...]:
-    found: list[Epoch] = []
+def _epochs(result: RunResult) -> tuple[EpochFigures, ...]:
+    found: list[EpochFigures] = []
     seconds = 0.0
     for epoch in result.epochs:
         seconds += epoch.seconds
         found.append(
-            Epoch(
+            EpochFigures(
                 epoch=epoch.epoch,
                 seconds=seconds,
                 train_loss=epoch.train_loss,
@@ -127,13 +127,14 @@ def _epochs(result: RunResult) -> tuple[Epoch, ...]:
     return tuple(found)
 
 
-def _read_trace(path: Path) -> tuple[RankSpan, ...]:
+def _read_trace(path: Path) -> tuple[TimelineSpan, ...]:
     """The actions of a Chrome trace that an engine has written; without waiting for and handing on micro-batches."""
     kinds: dict[str, SpanKind] = {"F": "forward", "U": "local update"}
     events = json.loads(path.read_text())["traceEvents"]
     actions = [(Action.parse(event["name"]), event) for event in events if event["ph"] == "X"]
     return tuple(
-        RankSpan(
+        TimelineSpan(
+            row=action.stage,  # each process holds one
             stage=action.stage,
             kind=kinds[action.kind.value],
             microbatch=action.microbatch,
@@ -146,7 +147,7 @@ def _read_trace(path: Path) -> tuple[RankSpan, ...]:
     )
 
 
-def _measure_costs(request: Request) -> Costs:
+def _measure_costs(request: Request) -> LayerCosts:
     """Of every layer, for splitting the network: backpropagation's and the local rule's, each by its own measure."""
     options = request.options
     train, _ = load_data(request.data)
@@ -172,6 +173,6 @@ def _measure_costs(request: Request) -> Costs:
         batch_size=options.batch_size,
         device=device,
     )
-    return Costs(
+    return LayerCosts(
         backpropagation=backpropagation_costs(network(), optimizer, options.batch_size, device), local=tuple(costs)
     )

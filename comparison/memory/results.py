@@ -1,10 +1,12 @@
 """What the memory study found, as plain data."""
 
-import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from unlocked.comparison.reading import read_record
+from unlocked.runtime.typed import from_plain, to_plain
 
 __all__ = ["BP", "CHECKPOINTED", "ChainSettings", "MemoryPoint", "MemoryStudy"]
 
@@ -83,17 +85,15 @@ class MemoryStudy:
         return line.slope, line.intercept
 
     def as_dict(self) -> dict[str, Any]:
-        return {"settings": asdict(self.settings), "points": [asdict(point) for point in self.points]}
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
     @classmethod
     def load(cls, path: Path) -> "MemoryStudy":
         """Raises: ValueError if `path` is no study of memory."""
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no memory study ({error}); make it anew with --study memory") from None
+        return read_record(cls, path, what="memory study", remedy="--study memory")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MemoryStudy":
-        points = [MemoryPoint(**point) for point in values["points"]]
-        return cls(settings=ChainSettings(**values["settings"]), points=points)
+        """Raises: ValueError where a value does not belong."""
+        return from_plain(cls, values, "memory study")

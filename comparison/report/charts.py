@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from unlocked.comparison.report.figures import FAMILY_COLOURS, Ink, Picture, draw
 from unlocked.comparison.report.verdict import best
-from unlocked.comparison.results import Contender, Report, Spread, StepSplit, Timeline
+from unlocked.comparison.results import Contender, Report, Spread, StepSplit, TimelineExcerpt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -286,7 +286,7 @@ def _curve(contender: Contender) -> tuple[list[float], list[Spread]]:
     return seconds, values
 
 
-def _draw_timeline(axes: "Axes", timeline: Timeline, window: float, narrow: bool) -> None:
+def _draw_timeline(axes: "Axes", timeline: TimelineExcerpt, window: float, narrow: bool) -> None:
     axes.set_title(timeline.contender)
     axes.set_ylim(len(timeline.rows) - 0.5, -0.5)
     axes.set_xlim(0, window * 1e3)
@@ -323,12 +323,12 @@ def _draw_timeline(axes: "Axes", timeline: Timeline, window: float, narrow: bool
         )
 
 
-def _describe_timeline(timeline: Timeline, seconds: float) -> str:
+def _describe_timeline(timeline: TimelineExcerpt, seconds: float) -> str:
     shares = [_busy_share(timeline, row, seconds) for row in range(len(timeline.rows))]
     return f"{timeline.contender}: at work {', '.join(f'{share:.0%}' for share in shares)} of the time"
 
 
-def _busy_share(timeline: Timeline, row: int, seconds: float) -> float:
+def _busy_share(timeline: TimelineExcerpt, row: int, seconds: float) -> float:
     spans: Iterable[Any] = (s for s in timeline.spans if s.row == row and s.kind not in ("receive", "send"))
     busy, reached = 0.0, 0.0
     for span in spans:

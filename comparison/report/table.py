@@ -4,8 +4,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from unlocked.comparison.logged import LoggedRun
 from unlocked.comparison.report.verdict import verdict
-from unlocked.comparison.results import Contender, LoggedRun, Report, Spread
+from unlocked.comparison.results import Contender, Report, Spread
 
 __all__ = ["print_report"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from unlocked.comparison.request import Costs, Form
+from unlocked.comparison.request import Form, LayerCosts
 from unlocked.comparison.rival.pipeline import owner
 from unlocked.runtime.schedules.partition import partition
 
@@ -16,7 +16,7 @@ Parts = tuple[tuple[int, int], ...]
 
 
 def forms_to_try(
-    engine: str, costs: Costs, *, processes: int, batch_size: int, chunks: Sequence[int] | None
+    engine: str, costs: LayerCosts, *, processes: int, batch_size: int, chunks: Sequence[int] | None
 ) -> list[Form]:
     """All chunk counts on the split that balances backpropagation's own costs, and on LLS's split where it differs.
 

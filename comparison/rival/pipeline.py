@@ -22,8 +22,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from unlocked.comparison.request import Form, RankSpan
-from unlocked.comparison.results import SpanKind
+from unlocked.comparison.request import Form
+from unlocked.comparison.results import SpanKind, TimelineSpan
 from unlocked.data import epoch_order
 from unlocked.runtime.network import Network
 from unlocked.workers.actions import Item
@@ -51,13 +51,17 @@ def chunks_for(rows: int, chunks: int) -> int:
 
 
 class Clock:
-    """Adds up the seconds of what a process does, by kind; `keep` also keeps every one of them."""
+    """Adds up the seconds of what a process does, by kind.
 
-    def __init__(self, *, keep: bool = False) -> None:
-        self.keep = keep
+    Args:
+        row: of the process in a timeline; keeps every span as well. None: keeps none.
+    """
+
+    def __init__(self, row: int | None = None) -> None:
+        self.row = row
         self.step = 0
         self.seconds: dict[str, float] = {}
-        self.spans: list[RankSpan] = []
+        self.spans: list[TimelineSpan] = []
 
     def restart(self) -> None:
         self.seconds.clear()
@@ -70,8 +74,11 @@ class Clock:
         result = function(*args, **kw)
         end = time.perf_counter()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + end - start
-        if self.keep:
-            self.spans.append(RankSpan(stage=stage, kind=kind, microbatch=self.step, chunk=chunk, start=start, end=end))
+        if self.row is not None:
+            span = TimelineSpan(
+                row=self.row, stage=stage, kind=kind, microbatch=self.step, chunk=chunk, start=start, end=end
+            )
+            self.spans.append(span)
         return result
 
     @property

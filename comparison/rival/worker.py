@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from unlocked.comparison.meter import Meter, reset_peak_memory
 from unlocked.comparison.request import Form, RankAnswer, Request, load_data
-from unlocked.comparison.results import Epoch, Trial
+from unlocked.comparison.results import EpochFigures, Trial
 from unlocked.comparison.rival.pipeline import BpPipeline, Clock
 from unlocked.data import ImageDataset
 from unlocked.kernels.images import load_batch
@@ -43,7 +43,7 @@ def train_pipeline(request: Request) -> RankAnswer:
         prepare_process()
         assert request.form is not None
         plan = _plan(request, train, test)
-        clock = Clock(keep=request.timeline)
+        clock = Clock(dist.get_rank() if request.timeline else None)
         network = _network(request, train)
         pipeline = _pipeline(request, request.form, network, _source(request, train, test, device), clock)
         pipeline.warm_up(_one_of_each_size(plan))
@@ -219,9 +219,9 @@ def _one_of_each_size(plan: StreamPlan) -> list[Item]:
     return [item for item in sizes.values() for _ in range(2)]
 
 
-def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[Epoch], int]:
+def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[EpochFigures], int]:
     """Runs the whole stream; the evaluated epochs (without evaluation the last one), and the training images."""
-    epochs: list[Epoch] = []
+    epochs: list[EpochFigures] = []
     images = 0
     for (kind, epoch), group in groupby(plan, key=lambda item: (item.kind, item.epoch)):
         items = list(group)
@@ -239,7 +239,7 @@ def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[
             if not isfinite(loss):
                 raise ValueError(f"the loss of epoch {epoch} is {loss}; lower --lr, and check the input data")
             epochs.append(
-                Epoch(
+                EpochFigures(
                     epoch=epoch,
                     seconds=time.perf_counter() - began,
                     train_loss=loss / trained,

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speed=options.compute_speed,
         link_latency=options.link_latency,
         link_bandwidth=options.link_bandwidth,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
     )
     most = options.max_stages or 2 * settings.cores
     counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})

@@ -16,10 +16,11 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from unlocked.comparison.contenders import all_contenders, choose
 from unlocked.comparison.energy import _cpu_joules
+from unlocked.comparison.excerpts import cut_excerpts
 from unlocked.comparison.measure import make_run
 from unlocked.comparison.pool import ContenderFailed, Pool
-from unlocked.comparison.report.timeline import cut_windows
-from unlocked.comparison.request import Costs, Form, RankAnswer, RankSpan, Request, save_data
+from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, save_data
+from unlocked.comparison.results import TimelineSpan
 from unlocked.comparison.rival.forms import balanced_parts, forms_to_try
 from unlocked.comparison.rival.pipeline import chunks_for, owner
 from unlocked.data import load_dataset
@@ -59,7 +60,7 @@ def test_two_stages_per_process_are_balanced(costs: list[int], engine: str) -> N
 
 
 def test_both_splits_are_tried_where_they_differ() -> None:
-    costs = Costs(backpropagation=(1.0, 5.0, 1.0, 1.0, 1.0), local=(4.0, 1.0, 1.0, 1.0, 1.0))
+    costs = LayerCosts(backpropagation=(1.0, 5.0, 1.0, 1.0, 1.0), local=(4.0, 1.0, 1.0, 1.0, 1.0))
     forms = forms_to_try("1F1B", costs, processes=2, batch_size=60, chunks=None)
     assert {form.parts for form in forms} == {((0, 2), (2, 5)), ((0, 1), (1, 5))}
     assert sorted(form.chunks for form in forms) == [2, 2, 4, 4], "8 does not divide 60, and 1F1B refuses 1"
@@ -85,15 +86,23 @@ def test_the_parts_of_a_step_add_up() -> None:
     assert [part.data for part in run.split] == pytest.approx([0.01, 0.0])
 
 
-def test_timelines_have_windows_of_the_same_length() -> None:
+def test_excerpts_have_the_same_length() -> None:
     def answer(seconds: float, rank: int) -> RankAnswer:
         spans = tuple(
-            RankSpan(stage=rank, kind="forward", microbatch=n, chunk=None, start=n * seconds, end=(n + 0.5) * seconds)
+            TimelineSpan(
+                row=rank,
+                stage=rank,
+                kind="forward",
+                microbatch=n,
+                chunk=None,
+                start=n * seconds,
+                end=(n + 0.5) * seconds,
+            )
             for n in range(40)
         )
         return RankAnswer(stages=(("a",), ("b", "c")), spans=spans)
 
-    slow, fast = cut_windows([("slow", [answer(2.0, 0), answer(2.0, 1)]), ("fast", [answer(1.0, 0), answer(1.0, 1)])])
+    slow, fast = cut_excerpts([("slow", [answer(2.0, 0), answer(2.0, 1)]), ("fast", [answer(1.0, 0), answer(1.0, 1)])])
     assert (slow.seconds, fast.seconds) == (8.0, 8.0)
     assert [span.microbatch for span in slow.spans if span.row == 1] == [20, 21, 22, 23]
     assert [span.start for span in fast.spans if span.row == 0] == list(range(8))
