@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from unlocked.comparison.contenders import Spec, all_contenders, choose
-from unlocked.comparison.environment import available_cores, describe_environment
+from unlocked.comparison.environment import environment
 from unlocked.comparison.excerpts import cut_excerpts
 from unlocked.comparison.logged import LoggedRun
 from unlocked.comparison.options import CompareOptions
@@ -44,11 +44,10 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
         ValueError: a setting is wrong; found before the first run.
     """
     training = options.training
-    environment = describe_environment()
-    cores = available_cores()
+    machine = environment()
     device = "cuda" if training.device.startswith("cuda") else "cpu"
     check_precision(training.precision, torch.device(device))
-    specs = choose(all_contenders(device, cores=cores, processes=options.processes), list(options.only))
+    specs = choose(all_contenders(device, cores=machine.cores, processes=options.processes), list(options.only))
     if training.precision == "bf16":
         specs = [replace(s, not_run="in fp32 and tf32 only") if s.is_bp_pipeline else s for s in specs]
     optimizer_factory(training)
@@ -92,7 +91,7 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
             session.run_all("accuracy", seed, f"seed {seed}")
         timelines = session.timelines()
     return Report(
-        environment=environment,
+        environment=machine,
         settings=settings,
         contenders=tuple(entry.contender() for entry in session.entries),
         timelines=tuple(timelines),

@@ -41,7 +41,7 @@ SpanKind = Literal["data", "forward", "backward", "weight gradient", "local upda
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the comparison ran on."""
+    """What something was measured on."""
 
     cpu: str
     cores: int
@@ -57,6 +57,12 @@ class Environment:
     """Of the checkout, short, with a `+` if files differ from it; None outside of a checkout."""
     started_at: str
     """ISO 8601, UTC."""
+
+    @property
+    def line(self) -> str:
+        """The machine and what matters most of its software, for a terminal."""
+        machine = ", ".join([self.cpu, f"{self.cores} cores", *self.gpus])
+        return f"{machine}, torch {self.versions.get('torch', '?')}, Python {self.python}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from unlocked.comparison.stages.page import stages_section
 from unlocked.comparison.stages.results import MeasuredStages, StagesSettings, StagesStudy
 from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Link, Prediction, predict, stage_factors
 from unlocked.comparison.stages.worker import train_chain
+from unlocked.data.cores import usable_cores
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         blocks_per_stage=options.blocks_per_stage,
         rule=options.training_mode,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         repeats=options.repeats,
         run_seconds=options.run_seconds,
         microbatches=options.microbatches,
