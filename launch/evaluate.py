@@ -10,19 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlocked.launch.network import build_model
-from unlocked.launch.options import LineParser
+from unlocked.runtime.settings import LineParser
 
 __all__ = ["main", "score"]
 
-_DEFAULTS = {
-    "model": "SmallConv",
-    "dataset": "digits",
-    "training_mode": "LLS",
-    "test_batch_size": 128,
-    "dropout": 0.0,
-    "precision": "fp32",
-}
+# What of a run's settings its weights, and their scores, depend on.
+_TOLD = (
+    *("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout"),
+    "precision",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,30 +44,30 @@ def score(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: no such weights, or they don't fit model and data.
     """
-    from unlocked.data import load_dataset
+    from unlocked.runtime.recipe import Recipe, make_model
     from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
     from unlocked.runtime.saving.snapshots import find_snapshot
 
     path: Path = options["weights"]
-    told = {**_DEFAULTS, **_config(path), **{key: value for key, value in options.items() if value is not None}}
+    given = {key: options[key] for key in (*_TOLD, "device") if options.get(key) is not None}
+    recipe = Recipe(**{**_config(path), **given})
     weights = snapshot = None
     if path.is_dir():
         snapshot = find_snapshot(path / "snapshots" if (path / "snapshots").is_dir() else path)
     else:
         weights = load_weights(path)
-    sizes = {} if told.get("image_size") is None else {"image_size": told["image_size"]}
-    train, test = load_dataset(told["dataset"], Path(told.get("dataset_dir", "datasets")), **sizes)
-    model = build_model(told["model"], told["training_mode"], train, told["dropout"])
-    how = {"batch_size": told["test_batch_size"], "device": options["device"]}
+    train, test = recipe.load_data()
+    model = make_model(recipe, train)
+    how: dict[str, Any] = {"batch_size": recipe.test_batch_size, "device": recipe.device}
     if snapshot is not None:
         scores = score_snapshot(model, snapshot, train, test, **how)
     else:
         assert weights is not None
-        scores = score_weights(model, weights, test, precision=told["precision"], **how)
+        scores = score_weights(model, weights, test, precision=recipe.precision, **how)
     return {
         "weights": str(path if snapshot is None else snapshot.folder),
-        "model": told["model"],
-        "dataset": told["dataset"],
+        "model": recipe.model,
+        "dataset": recipe.dataset,
         "images": len(test),
         "test_loss": scores.loss,
         "test_acc1": scores.acc1,
@@ -110,9 +106,7 @@ def _config(path: Path) -> dict[str, Any]:
             continue
         try:
             settings = json.loads(file.read_text())["settings"]
-            return {
-                key: settings[key] for key in (*_DEFAULTS, "dataset_dir", "image_size") if settings.get(key) is not None
-            }
+            return {key: settings[key] for key in _TOLD if settings.get(key) is not None}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not a run's config.json, or is damaged: {error}") from error
     return {}

@@ -7,13 +7,14 @@ the latents' size, the width of the random feedback, the rows of the reduced bas
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from unlocked.models.dropout import KeyedDropout, replace_dropout
 
-__all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "OutputBlock", "Pool"]
+__all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "OutputBlock", "Pool", "use_tanh"]
 
 NEGATIVE_SLOPE = 0.01  # torch's default for LeakyReLU, and the authors'
 Pool = Literal["none", "max", "average"]
@@ -270,3 +271,10 @@ def _tail(pool: str, pool_size: int, dropout: float) -> nn.Module:
     if dropout:
         steps["dropout"] = KeyedDropout(dropout)
     return nn.Sequential(steps) if steps else nn.Identity()
+
+
+def use_tanh(blocks: Iterable[Block]) -> None:
+    """Puts tanh in the place of the LeakyReLU that ends a convolutional or linear block, in place."""
+    for block in blocks:
+        if isinstance(block, ConvBlock | LinearBlock):
+            block.body.add_module("act", nn.Tanh())

@@ -6,15 +6,21 @@ Names are imported on first use, so that schedules can be built and simulated wh
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unlocked.runtime.engines.processes.engine import Processes
+    from unlocked.runtime.engines.sequential import Sequential
+    from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import ReduceLROnPlateau
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["ReduceLROnPlateau", "RunResult", "Trainer"]
+__all__ = ["Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"]
 
 _HOMES = {
+    "Processes": "unlocked.runtime.engines.processes.engine",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
     "RunResult": "unlocked.runtime.result",
+    "Sequential": "unlocked.runtime.engines.sequential",
+    "Streams": "unlocked.runtime.engines.streams.engine",
     "Trainer": "unlocked.runtime.trainer",
 }
 

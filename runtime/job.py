@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,71 +19,12 @@ from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition
 from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "Settings", "SinkMaker", "check_device", "prepare_process"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to run; nothing here changes a result, save `seed`, and `precision`, `kernels` and `device` by rounding."""
-
-    engine: str = "sequential"
-    seed: int = 0
-    stages: int | str | None = None
-    """Number of stages, an explicit list such as "0-1,2,3-4", or None: the engine's default."""
-    queue_depth: int = 4
-    device: str = "cpu"
-    kernels: str = "auto"
-    precision: str = "fp32"
-    """fp32, tf32 or bf16: see `unlocked.kernels.precision`."""
-    graphs: bool = True
-    """CUDA graphs, in the engines that can use them."""
-    graph_ticks: int = 32
-    """Micro-batches of every stage in one graph, rounded up to a multiple of the queue depth: long enough to hide a
-    launch, short enough for an orderly stop. 0: graphs of single micro-batches of single stages alone."""
-    green_contexts: str = "off"
-    """Streams engine on a GPU: "sms" or "queues", see `unlocked.runtime.engines.streams.green`."""
-    compile: bool | str = False
-    """torch.compile for the blocks that train through autograd; a string names its backend."""
-    print_freq: int = 50
-    """Training micro-batches between two readings of the sums on the device."""
-    prefetch: int | None = None
-    """Micro-batches that a thread assembles ahead of stage 0 on the host; 0: none; None: a few for streamed data, and
-    where other stages leave cores idle."""
-    threads: int | None = None
-    """Intra-op threads of each process; None: torch's choice. Sums over threads may round otherwise."""
-    pin: bool = True
-    """Keep each of a machine's processes on cores of its own (processes engine on a CPU)."""
-    snapshot_dir: Path | None = None
-    resume: Snapshot | None = None
-    transport: str = "auto"
-    """Between processes: "shared" memory, a process "group", or "auto"."""
-    trace: Path | None = None
-    timeout: float = 300.0
-    """Seconds that a stage waits for a neighbour before it gives up."""
-    start_timeout: float = 120.0
-    """Seconds that rank 0 waits for all stages to appear."""
-    coordinator_port: int = 0
-    best_dir: Path | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
-    """How the model, the data and the rule are called in logs: keys model, dataset, rule."""
-
-    def __post_init__(self) -> None:
-        if self.queue_depth < 1:
-            raise ValueError(f"queue_depth is {self.queue_depth}; an edge needs at least 1 slot")
-        if self.graph_ticks < 0:
-            raise ValueError(f"graph_ticks is {self.graph_ticks}; give at least 0 (0: no graph over several ticks)")
-        if self.print_freq < 1:
-            raise ValueError(f"print_freq is {self.print_freq}; it must be at least 1")
-        if self.prefetch is not None and self.prefetch < 0:
-            raise ValueError(f"prefetch is {self.prefetch}; give at least 0 micro-batches (0: none are read ahead)")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; a process needs at least 1")
-        if self.timeout <= 0 or self.start_timeout <= 0:
-            raise ValueError(f"timeouts must be positive, got {self.timeout} and {self.start_timeout}")
+__all__ = ["Engine", "Job", "SinkMaker", "check_device", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +39,16 @@ class Job:
     test: Dataset | None
     plan: StreamPlan
     settings: Settings
+    engine: str
+    """What the engine is called in logs and results."""
     fingerprint: Mapping[str, Any]
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
     """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    resume: Snapshot | None = None
+    """Where the run goes on from."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """How the model, the data and the rule are called in logs: keys model, dataset, rule."""
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +57,7 @@ class Job:
     @property
     def start(self) -> int:
         """The first stream position to run."""
-        return self.settings.resume.position if self.settings.resume else 0
+        return self.resume.position if self.resume else 0
 
     @property
     def storage(self) -> torch.dtype:
@@ -173,22 +119,18 @@ class Job:
             lambda index: self.layer(index, device), self.network, batch_size=self.plan.batch_size, device=device
         )
 
-    def partition(self, costs: Sequence[float], num_stages: int) -> list[range]:
-        """Which layers each stage owns."""
-        stages = self.settings.stages
-        parts = (
-            parse_stages(stages, self.network.names) if isinstance(stages, str) else partition(list(costs), num_stages)
-        )
+    def partition(self, costs: Sequence[float], stages: int | str) -> list[range]:
+        """Which layers each stage owns: `stages` of them, balanced by `costs`, or as "0-1,2,3-4" says."""
+        parts = parse_stages(stages, self.network.names) if isinstance(stages, str) else partition(list(costs), stages)
         check_ownership(parts, len(self.network.blocks))
         return parts
 
     def run_info(self, parts: Sequence[range]) -> RunInfo:
-        names = self.settings.names
         return RunInfo(
-            model=names.get("model", "custom"),
-            dataset=names.get("dataset", self.train.name),
-            engine=self.settings.engine,
-            rule=names.get("rule", "custom"),
+            model=self.names.get("model", "custom"),
+            dataset=self.names.get("dataset", self.train.name),
+            engine=self.engine,
+            rule=self.names.get("rule", "custom"),
             stages=tuple(tuple(self.network.names[i] for i in part) for part in parts),
             total=len(self.plan),
             epochs=self.plan.epochs,
@@ -204,9 +146,27 @@ SinkMaker = Callable[[], Sequence[MetricsSink]]
 
 
 class Engine(Protocol):
-    """Runs a job to its end, or to an orderly stop."""
+    """Where the stages run; owns its options."""
 
-    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult: ...
+    @property
+    def name(self) -> str:
+        """What logs and results call it."""
+        ...
+
+    def check(self, settings: Settings, global_rule: str | None) -> None:
+        """Says before anything is built what can't run here.
+
+        Args:
+            global_rule: the name of a rule whose layers all wait for the output's error; None: layers learn locally.
+
+        Raises:
+            ValueError: the engine, as it is set, can't run that.
+        """
+        ...
+
+    def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        """Runs a job to its end, or to an orderly stop."""
+        ...
 
 
 def check_device(name: str) -> None:

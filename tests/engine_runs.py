@@ -1,5 +1,6 @@
 """Small runs that the tests of the engines share: a network, data and options that every engine takes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -9,6 +10,9 @@ from unlocked.data import Augmentation, ImageDataset
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime.engines import engine_class
+from unlocked.runtime.job import Engine
+from unlocked.runtime.settings import setting_names
 
 
 def dataset(count: int, split: str = "train", *, augment: bool = True) -> ImageDataset:
@@ -26,8 +30,17 @@ def dataset(count: int, split: str = "train", *, augment: bool = True) -> ImageD
 
 
 def trainer(engine: str = "sequential", rule: object = None, **options: object) -> Trainer:
-    settings_ = {"seed": 5, "statistics_batches": 2, "optimizer": partial(torch.optim.Adam, lr=1e-2), **options}
-    return Trainer(small_conv(3, 5, 16, dropout=0.2), rule=rule or LLS(), engine=engine, **settings_)  # type: ignore
+    """`options`: the engine's own and the trainer's, all by their names."""
+    made, others = split_options(engine, options)
+    settings_ = {"seed": 5, "statistics_batches": 2, "optimizer": partial(torch.optim.Adam, lr=1e-2), **others}
+    return Trainer(small_conv(3, 5, 16, dropout=0.2), rule=rule or LLS(), engine=made, **settings_)  # type: ignore
+
+
+def split_options(engine: str, options: Mapping[str, object]) -> tuple[Engine, dict[str, object]]:
+    """The engine with those of the options that are its own, and the others."""
+    owner = engine_class(engine)
+    own = {name: value for name, value in options.items() if name in setting_names(owner)}
+    return owner(**own), {name: value for name, value in options.items() if name not in own}
 
 
 def fit(one: Trainer, **options: object) -> RunResult:

@@ -97,7 +97,7 @@ def finish_result(
         for name, value in layer.tensors()
     }
     return RunResult(
-        engine=job.settings.engine,
+        engine=job.engine,
         stages=[stage.layer_names for stage in stages],
         epochs=outlet.epochs,
         steps=steps_before(job.plan, position),

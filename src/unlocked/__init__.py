@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         LocalLosses,
         LocalRule,
     )
-    from unlocked.runtime import ReduceLROnPlateau, Trainer
+    from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Streams, Trainer
 
 __all__ = [
     "DRTP",
@@ -34,14 +34,20 @@ __all__ = [
     "LayerInfo",
     "LocalLosses",
     "LocalRule",
+    "Processes",
     "ReduceLROnPlateau",
+    "Sequential",
+    "Streams",
     "Trainer",
     "__version__",
     "load_dataset",
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"Trainer": "unlocked.runtime", "ReduceLROnPlateau": "unlocked.runtime", "load_dataset": "unlocked.data"}
+_HOMES = {
+    **dict.fromkeys(("Processes", "ReduceLROnPlateau", "Sequential", "Streams", "Trainer"), "unlocked.runtime"),
+    "load_dataset": "unlocked.data",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.engines.one_process import steps_before
-from unlocked.runtime.engines.processes.links import link_stages
+from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.processes.links import TRANSPORTS, link_stages
 from unlocked.runtime.engines.processes.rendezvous import World, connect, exchange, meet
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.job import Job, SinkMaker
@@ -32,6 +34,7 @@ from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
 from unlocked.runtime.saving.snapshots import load_layers, save_layers, snapshot_folder, write_manifest
 from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.settings import Settings, setting
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
@@ -40,27 +43,53 @@ from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Recorder, Span, write_chrome_trace
 
-__all__ = ["ProcessesEngine"]
+__all__ = ["Processes"]
 
 _READ_AHEAD = 2  # micro-batches of resident data that a thread assembles for stage 0
 _HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
 
 
-class ProcessesEngine:
-    """Runs this process's stage; rank 0 also runs the coordinator and returns the whole result."""
+@dataclass(frozen=True, kw_only=True)
+class Processes(PipelineOptions):
+    """A process per stage, under torchrun: this one runs its stage; rank 0 also runs the coordinator and returns the
+    whole result."""
+
+    name: ClassVar[str] = "processes"
+
+    transport: str = setting(
+        "auto", "between processes: auto, shared (memory of one machine) or group (Gloo, NCCL)", choices=TRANSPORTS
+    )
+    pin: bool = setting(
+        True,
+        "keep each of a machine's processes on cores of its own (on a CPU)",
+        off="let processes of one machine share its cores freely",
+    )
+    start_timeout: float = setting(
+        120.0, "seconds that all processes may take to appear, build their stages and connect", above=0
+    )
+    coordinator_port: int = setting(
+        0, "port of the coordinator, in rank 0 (0: any free one)", at_least=0, at_most=65535
+    )
+
+    def check(self, settings: Settings, global_rule: str | None) -> None:
+        if global_rule is not None:
+            raise ValueError(
+                f"{global_rule} is not local: every layer waits for the output's error, so it can't run as a pipeline "
+                f"with engine {self.name!r}; use engine sequential in one process, or streams"
+            )
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         world = World.from_environment()
-        num_stages = _number_of_stages(job, world)
+        num_stages = _number_of_stages(job, world, self.stages)
         began = time.perf_counter()
-        store = connect(world, job.settings.start_timeout)
-        hub = _Hub(job, world, make_sinks, num_stages) if world.rank == 0 else None
+        store = connect(world, self.start_timeout)
+        hub = _Hub(job, self, world, make_sinks, num_stages) if world.rank == 0 else None
         if hub is not None:
             roll_call = RollCall(store, world, hub.lose)
         else:
-            presence = answer_roll_call(store, world, job.settings.start_timeout)
+            presence = answer_roll_call(store, world, self.start_timeout)
         device = _device(job, world)
-        plan = exchange(store, world, "plan", partial(hub.publish, device) if hub else None, job.settings.start_timeout)
+        plan = exchange(store, world, "plan", partial(hub.publish, device) if hub else None, self.start_timeout)
         parts = [range(start, stop) for start, stop in plan["parts"]]
         names = [[job.network.names[i] for i in part] for part in parts]
         client = CoordinatorClient(
@@ -69,7 +98,7 @@ class ProcessesEngine:
             rank=world.rank,
             layers=names[world.rank],
             on_abort=lambda message: _abort(message, world.rank, names[0], hub),
-            start_timeout=job.settings.start_timeout,
+            start_timeout=self.start_timeout,
             heartbeat_timeout=_heartbeat_timeout(job),
         )
         client.open()
@@ -82,8 +111,8 @@ class ProcessesEngine:
             contextlib.ExitStack() as opened,
             _telling(client, world, names[world.rank]),
         ):
-            _check_same_settings(job, plan["settings"])
-            worker = _Worker(job, world, store, parts, client, device)
+            _check_same_settings(_settings(job, self), plan["settings"])
+            worker = _Worker(job, self, world, store, parts, client, device)
             opened.callback(worker.stage.close)
             client.wait_started()
             if hub is not None:
@@ -108,6 +137,7 @@ class _Worker:
     def __init__(
         self,
         job: Job,
+        options: Processes,
         world: World,
         store: dist.Store,
         parts: list[range],
@@ -119,9 +149,9 @@ class _Worker:
         # On a CPU the other stages leave cores idle, if only between two of their actions.
         read_ahead = _READ_AHEAD if world.size > 1 else None
         self.stage: Stage = job.stage(world.rank, parts[world.rank], device, prefetch=read_ahead)
-        self.cores = own_cores(world.local_rank, world.local_size) if job.settings.pin and device.type == "cpu" else []
-        if job.settings.resume is not None:
-            load_layers(job.settings.resume, self.stage.layers)
+        self.cores = own_cores(world.local_rank, world.local_size) if options.pin and device.type == "cpu" else []
+        if job.resume is not None:
+            load_layers(job.resume, self.stage.layers)
         self.recorder = Recorder(keep=job.settings.trace is not None)
         self.reporter = StageReporter(
             self.stage,
@@ -144,15 +174,15 @@ class _Worker:
             return SlotLayout(rows, job.network.output_shapes[first_layer - 1], job.storage)
 
         # Building a stage takes as long as it takes; the neighbours' time limit is for the run.
-        meet(store, world, "stage-built", job.settings.start_timeout)
+        meet(store, world, "stage-built", options.start_timeout)
         index, last = world.rank, world.size - 1
         inbox, outbox = link_stages(
             store,
             world,
             layout(parts[index].start) if index > 0 else None,
             layout(parts[index].stop) if index < last else None,
-            transport=job.settings.transport,
-            depth=job.settings.queue_depth,
+            transport=options.transport,
+            depth=options.queue_depth,
             device=device,
             timeout=timeout,
             names=[stage_name(i, i, [job.network.names[j] for j in part]) for i, part in enumerate(parts)],
@@ -211,8 +241,8 @@ class _Worker:
 class _Hub:
     """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-    def __init__(self, job: Job, world: World, make_sinks: SinkMaker, num_stages: int) -> None:
-        self._job, self._world, self._num_stages = job, world, num_stages
+    def __init__(self, job: Job, options: Processes, world: World, make_sinks: SinkMaker, num_stages: int) -> None:
+        self._job, self._options, self._world, self._num_stages = job, options, world, num_stages
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
@@ -220,9 +250,10 @@ class _Hub:
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
-        job = self._job
+        job, options = self._job, self._options
         costs = job.costs(device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
-        parts = job.partition(costs, self._num_stages)
+        stages = options.stages if isinstance(options.stages, str) else self._num_stages
+        parts = job.partition(costs, stages)
         self._own_sinks = self._make_sinks()
         self._sinks = FanOut(self._own_sinks)
         local = self._world.is_local
@@ -230,14 +261,14 @@ class _Hub:
             [[job.network.names[i] for i in part] for part in parts],
             len(job.plan),
             first=job.start,
-            queue_depth=job.settings.queue_depth,
+            queue_depth=options.queue_depth,
             host="127.0.0.1" if local else "0.0.0.0",
             advertise=None if local else self._world.master_address,
-            port=job.settings.coordinator_port,
+            port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
             on_snapshot=self._complete_snapshot,
-            start_timeout=job.settings.start_timeout,
+            start_timeout=options.start_timeout,
             heartbeat_timeout=_heartbeat_timeout(job),
         )
         self._sinks.on_start(job.run_info(parts))  # after every mistake that can be found before: it writes files
@@ -249,7 +280,7 @@ class _Hub:
             "parts": [(part.start, part.stop) for part in parts],
             "address": coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
-            "settings": _settings(job),
+            "settings": _settings(job, options),
         }
 
     def lose(self, rank: int) -> None:
@@ -279,7 +310,7 @@ class _Hub:
             rows = {i: f"stage {i}: {', '.join(layers)}" for i, layers in enumerate(names)}
             write_chrome_trace(job.settings.trace, spans, rows)
         return RunResult(
-            engine=job.settings.engine,
+            engine=job.engine,
             stages=names,
             epochs=self._coordinator.epochs,
             steps=steps_before(job.plan, stages[0]["position"]),
@@ -316,10 +347,10 @@ def _gate(job: Job) -> EpochGate | None:
     return EpochGate(job.lr_factor, ends, job.plan[job.start].epoch)
 
 
-def _number_of_stages(job: Job, world: World) -> int:
-    layers, stages = len(job.network.blocks), job.settings.stages
+def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
+    layers = len(job.network.blocks)
     if isinstance(stages, str):
-        stages = len(job.partition([1.0] * layers, 1))
+        stages = len(job.partition([1.0] * layers, stages))
     if stages is not None and stages != world.size:
         if stages > layers:
             raise ValueError(f"{stages} stages for {layers} layers; give at most {layers}")
@@ -335,24 +366,24 @@ def _number_of_stages(job: Job, world: World) -> int:
     return world.size
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(job: Job, options: Processes) -> dict[str, Any]:
     """What must be the same on all ranks, as JSON gives it back."""
     settings = {
         **job.fingerprint,
         **job.rates,
         "length of the stream": len(job.plan),
         "first position": job.start,
-        "queue_depth": job.settings.queue_depth,
-        "transport": job.settings.transport,
+        "queue_depth": options.queue_depth,
+        "transport": options.transport,
         "device": job.device.type,
     }
     return dict(json.loads(json.dumps(settings)))
 
 
-def _check_same_settings(job: Job, theirs: Mapping[str, Any]) -> None:
+def _check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     wrong = [
         f"{name} is {value!r} here and {theirs.get(name)!r} in rank 0"
-        for name, value in _settings(job).items()
+        for name, value in mine.items()
         if value != theirs.get(name)
     ]
     if wrong:
@@ -409,7 +440,7 @@ def _abort(message: str, rank: int, first_layers: Sequence[str], hub: "_Hub | No
 def _own_result(job: Job, names: list[list[str]], worker: _Worker, payload: Mapping[str, Any]) -> RunResult:
     """What a rank other than 0 knows: its own stage."""
     return RunResult(
-        engine=job.settings.engine,
+        engine=job.engine,
         stages=names,
         steps=steps_before(job.plan, worker.position),
         train_seconds=payload["train_seconds"],

@@ -12,40 +12,66 @@ import contextlib
 import time
 import warnings
 from collections import deque
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from unlocked.models import LinearBlock, OutputBlock
 from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, locate, write_stage_snapshot
-from unlocked.runtime.engines.streams.green import make_streams
+from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tape import Block, record
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
+from unlocked.runtime.settings import Settings, setting
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
 from unlocked.workers.stamps import DeviceClock, EventMarks, HostMarks
 from unlocked.workers.stopwatch import Recorder, write_chrome_trace
 
-__all__ = ["StreamsEngine"]
+__all__ = ["Streams"]
 
 _BLOCKS_AHEAD = 3  # blocks that the host may issue ahead of the device
 # Without blocks and without a trace, the actions of so many ticks out of so many are timed.
 _SAMPLED_TICKS, _SAMPLE_EVERY = 32, 256
 
 
-class StreamsEngine:
-    """Runs a job on one device.
+@dataclass(frozen=True, kw_only=True)
+class Streams(PipelineOptions):
+    """All stages in this process on one device, a stream for each; on a GPU the ticks are replayed from CUDA graphs."""
 
-    Args:
-        max_stages: at most that many stages, whatever the settings say (1: the plain loop, in graphs).
-    """
+    name: ClassVar[str] = "streams"
 
-    def __init__(self, max_stages: int | None = None) -> None:
-        self._max_stages = max_stages
+    graphs: bool = setting(True, "replay CUDA graphs", off="plain launches instead of CUDA graphs")
+    graph_ticks: int = setting(
+        32,
+        "micro-batches of every stage in one CUDA graph, rounded up to a multiple of the queue depth (0: a graph per "
+        "stage and micro-batch)",
+        at_least=0,
+    )
+    """Long enough to hide a launch, short enough for an orderly stop."""
+    green_contexts: str = setting(
+        "off",
+        "per stage, on a GPU: off, sms (a share of it) or queues (work queues of its own)",
+        choices=GREEN_CONTEXTS,
+    )
+
+    def check(self, settings: Settings, global_rule: str | None) -> None:
+        if global_rule is not None and self.stages not in (None, 1):
+            raise ValueError(
+                f"{global_rule} is not local: every layer waits for the output's error, so it is one stage, got "
+                f"stages={self.stages!r}; leave it out, or use engine sequential"
+            )
+        if self.green_contexts != "off" and not settings.device.startswith("cuda"):
+            raise ValueError(
+                f"green_contexts {self.green_contexts!r} need a CUDA device, the run is on {settings.device}; leave "
+                "them off"
+            )
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         with contextlib.ExitStack() as stack:
@@ -53,7 +79,7 @@ class StreamsEngine:
                 stack.enter_context(torch.cuda.device(job.device))
                 torch.cuda.reset_peak_memory_stats(job.device)
             began = time.perf_counter()
-            run = _Run(job, make_sinks, self._max_stages)
+            run = _Run(job, make_sinks, self)
             stack.callback(run.close)
             run.prepare()
             setup = time.perf_counter() - began
@@ -65,14 +91,14 @@ class StreamsEngine:
 class _Run:
     """One run's lanes and what they have done so far."""
 
-    def __init__(self, job: Job, make_sinks: SinkMaker, max_stages: int | None) -> None:
-        self.job, self.device, self.plan = job, job.device, job.plan
-        self.parts = _partition(job, max_stages)
-        self.streams, self._contexts = make_streams(job.settings.green_contexts, job.device, len(self.parts))
-        self.lanes = _build_lanes(job, self.parts, self.streams)
-        if job.settings.resume is not None:
+    def __init__(self, job: Job, make_sinks: SinkMaker, options: Streams) -> None:
+        self.job, self.device, self.plan, self.options = job, job.device, job.plan, options
+        self.parts = _partition(job, options.stages)
+        self.streams, self._contexts = make_streams(options.green_contexts, job.device, len(self.parts))
+        self.lanes = _build_lanes(job, self.parts, self.streams, options.queue_depth)
+        if job.resume is not None:
             for lane in self.lanes:
-                load_layers(job.settings.resume, lane.stage.layers)
+                load_layers(job.resume, lane.stage.layers)
         self.fan_out = FanOut(make_sinks())
         self.outlet = LocalOutlet(self.fan_out, len(self.lanes), job.lr_factor)
         self.fan_out.on_start(job.run_info(self.parts))
@@ -92,7 +118,7 @@ class _Run:
             )
             for lane, recorder in zip(self.lanes, self.recorders, strict=True)
         ]
-        self.recorded = job.settings.graphs and self._capturable()
+        self.recorded = options.graphs and self._capturable()
         self.block: Block | None = None
         self.clock: DeviceClock | None = None
         self.events: EventMarks | None = None
@@ -102,7 +128,8 @@ class _Run:
     def prepare(self) -> None:
         """Makes the recordings after a warm-up whose effects are undone, and waits for everything that was begun."""
         if self.recorded:
-            self.block = record(self.job, self.lanes, timed=self.traced)
+            depth, ticks = self.options.queue_depth, self.options.graph_ticks
+            self.block = record(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
 
@@ -275,25 +302,22 @@ class _Run:
         return False
 
 
-def _partition(job: Job, max_stages: int | None) -> list[range]:
-    layers, stages = len(job.network.blocks), job.settings.stages
-    if max_stages == 1:
-        return [range(layers)]
-    count = layers if stages is None or isinstance(stages, str) else stages
+def _partition(job: Job, stages: int | str | None) -> list[range]:
+    layers = len(job.network.blocks)
     costs = [1.0] * layers
-    if isinstance(stages, int) and stages < layers:
+    if isinstance(stages, int) and 1 < stages < layers:
         costs = job.costs()
-    return job.partition(costs, count)
+    return job.partition(costs, layers if stages is None else stages)
 
 
-def _build_lanes(job: Job, parts: list[range], streams: list[torch.cuda.Stream | None]) -> list[Lane]:
+def _build_lanes(job: Job, parts: list[range], streams: list[torch.cuda.Stream | None], queue_depth: int) -> list[Lane]:
     plan, network, device = job.plan, job.network, job.device
     rings = []
     for k, part in enumerate(parts):
         shape = network.output_shapes[part.start - 1] if k else network.input_shape
         # Only these are known to flatten first: another flat layer may begin with a convolution.
         flat = isinstance(network.blocks[part.start], LinearBlock | OutputBlock)
-        depth = job.settings.queue_depth if k else 1
+        depth = queue_depth if k else 1
         dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
         rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
     outboxes = [*rings[1:], None]

@@ -26,10 +26,11 @@ _WARM_UPS = 3  # of every kind of micro-batch before a capture, as torch's own c
 _SAMPLE = 16  # of so many replays one is timed, where not all are
 
 
-def record(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "Block | None":
+def record(job: Job, lanes: Sequence[Lane], *, queue_depth: int, graph_ticks: int, timed: bool) -> "Block | None":
     """Warms up, records every kind of item that the stream has, and puts all state back as it was.
 
     Args:
+        queue_depth, graph_ticks: the engine's.
         timed: every replay is to be timed, for a trace; else a sample.
 
     Returns:
@@ -37,7 +38,7 @@ def record(job: Job, lanes: Sequence[Lane], *, timed: bool) -> "Block | None":
     """
     items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
     shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
-    ticks, alignment = _ticks(job, len(lanes))
+    ticks, alignment = _ticks(job, len(lanes), queue_depth, graph_ticks)
     source = lanes[0].stage.source
     if isinstance(source, BatchSource):
         source.reserve(max(ticks, 1))
@@ -254,10 +255,10 @@ class _Restored:
         _synchronize(self._lanes)
 
 
-def _ticks(job: Job, stages: int) -> tuple[int, int]:
+def _ticks(job: Job, stages: int, queue_depth: int, graph_ticks: int) -> tuple[int, int]:
     """(ticks of a block, their alignment); (0, 1) where there is no block."""
-    depth = job.settings.queue_depth if stages > 1 else 1
-    ticks = -(-job.settings.graph_ticks // depth) * depth
+    depth = queue_depth if stages > 1 else 1
+    ticks = -(-graph_ticks // depth) * depth
     too_short = job.plan.train_size // job.plan.batch_size < ticks + stages
     return (0, 1) if too_short else (ticks, depth)
 

@@ -1,0 +1,20 @@
+"""What the engines with several stages have in common: their options."""
+
+from dataclasses import dataclass
+
+from unlocked.runtime.settings import check, setting
+
+__all__ = ["PipelineOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """Options of every engine that has stages and edges between them."""
+
+    stages: int | str | None = setting(
+        None, 'number of stages, or a list such as "0-1,2,3-4"; unless given: one per layer, or per process', at_least=1
+    )
+    queue_depth: int = setting(4, "micro-batches that a stage may run ahead of the next one", at_least=1)
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,311 @@
+"""A run from names: the dataset, model, rule and optimizer that a command line can spell, with all settings."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unlocked.data import ImageDataset, load_dataset
+from unlocked.models import Block, get_model, use_tanh
+from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
+from unlocked.runtime.engines import as_engine
+from unlocked.runtime.job import Engine
+from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
+from unlocked.runtime.metrics.dashboard import Dashboard
+from unlocked.runtime.metrics.records import MetricsSink
+from unlocked.runtime.metrics.run_log import RunLog
+from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.settings import Settings, saved, setting, values_of
+from unlocked.runtime.trainer import Trainer
+
+__all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "run", "summary"]
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "SGDSF")
+_MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milestones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings`, and
+    the engine with its own.
+
+    Raises:
+        ValueError: a setting is out of range, or a name not known; says what is valid.
+    """
+
+    dataset: str = setting(
+        "digits",
+        "digits, synthetic, MNIST, FashionMNIST, CIFAR10, CIFAR10AUG, CIFAR100, CIFAR100AUG, IMAGENETTE, "
+        "IMAGENETTE_BASIC, TinyIMAGENET, VWW, or folder (images in DIR/train/CLASS and DIR/test/CLASS, DIR being "
+        "--dataset-dir)",
+    )
+    dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts")
+    image_size: int | None = setting(None, "side in pixels that --dataset folder scales its images to")
+    model: str = setting("SmallConv", "with or without the prefix LLS_ or DFA_")
+    num_epochs: int = setting(10, "passes over the training data")
+    lr: float = setting(0.01, "initial learning rate", above=0)
+    training_mode: str = setting(
+        "LLS", "the local rule; or BP or DFA, for comparison (in one stage)", choices=TRAINING_MODES
+    )
+    waveform: str = setting("cosine", "of the fixed basis: cosine or square")
+    batch_size: int = setting(64, "rows of a training micro-batch")
+    test_batch_size: int = setting(128, "rows of an evaluation micro-batch")
+    weight_decay: float = setting(0.0, "of the optimizer", at_least=0)
+    momentum: float = setting(0.9, "of SGD", at_least=0, below=1)
+    optimizer: str = setting("Adam", "SGD, Adam, AdamW, AdamWSF, SGDSF", choices=OPTIMIZERS)
+    milestone: tuple[int, ...] = setting(
+        (),
+        "epochs at which MultiStepLR multiplies by --gamma (unless given: 50 80 120 180)",
+        flag=("-m", "--milestone"),
+    )
+    gamma: float = setting(0.3, "of MultiStepLR and ReduceLROnPlateau")
+    lr_scheduler: str = setting(
+        "",
+        "none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau (drains the pipeline at the end of each epoch); "
+        "unless given: MultiStepLR where there are milestones, else none",
+        choices=("", *LR_SCHEDULES),
+    )
+    experiment_name: str | None = setting(None, "folder below --save-path")
+    save_path: Path | None = setting(None, "where log, metrics, config, snapshots and weights go")
+    save_best_model: bool = setting(False, "keep the weights of the best test accuracy")
+    patience: int = setting(10, "epochs that ReduceLROnPlateau waits for a lower test loss")
+    temperature: float = setting(0.5, "the local scores are divided by it")
+    label_smoothing: float = setting(0.0, "of the local losses")
+    dropout: float = setting(0.0, "between the blocks")
+    max_steps: int | None = setting(None, "stop after that many training micro-batches")
+    no_eval: bool = setting(False, "train only")
+    summary: Path | None = setting(None, "write a JSON summary here")
+    tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder")
+    plain: bool = setting(False, "lines instead of the dashboard")
+    engine: Engine | str = "sequential"
+    """As `Trainer` takes it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "engine", as_engine(self.engine))
+        if not self.lr_scheduler:
+            object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
+        object.__setattr__(self, "milestone", self.milestone or _MILESTONES)
+
+    @property
+    def run_name(self) -> str:
+        """The run's folder below the save path."""
+        return self.experiment_name or f"{self.model}-{self.dataset}-{self.training_mode}-{self.optimizer}"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the run's files go."""
+        return None if self.save_path is None else self.save_path / self.run_name
+
+    def config(self) -> dict[str, Any]:
+        """All settings as JSON values, the engine's beside the others, for the run's config.json."""
+        engine = as_engine(self.engine)
+        return {**saved(self), "engine": engine.name, **saved(engine)}
+
+    def load_data(self) -> tuple[ImageDataset, ImageDataset]:
+        """The training and the test data.
+
+        Raises:
+            ValueError: no such dataset, or its files are missing or damaged.
+        """
+        sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
+        return load_dataset(self.dataset, self.dataset_dir, **sizes)
+
+    def trainer(self, data: ImageDataset, **other: Any) -> Trainer:
+        """The trainer for samples like those of `data`.
+
+        Args:
+            other: arguments of `Trainer` that take the place of the recipe's, "model" among them.
+
+        Raises:
+            ValueError: a name is not known, or a value out of range.
+        """
+        folder = self.folder
+        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine}
+        how["resume"] = _snapshots_of(self.resume)
+        if folder is not None:
+            how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
+            how["best_dir"] = self.best_dir or (folder / "best" if self.save_best_model else None)
+        how["names"] = {"model": self.model, "dataset": self.dataset, "rule": self.training_mode}
+        makers = {"rule": make_rule, "optimizer": make_optimizer, "lr_factor": make_lr_factor}
+        how |= {name: make(self) for name, make in makers.items() if name not in other}
+        if "model" not in other:
+            how["model"] = make_model(self, data)
+        return Trainer(**how | other)
+
+    def fit(self, trainer: Trainer, train: ImageDataset, test: ImageDataset) -> RunResult:
+        """Trains as long, and with micro-batches as large, as the recipe says."""
+        return trainer.fit(
+            train,
+            epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            eval_data=None if self.no_eval else test,
+            eval_batch_size=self.test_batch_size,
+            max_steps=self.max_steps,
+        )
+
+
+def run(recipe: Recipe) -> RunResult:
+    """One run with its dashboard, logs and files. Only a complete result (`RunResult.is_complete`) is written.
+
+    Raises:
+        ValueError: what is wrong with the recipe, its data or its files.
+        StageError, RunFailed, TimeoutError: as `Trainer.fit`.
+    """
+    if recipe.folder is None and (recipe.snapshot_every or recipe.save_best_model):
+        raise ValueError("--snapshot-every and --save-best-model need --save-path, the folder to write to")
+    if recipe.tensorboard is not None:
+        require_tensorboard()
+    for flag, path in (("--summary", recipe.summary), ("--trace", recipe.trace)):
+        _check_writable(flag, path)
+    ready = {"rule": make_rule(recipe), "optimizer": make_optimizer(recipe), "lr_factor": make_lr_factor(recipe)}
+    train, test = recipe.load_data()
+    sinks: list[MetricsSink] = []
+    trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe, sinks))
+    try:
+        result = recipe.fit(trainer, train, test)
+    finally:
+        for sink in sinks:  # a live dashboard gives the terminal back before anything is said about a failure
+            if isinstance(sink, Dashboard | TensorBoard):
+                sink.close()
+    if result.is_complete:
+        if recipe.summary is not None:
+            recipe.summary.parent.mkdir(parents=True, exist_ok=True)
+            recipe.summary.write_text(json.dumps(summary(recipe, result), indent=1))
+        if recipe.folder is not None:
+            torch.save(result.weights, recipe.folder / "model_final.pt")
+    return result
+
+
+def make_rule(recipe: Recipe) -> Rule | str:
+    """The local rule that the recipe names, or "BP" or "DFA".
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if recipe.training_mode in GLOBAL_RULES:
+        return recipe.training_mode
+    return get_rule(
+        recipe.training_mode,
+        temperature=recipe.temperature,
+        label_smoothing=recipe.label_smoothing,
+        waveform=recipe.waveform,
+    )
+
+
+def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
+    """The network that the recipe names, for images like those of `data`.
+
+    The authors call the networks of their DFA runs DFA_SmallConvL and DFA_SmallConvLMNIST; both are SmallConvL. For
+    DRTP they take tanh, as its inventors do, where the other rules have LeakyReLU.
+
+    Raises:
+        ValueError: the name is not known, or the images don't fit.
+    """
+    name = recipe.model
+    if name.startswith("DFA_"):
+        name = name.removeprefix("DFA_").removesuffix("MNIST")
+    channels, height, _ = data.image_shape
+    blocks = get_model(
+        name, in_channels=channels, num_classes=data.num_classes, image_size=height, dropout=recipe.dropout
+    )
+    if recipe.training_mode == "DRTP":
+        use_tanh(blocks)
+    return blocks
+
+
+def make_optimizer(recipe: Recipe) -> Callable[[Any], Any]:
+    """Builds each layer's optimizer from its parameters.
+
+    Raises:
+        ValueError: its library is not installed.
+    """
+    common: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    name = recipe.optimizer
+    if name == "SGD":
+        return partial(torch.optim.SGD, momentum=recipe.momentum, fused=True, **common)
+    if name == "Adam":
+        return partial(torch.optim.Adam, fused=True, **common)
+    if name == "AdamW":
+        return partial(torch.optim.AdamW, fused=True, **common)
+    try:
+        import schedulefree
+    except ImportError as error:
+        raise ValueError(f"optimizer {name} needs the package schedulefree; pip install schedulefree") from error
+    if name == "AdamWSF":
+        return partial(schedulefree.AdamWScheduleFree, **common)
+    return partial(schedulefree.SGDScheduleFree, momentum=recipe.momentum, **common)
+
+
+def make_lr_factor(recipe: Recipe) -> LrSchedule:
+    """What the learning rate is multiplied by, epoch by epoch.
+
+    Raises:
+        ValueError: a value of the schedule is out of range.
+    """
+    return lr_schedule(
+        recipe.lr_scheduler,
+        epochs=recipe.num_epochs,
+        milestones=recipe.milestone,
+        gamma=recipe.gamma,
+        patience=recipe.patience,
+        lr=recipe.lr,
+    )
+
+
+_FIGURES = (
+    *("engine", "stages", "steps", "train_seconds", "setup_seconds", "images_per_second", "test_acc1", "test_loss"),
+    *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
+    *("measured_stage_seconds", "stopped_by"),
+)
+_TOLD = ("model", "training_mode", "dataset", "batch_size", "seed", "device", "precision")
+
+
+def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
+    """What `--summary` writes, as JSON values."""
+    return {
+        **{name: getattr(recipe, name) for name in _TOLD},
+        **{name: getattr(result, name) for name in _FIGURES},
+        "torch": torch.__version__,
+        "epochs": len(result.epochs),
+        "epoch_results": [
+            {"train_loss": e.train_loss, "train_acc1": e.train_acc1, "test_loss": e.eval_loss, "test_acc1": e.eval_acc1}
+            for e in result.epochs
+        ],
+    }
+
+
+def _make_sinks(recipe: Recipe, made: list[MetricsSink]) -> list[MetricsSink]:
+    """Called where the run reports: in the only process, or in rank 0's."""
+    made.append(Dashboard(plain=True if recipe.plain else None))
+    if recipe.folder is not None:
+        made.append(RunLog(recipe.folder, recipe.config(), resume=recipe.resume is not None))
+    if recipe.tensorboard is not None:
+        made.append(TensorBoard(recipe.tensorboard / recipe.run_name))
+    return made
+
+
+def _check_writable(flag: str, path: Path | None) -> None:
+    """What is written when all is done must not fail then."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "is a folder" if path.is_dir() else "" if os.access(path.parent, os.W_OK) else "can't be written"
+    except OSError as error:
+        problem = f"can't be written ({error})"
+    if problem:
+        raise ValueError(f"{flag} {path} {problem}; give a file in a folder of yours")
+
+
+def _snapshots_of(path: Path | None) -> Path | None:
+    """A run is resumed from its folder or from its folder of snapshots."""
+    if path is not None and (path / "snapshots").is_dir():
+        return path / "snapshots"
+    return path
