@@ -9,7 +9,7 @@ import torch
 from unlocked.comparison.contenders import Spec
 from unlocked.comparison.results import EpochFigures, TimelineSpan, Trial
 from unlocked.data import ImageDataset
-from unlocked.launch.options import RunOptions
+from unlocked.runtime.recipe import Recipe
 
 __all__ = ["Form", "LayerCosts", "RankAnswer", "Request", "Task", "load_data", "save_data"]
 
@@ -35,7 +35,7 @@ class Request:
 
     Attributes:
         task: train; train a few steps in each of `forms`, for the best one; or measure every layer's cost.
-        options: dataset, model, optimizer, rule, seed, epochs, steps, evaluation: the settings of the training.
+        recipe: dataset, model, optimizer, rule, seed, epochs, steps, evaluation: the settings of the training.
         data: file with both splits, as `save_data` writes it.
         form: of a pipeline of backpropagation.
         timeline: keep every action's time.
@@ -44,7 +44,7 @@ class Request:
 
     spec: Spec
     task: Task
-    options: RunOptions
+    recipe: Recipe
     data: Path
     form: Form | None = None
     forms: tuple[Form, ...] = ()

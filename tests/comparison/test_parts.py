@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from unlocked.comparison.results import TimelineSpan
 from unlocked.comparison.rival.forms import balanced_parts, forms_to_try
 from unlocked.comparison.rival.pipeline import chunks_for, owner
 from unlocked.data import load_dataset
-from unlocked.launch.options import parse
+from unlocked.runtime.recipe import Recipe
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
@@ -136,24 +135,22 @@ def pool() -> Iterator[Pool]:
         yield made
 
 
-def _request(pool: Pool, name: str, *flags: str, **more: Any) -> Request:
+def _request(pool: Pool, name: str, *, form: Form | None = None, timeout: float = 100.0, **settings: Any) -> Request:
     spec = next(spec for spec in all_contenders("cpu", cores=2, processes=2) if spec.name == name)
-    engine = "sequential" if spec.is_bp_pipeline else spec.engine
-    options = parse(["--max-steps", "20", "--no-eval", *flags], default_engine=engine)
-    options = replace(options, training_mode=spec.family, engine=engine)
-    request = Request(spec=spec, task="train", options=options, data=pool.folder / "data.pt", timeout=100.0)
-    return replace(request, **more)
+    common = {"max_steps": 20, "no_eval": True, "training_mode": spec.family, "engine": spec.engine}
+    recipe = Recipe(**common | settings)
+    return Request(spec=spec, task="train", recipe=recipe, data=pool.folder / "data.pt", form=form, timeout=timeout)
 
 
 @pytest.mark.parametrize("name", ["LLS, 1 thread", "BP 1F1B, 2 processes"])
 def test_a_diverging_contender_says_so(pool: Pool, name: str) -> None:
     form = Form(chunks=2, parts=((0, 2), (2, 5)))
     with pytest.raises(ContenderFailed, match=r"is (nan|inf); lower --lr"):
-        pool.run(_request(pool, name, "--lr", "1e30", form=form))
+        pool.run(_request(pool, name, lr=1e30, form=form))
 
 
 def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
-    request = _request(pool, "LLS, 1 thread", "--max-steps", "100000", "--num-epochs", "10000")
+    request = _request(pool, "LLS, 1 thread", max_steps=100_000, num_epochs=10_000)
     caught: list[ContenderFailed] = []
 
     def run() -> None:
@@ -172,7 +169,7 @@ def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
 
 
 def test_a_contender_that_takes_too_long_has_failed(pool: Pool) -> None:
-    request = _request(pool, "LLS, 2 processes", "--max-steps", "100000", "--num-epochs", "10000", timeout=1.0)
+    request = _request(pool, "LLS, 2 processes", max_steps=100_000, num_epochs=10_000, timeout=1.0)
     with pytest.raises(ContenderFailed, match="no answer within 1 s"):
         pool.run(request)
     assert not multiprocessing.active_children()
