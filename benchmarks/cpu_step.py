@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 from cpu_operations import ceilings, ladder, operations
-from pipeline_scaling import ROOT, environment, show_hops, train
+from pipeline_scaling import ROOT, show_hops, train
+
+from unlocked.comparison.environment import environment
+from unlocked.runtime.typed import to_plain
 
 Runs = dict[str, list[float]]
 
@@ -33,8 +36,9 @@ Runs = dict[str, list[float]]
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
-    print(f"{environment()}, {options.threads} threads where nothing else is said\n")
-    report: dict[str, Any] = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
+    print(f"{environment().line}, {options.threads} threads where nothing else is said\n")
+    settings = {k: str(v) for k, v in vars(options).items()}
+    report: dict[str, Any] = {"environment": to_plain(environment()), "options": settings}
     tables: dict[str, Callable[[argparse.Namespace], Any]] = {
         "engines": show_engines,
         "ladder": show_ladder,

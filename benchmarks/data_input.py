@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 from dataclasses import replace
@@ -30,10 +29,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from unlocked.comparison.environment import environment
 from unlocked.data import Augmentation, ImageDataset, load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime.typed import to_plain
 
 SOURCES = ("in memory", "file, cold", "DataLoader")
 AHEAD = (0, 2)
@@ -75,7 +76,7 @@ def main() -> int:
                     hashes[source == "DataLoader"].add(result.weights_sha256)
     assert [len(found) for found in hashes.values()] == [1, 1], "the numbers depend on how the images are read"
     print(f"SmallConv, LLS, {len(data)} images of {list(data.image_shape)}, batch {options.batch_size}")
-    print(f"{environment()}; {options.repeats} repeats of {options.max_steps} micro-batches\n")
+    print(f"{environment().line}, one thread; {options.repeats} repeats of {options.max_steps} micro-batches\n")
     print(f"{'images':<24}{'images/s':>10}{'min':>8}{'max':>8}{'x in memory':>13}")
     base = statistics.median(rates["in memory, 0 ahead"])
     for name, values in rates.items():
@@ -83,7 +84,7 @@ def main() -> int:
         print(f"{name:<24}{median:>10.0f}{min(values):>8.0f}{max(values):>8.0f}{median / base:>13.2f}")
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path | None)}
-        content = {"environment": environment(), "settings": settings, "images_per_second": rates}
+        content = {"environment": to_plain(environment()), "settings": settings, "images_per_second": rates}
         options.json.write_text(json.dumps(content, indent=1))
     return 0
 
@@ -122,10 +123,6 @@ def map_images(data: ImageDataset, path: Path) -> ImageDataset:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
     return replace(data, images=torch.from_numpy(np.load(path, mmap_mode="c")), streamed=True)
-
-
-def environment() -> str:
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, one thread"
 
 
 def parse() -> Any:

@@ -1,15 +1,15 @@
 """Timing of short GPU work: captured in CUDA graphs, replayed in turns, read by events; and the card's two ceilings."""
 
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+
+from unlocked.comparison.environment import environment as describe
+from unlocked.runtime.typed import to_plain
 
 __all__ = ["Captured", "Sample", "capture", "ceilings", "environment", "measure_in_turns"]
 
@@ -133,21 +133,9 @@ def _seconds(call: Callable[[], Any], stream: torch.cuda.Stream, repeats: int = 
 
 
 def environment() -> dict[str, Any]:
-    """What a result needs to be understood later. COMMIT names the commit where there is no git."""
-    versions: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ImportError:
-        versions["triton"] = None
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """What a result needs to be understood later, as plain data, and the sizes that a kernel's speed hangs on."""
     properties = torch.cuda.get_device_properties(0)
-    return versions | {
-        "gpu": properties.name,
+    return to_plain(describe()) | {
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or git.stdout.strip() or None,
     }

@@ -214,7 +214,7 @@ def summary(report: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {top[name] / 1e12:.0f}" for name in ("bf16", "tf32", "fp32"))
     lines = [
         "== summary",
-        f"{report['environment']['gpu']}: copy {top['copy'] / 1e12:.2f} TB/s; matrix products {rates} TFLOP/s",
+        f"{report['environment']['gpus'][0]}: copy {top['copy'] / 1e12:.2f} TB/s; matrix products {rates} TFLOP/s",
     ]
     for wanted in ("SmallConv local step", "local_head LLS", "norm_act"):
         groups: dict[tuple[str, str], list[str]] = {}

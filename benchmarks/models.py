@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline_scaling import environment
 from torch import Tensor, nn
 
+from unlocked.comparison.environment import environment
 from unlocked.data import load_dataset
 from unlocked.models import MODELS, Block, get_model
 from unlocked.rules import LLS, LayerInfo
@@ -26,6 +26,7 @@ from unlocked.runtime import Trainer
 from unlocked.runtime.metrics.records import StageProgress
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
 from unlocked.runtime.schedules.partition import partition
+from unlocked.runtime.typed import to_plain
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer
 
@@ -37,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
     kept = {k: v for k, v in vars(options).items() if k not in ("json", "dataset_dir")}
-    report: dict[str, Any] = {"environment": environment(), "options": kept}
-    print(f"{environment()}, one thread\n")
+    report: dict[str, Any] = {"environment": to_plain(environment()), "options": kept}
+    print(f"{environment().line}, one thread\n")
     if options.what == "cost":
         report["models"] = [cost(name, options) for name in options.models]
         print("\n".join(cost_table(report["models"])))

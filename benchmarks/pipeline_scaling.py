@@ -11,7 +11,6 @@ is an edge between two processes whose stages do nothing: seconds per micro-batc
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unlocked.comparison.environment import environment
 from unlocked.comparison.stages.hops import measure_hops
+from unlocked.runtime.typed import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shapes of SmallConv's edges at batch 64: after conv1, conv2, conv3 and linear1.
@@ -59,7 +58,7 @@ def main() -> int:
     rates = {name: [run["images_per_second"] for run in results] for name, results in runs.items()}
     base = statistics.median(rates["sequential, 1 thread"])
     print(f"SmallConv, LLS, {options.dataset}, batch 64, {options.max_steps} micro-batches, {options.repeats} repeats")
-    print(f"{environment()}\n")
+    print(f"{environment().line}\n")
     print(f"{'engine':<42}{'images/s':>10}{'min':>9}{'max':>9}{'x 1 thread':>12}  busy share of each stage")
     for name, values in rates.items():
         median = statistics.median(values)
@@ -73,7 +72,7 @@ def main() -> int:
     print(f"weights of one thread and of two processes: {'equal, bit for bit' if same == 1 else 'DIFFERENT'}\n")
     hops = show_hops(options.hop_batches)
     if options.json:
-        report = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
+        report = {"environment": to_plain(environment()), "options": {k: str(v) for k, v in vars(options).items()}}
         options.json.write_text(json.dumps({**report, "runs": runs, "hops": hops}, indent=1))
     return 0 if same == 1 else 1
 
@@ -121,17 +120,6 @@ def train(
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         content: dict[str, Any] = json.loads(summary.read_text())
         return content
-
-
-def environment() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

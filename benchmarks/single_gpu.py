@@ -17,7 +17,6 @@ step at the datasheet's rates, `predicted` what docs/feasibility.md predicts for
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,10 +30,12 @@ from typing import Any
 
 import torch
 
+from unlocked.comparison.environment import environment
 from unlocked.data import ImageDataset, load_dataset
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime import RunResult, Sequential, Streams, Trainer
+from unlocked.runtime.typed import to_plain
 
 __all__ = ["CONTENDERS", "Contender", "main", "overlap", "table"]
 
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     report: dict[str, Any] = {
-        "environment": environment(),
+        "environment": to_plain(environment()),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "contenders": {c.name: asdict(c) for c in chosen},
         "predicted": {c.name: predicted(c) for c in chosen},
@@ -293,18 +294,6 @@ def table(report: dict[str, Any]) -> str:
         if traced.get("overlapped") is not None:
             lines.append(f"overlapped in the trace: {100 * traced['overlapped']:.0f} % of stage time")
     return "\n".join(lines)
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or os.environ.get("COMMIT") or None,
-    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,8 +1,13 @@
 """Who takes part: every way to train that the comparison knows, for a device and a number of processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from unlocked.runtime.engines.processes.engine import Processes
+from unlocked.runtime.engines.sequential import Sequential
+from unlocked.runtime.engines.streams.engine import Streams
+from unlocked.runtime.job import Engine
 
 __all__ = ["LOCAL_RULES", "SCHEDULES", "Spec", "all_contenders", "choose"]
 
@@ -20,44 +25,51 @@ class Spec:
 
     Attributes:
         name: unique; see `results.Contender` for the attributes of the same names.
-        kernels, graphs: as `Trainer` takes them.
+        engine: of this project; a pipeline of backpropagation has none of its own, and takes the default.
+        schedule: of a pipeline of backpropagation, one of `SCHEDULES`.
+        kernels: as `Trainer` takes them.
         compiled: every block goes through torch.compile.
         not_run: why it can't run on this machine; None: it can.
     """
 
     name: str
     family: str
-    engine: str
+    engine: Engine = field(default_factory=Sequential)
+    schedule: str | None = None
     processes: int = 1
     threads: int = 1
     kernels: str = "auto"
-    graphs: bool = True
     compiled: bool = False
     note: str = ""
     not_run: str | None = None
 
     @property
     def is_bp_pipeline(self) -> bool:
-        return self.engine in SCHEDULES
+        return self.schedule is not None
+
+    @property
+    def engine_name(self) -> str:
+        """What the report calls what it runs by."""
+        return self.schedule or self.engine.name
 
 
-def all_contenders(device: str, *, cores: int, processes: int) -> list[Spec]:
+def all_contenders(device: str, *, cores: int, processes: int, queue_depth: int = 4) -> list[Spec]:
     """All contenders in the order of the table; those that need another device say so in `not_run`.
 
     Args:
         device: cpu or cuda.
         cores: that a contender may use on a CPU; one process has 1 thread, and as many as that in a second form.
         processes: of the pipelines; they share the cores out.
+        queue_depth: of the local rules' pipelines.
     """
     if device == "cuda":
-        return _on_cuda(processes)
+        return _on_cuda(processes, queue_depth)
     threads = max(1, cores // processes)
     found = [_sequential("BP", 1)]
     if cores > 1:
         found.append(_sequential("BP", cores))
     found += [
-        Spec(name=f"BP {form}", family="BP", engine="sequential", not_run="no CUDA device")
-        for form in ("in a CUDA graph", "compiled")
+        Spec(name=f"BP {form}", family="BP", not_run="no CUDA device") for form in ("in a CUDA graph", "compiled")
     ]
     found += [_schedule(name, processes, threads) for name in SCHEDULES]
     for rule in LOCAL_RULES:
@@ -68,12 +80,12 @@ def all_contenders(device: str, *, cores: int, processes: int) -> list[Spec]:
             Spec(
                 name=f"{rule}, {processes} processes",
                 family=rule,
-                engine="processes",
+                engine=Processes(queue_depth=queue_depth),
                 processes=processes,
                 threads=threads,
             )
         )
-        found.append(Spec(name=f"{rule}, streams", family=rule, engine="streams"))
+        found.append(Spec(name=f"{rule}, streams", family=rule, engine=Streams(queue_depth=queue_depth)))
     return found
 
 
@@ -98,14 +110,14 @@ def choose(specs: list[Spec], words: list[str]) -> list[Spec]:
 
 def _sequential(family: str, threads: int) -> Spec:
     plural = "s" if threads > 1 else ""
-    return Spec(name=f"{family}, {threads} thread{plural}", family=family, engine="sequential", threads=threads)
+    return Spec(name=f"{family}, {threads} thread{plural}", family=family, threads=threads)
 
 
 def _schedule(name: str, processes: int, threads: int, not_run: str | None = None) -> Spec:
     return Spec(
         name=f"BP {name}, {processes} processes",
         family="BP",
-        engine=name,
+        schedule=name,
         processes=processes,
         threads=threads,
         note=_CHUNK_NOTE,
@@ -113,27 +125,28 @@ def _schedule(name: str, processes: int, threads: int, not_run: str | None = Non
     )
 
 
-def _on_cuda(processes: int) -> list[Spec]:
+def _on_cuda(processes: int, queue_depth: int) -> list[Spec]:
     count = torch.cuda.device_count()
     missing = None if count >= processes else f"needs {processes} CUDA devices, {count} found"
+    graph = Streams(stages=1)  # the plain loop's one stage, recorded
     found = [
-        Spec(name="BP eager", family="BP", engine="sequential", kernels="torch", graphs=False),
-        Spec(name="BP in a CUDA graph", family="BP", engine="sequential"),
-        Spec(name="BP compiled", family="BP", engine="sequential", compiled=True, kernels="torch", graphs=False),
-        Spec(name="BP compiled, in a CUDA graph", family="BP", engine="sequential", compiled=True),
+        Spec(name="BP eager", family="BP", kernels="torch"),
+        Spec(name="BP in a CUDA graph", family="BP", engine=graph),
+        Spec(name="BP compiled", family="BP", compiled=True, kernels="torch"),
+        Spec(name="BP compiled, in a CUDA graph", family="BP", engine=graph, compiled=True),
         *(_schedule(name, processes, 1, missing) for name in SCHEDULES),
     ]
     for rule in LOCAL_RULES:
         found += [
-            Spec(name=f"{rule} eager", family=rule, engine="sequential", kernels="torch", graphs=False),
-            Spec(name=f"{rule} in a CUDA graph", family=rule, engine="sequential"),
+            Spec(name=f"{rule} eager", family=rule, kernels="torch"),
+            Spec(name=f"{rule} in a CUDA graph", family=rule, engine=graph),
             Spec(
                 name=f"{rule}, {processes} processes",
                 family=rule,
-                engine="processes",
+                engine=Processes(queue_depth=queue_depth),
                 processes=processes,
                 not_run=missing,
             ),
-            Spec(name=f"{rule}, streams", family=rule, engine="streams"),
+            Spec(name=f"{rule}, streams", family=rule, engine=Streams(queue_depth=queue_depth)),
         ]
     return found

@@ -1,4 +1,4 @@
-"""What the comparison runs on."""
+"""What something was measured on: the one description of a machine, its software and the checkout."""
 
 import os
 import platform
@@ -11,34 +11,33 @@ from pathlib import Path
 import torch
 
 from unlocked.comparison.results import Environment
+from unlocked.data.cores import usable_cores
 
-__all__ = ["available_cores", "describe_environment"]
+__all__ = ["environment"]
 
 _PACKAGES = ("unlocked", "torch", "numpy", "triton", "pyzmq", "scikit-learn", "schedulefree")
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def describe_environment() -> Environment:
-    """This machine, its software and the checkout, now."""
+def environment() -> Environment:
+    """This machine, its software and the checkout, now. COMMIT, a variable of the environment, names the commit where
+    there is no git."""
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if torch.cuda.is_available():
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return Environment(
         cpu=_cpu_name(),
-        cores=available_cores(),
+        cores=usable_cores(),
         memory_bytes=_memory_bytes(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
         platform=platform.platform(),
         python=platform.python_version(),
         versions=versions,
-        commit=_commit(),
+        commit=_commit() or os.environ.get("COMMIT") or None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -6,27 +6,25 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from unlocked.comparison.contenders import Spec, all_contenders, choose
-from unlocked.comparison.environment import available_cores, describe_environment
+from unlocked.comparison.environment import environment
+from unlocked.comparison.excerpts import cut_excerpts
+from unlocked.comparison.logged import LoggedRun
 from unlocked.comparison.options import CompareOptions
 from unlocked.comparison.pool import ContenderFailed, Pool
-from unlocked.comparison.report.timeline import cut_windows
-from unlocked.comparison.request import Costs, Form, RankAnswer, Request, Task, save_data
+from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, Task, save_data
 from unlocked.comparison.results import (
+    ComparisonSettings,
     Contender,
-    LoggedRun,
     Report,
     Run,
     RunKind,
-    Settings,
     StepSplit,
-    Timeline,
+    TimelineExcerpt,
     Trial,
 )
 from unlocked.comparison.rival.forms import forms_to_try
-from unlocked.data import load_dataset
 from unlocked.kernels.precision import check_precision
-from unlocked.launch.options import RunOptions
-from unlocked.launch.pipeline import make_model, make_rule, optimizer_factory
+from unlocked.runtime.recipe import Recipe, make_model, make_optimizer, make_rule
 
 __all__ = ["make_run", "measure"]
 
@@ -43,42 +41,42 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
     Raises:
         ValueError: a setting is wrong; found before the first run.
     """
-    training = options.training
-    environment = describe_environment()
-    cores = available_cores()
-    device = "cuda" if training.device.startswith("cuda") else "cpu"
-    check_precision(training.precision, torch.device(device))
-    specs = choose(all_contenders(device, cores=cores, processes=options.processes), list(options.only))
-    if training.precision == "bf16":
+    recipe = options.recipe
+    machine = environment()
+    device = "cuda" if recipe.device.startswith("cuda") else "cpu"
+    check_precision(recipe.precision, torch.device(device))
+    specs = all_contenders(device, cores=machine.cores, processes=options.processes, queue_depth=options.queue_depth)
+    specs = choose(specs, list(options.only))
+    if recipe.precision == "bf16":
         specs = [replace(s, not_run="in fp32 and tf32 only") if s.is_bp_pipeline else s for s in specs]
-    optimizer_factory(training)
-    make_rule(training)
-    train, test = load_dataset(training.dataset, training.dataset_dir)
-    layers = tuple(block.name for block in make_model(training, train))
-    settings = Settings(
+    make_optimizer(recipe)
+    make_rule(recipe)
+    train, test = recipe.load_data()
+    layers = tuple(block.name for block in make_model(recipe, train))
+    settings = ComparisonSettings(
         command=options.command,
-        dataset=training.dataset,
-        model=training.model,
+        dataset=recipe.dataset,
+        model=recipe.model,
         layers=layers,
         train_images=len(train),
         test_images=len(test),
         image_shape=train.image_shape,
         device=device,
-        batch_size=training.batch_size,
-        test_batch_size=training.test_batch_size,
-        optimizer=training.optimizer,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
-        momentum=training.momentum,
-        temperature=training.temperature,
-        label_smoothing=training.label_smoothing,
-        waveform=training.waveform,
+        batch_size=recipe.batch_size,
+        test_batch_size=recipe.test_batch_size,
+        optimizer=recipe.optimizer,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        temperature=recipe.temperature,
+        label_smoothing=recipe.label_smoothing,
+        waveform=recipe.waveform,
         epochs=options.epochs,
         speed_steps=options.speed_steps,
         repeats=options.repeats,
-        seeds=tuple(range(training.seed, training.seed + options.seeds)) if options.epochs else (),
+        seeds=tuple(range(recipe.seed, recipe.seed + options.seeds)) if options.epochs else (),
         processes=options.processes,
-        precision=training.precision,
+        precision=recipe.precision,
     )
     with Pool() as pool:
         data = pool.folder / "data.pt"
@@ -87,12 +85,12 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
         session = _Session(options, pool, [_Entry(spec) for spec in specs], announce)
         session.choose_forms()
         for repeat in range(options.repeats):
-            session.run_all("speed", training.seed, f"speed {repeat + 1}/{options.repeats}")
+            session.run_all("speed", recipe.seed, f"speed {repeat + 1}/{options.repeats}")
         for seed in settings.seeds:
             session.run_all("accuracy", seed, f"seed {seed}")
         timelines = session.timelines()
     return Report(
-        environment=environment,
+        environment=machine,
         settings=settings,
         contenders=tuple(entry.contender() for entry in session.entries),
         timelines=tuple(timelines),
@@ -120,7 +118,7 @@ class _Entry:
         return Contender(
             name=spec.name,
             family=spec.family,
-            engine=spec.engine,
+            engine=spec.engine_name,
             processes=spec.processes,
             threads=spec.threads,
             status="not run" if spec.not_run else "failed" if self.reason else "measured",
@@ -173,44 +171,44 @@ class _Session:
                 found += f", test accuracy {run.test_acc1:.2f} %"
             self.announce(f"{title} | {entry.spec.name}: {found}")
 
-    def timelines(self) -> list[Timeline]:
+    def timelines(self) -> list[TimelineExcerpt]:
         """Of LLS by processes and of backpropagation by 1F1B, where both run."""
-        chosen = [e for e in self.entries if e.is_running and (e.spec.family, e.spec.engine) in _WITH_TIMELINE]
+        chosen = [e for e in self.entries if e.is_running and (e.spec.family, e.spec.engine_name) in _WITH_TIMELINE]
         if len(chosen) < len(_WITH_TIMELINE):
             return []
         found = []
         for entry in chosen:
-            request = self._request(entry, "speed", self.options.training.seed)
-            steps = replace(request.options, max_steps=_TIMELINE_STEPS)
+            request = self._request(entry, "speed", self.options.recipe.seed)
+            steps = replace(request.recipe, max_steps=_TIMELINE_STEPS)
             try:
-                answers = self.pool.run(replace(request, options=steps, timeline=True))
+                answers = self.pool.run(replace(request, recipe=steps, timeline=True))
             except ContenderFailed as error:  # its figures stand; only the picture is missing
                 self.announce(f"no timelines | {entry.spec.name}: {error}")
                 return []
             found.append((entry.spec.name, answers))
-        return cut_windows(found)
+        return cut_excerpts(found)
 
-    def _costs(self, pipelines: Sequence[_Entry]) -> Costs | None:
+    def _costs(self, pipelines: Sequence[_Entry]) -> LayerCosts | None:
         spec = replace(pipelines[0].spec, processes=1, threads=1, name="costs of the layers")
         try:
-            answers = self.pool.run(self._message(spec, "costs", self.options.training))
+            answers = self.pool.run(self._message(spec, "costs", self.options.recipe))
         except ContenderFailed as error:
             for entry in pipelines:
                 self._fail(entry, error)
             return None
         return answers[0].costs
 
-    def _choose_form(self, entry: _Entry, costs: Costs) -> None:
+    def _choose_form(self, entry: _Entry, costs: LayerCosts) -> None:
         options = self.options
         forms = forms_to_try(
-            entry.spec.engine,
+            entry.spec.engine_name,
             costs,
             processes=options.processes,
-            batch_size=options.training.batch_size,
+            batch_size=options.recipe.batch_size,
             chunks=options.chunks,
         )
-        training = replace(options.training, max_steps=options.trial_steps, num_epochs=_MANY, no_eval=True)
-        request = replace(self._message(entry.spec, "trials", training), forms=tuple(forms))
+        recipe = replace(options.recipe, max_steps=options.trial_steps, num_epochs=_MANY, no_eval=True)
+        request = replace(self._message(entry.spec, "trials", recipe), forms=tuple(forms))
         entry.trials = self.pool.run(request)[0].trials
         rates = [trial.images_per_second or 0.0 for trial in entry.trials]
         best = max(range(len(rates)), key=rates.__getitem__)
@@ -223,17 +221,22 @@ class _Session:
     def _request(self, entry: _Entry, kind: RunKind, seed: int) -> Request:
         options = self.options
         if kind == "speed":
-            training = replace(options.training, num_epochs=_MANY, max_steps=options.speed_steps, no_eval=True)
+            recipe = replace(options.recipe, num_epochs=_MANY, max_steps=options.speed_steps, no_eval=True)
         else:
-            training = replace(options.training, num_epochs=options.epochs, no_eval=False)
-        return replace(self._message(entry.spec, "train", replace(training, seed=seed)), form=entry.form)
+            recipe = replace(options.recipe, num_epochs=options.epochs, no_eval=False)
+        return replace(self._message(entry.spec, "train", replace(recipe, seed=seed)), form=entry.form)
 
-    def _message(self, spec: Spec, task: Task, training: RunOptions) -> Request:
-        engine = "sequential" if spec.is_bp_pipeline else spec.engine
+    def _message(self, spec: Spec, task: Task, recipe: Recipe) -> Request:
         return Request(
             spec=spec,
             task=task,
-            options=replace(training, training_mode=spec.family, engine=engine),
+            recipe=replace(
+                recipe,
+                training_mode=spec.family,
+                engine=spec.engine,
+                kernels=spec.kernels,
+                compile=spec.compiled,
+            ),
             data=self.pool.folder / "data.pt",
             timeout=self.options.timeout,
         )

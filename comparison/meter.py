@@ -93,21 +93,15 @@ class _MeasuredJob(Job):
         return self.meter.watch(Job.stage(self, index, layers, device, prefetch=prefetch))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MeasuredTrainer(Trainer):
-    """A `Trainer` whose stages are watched by a meter.
+    """A `Trainer` whose stages are watched by the meter of this process."""
 
-    Args:
-        meter: of this process.
-        settings: everything that `Trainer` takes.
-    """
-
-    def __init__(self, *args: Any, meter: Meter, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._meter = meter
+    meter: Meter
 
     def _job(self, *args: Any, **kwargs: Any) -> Job:
         job = super()._job(*args, **kwargs)
-        return _MeasuredJob(meter=self._meter, **{field.name: getattr(job, field.name) for field in fields(Job)})
+        return _MeasuredJob(meter=self.meter, **{field.name: getattr(job, field.name) for field in fields(Job)})
 
 
 def reset_peak_memory() -> None:

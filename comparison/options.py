@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from unlocked.launch.options import RunOptions
-from unlocked.launch.options import parse as parse_run
+from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.recipe import Recipe
+from unlocked.runtime.settings import LineParser, add_flags
 
 __all__ = ["CompareOptions", "parse"]
 
@@ -19,7 +20,8 @@ class CompareOptions:
     """What is compared, and how often.
 
     Attributes:
-        training: model, data, optimizer and first seed, the same for all contenders.
+        recipe: model, data, optimizer and first seed, the same for all contenders.
+        queue_depth: of the local rules' pipelines.
         epochs: of an accuracy run; 0: no accuracy runs.
         speed_steps: training micro-batches of a speed run.
         trial_steps: of every form of a pipeline that is tried.
@@ -27,7 +29,8 @@ class CompareOptions:
         chunks: of backpropagation's pipelines; None: the usual ones.
     """
 
-    training: RunOptions
+    recipe: Recipe
+    queue_depth: int
     epochs: int
     speed_steps: int
     trial_steps: int
@@ -42,24 +45,28 @@ class CompareOptions:
     command: str
 
 
-_HANDED_ON = (
+_SHARED = (
     *("dataset", "dataset_dir", "model", "lr", "batch_size", "test_batch_size", "weight_decay", "momentum"),
-    *("optimizer", "waveform", "temperature", "label_smoothing", "seed", "device", "precision", "queue_depth"),
+    *("optimizer", "waveform", "temperature", "label_smoothing", "seed", "precision"),
 )
+"""The recipe's settings that the command line gives for all contenders, beside the device."""
 
 
 def parse(arguments: Sequence[str]) -> CompareOptions:
-    """Reads the command line. A mistake ends the program with one line and exit code 2.
+    """Reads the command line.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a mistake, in one line.
     """
     given = _parser().parse_args(arguments)
-    digits = given.dataset == "digits"
+    shared = {name: getattr(given, name) for name in (*_SHARED, "device") if hasattr(given, name)}
+    recipe = Recipe(**shared, plain=True, print_freq=_NEVER)
+    depth = {"queue_depth": given.queue_depth} if hasattr(given, "queue_depth") else {}
+    digits = recipe.dataset == "digits"
     few = given.quick
-    flags = [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in _HANDED_ON]
     options = CompareOptions(
-        training=parse_run([*flags, "--plain", "--print-freq=1000000"], default_engine="sequential"),
+        recipe=recipe,
+        queue_depth=PipelineOptions(**depth).queue_depth,
         epochs=_first(given.num_epochs, 3 if few else 4 if digits else 10),
         speed_steps=_first(given.max_steps, 30 if few else 46 if digits else 200),
         trial_steps=5 if few else 10 if digits else 20,
@@ -88,34 +95,24 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
     return options
 
 
+_NEVER = 1_000_000  # training micro-batches between two readings of the losses, which cost time
+
+
 def _first(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="compare.py",
         description="Compares local learning with backpropagation on this machine. Every contender trains in processes "
         "of its own: speed runs without evaluation, interleaved, and accuracy runs with it.",
         epilog="--study memory and --study stages measure other things; their own --help tells.",
     )
-    add = parser.add_argument_group("what is trained, the same for all").add_argument
-    add("--dataset", default="digits", help="digits (no download), CIFAR10, ...")
-    add("--dataset-dir", default="datasets", help="folder of the datasets' official layouts")
-    add("--model", default="SmallConv")
-    add("--lr", type=float, default=0.01)
-    add("--batch-size", type=int, default=64, help="rows of a training micro-batch, one step of the optimizer")
-    add("--test-batch-size", type=int, default=128)
-    add("--optimizer", default="Adam")
-    add("--weight-decay", type=float, default=0.0)
-    add("--momentum", type=float, default=0.9)
-    add("--waveform", default="cosine")
-    add("--temperature", type=float, default=0.5)
-    add("--label-smoothing", type=float, default=0.0, help="of the local losses")
-    add("--seed", type=int, default=0, help="the first one")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--precision", default="fp32", help="fp32, tf32 (GPU) or bf16, of all contenders that can")
-    add("--queue-depth", type=int, default=4, help="of the local rules' pipelines")
+    group = parser.add_argument_group("what is trained, the same for all")
+    add_flags(group, Recipe, _SHARED)
+    add_flags(group, PipelineOptions, {"queue_depth"})
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add = parser.add_argument_group("how much").add_argument
     add("--num-epochs", "--epochs", type=int, help="of an accuracy run; 0: none (digits: 4, else 10)")
     add("--max-steps", type=int, help="training micro-batches of a speed run (digits: 46, else 200)")

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 
 from unlocked.comparison.contenders import Spec
-from unlocked.comparison.results import Epoch, SpanKind, Trial
+from unlocked.comparison.results import EpochFigures, TimelineSpan, Trial
 from unlocked.data import ImageDataset
-from unlocked.launch.options import RunOptions
+from unlocked.runtime.recipe import Recipe
 
-__all__ = ["Costs", "Form", "RankAnswer", "RankSpan", "Request", "Task", "load_data", "save_data"]
+__all__ = ["Form", "LayerCosts", "RankAnswer", "Request", "Task", "load_data", "save_data"]
 
 Task = Literal["train", "trials", "costs"]
 
@@ -35,7 +35,7 @@ class Request:
 
     Attributes:
         task: train; train a few steps in each of `forms`, for the best one; or measure every layer's cost.
-        options: dataset, model, optimizer, rule, seed, epochs, steps, evaluation: the settings of the training.
+        recipe: dataset, model, optimizer, rule, seed, epochs, steps, evaluation: the settings of the training.
         data: file with both splits, as `save_data` writes it.
         form: of a pipeline of backpropagation.
         timeline: keep every action's time.
@@ -44,7 +44,7 @@ class Request:
 
     spec: Spec
     task: Task
-    options: RunOptions
+    recipe: Recipe
     data: Path
     form: Form | None = None
     forms: tuple[Form, ...] = ()
@@ -53,19 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankSpan:
-    """One action; seconds of a clock that all processes of the contender share."""
-
-    stage: int
-    kind: SpanKind
-    microbatch: int
-    chunk: int | None
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
+class LayerCosts:
     """Seconds per micro-batch of every layer, one thread."""
 
     backpropagation: tuple[float, ...]
@@ -91,11 +79,11 @@ class RankAnswer:
     peak_memory_bytes: int = 0
     energy_joules: float | None = None
     stages: tuple[tuple[str, ...], ...] = ()
-    epochs: tuple[Epoch, ...] = ()
+    epochs: tuple[EpochFigures, ...] = ()
     weights_sha256: str | None = None
-    spans: tuple[RankSpan, ...] = field(default=(), repr=False)
+    spans: tuple[TimelineSpan, ...] = field(default=(), repr=False)
     trials: tuple[Trial, ...] = ()
-    costs: Costs | None = None
+    costs: LayerCosts | None = None
 
 
 def save_data(path: Path, splits: tuple[ImageDataset, ImageDataset]) -> None:

@@ -4,30 +4,29 @@ Seconds are wall-clock seconds, memory is in bytes, accuracies are in percent, l
 `Report.to_json` and `Report.from_json` are inverse to each other.
 """
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from unlocked.comparison.logged import LoggedRun
+from unlocked.runtime.typed import from_plain, to_plain
 
 __all__ = [
     "FORMAT",
+    "ComparisonSettings",
     "Contender",
     "Environment",
-    "Epoch",
-    "LoggedRun",
-    "LoggedTraining",
+    "EpochFigures",
     "Report",
     "Run",
     "RunKind",
-    "Settings",
     "SpanKind",
     "Spread",
     "StepSplit",
-    "Timeline",
+    "TimelineExcerpt",
     "TimelineSpan",
     "Trial",
 ]
@@ -42,7 +41,7 @@ SpanKind = Literal["data", "forward", "backward", "weight gradient", "local upda
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the comparison ran on."""
+    """What something was measured on."""
 
     cpu: str
     cores: int
@@ -59,9 +58,15 @@ class Environment:
     started_at: str
     """ISO 8601, UTC."""
 
+    @property
+    def line(self) -> str:
+        """The machine and what matters most of its software, for a terminal."""
+        machine = ", ".join([self.cpu, f"{self.cores} cores", *self.gpus])
+        return f"{machine}, torch {self.versions.get('torch', '?')}, Python {self.python}"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ComparisonSettings:
     """What all contenders have in common, and what was asked for."""
 
     command: str
@@ -119,7 +124,7 @@ class StepSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epoch:
+class EpochFigures:
     """After one epoch of an accuracy run."""
 
     epoch: int
@@ -158,7 +163,7 @@ class Run:
     """Share of the processes' time without work, 0 to 1, mean over the processes; None where it can't be told."""
     energy_joules: float | None
     """Of the GPU (NVML) or the CPU package (RAPL) while training, whole device; None where nothing reports it."""
-    epochs: tuple[Epoch, ...] = ()
+    epochs: tuple[EpochFigures, ...] = ()
     """Of an accuracy run."""
     weights_sha256: str | None = None
     """Digest of the final weights: equal for all engines of one rule, seed and number of threads."""
@@ -289,7 +294,8 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class TimelineSpan:
-    """What one process did from `start` to `end`, seconds since the timeline's begin."""
+    """What one process did from `start` to `end`: seconds of a clock that all processes of the contender share, in an
+    excerpt since its begin."""
 
     row: int
     """The process, from 0."""
@@ -305,7 +311,7 @@ class TimelineSpan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timeline:
+class TimelineExcerpt:
     """A window of one measured run, past the warm-up, all processes on one clock.
 
     Gaps between spans are bubbles and communication. All timelines of a report show windows of the same length.
@@ -322,50 +328,14 @@ class Timeline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggedTraining:
-    """One rule's part of the logged run."""
-
-    total_minutes: float
-    seconds_per_step: float
-    data_seconds_per_step: float
-    """Of which waiting for data."""
-    test_acc1: float
-    test_acc5: float
-    """Percent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggedRun:
-    """The training log that the project is measured against."""
-
-    note: str
-    command: str
-    model: str
-    dataset: str
-    epochs: int
-    batch_size: int
-    steps_per_epoch: int
-    trainings: dict[str, LoggedTraining]
-    """By family: BP and LLS."""
-
-    @staticmethod
-    def load() -> "LoggedRun":
-        """The one that lies beside this file."""
-        text = Path(__file__).with_name("logged_run.json").read_text(encoding="utf-8")
-        logged = _revive(LoggedRun, json.loads(text), "logged run")
-        assert isinstance(logged, LoggedRun)
-        return logged
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole comparison."""
 
     environment: Environment
-    settings: Settings
+    settings: ComparisonSettings
     contenders: tuple[Contender, ...]
     """In the order of the table."""
-    timelines: tuple[Timeline, ...] = ()
+    timelines: tuple[TimelineExcerpt, ...] = ()
     """Of LLS by processes and of backpropagation by 1F1B, where both were measured."""
     logged: LoggedRun | None = None
     """Shown for reference; other hardware, so no figure of this report may be compared with its seconds."""
@@ -377,7 +347,7 @@ class Report:
         return tuple(contender for contender in self.contenders if contender.status == "measured")
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps(to_plain(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Report":
@@ -390,44 +360,12 @@ class Report:
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
             raise ValueError(f"a report has the format {FORMAT}, got {found!r}; make it anew with this version")
-        report = _revive(Report, content, "report")
-        assert isinstance(report, Report)
-        return report
+        return from_plain(Report, content, "report")
 
     @staticmethod
     def load(path: Path) -> "Report":
-        """Raises: ValueError as `from_json`."""
-        return Report.from_json(path.read_text(encoding="utf-8"))
-
-
-def _revive(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it back, as the type that a field's annotation names."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _revive_dataclass(kind, value, where)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _revive(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_revive(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _revive(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind in (str, int) and type(value) is kind:
-        return value
-    raise ValueError(f"{where} is {value!r}, where {kind} belongs")
-
-
-def _revive_dataclass(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}, where a {kind.__name__} belongs")
-    hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-    missing, unknown = required - value.keys(), value.keys() - hints.keys()
-    if missing or unknown:
-        raise ValueError(f"{where}: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    return kind(**{name: _revive(hints[name], content, f"{where}.{name}") for name, content in value.items()})
+        """Raises: ValueError as `from_json`, which names the file."""
+        try:
+            return Report.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

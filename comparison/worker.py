@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from unlocked.comparison.meter import MeasuredTrainer, Meter, reset_peak_memory
-from unlocked.comparison.request import Costs, RankAnswer, RankSpan, Request, load_data
-from unlocked.comparison.results import Epoch, SpanKind
+from unlocked.comparison.request import LayerCosts, RankAnswer, Request, load_data
+from unlocked.comparison.results import EpochFigures, SpanKind, TimelineSpan
 from unlocked.comparison.rival.worker import backpropagation_costs, train_pipeline, try_forms
-from unlocked.launch.pipeline import make_model, make_rule, optimizer_factory
 from unlocked.runtime.job import prepare_process
 from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
+from unlocked.runtime.recipe import make_model, make_optimizer, make_rule
 from unlocked.runtime.result import RunResult
 from unlocked.workers.actions import Action
 from unlocked.workers.fused import choose_step
@@ -58,38 +58,16 @@ def _do(request: Request) -> RankAnswer:
 
 def _train(request: Request) -> RankAnswer:
     """By the project's own engines."""
-    options, spec = request.options, request.spec
+    recipe, spec = request.recipe, request.spec
     train, test = load_data(request.data)
     reset_peak_memory()
-    device = torch.device(options.device)
+    device = torch.device(recipe.device)
     meter = Meter(device)
     trace = request.data.with_name(f"trace-{os.environ['MASTER_PORT']}.json") if request.timeline else None
-    trainer = MeasuredTrainer(
-        make_model(options, train),
-        meter=meter,
-        rule=make_rule(options),
-        optimizer=optimizer_factory(options),
-        engine=options.engine,
-        seed=options.seed,
-        queue_depth=options.queue_depth,
-        device=options.device,
-        kernels=spec.kernels,
-        precision=options.precision,
-        graphs=spec.graphs,
-        compile=spec.compiled,
-        statistics_batches=options.statistics_batches,
-        print_freq=options.print_freq,
-        trace=trace,
-        timeout=min(options.timeout, request.timeout),
+    trainer = recipe.trainer(
+        train, MeasuredTrainer, meter=meter, trace=trace, timeout=min(recipe.timeout, request.timeout)
     )
-    result = trainer.fit(
-        train,
-        epochs=options.num_epochs,
-        batch_size=options.batch_size,
-        eval_data=None if options.no_eval else test,
-        eval_batch_size=options.test_batch_size,
-        max_steps=options.max_steps,
-    )
+    result = recipe.fit(trainer, train, test)
     rank, on_cpu = int(os.environ["RANK"]), device.type == "cpu"
     busy = tuple(result.busy_fraction) if len(result.busy_fraction) == spec.processes > 1 else None
     return RankAnswer(
@@ -103,20 +81,20 @@ def _train(request: Request) -> RankAnswer:
         is_split=on_cpu,
         peak_memory_bytes=peak_memory_bytes(device),
         energy_joules=meter.energy_joules(),
-        stages=tuple(tuple(layers) for layers in result.stages) if spec.engine != "sequential" else (),
+        stages=tuple(tuple(layers) for layers in result.stages) if spec.engine.name != "sequential" else (),
         epochs=_epochs(result),
         weights_sha256=result.weights_sha256 or None,
         spans=_read_trace(trace) if trace is not None and rank == 0 else (),
     )
 
 
-def _epochs(result: RunResult) -> tuple[Epoch, ...]:
-    found: list[Epoch] = []
+def _epochs(result: RunResult) -> tuple[EpochFigures, ...]:
+    found: list[EpochFigures] = []
     seconds = 0.0
     for epoch in result.epochs:
         seconds += epoch.seconds
         found.append(
-            Epoch(
+            EpochFigures(
                 epoch=epoch.epoch,
                 seconds=seconds,
                 train_loss=epoch.train_loss,
@@ -127,13 +105,14 @@ def _epochs(result: RunResult) -> tuple[Epoch, ...]:
     return tuple(found)
 
 
-def _read_trace(path: Path) -> tuple[RankSpan, ...]:
+def _read_trace(path: Path) -> tuple[TimelineSpan, ...]:
     """The actions of a Chrome trace that an engine has written; without waiting for and handing on micro-batches."""
     kinds: dict[str, SpanKind] = {"F": "forward", "U": "local update"}
     events = json.loads(path.read_text())["traceEvents"]
     actions = [(Action.parse(event["name"]), event) for event in events if event["ph"] == "X"]
     return tuple(
-        RankSpan(
+        TimelineSpan(
+            row=action.stage,  # each process holds one
             stage=action.stage,
             kind=kinds[action.kind.value],
             microbatch=action.microbatch,
@@ -146,32 +125,32 @@ def _read_trace(path: Path) -> tuple[RankSpan, ...]:
     )
 
 
-def _measure_costs(request: Request) -> Costs:
+def _measure_costs(request: Request) -> LayerCosts:
     """Of every layer, for splitting the network: backpropagation's and the local rule's, each by its own measure."""
-    options = request.options
+    recipe = request.recipe
     train, _ = load_data(request.data)
     prepare_process()
-    device = torch.device(options.device)
-    optimizer = optimizer_factory(options)
+    device = torch.device(recipe.device)
+    optimizer = make_optimizer(recipe)
 
     def network() -> Network:
         return build_network(
-            make_model(options, train),
+            make_model(recipe, train),
             input_shape=train.image_shape,
             num_classes=train.num_classes,
-            seed=options.seed,
+            seed=recipe.seed,
         )
 
     local = network()
-    rule = make_rule(replace(options, training_mode="LLS"))
+    rule = make_rule(replace(recipe, training_mode="LLS"))
     assert not isinstance(rule, str)
-    step = choose_step(options.kernels, device)
+    step = choose_step(recipe.kernels, device)
     costs = measure_costs(
         lambda index: build_layer(local, index, rule=rule, optimizer=optimizer, device=device, step=step),
         local,
-        batch_size=options.batch_size,
+        batch_size=recipe.batch_size,
         device=device,
     )
-    return Costs(
-        backpropagation=backpropagation_costs(network(), optimizer, options.batch_size, device), local=tuple(costs)
+    return LayerCosts(
+        backpropagation=backpropagation_costs(network(), optimizer, recipe.batch_size, device), local=tuple(costs)
     )

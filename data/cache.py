@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from unlocked.data import decode
+from unlocked.data.cores import usable_cores
 from unlocked.data.dataset import count_statistics
 from unlocked.data.download import only_one
 
@@ -94,7 +95,7 @@ def _make(files: ImageFiles, path: Path, workers: int | None) -> None:
     try:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         _reserve(part)
-        count = workers or min(_cpus(), -(-len(files.paths) // _FILES_PER_WORKER))
+        count = workers or min(usable_cores(), -(-len(files.paths) // _FILES_PER_WORKER))
         paths = [str(files.root / one) for one in files.paths]
         with Progress(
             TextColumn("{task.description}"),
@@ -215,7 +216,3 @@ def _remove_others(cache_dir: Path, name: str, stem: str) -> None:
     for old in (*cache_dir.glob(f"{name}-*"), *cache_dir.glob(f".{name}-*.npy")):
         if old.stem != stem:
             old.unlink(missing_ok=True)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

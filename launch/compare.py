@@ -79,19 +79,20 @@ def _write(report: "Report", folder: Path) -> list[Path]:
 
 def _write_page(report: "Report", path: Path) -> None:
     """With a section for each study whose result lies in the same folder."""
-    from unlocked.comparison.report.page import require_plotting, write_page
+    from unlocked.comparison.report.figures import require_plotting
+    from unlocked.comparison.report.page import write_page
 
     require_plotting()
-    from unlocked.comparison.memory.study import MemoryStudy
+    from unlocked.comparison.memory.page import memory_section
+    from unlocked.comparison.memory.results import MemoryStudy
+    from unlocked.comparison.stages.page import stages_section
     from unlocked.comparison.stages.results import StagesStudy
 
     memory, stages = path.parent / "memory.json", path.parent / "stages.json"
-    write_page(
-        report,
-        path,
-        memory=MemoryStudy.load(memory) if memory.exists() else None,
-        stages=StagesStudy.load(stages) if stages.exists() else None,
-    )
+    sections = [memory_section(MemoryStudy.load(memory))] if memory.exists() else []
+    if stages.exists():
+        sections.append(stages_section(StagesStudy.load(stages)))
+    write_page(report, path, studies=sections)
 
 
 def _take_study(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -117,10 +117,11 @@ class Recipe(Settings):
         sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
         return load_dataset(self.dataset, self.dataset_dir, **sizes)
 
-    def trainer(self, data: ImageDataset, **other: Any) -> Trainer:
+    def trainer(self, data: ImageDataset, kind: Callable[..., Trainer] = Trainer, **other: Any) -> Trainer:
         """The trainer for samples like those of `data`.
 
         Args:
+            kind: `Trainer` or a subclass of it.
             other: arguments of `Trainer` that take the place of the recipe's, "model" among them.
 
         Raises:
@@ -137,7 +138,7 @@ class Recipe(Settings):
         how |= {name: make(self) for name, make in makers.items() if name not in other}
         if "model" not in other:
             how["model"] = make_model(self, data)
-        return Trainer(**how | other)
+        return kind(**how | other)
 
     def fit(self, trainer: Trainer, train: ImageDataset, test: ImageDataset) -> RunResult:
         """Trains as long, and with micro-batches as large, as the recipe says."""
@@ -164,7 +165,11 @@ def run(recipe: Recipe) -> RunResult:
         require_tensorboard()
     for flag, path in (("--summary", recipe.summary), ("--trace", recipe.trace)):
         _check_writable(flag, path)
-    ready = {"rule": make_rule(recipe), "optimizer": make_optimizer(recipe), "lr_factor": make_lr_factor(recipe)}
+    ready: dict[str, Any] = {
+        "rule": make_rule(recipe),
+        "optimizer": make_optimizer(recipe),
+        "lr_factor": make_lr_factor(recipe),
+    }
     train, test = recipe.load_data()
     sinks: list[MetricsSink] = []
     trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe, sinks))

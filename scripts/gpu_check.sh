@@ -72,21 +72,13 @@ step single_gpu 125 "$python" benchmarks/single_gpu.py --rounds 1 --time-limit 1
     --only "LLS streams" "BP graph" "BP eager" "LLS sequential graph" "LLS streams, traced" "LLS streams bf16"
 
 "$python" - "$folder" <<'PYTHON'
-import json, os, platform, sys
+import json, os, sys
 
-import torch
-import triton
+from unlocked.comparison.environment import environment
+from unlocked.runtime.typed import to_plain
 
-environment = {
-    "gpu": torch.cuda.get_device_name(),
-    "torch": torch.__version__,
-    "triton": triton.__version__,
-    "cuda": torch.version.cuda,
-    "python": platform.python_version(),
-    "commit": os.environ.get("COMMIT") or None,
-}
 with open(os.path.join(sys.argv[1], "environment.json"), "w") as file:
-    json.dump(environment, file, indent=1)
+    json.dump(to_plain(environment()), file, indent=1)
 PYTHON
 
 {

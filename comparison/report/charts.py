@@ -3,19 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from unlocked.comparison.report.figures import Ink, Picture, draw
+from unlocked.comparison.report.figures import FAMILY_COLOURS, Ink, Picture, draw
 from unlocked.comparison.report.verdict import best
-from unlocked.comparison.results import Contender, Report, Spread, StepSplit, Timeline
+from unlocked.comparison.results import Contender, Report, Spread, StepSplit, TimelineExcerpt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from unlocked.comparison.memory.study import MemoryStudy
+__all__ = ["accuracy_chart", "logged_chart", "split_chart", "throughput_chart", "timeline_chart"]
 
-__all__ = ["accuracy_chart", "logged_chart", "memory_chart", "split_chart", "throughput_chart", "timeline_chart"]
-
-_FAMILIES: Final = {"BP": Ink.ORANGE, "LLS": Ink.BLUE, "LLS_M": Ink.TEAL, "LLS_MxM": Ink.PURPLE}
 _DASHES: Final = ("-", "--", ":", "-.")
 _PARTS: Final = {"compute": Ink.BLUE, "update": Ink.PURPLE, "data": Ink.TEAL, "wait": Ink.GREY}
 _SPANS: Final = {
@@ -231,47 +228,6 @@ def timeline_chart(report: Report) -> Picture | None:
     )
 
 
-def memory_chart(study: "MemoryStudy") -> Picture:
-    """Peak activation memory against depth, both axes logarithmic."""
-    colours = {"BP": Ink.ORANGE, "BP, checkpointed": Ink.AMBER}
-
-    def plot(figure: "Figure", narrow: bool) -> None:
-        axes = figure.subplots()
-        for number, method in enumerate(study.methods):
-            points = study.of(method)
-            colour = colours.get(method) or _FAMILIES.get(method, Ink.BLUE)
-            depths, sizes = [p.depth for p in points], [p.activation_bytes / 2**20 for p in points]
-            axes.plot(depths, sizes, "o-", color=colour, markersize=5, label=method, zorder=3 + number)
-            axes.annotate(
-                f"{method}\n{sizes[-1]:,.1f} MiB" if sizes[-1] < 100 else f"{method}\n{sizes[-1]:,.0f} MiB",
-                (depths[-1], sizes[-1]),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                annotation_clip=False,
-            )
-        depths = sorted({point.depth for point in study.points})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(depths, [str(depth) for depth in depths])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlim(depths[0] * 0.9, depths[-1] * (6.5 if narrow else 2.4))
-        axes.set_xlabel("equal blocks")
-        axes.set_ylabel("peak activations, MiB")
-
-    return draw(
-        "memory",
-        title="Activation memory against depth",
-        description="; ".join(
-            f"{method} {study.slope(method)[0] / 1024:,.2f} KiB per block" for method in study.methods
-        ),
-        plot=plot,
-        wide_height=3.6,
-        narrow_height=3.8,
-    )
-
-
 def _rows(axes: "Axes", names: Sequence[str], narrow: bool) -> None:
     """One row per name, the first on top. On a narrow chart the names stand above their bars."""
     axes.set_ylim(len(names) - 0.4, -0.9 if narrow else -0.6)
@@ -305,7 +261,7 @@ def _patch(colour: Ink, label: str) -> Any:
 
 
 def _colour(contender: Contender) -> Ink:
-    return _FAMILIES.get(contender.family, Ink.GREY)
+    return FAMILY_COLOURS.get(contender.family, Ink.GREY)
 
 
 def _rank(contender: Contender, shown: Sequence[Contender]) -> int:
@@ -330,7 +286,7 @@ def _curve(contender: Contender) -> tuple[list[float], list[Spread]]:
     return seconds, values
 
 
-def _draw_timeline(axes: "Axes", timeline: Timeline, window: float, narrow: bool) -> None:
+def _draw_timeline(axes: "Axes", timeline: TimelineExcerpt, window: float, narrow: bool) -> None:
     axes.set_title(timeline.contender)
     axes.set_ylim(len(timeline.rows) - 0.5, -0.5)
     axes.set_xlim(0, window * 1e3)
@@ -367,12 +323,12 @@ def _draw_timeline(axes: "Axes", timeline: Timeline, window: float, narrow: bool
         )
 
 
-def _describe_timeline(timeline: Timeline, seconds: float) -> str:
+def _describe_timeline(timeline: TimelineExcerpt, seconds: float) -> str:
     shares = [_busy_share(timeline, row, seconds) for row in range(len(timeline.rows))]
     return f"{timeline.contender}: at work {', '.join(f'{share:.0%}' for share in shares)} of the time"
 
 
-def _busy_share(timeline: Timeline, row: int, seconds: float) -> float:
+def _busy_share(timeline: TimelineExcerpt, row: int, seconds: float) -> float:
     spans: Iterable[Any] = (s for s in timeline.spans if s.row == row and s.kind not in ("receive", "send"))
     busy, reached = 0.0, 0.0
     for span in spans:

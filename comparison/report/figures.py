@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Ink", "Picture", "draw", "require_plotting"]
+__all__ = ["FAMILY_COLOURS", "Ink", "Picture", "draw", "require_plotting"]
 
 _WIDE, _NARROW = 10.0, 4.75  # inches; the page shows them at about 860 and 350 pixels
 _FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
@@ -41,6 +41,10 @@ class Ink(StrEnum):
     @property
     def css(self) -> str:
         return f"var(--{self.name.lower().replace('_', '-')})"
+
+
+FAMILY_COLOURS: Final = {"BP": Ink.ORANGE, "LLS": Ink.BLUE, "LLS_M": Ink.TEAL, "LLS_MxM": Ink.PURPLE}
+"""Of a contender, by what it minimises: the same in every chart."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,74 +1,23 @@
 """The report as one HTML file that opens offline: nothing in it is fetched, whatever the browser."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unlocked.comparison.report import charts
-from unlocked.comparison.report.figures import Picture, require_plotting
+from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.report.verdict import verdict
-from unlocked.comparison.results import Contender, Report, Spread
+from unlocked.comparison.results import Report, Spread
 
-if TYPE_CHECKING:
-    from unlocked.comparison.memory.study import MemoryStudy
-    from unlocked.comparison.stages.results import StagesStudy
+__all__ = ["write_page"]
 
-__all__ = [
-    "Headline",
-    "Section",
-    "Table",
-    "memory_section",
-    "render",
-    "require_plotting",
-    "stages_section",
-    "write_page",
-]
-
-_HERE = Path(__file__).parent
 _NONE = "–"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """The page in one sentence, and the conditions under which it holds."""
-
-    sentence: str
-    conditions: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Numbers of a section. `words` are the columns that hold sentences."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: tuple[int, ...] = ()
-
-    def is_words(self, column: int) -> bool:
-        return column in self.words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the page; `key` is unique on it."""
-
-    key: str
-    title: str
-    paragraphs: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
-    facts: Sequence[tuple[str, str]] = field(default=())
-
-
-def write_page(
-    report: Report, path: Path, *, memory: "MemoryStudy | None" = None, stages: "StagesStudy | None" = None
-) -> None:
+def write_page(report: Report, path: Path, *, studies: Sequence[Section] = ()) -> None:
     """Writes the comparison's page.
 
     Args:
-        memory, stages: results of the studies, for a section each.
+        studies: their sections, which stand before the conditions.
 
     Raises:
         ValueError: matplotlib or jinja2 is not installed.
@@ -79,8 +28,7 @@ def write_page(
         _split_section(report),
         _timeline_section(report),
         _logged_section(report),
-        None if memory is None else memory_section(memory),
-        None if stages is None else stages_section(stages),
+        *studies,
         _conditions_section(report),
     ]
     missing = [c for c in report.contenders if c.status != "measured"]
@@ -88,63 +36,6 @@ def write_page(
     text = render("Local learning against backpropagation", headline, [s for s in sections if s is not None], missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def render(title: str, headline: Headline, sections: Sequence[Section], missing: Sequence[Contender] = ()) -> str:
-    """The page's text. Raises: ValueError where jinja2 is not installed."""
-    require_plotting()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    from markupsafe import Markup
-
-    css = Markup((_HERE / "page.css").read_text(encoding="utf-8"))
-    template = environment.get_template("page.html")
-    return template.render(title=title, headline=headline, sections=sections, missing=missing, css=css)
-
-
-def memory_section(study: "MemoryStudy") -> Section:
-    """Of the page, or a page of its own."""
-    s = study.settings
-    rows = [
-        [
-            p.method,
-            str(p.depth),
-            f"{p.activation_bytes / 2**20:,.3f}",
-            f"{p.persistent_bytes / 2**20:,.3f}",
-            f"{p.held_bytes:,}",
-        ]
-        for method in study.methods
-        for p in study.of(method)
-    ]
-    slopes = ", ".join(f"{method} {study.slope(method)[0] / 1024:,.1f} KiB per block" for method in study.methods)
-    return Section(
-        key="memory",
-        title="Activation memory against depth",
-        paragraphs=(
-            f"Chains of equal 3x3 convolutional blocks: {s.channels} channels, {s.image_size} x {s.image_size} pixels, "
-            f"batch {s.batch_size}, on {s.device}. Counted at the allocator, to the byte. A local rule frees a layer's "
-            "activations before the next layer runs; backpropagation keeps them until it comes back.",
-            f"Slope of the line through the points: {slopes}.",
-        ),
-        pictures=(charts.memory_chart(study),),
-        tables=(
-            Table(
-                caption="Peak memory of a step",
-                head=["method", "blocks", "activations, MiB", "weights and states, MiB", "kept between steps, bytes"],
-                rows=rows,
-            ),
-        ),
-    )
-
-
-def stages_section(study: "StagesStudy") -> Section:
-    """Of the page, or a page of its own."""
-    from unlocked.comparison.stages import page as stages_page
-
-    return stages_page.stages_section(study)
 
 
 def _throughput_section(report: Report) -> Section | None:

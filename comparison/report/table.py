@@ -4,8 +4,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from unlocked.comparison.logged import LoggedRun
 from unlocked.comparison.report.verdict import verdict
-from unlocked.comparison.results import Contender, LoggedRun, Report, Spread
+from unlocked.comparison.results import Contender, Report, Spread
 
 __all__ = ["print_report"]
 
@@ -14,12 +15,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Speed, accuracy, failures, the logged run, and the verdict."""
     console = console or Console()
     settings, environment = report.settings, report.environment
-    gpus = f", {', '.join(environment.gpus)}" if environment.gpus else ""
     console.print(
         f"{settings.model} on {settings.dataset} ({settings.train_images:,} images), batch {settings.batch_size}, "
         f"{settings.optimizer}, learning rate {settings.lr:g}, on {settings.device}\n"
-        f"{environment.cpu}, {environment.cores} cores{gpus}; torch {environment.versions.get('torch', '?')}, "
-        f"Python {environment.python}",
+        f"{environment.line}",
         highlight=False,
     )
     if report.measured:

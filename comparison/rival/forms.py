@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from unlocked.comparison.request import Costs, Form
+from unlocked.comparison.request import Form, LayerCosts
 from unlocked.comparison.rival.pipeline import owner
 from unlocked.runtime.schedules.partition import partition
 
@@ -16,7 +16,7 @@ Parts = tuple[tuple[int, int], ...]
 
 
 def forms_to_try(
-    engine: str, costs: Costs, *, processes: int, batch_size: int, chunks: Sequence[int] | None
+    schedule: str, costs: LayerCosts, *, processes: int, batch_size: int, chunks: Sequence[int] | None
 ) -> list[Form]:
     """All chunk counts on the split that balances backpropagation's own costs, and on LLS's split where it differs.
 
@@ -26,24 +26,24 @@ def forms_to_try(
     Raises:
         ValueError: the network has fewer layers than the schedule needs stages.
     """
-    per_process = 2 if engine in ("zero-bubble", "ZBV") else 1
+    per_process = 2 if schedule in ("zero-bubble", "ZBV") else 1
     layers, stages = len(costs.backpropagation), per_process * processes
     if stages > layers:
         raise ValueError(
-            f"{engine} holds {per_process} stages per process, {stages} in all, for {layers} layers; "
+            f"{schedule} holds {per_process} stages per process, {stages} in all, for {layers} layers; "
             "give fewer --processes"
         )
     if per_process == 1:
         splits = [_as_parts(partition(measure, stages)) for measure in (costs.backpropagation, costs.local)]
     else:
-        splits = [balanced_parts(costs.backpropagation, engine, processes)]
+        splits = [balanced_parts(costs.backpropagation, schedule, processes)]
     if chunks is None:
-        fewest = 1 if engine == "GPipe" else processes
+        fewest = 1 if schedule == "GPipe" else processes
         chunks = [n for n in CHUNKS if n >= fewest and batch_size % n == 0]
     return [Form(chunks=n, parts=parts) for parts in dict.fromkeys(splits) for n in chunks]
 
 
-def balanced_parts(costs: Sequence[float], engine: str, processes: int) -> Parts:
+def balanced_parts(costs: Sequence[float], schedule: str, processes: int) -> Parts:
     """Two stages per process, so that the process with the most work has as little as possible; then the others."""
     layers = len(costs)
     found: list[tuple[list[float], Parts]] = []
@@ -51,7 +51,7 @@ def balanced_parts(costs: Sequence[float], engine: str, processes: int) -> Parts
         parts = tuple(zip((0, *cuts), (*cuts, layers), strict=True))
         load = [0.0] * processes
         for stage, (start, stop) in enumerate(parts):
-            load[owner(stage, engine, processes)] += sum(costs[start:stop])
+            load[owner(stage, schedule, processes)] += sum(costs[start:stop])
         found.append((sorted(load, reverse=True), parts))
     return min(found)[1]
 

@@ -22,8 +22,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from unlocked.comparison.request import Form, RankSpan
-from unlocked.comparison.results import SpanKind
+from unlocked.comparison.request import Form
+from unlocked.comparison.results import SpanKind, TimelineSpan
 from unlocked.data import epoch_order
 from unlocked.runtime.network import Network
 from unlocked.workers.actions import Item
@@ -35,9 +35,9 @@ _SINGLE = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 _MULTI = {"zero-bubble": ScheduleInterleavedZeroBubble, "ZBV": ScheduleZBVZeroBubble}
 
 
-def owner(stage: int, engine: str, processes: int) -> int:
+def owner(stage: int, schedule: str, processes: int) -> int:
     """The process that holds a stage: in a loop, or forth and back for ZBV."""
-    if engine == "ZBV" and stage >= processes:
+    if schedule == "ZBV" and stage >= processes:
         return 2 * processes - 1 - stage
     return stage % processes
 
@@ -51,13 +51,17 @@ def chunks_for(rows: int, chunks: int) -> int:
 
 
 class Clock:
-    """Adds up the seconds of what a process does, by kind; `keep` also keeps every one of them."""
+    """Adds up the seconds of what a process does, by kind.
 
-    def __init__(self, *, keep: bool = False) -> None:
-        self.keep = keep
+    Args:
+        row: of the process in a timeline; keeps every span as well. None: keeps none.
+    """
+
+    def __init__(self, row: int | None = None) -> None:
+        self.row = row
         self.step = 0
         self.seconds: dict[str, float] = {}
-        self.spans: list[RankSpan] = []
+        self.spans: list[TimelineSpan] = []
 
     def restart(self) -> None:
         self.seconds.clear()
@@ -70,8 +74,11 @@ class Clock:
         result = function(*args, **kw)
         end = time.perf_counter()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + end - start
-        if self.keep:
-            self.spans.append(RankSpan(stage=stage, kind=kind, microbatch=self.step, chunk=chunk, start=start, end=end))
+        if self.row is not None:
+            span = TimelineSpan(
+                row=self.row, stage=stage, kind=kind, microbatch=self.step, chunk=chunk, start=start, end=end
+            )
+            self.spans.append(span)
         return result
 
     @property
@@ -134,7 +141,7 @@ class BpPipeline:
 
     Args:
         network: the same on every process, initialised; its weights are trained in place.
-        engine: the schedule's name, see `contenders.SCHEDULES`.
+        schedule: the schedule's name, see `contenders.SCHEDULES`.
         form: stages and chunks.
         optimizer: builds this process's optimizer of all its parameters.
         source: micro-batches of both splits.
@@ -148,20 +155,20 @@ class BpPipeline:
         self,
         network: Network,
         *,
-        engine: str,
+        schedule: str,
         form: Form,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         source: BatchSource,
         clock: Clock,
     ) -> None:
-        self.network, self.engine, self.form, self.source, self.clock = network, engine, form, source, clock
+        self.network, self.schedule, self.form, self.source, self.clock = network, schedule, form, source, clock
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.device = source.device
         self.num_stages = len(form.parts)
-        mine = [s for s in range(self.num_stages) if owner(s, engine, self.processes) == self.rank]
+        mine = [s for s in range(self.num_stages) if owner(s, schedule, self.processes) == self.rank]
         self.modules = {s: self._module(s) for s in mine}
         self.has_first, self.has_last = 0 in self.modules, self.num_stages - 1 in self.modules
-        self.last_owner = owner(self.num_stages - 1, engine, self.processes)
+        self.last_owner = owner(self.num_stages - 1, schedule, self.processes)
         self._schedules: dict[int, Any] = {}
         self._order: tuple[int, Tensor] | None = None  # of an epoch
         self.parameters = [p for module in self.modules.values() for p in module.parameters()]
@@ -216,7 +223,7 @@ class BpPipeline:
                 y = module(x)
                 if stage == self.num_stages - 1:
                     self._score(y, item)
-                elif (target := owner(stage + 1, self.engine, self.processes)) != self.rank:
+                elif (target := owner(stage + 1, self.schedule, self.processes)) != self.rank:
                     sends.append((cast(dist.Work, dist.isend(y, target, tag=stage + 1)), y))
                 else:
                     outputs.append(y)
@@ -229,7 +236,7 @@ class BpPipeline:
     def _receive(self, stage: int, rows: int) -> Tensor:
         shape = self._travelling(self.network.output_shapes[self.form.parts[stage][0] - 1])
         x = torch.empty(rows, *shape, device=self.device)
-        dist.recv(x, owner(stage - 1, self.engine, self.processes), tag=stage)
+        dist.recv(x, owner(stage - 1, self.schedule, self.processes), tag=stage)
         return x
 
     def _score(self, logits: Tensor, item: Item) -> None:
@@ -269,7 +276,7 @@ class BpPipeline:
     def _module(self, stage: int) -> _Boundary:
         start, stop = self.form.parts[stage]
         blocks = self.network.blocks[start:stop]
-        module = _Boundary(blocks, first=stage == 0, own_output=self.engine in _MULTI).to(self.device)
+        module = _Boundary(blocks, first=stage == 0, own_output=self.schedule in _MULTI).to(self.device)
         if self.device.type == "cuda" or any(p.dim() == 4 for p in module.parameters()):
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.train()
@@ -286,13 +293,13 @@ class BpPipeline:
         if rows % chunks:
             raise ValueError(f"{rows} rows can't be cut into {chunks} equal chunks; give a divisor")
         stages = [self._stage(s, rows // chunks) for s in sorted(self.modules)]
-        if self.engine in _SINGLE:
-            kind: Any = _SINGLE[self.engine]
+        if self.schedule in _SINGLE:
+            kind: Any = _SINGLE[self.schedule]
             if not whole and chunks < self.num_stages:
                 kind = ScheduleGPipe  # the last micro-batch of an epoch may be too small for 1F1B
             return kind(stages[0], chunks, loss_fn=self._loss)
-        kind = _MULTI[self.engine]
-        if not whole and self.engine != "ZBV" and chunks % max(1, chunks // self.processes):
+        kind = _MULTI[self.schedule]
+        if not whole and self.schedule != "ZBV" and chunks % max(1, chunks // self.processes):
             kind = ScheduleLoopedBFS
         return kind(stages, chunks, loss_fn=self._loss)
 

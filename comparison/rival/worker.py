@@ -15,15 +15,15 @@ import torch.distributed as dist
 
 from unlocked.comparison.meter import Meter, reset_peak_memory
 from unlocked.comparison.request import Form, RankAnswer, Request, load_data
-from unlocked.comparison.results import Epoch, Trial
+from unlocked.comparison.results import EpochFigures, Trial
 from unlocked.comparison.rival.pipeline import BpPipeline, Clock
 from unlocked.data import ImageDataset
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import float32_products
-from unlocked.launch.pipeline import make_model, optimizer_factory
 from unlocked.runtime.job import prepare_process
 from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.network import Network, build_network
+from unlocked.runtime.recipe import make_model, make_optimizer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.source import BatchSource
@@ -35,7 +35,7 @@ _INFER_ITEMS = 8  # that a stage infers before the next stage's turn
 
 
 def train_pipeline(request: Request) -> RankAnswer:
-    """Trains as the options say; the counterpart of an engine's run."""
+    """Trains as the recipe says; the counterpart of an engine's run."""
     with _process_group(request) as device:
         train, test = load_data(request.data)
         reset_peak_memory()
@@ -43,7 +43,7 @@ def train_pipeline(request: Request) -> RankAnswer:
         prepare_process()
         assert request.form is not None
         plan = _plan(request, train, test)
-        clock = Clock(keep=request.timeline)
+        clock = Clock(dist.get_rank() if request.timeline else None)
         network = _network(request, train)
         pipeline = _pipeline(request, request.form, network, _source(request, train, test, device), clock)
         pipeline.warm_up(_one_of_each_size(plan))
@@ -153,7 +153,7 @@ def backpropagation_costs(
 def _process_group(request: Request) -> Iterator[torch.device]:
     """Joins the contender's processes; the device of this one."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = request.options.device.startswith("cuda")
+    cuda = request.recipe.device.startswith("cuda")
     if os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes run on this machine
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -166,17 +166,17 @@ def _process_group(request: Request) -> Iterator[torch.device]:
         world_size=size,
         timeout=timedelta(seconds=request.timeout),
     )
-    with float32_products(request.options.precision):
+    with float32_products(request.recipe.precision):
         yield device
     dist.destroy_process_group()  # not after a failure: the others would be waited for
 
 
 def _network(request: Request, train: ImageDataset) -> Network:
     return build_network(
-        make_model(request.options, train),
+        make_model(request.recipe, train),
         input_shape=train.image_shape,
         num_classes=train.num_classes,
-        seed=request.options.seed,
+        seed=request.recipe.seed,
     )
 
 
@@ -185,29 +185,30 @@ def _source(request: Request, train: ImageDataset, test: ImageDataset, device: t
     return BatchSource(
         train.to(device),
         test.to(device),
-        seed=request.options.seed,
-        batch_size=request.options.batch_size,
-        eval_batch_size=request.options.test_batch_size,
+        seed=request.recipe.seed,
+        batch_size=request.recipe.batch_size,
+        eval_batch_size=request.recipe.test_batch_size,
         load_batch=load_batch,
     )
 
 
 def _plan(request: Request, train: ImageDataset, test: ImageDataset) -> StreamPlan:
-    options = request.options
+    recipe = request.recipe
     return StreamPlan(
-        epochs=options.num_epochs,
+        epochs=recipe.num_epochs,
         train_size=len(train),
-        batch_size=options.batch_size,
-        eval_size=0 if options.no_eval else len(test),
-        eval_batch_size=options.test_batch_size,
-        statistics_batches=options.statistics_batches,
-        max_steps=options.max_steps,
+        batch_size=recipe.batch_size,
+        eval_size=0 if recipe.no_eval else len(test),
+        eval_batch_size=recipe.test_batch_size,
+        statistics_batches=recipe.statistics_batches,
+        max_steps=recipe.max_steps,
     )
 
 
 def _pipeline(request: Request, form: Form, network: Network, source: BatchSource, clock: Clock) -> BpPipeline:
-    optimizer = optimizer_factory(request.options)
-    return BpPipeline(network, engine=request.spec.engine, form=form, optimizer=optimizer, source=source, clock=clock)
+    optimizer = make_optimizer(request.recipe)
+    schedule = request.spec.engine_name
+    return BpPipeline(network, schedule=schedule, form=form, optimizer=optimizer, source=source, clock=clock)
 
 
 def _one_of_each_size(plan: StreamPlan) -> list[Item]:
@@ -219,9 +220,9 @@ def _one_of_each_size(plan: StreamPlan) -> list[Item]:
     return [item for item in sizes.values() for _ in range(2)]
 
 
-def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[Epoch], int]:
+def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[EpochFigures], int]:
     """Runs the whole stream; the evaluated epochs (without evaluation the last one), and the training images."""
-    epochs: list[Epoch] = []
+    epochs: list[EpochFigures] = []
     images = 0
     for (kind, epoch), group in groupby(plan, key=lambda item: (item.kind, item.epoch)):
         items = list(group)
@@ -239,7 +240,7 @@ def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[
             if not isfinite(loss):
                 raise ValueError(f"the loss of epoch {epoch} is {loss}; lower --lr, and check the input data")
             epochs.append(
-                Epoch(
+                EpochFigures(
                     epoch=epoch,
                     seconds=time.perf_counter() - began,
                     train_loss=loss / trained,

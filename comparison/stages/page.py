@@ -3,13 +3,12 @@
 from typing import TYPE_CHECKING, Final
 
 from unlocked.comparison.report.figures import Ink, Picture, draw
-from unlocked.comparison.report.page import Section, Table
+from unlocked.comparison.report.sections import Section, Table
+from unlocked.comparison.stages.results import StagesStudy
 from unlocked.comparison.stages.scaling_model import LOCAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from unlocked.comparison.stages.results import StagesStudy
 
 __all__ = ["stages_chart", "stages_section"]
 
@@ -17,7 +16,7 @@ _COLOURS: Final = {LOCAL: Ink.BLUE, "GPipe": Ink.AMBER, "1F1B": Ink.ORANGE, "ZB-
 _DASHES: Final = {"GPipe": (0, (6, 3)), "1F1B": "-", "ZB-H1": "-", LOCAL: "-"}
 
 
-def stages_section(study: "StagesStudy") -> Section:
+def stages_section(study: StagesStudy) -> Section:
     """Of the page, or a page of its own."""
     s, model = study.settings, study.model
     link = (
@@ -46,7 +45,7 @@ def stages_section(study: "StagesStudy") -> Section:
     )
 
 
-def stages_chart(study: "StagesStudy") -> Picture:
+def stages_chart(study: StagesStudy) -> Picture:
     """Images per second against stages, both logarithmic; measured points upon the predictions."""
     s = study.settings
 
@@ -114,7 +113,7 @@ def stages_chart(study: "StagesStudy") -> Picture:
     )
 
 
-def _measured_table(study: "StagesStudy") -> Table:
+def _measured_table(study: StagesStudy) -> Table:
     rows = []
     for m in study.measured:
         error = study.error(m)
@@ -134,7 +133,7 @@ def _measured_table(study: "StagesStudy") -> Table:
     )
 
 
-def _predicted_table(study: "StagesStudy") -> Table:
+def _predicted_table(study: StagesStudy) -> Table:
     rows = []
     for schedule in study.schedules:
         spread = {p.stages: p for p in study.of(schedule, spread=study.settings.spread)}

@@ -1,12 +1,13 @@
 """What the study of stages found, as plain data."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlocked.comparison.memory.study import ChainSettings
-from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Prediction
+from unlocked.comparison.memory.results import ChainSettings
+from unlocked.comparison.reading import read_record
+from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Prediction
+from unlocked.runtime.typed import from_plain, to_plain
 from unlocked.workers.edges import SlotLayout
 
 __all__ = ["MeasuredStages", "StagesSettings", "StagesStudy"]
@@ -125,28 +126,18 @@ class StagesStudy:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StagesStudy":
-        settings = dict(values["settings"])
-        settings["chain"] = ChainSettings(**settings["chain"])
-        model = dict(values["model"])
-        model["step"], model["hop"] = Line(**model["step"]), Line(**model["hop"])
-        return cls(
-            settings=StagesSettings(**settings),
-            model=CostModel(**model),
-            measured=[MeasuredStages(**m) for m in values["measured"]],
-            predictions=[Prediction(**p) for p in values["predictions"]],
-        )
+        """Raises: ValueError where a value does not belong."""
+        return from_plain(cls, values, "study of stages")
 
     @classmethod
     def load(cls, path: Path) -> "StagesStudy":
         """Raises: ValueError if `path` is no study of stages."""
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no study of stages ({error}); make it anew with --study stages") from None
+        return read_record(cls, path, what="study of stages", remedy="--study stages")
 
     @staticmethod
     def _ratio(a: Prediction, b: Prediction) -> float:

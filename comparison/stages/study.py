@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 
-from unlocked.comparison.memory.study import ChainSettings, build_chain, chain
-from unlocked.comparison.report.page import Headline, render, require_plotting
+from unlocked.comparison.memory.chain import build_chain, chain
+from unlocked.comparison.memory.results import ChainSettings
+from unlocked.comparison.report.figures import require_plotting
+from unlocked.comparison.report.sections import Headline, render
 from unlocked.comparison.stages.hops import measure_hops
 from unlocked.comparison.stages.page import stages_section
 from unlocked.comparison.stages.results import MeasuredStages, StagesSettings, StagesStudy
 from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Link, Prediction, predict, stage_factors
 from unlocked.comparison.stages.worker import train_chain
+from unlocked.data.cores import usable_cores
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         blocks_per_stage=options.blocks_per_stage,
         rule=options.training_mode,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         repeats=options.repeats,
         run_seconds=options.run_seconds,
         microbatches=options.microbatches,
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speed=options.compute_speed,
         link_latency=options.link_latency,
         link_bandwidth=options.link_bandwidth,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
     )
     most = options.max_stages or 2 * settings.cores
     counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})

@@ -7,9 +7,12 @@ from functools import partial
 
 import torch
 
-from unlocked.comparison.memory.study import ChainSettings, chain
+from unlocked.comparison.memory.chain import chain
+from unlocked.comparison.memory.results import ChainSettings
 from unlocked.rules import get_rule
 from unlocked.runtime import Trainer
+from unlocked.runtime.engines.processes.engine import Processes
+from unlocked.runtime.engines.sequential import Sequential
 from unlocked.runtime.result import RunResult
 
 __all__ = ["main", "stage_list", "train_chain"]
@@ -37,8 +40,7 @@ def train_chain(*, blocks: int, stages: int, steps: int, rule: str, settings: Ch
         chain(blocks, s),
         rule=get_rule(rule, temperature=0.5, label_smoothing=0.0, waveform="cosine"),
         optimizer=partial(torch.optim.Adam, lr=0.01, fused=True),
-        engine="processes" if stages > 1 else "sequential",
-        stages=stage_list(blocks, stages) if stages > 1 else None,
+        engine=Processes(stages=stage_list(blocks, stages)) if stages > 1 else Sequential(),
         seed=s.seed,
         kernels=s.kernels,
         print_freq=1000,

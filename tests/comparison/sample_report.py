@@ -2,19 +2,18 @@
 
 from dataclasses import replace
 
-from unlocked.comparison.memory.study import ChainSettings, MemoryPoint, MemoryStudy
+from unlocked.comparison.logged import LoggedRun, LoggedTraining
+from unlocked.comparison.memory.results import ChainSettings, MemoryPoint, MemoryStudy
 from unlocked.comparison.results import (
+    ComparisonSettings,
     Contender,
     Environment,
-    Epoch,
-    LoggedRun,
-    LoggedTraining,
+    EpochFigures,
     Report,
     Run,
-    Settings,
     SpanKind,
     StepSplit,
-    Timeline,
+    TimelineExcerpt,
     TimelineSpan,
 )
 from unlocked.comparison.stages.results import MeasuredStages, StagesSettings, StagesStudy
@@ -36,7 +35,7 @@ def sample_report() -> Report:
             commit="abc1234+",
             started_at="2026-01-01T00:00:00+00:00",
         ),
-        settings=Settings(
+        settings=ComparisonSettings(
             command="python launch/compare.py --made-up",
             dataset="digits",
             model="SmallConv",
@@ -167,7 +166,7 @@ def _contender(
     step = 64 / rate
     split = StepSplit(data=0.04 * step, compute=0.7 * step, wait=(processes - 1) * 0.1 * step, update=0.16 * step)
 
-    def run(kind: str, seed: int, factor: float, epochs: tuple[Epoch, ...] = ()) -> Run:
+    def run(kind: str, seed: int, factor: float, epochs: tuple[EpochFigures, ...] = ()) -> Run:
         return Run(
             kind=kind,  # type: ignore[arg-type]
             seed=seed,
@@ -186,7 +185,7 @@ def _contender(
     if accuracy is not None:
         for seed in (0, 1):
             epochs = tuple(
-                Epoch(
+                EpochFigures(
                     epoch=n,
                     seconds=(n + 1) * 23 * step * 1.2,
                     train_loss=1.0 / (n + 1),
@@ -210,7 +209,7 @@ def _contender(
     )
 
 
-def _local_timeline() -> Timeline:
+def _local_timeline() -> TimelineExcerpt:
     spans = []
     for m in range(6):
         for row in range(2):
@@ -221,10 +220,10 @@ def _local_timeline() -> Timeline:
                 ("local update", 0.0045, 0.0115),
             ]
             spans += [_span(row, kind, m, None, start + a, start + b) for kind, a, b in parts]
-    return Timeline(contender="LLS, 2 processes", rows=_rows(), seconds=0.08, spans=tuple(spans))
+    return TimelineExcerpt(contender="LLS, 2 processes", rows=_rows(), seconds=0.08, spans=tuple(spans))
 
 
-def _backpropagation_timeline() -> Timeline:
+def _backpropagation_timeline() -> TimelineExcerpt:
     spans = []
     for m in range(4):
         for chunk in range(4):
@@ -233,7 +232,7 @@ def _backpropagation_timeline() -> Timeline:
                 spans.append(_span(row, "forward", m, chunk, start, start + 0.002))
                 start = 0.024 * m + 0.011 + 0.0026 * chunk + 0.0026 * (1 - row)
                 spans.append(_span(row, "backward", m, chunk, start, start + 0.0025))
-    return Timeline(contender="BP, 1F1B, 2 processes", rows=_rows(), seconds=0.09, spans=tuple(spans))
+    return TimelineExcerpt(contender="BP, 1F1B, 2 processes", rows=_rows(), seconds=0.09, spans=tuple(spans))
 
 
 def _rows() -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from unlocked.comparison.contenders import all_contenders, choose
 from unlocked.comparison.energy import _cpu_joules
+from unlocked.comparison.excerpts import cut_excerpts
 from unlocked.comparison.measure import make_run
 from unlocked.comparison.pool import ContenderFailed, Pool
-from unlocked.comparison.report.timeline import cut_windows
-from unlocked.comparison.request import Costs, Form, RankAnswer, RankSpan, Request, save_data
+from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, save_data
+from unlocked.comparison.results import TimelineSpan
 from unlocked.comparison.rival.forms import balanced_parts, forms_to_try
 from unlocked.comparison.rival.pipeline import chunks_for, owner
 from unlocked.data import load_dataset
-from unlocked.launch.options import parse
+from unlocked.runtime.recipe import Recipe
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
@@ -59,7 +59,7 @@ def test_two_stages_per_process_are_balanced(costs: list[int], engine: str) -> N
 
 
 def test_both_splits_are_tried_where_they_differ() -> None:
-    costs = Costs(backpropagation=(1.0, 5.0, 1.0, 1.0, 1.0), local=(4.0, 1.0, 1.0, 1.0, 1.0))
+    costs = LayerCosts(backpropagation=(1.0, 5.0, 1.0, 1.0, 1.0), local=(4.0, 1.0, 1.0, 1.0, 1.0))
     forms = forms_to_try("1F1B", costs, processes=2, batch_size=60, chunks=None)
     assert {form.parts for form in forms} == {((0, 2), (2, 5)), ((0, 1), (1, 5))}
     assert sorted(form.chunks for form in forms) == [2, 2, 4, 4], "8 does not divide 60, and 1F1B refuses 1"
@@ -85,15 +85,23 @@ def test_the_parts_of_a_step_add_up() -> None:
     assert [part.data for part in run.split] == pytest.approx([0.01, 0.0])
 
 
-def test_timelines_have_windows_of_the_same_length() -> None:
+def test_excerpts_have_the_same_length() -> None:
     def answer(seconds: float, rank: int) -> RankAnswer:
         spans = tuple(
-            RankSpan(stage=rank, kind="forward", microbatch=n, chunk=None, start=n * seconds, end=(n + 0.5) * seconds)
+            TimelineSpan(
+                row=rank,
+                stage=rank,
+                kind="forward",
+                microbatch=n,
+                chunk=None,
+                start=n * seconds,
+                end=(n + 0.5) * seconds,
+            )
             for n in range(40)
         )
         return RankAnswer(stages=(("a",), ("b", "c")), spans=spans)
 
-    slow, fast = cut_windows([("slow", [answer(2.0, 0), answer(2.0, 1)]), ("fast", [answer(1.0, 0), answer(1.0, 1)])])
+    slow, fast = cut_excerpts([("slow", [answer(2.0, 0), answer(2.0, 1)]), ("fast", [answer(1.0, 0), answer(1.0, 1)])])
     assert (slow.seconds, fast.seconds) == (8.0, 8.0)
     assert [span.microbatch for span in slow.spans if span.row == 1] == [20, 21, 22, 23]
     assert [span.start for span in fast.spans if span.row == 0] == list(range(8))
@@ -127,24 +135,22 @@ def pool() -> Iterator[Pool]:
         yield made
 
 
-def _request(pool: Pool, name: str, *flags: str, **more: Any) -> Request:
+def _request(pool: Pool, name: str, *, form: Form | None = None, timeout: float = 100.0, **settings: Any) -> Request:
     spec = next(spec for spec in all_contenders("cpu", cores=2, processes=2) if spec.name == name)
-    engine = "sequential" if spec.is_bp_pipeline else spec.engine
-    options = parse(["--max-steps", "20", "--no-eval", *flags], default_engine=engine)
-    options = replace(options, training_mode=spec.family, engine=engine)
-    request = Request(spec=spec, task="train", options=options, data=pool.folder / "data.pt", timeout=100.0)
-    return replace(request, **more)
+    common = {"max_steps": 20, "no_eval": True, "training_mode": spec.family, "engine": spec.engine}
+    recipe = Recipe(**common | settings)
+    return Request(spec=spec, task="train", recipe=recipe, data=pool.folder / "data.pt", form=form, timeout=timeout)
 
 
 @pytest.mark.parametrize("name", ["LLS, 1 thread", "BP 1F1B, 2 processes"])
 def test_a_diverging_contender_says_so(pool: Pool, name: str) -> None:
     form = Form(chunks=2, parts=((0, 2), (2, 5)))
     with pytest.raises(ContenderFailed, match=r"is (nan|inf); lower --lr"):
-        pool.run(_request(pool, name, "--lr", "1e30", form=form))
+        pool.run(_request(pool, name, lr=1e30, form=form))
 
 
 def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
-    request = _request(pool, "LLS, 1 thread", "--max-steps", "100000", "--num-epochs", "10000")
+    request = _request(pool, "LLS, 1 thread", max_steps=100_000, num_epochs=10_000)
     caught: list[ContenderFailed] = []
 
     def run() -> None:
@@ -163,7 +169,7 @@ def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
 
 
 def test_a_contender_that_takes_too_long_has_failed(pool: Pool) -> None:
-    request = _request(pool, "LLS, 2 processes", "--max-steps", "100000", "--num-epochs", "10000", timeout=1.0)
+    request = _request(pool, "LLS, 2 processes", max_steps=100_000, num_epochs=10_000, timeout=1.0)
     with pytest.raises(ContenderFailed, match="no answer within 1 s"):
         pool.run(request)
     assert not multiprocessing.active_children()

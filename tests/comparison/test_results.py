@@ -4,11 +4,13 @@ import dataclasses
 import json
 import statistics
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_report import sample_report
 
 from unlocked.comparison.results import Contender, Report, Run, Spread, StepSplit
 
@@ -91,5 +93,18 @@ def test_other_formats_are_refused(text: str) -> None:
 
 
 def test_a_wrong_value_is_named_with_its_place() -> None:
-    with pytest.raises(ValueError, match=r"report: missing \['contenders', 'environment', 'settings'\]"):
+    with pytest.raises(ValueError, match="report: Object missing required field `environment`"):
         Report.from_json('{"format": 1}')
+    content = json.loads(sample_report().to_json())
+    content["contenders"][2]["runs"][0]["steps"] = "many"
+    with pytest.raises(ValueError, match=r"Expected `int`, got `str` - at `\$.contenders\[2\].runs\[0\].steps`"):
+        Report.from_json(json.dumps(content))
+
+
+def test_a_field_that_is_not_known_is_named(tmp_path: Path) -> None:
+    content = json.loads(sample_report().to_json())
+    content["settings"]["colour"] = "blue"
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"report.json: report.settings: unknown fields colour; valid: command"):
+        Report.load(path)

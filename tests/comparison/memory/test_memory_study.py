@@ -7,17 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from unlocked.comparison.memory.study import (
-    BP,
-    CHECKPOINTED,
-    ChainSettings,
-    MemoryPoint,
-    MemoryStudy,
-    _count_allocations,
-    chain,
-    main,
-    measure,
-)
+from unlocked.comparison.memory.allocations import count_allocations
+from unlocked.comparison.memory.chain import chain
+from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
+from unlocked.comparison.memory.study import main, measure
 
 SETTINGS = ChainSettings(channels=4, image_size=8, batch_size=8)
 
@@ -65,7 +58,7 @@ def test_checkpoints_lie_between() -> None:
 
 
 def test_the_count_is_exact() -> None:
-    with _count_allocations(torch.device("cpu")) as count:
+    with count_allocations(torch.device("cpu")) as count:
         first = torch.empty(1000)
         second = torch.empty(500)
         del first

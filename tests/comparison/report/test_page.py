@@ -17,8 +17,11 @@ from sample_report import sample_memory, sample_report, sample_stages
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from unlocked.comparison.memory.page import memory_section
 from unlocked.comparison.report.page import write_page
+from unlocked.comparison.report.sections import Section
 from unlocked.comparison.results import Report
+from unlocked.comparison.stages.page import stages_section
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -38,10 +41,14 @@ FLAGS = (
 )
 
 
+def _studies() -> list[Section]:
+    return [memory_section(sample_memory()), stages_section(sample_stages())]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
-    write_page(sample_report(), path, memory=sample_memory(), stages=sample_stages())
+    write_page(sample_report(), path, studies=_studies())
     return path
 
 
@@ -121,7 +128,11 @@ def test_what_was_not_measured_leaves_no_hole(tmp_path: Path) -> None:
 
 def test_the_same_report_gives_the_same_page(page: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.html"
-    write_page(Report.from_json(sample_report().to_json()), again, memory=sample_memory(), stages=sample_stages())
+    write_page(
+        Report.from_json(sample_report().to_json()),
+        again,
+        studies=_studies(),
+    )
     assert again.read_bytes() == page.read_bytes()
 
 
@@ -229,7 +240,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path: Path) -> None:
         "import importlib.util\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda n, p=None: None if n == 'matplotlib' else find(n, p)\n"
-        "from unlocked.comparison.report.page import require_plotting\n"
+        "from unlocked.comparison.report.figures import require_plotting\n"
         "require_plotting()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,51 +1,33 @@
-"""Cuts windows of equal length out of recorded runs, so that two timelines can stand one above the other."""
+"""Cuts excerpts of equal length out of recorded runs, so that two timelines can stand one above the other."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from unlocked.comparison.request import RankAnswer
-from unlocked.comparison.results import Timeline, TimelineSpan
+from unlocked.comparison.results import TimelineExcerpt, TimelineSpan
 
-__all__ = ["cut_windows"]
+__all__ = ["cut_excerpts"]
 
 _FIRST_STEP = 20  # the pipeline has long been full
-_STEPS = 4  # of the slowest run, in the window
+_STEPS = 4  # of the slowest run, in the excerpt
 
 
-def cut_windows(runs: Sequence[tuple[str, Sequence[RankAnswer]]]) -> list[Timeline]:
-    """One timeline per run: each begins with its own step `_FIRST_STEP`, and all last as long as the slowest run's
+def cut_excerpts(runs: Sequence[tuple[str, Sequence[RankAnswer]]]) -> list[TimelineExcerpt]:
+    """One excerpt per run: each begins with its own step `_FIRST_STEP`, and all last as long as the slowest run's
     next `_STEPS` steps.
 
     Args:
-        runs: the contender's name, and its processes' answers with their spans: each process's own, or all in rank
-            0's, where a stage is a process.
+        runs: the contender's name, and its processes' answers with their spans, from which process soever.
     """
-    recorded = [_spans(answers) for _, answers in runs]
+    recorded = [[span for answer in answers for span in answer.spans] for _, answers in runs]
     begins = [_start_of(spans, _FIRST_STEP) for spans in recorded]
     seconds = max(_start_of(spans, _FIRST_STEP + _STEPS) - begin for spans, begin in zip(recorded, begins, strict=True))
-    timelines = []
+    excerpts = []
     for (name, answers), spans, begin in zip(runs, recorded, begins, strict=True):
         moved = [_moved(span, begin) for span in spans if span.end > begin and span.start < begin + seconds]
         moved.sort(key=lambda span: span.start)
-        timelines.append(Timeline(contender=name, rows=_row_names(answers), seconds=seconds, spans=tuple(moved)))
-    return timelines
-
-
-def _spans(answers: Sequence[RankAnswer]) -> list[TimelineSpan]:
-    alone = sum(bool(answer.spans) for answer in answers) == 1
-    return [
-        TimelineSpan(
-            row=span.stage if alone else rank,
-            kind=span.kind,
-            microbatch=span.microbatch,
-            chunk=span.chunk,
-            stage=span.stage,
-            start=span.start,
-            end=span.end,
-        )
-        for rank, answer in enumerate(answers)
-        for span in answer.spans
-    ]
+        excerpts.append(TimelineExcerpt(contender=name, rows=_row_names(answers), seconds=seconds, spans=tuple(moved)))
+    return excerpts
 
 
 def _start_of(spans: Sequence[TimelineSpan], step: int) -> float:

@@ -1,0 +1,99 @@
+"""What the memory study found, as plain data."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from unlocked.comparison.reading import read_record
+from unlocked.runtime.typed import from_plain, to_plain
+
+__all__ = ["BP", "CHECKPOINTED", "ChainSettings", "MemoryPoint", "MemoryStudy"]
+
+BP: Final = "BP"
+CHECKPOINTED: Final = "BP, checkpointed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSettings:
+    """The network and how it trains: equal 3x3 convolutional blocks, then an output layer."""
+
+    channels: int = 16
+    image_size: int = 16
+    batch_size: int = 16
+    num_classes: int = 10
+    steps: int = 3
+    """Training steps; the first one builds the optimizer's states."""
+    device: str = "cpu"
+    kernels: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "image_size", "batch_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not valid. Give at least 1.")
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps} is not valid. Give at least 2: the first one only warms up.")
+
+    @property
+    def activation_bytes(self) -> int:
+        """One block's output for one batch, in float32."""
+        return 4 * self.batch_size * self.channels * self.image_size**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPoint:
+    """One chain, one way to train it."""
+
+    method: str
+    """"BP", "BP, checkpointed", or the name of a local rule."""
+    depth: int
+    """Equal blocks, without the output layer."""
+    activation_bytes: int
+    """The most that was alive at once, less `persistent_bytes`."""
+    persistent_bytes: int
+    """Weights, optimizer states, buffers and the batch; of a local rule also the gradients."""
+    held_bytes: int
+    """Alive between two steps beyond `persistent_bytes`: what a method keeps of a batch that it is done with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStudy:
+    """All chains. `as_dict` and `from_dict` are each other's inverse, for JSON."""
+
+    settings: ChainSettings
+    points: list[MemoryPoint]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(point.method for point in self.points))
+
+    def of(self, method: str) -> list[MemoryPoint]:
+        """A method's points by depth."""
+        return sorted((p for p in self.points if p.method == method), key=lambda point: point.depth)
+
+    def slope(self, method: str) -> tuple[float, float]:
+        """Bytes per block and bytes at depth 0 of the least-squares line through a method's points.
+
+        Raises:
+            ValueError: fewer than two depths.
+        """
+        points = self.of(method)
+        if len({point.depth for point in points}) < 2:
+            raise ValueError(f"a line through the points of {method} needs at least two depths.")
+        line = statistics.linear_regression([p.depth for p in points], [p.activation_bytes for p in points])
+        return line.slope, line.intercept
+
+    def as_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def load(cls, path: Path) -> "MemoryStudy":
+        """Raises: ValueError if `path` is no study of memory."""
+        return read_record(cls, path, what="memory study", remedy="--study memory")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MemoryStudy":
+        """Raises: ValueError where a value does not belong."""
+        return from_plain(cls, values, "memory study")
