@@ -5,12 +5,8 @@ not depend on the number of threads. Compiled on first use with the system's C++
 """
 
 from unlocked.kernels.cpp.bindings import unavailable
-from unlocked.kernels.cpp.operations import (
-    local_head,
-    norm_act_backward,
-    norm_act_backward_full,
-    norm_act_forward,
-)
+from unlocked.kernels.cpp.head import local_head
+from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 from unlocked.kernels.images import load_batch
 
 __all__ = [
