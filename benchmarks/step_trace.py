@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unlocked.kernels import reference
+from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.models import get_model
 from unlocked.rules import get_rule
@@ -223,7 +224,7 @@ class _Recorder(TorchDispatchMode):
 class _Backend:
     """The operations of `kernels.reference` on meta tensors; notes the launches of the Triton backend."""
 
-    __name__ = "step_trace"
+    ABILITIES = Abilities(devices=frozenset({"meta"}))
 
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
