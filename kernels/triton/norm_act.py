@@ -1,8 +1,8 @@
 """BatchNorm + LeakyReLU + latents + pooling in Triton, forward and backward: the launches and their checks.
 
 Launches: one where at most 1024 rows (B x H x W) are normalised, as in linear blocks; else two, a reduction over the
-batch and one pass over the whole tensor (see [Note: merged statistics] in `norm_act_kernels.py`). The forward pass
-takes one more where the output's pooling windows don't nest in the latents' windows. Results repeat bit by bit.
+batch and one pass over the whole tensor (see [Note: merged statistics] in `norm_act_forward_kernels.py`). The forward
+pass takes one more where the output's pooling windows don't nest in the latents' windows. Results repeat bit by bit.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels.reference import NormActResult, PoolKind
-from unlocked.kernels.triton import norm_act_kernels as kernels
+from unlocked.kernels.triton.norm_act_backward_kernels import backward_kernel, full_totals_kernel, window_totals_kernel
+from unlocked.kernels.triton.norm_act_forward_kernels import forward_kernel, moments_kernel
 from unlocked.kernels.triton.norm_act_geometry import Shape, backward_geometry, forward_geometry
 
 __all__ = [
@@ -150,7 +151,7 @@ def forward_launches(
         grid, num_warps, num_partials, per_partial, constants = geometry.reduction
         partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
         arguments: tuple[Any, ...] = (conv, partials, shape.rows, per_partial, channels, *strides)
-        launches.append(Launch(kernels.moments_kernel, grid, num_warps, arguments, constants))
+        launches.append(Launch(moments_kernel, grid, num_warps, arguments, constants))
     for grid, num_warps, num_windows, num_tiles, constants in geometry.passes:
         sums = (latents, mask_sums, mask_xhat_sums) if constants["LATENTS"] else (None, None, None)
         arguments = (
@@ -158,7 +159,7 @@ def forward_launches(
             shape.rows, per_partial, num_windows, num_tiles, channels, momentum, eps, negative_slope,
             *strides, *out_strides,
         )  # fmt: skip
-        launches.append(Launch(kernels.forward_kernel, grid, num_warps, arguments, constants))
+        launches.append(Launch(forward_kernel, grid, num_warps, arguments, constants))
     return NormActResult(latents, output, mean, rstd, mask_sums, mask_xhat_sums), launches
 
 
@@ -186,18 +187,18 @@ def backward_launches(
         partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
         arguments: tuple[Any, ...]
         if sums is None:
-            kernel = kernels.full_totals_kernel
+            kernel = full_totals_kernel
             counts = (shape.rows, per_partial, channels, negative_slope)
             arguments = (grad, conv, mean, rstd, weight, bias, partials, *counts, *strides)
         else:
-            kernel = kernels.window_totals_kernel
+            kernel = window_totals_kernel
             arguments = (grad, *sums, partials, last.num_windows, per_partial, channels, scale)
         launches.append(Launch(kernel, grid, num_warps, arguments, constants))
     arguments = (
         grad, conv, mean, rstd, weight, bias, *(sums or (None, None)), partials, conv_grad, weight_grad, bias_grad,
         shape.rows, last.num_windows, last.num_tiles, channels, scale, negative_slope, *strides, *_strides(conv_grad),
     )  # fmt: skip
-    launches.append(Launch(kernels.backward_kernel, last.grid, last.num_warps, arguments, last.constants))
+    launches.append(Launch(backward_kernel, last.grid, last.num_warps, arguments, last.constants))
     return (conv_grad, weight_grad, bias_grad), launches
 
 

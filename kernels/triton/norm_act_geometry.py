@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from unlocked.kernels.triton.norm_act_kernels import (
+from unlocked.kernels.triton.norm_act_forward_kernels import (
     POOL_AVERAGE,
     POOL_MAX,
     POOL_NONE,
