@@ -6,6 +6,7 @@ Used by benchmarks/cpu_step.py; both run in one process, whose intra-op threads 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from types import ModuleType
@@ -19,7 +20,8 @@ from unlocked.kernels import cpp
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime.network import Network, build_layer, build_network
-from unlocked.workers import fused
+from unlocked.workers import bodies
+from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import Layer
 
 __all__ = ["ceilings", "ladder", "operations"]
@@ -97,7 +99,7 @@ def build_layers(kernels: str, *, native_optimizer: bool = True) -> list[Layer]:
             rule=get_rule("LLS", temperature=0.5, label_smoothing=0.0, waveform="cosine"),
             optimizer=partial(torch.optim.Adam, lr=0.01, fused=True),
             device=CPU,
-            step=fused.choose_step(kernels, CPU),
+            step=choose_step(kernels, CPU),
         )
         if not native_optimizer:
             layer.optimizer = layer.optimizer.wrapped
@@ -125,11 +127,11 @@ def run_layers(layers: list[Layer], images: Tensor, labels: Tensor) -> None:
 
 def without_in_place(layers: list[Layer], images: Tensor, labels: Tensor) -> None:
     """With a fresh buffer for every gradient, as before."""
-    kept, fused._IN_PLACE = fused._IN_PLACE, ()  # type: ignore[assignment]
+    kept, cpp.ABILITIES = cpp.ABILITIES, replace(cpp.ABILITIES, in_place=False)
     try:
         run_layers(layers, images, labels)
     finally:
-        fused._IN_PLACE = kept
+        cpp.ABILITIES = kept
 
 
 @contextlib.contextmanager
@@ -152,8 +154,8 @@ def recording(layers: list[Layer]) -> Iterator[tuple[dict[tuple[str, str], list[
         undo.append(partial(setattr, owner, attribute, original))
 
     backend: ModuleType = cpp
-    wrap(fused, "_convolve", "convolution")
-    wrap(fused, "_convolution_backward", "weight gradient")
+    wrap(bodies, "convolve", "convolution")
+    wrap(bodies, "convolution_backward", "weight gradient")
     wrap(backend, "norm_act_forward", "normalise, activate, pool")
     wrap(backend, "local_head", "head")
     wrap(backend, "norm_act_backward", "normalisation backward")

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unlocked.kernels.reference import HeadResult, local_head, make_basis
-from unlocked.kernels.triton.aot import AotSpec
+from unlocked.kernels.triton.aot_spec import AotSpec
 from unlocked.kernels.triton.arrivals import arrival_counter
 
 __all__ = ["AOT_SPEC", "hand_head"]

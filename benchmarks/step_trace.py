@@ -1,7 +1,7 @@
 """Every kernel of a training step, in order, from the real workers run on meta tensors: no device, no arithmetic.
 
 Layers, stages and lanes are the ones that train. Under them stand a backend that answers with empty tensors and notes
-the Triton launches that the launch plans name, an optimizer that notes its launch, and a dispatch mode that notes
+the Triton launches that the launch geometries name, an optimizer that notes its launch, and a dispatch mode that notes
 every other operation of torch. So a change to the workers changes the count.
 """
 
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unlocked.kernels import reference
-from unlocked.kernels.triton.norm_act_plan import Plan, Shape, backward_plan, forward_plan
+from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
@@ -240,7 +241,7 @@ class _Recorder(TorchDispatchMode):
 class _Backend:
     """The operations of `kernels.reference` on meta tensors; notes the launches of the Triton backend."""
 
-    __name__ = "step_trace"
+    ABILITIES = Abilities(devices=frozenset({"meta"}))
 
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
@@ -249,9 +250,9 @@ class _Backend:
         with self._recorder.silence():
             result = reference.norm_act_forward(conv, *args, **options)
         side = options["latent_size"] if conv.dim() == 4 else min(options["latent_size"], 1)
-        plan = forward_plan(_shape(conv), side, options["pool"], options["pool_size"])
+        geometry = forward_geometry(_shape(conv), side, options["pool"], options["pool_size"])
         written = _size(result.latents, result.output, result.mask_sums, result.mask_xhat_sums)
-        self._add_passes("norm_act_forward", plan, _size(conv), _size(conv), written, conv.numel())
+        self._add_passes("norm_act_forward", geometry, _size(conv), _size(conv), written, conv.numel())
         return result
 
     def norm_act_backward(self, grad: Tensor, conv: Tensor, *args: Any, **options: Any) -> Any:
@@ -260,7 +261,12 @@ class _Backend:
         side = options["latent_size"] if conv.dim() == 4 else 1
         small = _size(grad, *args[4:6])
         self._add_passes(
-            "norm_act_backward", backward_plan(_shape(conv), side), small, _size(conv, grad), _size(conv), conv.numel()
+            "norm_act_backward",
+            backward_geometry(_shape(conv), side),
+            small,
+            _size(conv, grad),
+            _size(conv),
+            conv.numel(),
         )
         return result
 
@@ -268,8 +274,8 @@ class _Backend:
         with self._recorder.silence():
             result = reference.norm_act_backward_full(grad, conv, *args, **options)
         both = _size(grad, conv)
-        plan = backward_plan(_shape(conv), 0)
-        self._add_passes("norm_act_backward_full", plan, both, both, _size(conv), conv.numel())
+        geometry = backward_geometry(_shape(conv), 0)
+        self._add_passes("norm_act_backward_full", geometry, both, both, _size(conv), conv.numel())
         return result
 
     def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
@@ -286,13 +292,13 @@ class _Backend:
             self._recorder.add("batch_product", "fused", moved, flops, _divide_up(dim, 32), 3)
         return result
 
-    def _add_passes(self, name: str, plan: Plan, reduced: int, read: int, written: int, values: int) -> None:
+    def _add_passes(self, name: str, geometry: Geometry, reduced: int, read: int, written: int, values: int) -> None:
         flops = _FLOPS_PER_VALUE * values
-        if plan.reduction is not None:
-            grid = plan.reduction.grid
+        if geometry.reduction is not None:
+            grid = geometry.reduction.grid
             # About five operations for each float32 that is read.
             self._recorder.add(f"{name}: reduction", "fused", reduced, 5 * reduced // 4, grid[0] * grid[1], 1)
-        for index, part in enumerate(plan.passes):
+        for index, part in enumerate(geometry.passes):
             # The pass merges the reduction's results (or makes them) before it reads the tensor.
             moved = read + written if index == 0 else read
             self._recorder.add(f"{name}: pass", "fused", moved, flops, part.grid[0] * part.grid[1], 2)

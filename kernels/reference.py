@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.images import load_batch
 
 __all__ = [
+    "ABILITIES",
     "HeadResult",
     "NormActResult",
     "PoolKind",
@@ -33,10 +35,19 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "pool_latents",
+    "unavailable",
 ]
+
+# Autograd on the library's layers is faster than these: they are the truth, not a fast twin.
+ABILITIES = Abilities(devices=frozenset({"cpu", "cuda"}), closed_form=False, in_place=True)
 
 NORM_EPS = 1e-12  # the clamp of torch.nn.functional.normalize, which the authors use
 PoolKind = Literal["none", "max", "average"]
+
+
+def unavailable(device: torch.device | str) -> str:
+    """Why this backend can't run on `device`: it runs wherever torch does."""
+    return ""
 
 
 class HeadResult(NamedTuple):

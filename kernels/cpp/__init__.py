@@ -4,16 +4,14 @@ It covers float32 in channels-last memory (and [B, C]); whatever else it is give
 not depend on the number of threads. Compiled on first use with the system's C++ compiler.
 """
 
+from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.cpp.bindings import unavailable
-from unlocked.kernels.cpp.operations import (
-    local_head,
-    norm_act_backward,
-    norm_act_backward_full,
-    norm_act_forward,
-)
+from unlocked.kernels.cpp.head import local_head
+from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 from unlocked.kernels.images import load_batch
 
 __all__ = [
+    "ABILITIES",
     "load_batch",
     "local_head",
     "norm_act_backward",
@@ -21,3 +19,5 @@ __all__ = [
     "norm_act_forward",
     "unavailable",
 ]
+
+ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp")

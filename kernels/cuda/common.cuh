@@ -101,7 +101,8 @@ struct Lanes {
   static_assert(across <= kWarp && kWarp % across == 0, "a team lies in one warp");
 };
 
-// The geometry of a tensor [batch, channels, height, width] and of the work on it; plan.py fills it, field by field.
+// The geometry of a tensor [batch, channels, height, width] and of the work on it; norm_act_geometry.py fills it, field
+// by field.
 struct Geometry {
   int64_t batch, channels, height, width;
   int64_t grid_h, grid_w;      // windows of one image

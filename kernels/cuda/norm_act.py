@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels.cuda.bindings import DTYPES, device_limits, floats, launch, pointer, require, require_cuda
-from unlocked.kernels.cuda.geometry import backward_plan, forward_plans, full_backward_plan, vector_width
+from unlocked.kernels.cuda.norm_act_geometry import (
+    backward_geometry,
+    forward_geometries,
+    full_backward_geometry,
+    vector_width,
+)
 from unlocked.kernels.reference import NormActResult, PoolKind
 
 __all__ = ["norm_act_backward", "norm_act_backward_full", "norm_act_forward"]
@@ -64,24 +69,24 @@ def norm_act_forward(
 
     sms, _ = device_limits(x.device.index)
     vector = vector_width(channels, channels_last, x.element_size(), x.data_ptr(), output.data_ptr())
-    plan, output_plan = forward_plans(shape, channels_last, vector, sms, side, cell)
-    partials = floats((plan.groups, channels, 2), x)
+    geometry, output_geometry = forward_geometries(shape, channels_last, vector, sms, side, cell)
+    partials = floats((geometry.groups, channels, 2), x)
     dtype, (mean, rstd), (mask_sums, mask_xhat_sums) = DTYPES[x.dtype], statistics.unbind(), sums.unbind()
     options = (momentum, eps, negative_slope)
     source = (x.data_ptr(), partials.data_ptr(), weight.data_ptr(), bias.data_ptr(), pointer(conv_bias))
     kept = (running_mean.data_ptr(), running_var.data_ptr(), mean.data_ptr(), rstd.data_ptr())
     window_sums = (latents.data_ptr(), mask_sums.data_ptr(), mask_xhat_sums.data_ptr()) if side else (None, None, None)
 
-    launch("unlocked_moments", x.device, dtype, byref(plan), x.data_ptr(), partials.data_ptr())
-    if output_plan is None:
+    launch("unlocked_moments", x.device, dtype, byref(geometry), x.data_ptr(), partials.data_ptr())
+    if output_geometry is None:
         arguments = (*source, *kept, output.data_ptr(), *window_sums, *options)
-        launch("unlocked_apply", x.device, dtype, _POOLS[pool], byref(plan), *arguments)
+        launch("unlocked_apply", x.device, dtype, _POOLS[pool], byref(geometry), *arguments)
     else:
         latents_only = (*source, *kept, None, *window_sums, *options)
-        launch("unlocked_apply", x.device, dtype, _POOLS["none"], byref(plan), *latents_only)
+        launch("unlocked_apply", x.device, dtype, _POOLS["none"], byref(geometry), *latents_only)
         # Without somewhere to keep the statistics, this launch leaves the running ones alone.
         output_only = (*source, None, None, None, None, output.data_ptr(), None, None, None, *options)
-        launch("unlocked_apply", x.device, dtype, _POOLS[pool], byref(output_plan), *output_only)
+        launch("unlocked_apply", x.device, dtype, _POOLS[pool], byref(output_geometry), *output_only)
     if copied is not None:
         output = copied.copy_(output)
     return NormActResult(latents, output, mean, rstd, mask_sums, mask_xhat_sums)
@@ -122,13 +127,13 @@ def norm_act_backward(
     grads = floats((2, channels), x)
     sms, _ = device_limits(x.device.index)
     vector = vector_width(channels, channels_last, x.element_size(), x.data_ptr())
-    plan, fold, parts = backward_plan(shape, channels_last, vector, sms, side)
-    partials = floats((plan.groups, channels * parts, 2), x)
+    geometry, fold, parts = backward_geometry(shape, channels_last, vector, sms, side)
+    partials = floats((geometry.groups, channels * parts, 2), x)
     weight_grad, bias_grad = grads.unbind()
     launch(
         "unlocked_backward",
         x.device,
-        *(DTYPES[x.dtype], int(is_float), fold, byref(plan), latents_grad.data_ptr(), x.data_ptr()),
+        *(DTYPES[x.dtype], int(is_float), fold, byref(geometry), latents_grad.data_ptr(), x.data_ptr()),
         *(mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(), bias.data_ptr()),
         *(mask_sums.data_ptr(), mask_xhat_sums.data_ptr(), partials.data_ptr()),
         *(conv_grad.data_ptr(), weight_grad.data_ptr(), bias_grad.data_ptr(), negative_slope),
@@ -169,13 +174,13 @@ def norm_act_backward_full(
     grads = floats((2, channels), x)
     sms, _ = device_limits(x.device.index)
     vector = vector_width(channels, channels_last, x.element_size(), x.data_ptr(), grad.data_ptr())
-    plan = full_backward_plan(shape, channels_last, vector, sms)
-    partials = floats((plan.groups, channels, 2), x)
+    geometry = full_backward_geometry(shape, channels_last, vector, sms)
+    partials = floats((geometry.groups, channels, 2), x)
     weight_grad, bias_grad = grads.unbind()
     launch(
         "unlocked_backward_full",
         x.device,
-        *(DTYPES[x.dtype], byref(plan), grad.data_ptr(), x.data_ptr()),
+        *(DTYPES[x.dtype], byref(geometry), grad.data_ptr(), x.data_ptr()),
         *(mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(), bias.data_ptr(), partials.data_ptr()),
         *(conv_grad.data_ptr(), weight_grad.data_ptr(), bias_grad.data_ptr(), negative_slope),
     )

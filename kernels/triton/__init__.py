@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unlocked.kernels.abilities import Abilities
+
 if TYPE_CHECKING:
     from unlocked.kernels.triton.head import local_head
     from unlocked.kernels.triton.images import load_batch
     from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 
 __all__ = [
+    "ABILITIES",
     "load_batch",
     "local_head",
     "norm_act_backward",
@@ -24,6 +27,8 @@ __all__ = [
     "norm_act_forward",
     "unavailable",
 ]
+
+ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True)
 
 _HOMES = {
     "local_head": "head",

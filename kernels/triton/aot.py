@@ -2,8 +2,8 @@
 
     python -m unlocked.kernels.triton.aot [--json FILE] [--match PATTERN]
 
-Each kernel file lists the specialisations worth watching in `AOT_SPECS`. Registers, stack and local memory are read
-from the compiled binary by `cuobjdump --dump-resource-usage`, which ships with the triton package.
+The files in `MODULES` list the specialisations worth watching in `AOT_SPECS`. Registers, stack and local memory are
+read from the compiled binary by `cuobjdump --dump-resource-usage`, which ships with the triton package.
 """
 
 import argparse
@@ -13,31 +13,15 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from unlocked.kernels.triton.aot_spec import AotSpec
 
 __all__ = ["ARCHITECTURES", "MODULES", "AotSpec", "all_specs", "compile_ahead", "main"]
 
 ARCHITECTURES = (90, 80)
-MODULES = ("head", "norm_act", "images", "optim")
-
-
-@dataclass(frozen=True)
-class AotSpec:
-    """One specialisation of one kernel.
-
-    `signature` names the type of every argument that is not in `constexprs`: "*fp32", "*bf16", "i32", "fp32"; an
-    integer that is a multiple of 16 may say so ("i32:16"). Pointers are taken to be 16-byte aligned, as torch's
-    allocations are. `constexprs` holds constants, jit functions, and None for a pointer that is not given.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
+MODULES = ("head", "norm_act_specs", "images", "optim")  # the files that list specialisations
 
 
 def all_specs() -> list[AotSpec]:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from unlocked.kernels.reference import HeadResult
-from unlocked.kernels.triton.aot import AotSpec
+from unlocked.kernels.triton.aot_spec import AotSpec
 from unlocked.kernels.triton.arrivals import arrival_counter
 from unlocked.kernels.triton.head_kernels import batch_product_kernel, head_kernel
 from unlocked.kernels.triton.pieces import (
@@ -86,7 +86,7 @@ def make_head(pieces: HeadPieces) -> Callable[..., HeadResult]:
     return head
 
 
-class _Plan(NamedTuple):
+class _Geometry(NamedTuple):
     """What a launch depends on besides its tensors, worked out once per shape."""
 
     constants: dict[str, Any]  # constexprs of head_kernel, and num_warps
@@ -111,17 +111,19 @@ def _run(
 ) -> HeadResult:
     batch, dim, rows, classes = _sizes(latents, labels, basis, modulation, temperature, basis_gradient, totals)
     modulation_dims = 0 if modulation is None else modulation.dim()
-    plan = _plan(pieces, normalize, dim, rows, classes, modulation_dims, basis is not None, basis_gradient, batch)
+    geometry = _geometry(
+        pieces, normalize, dim, rows, classes, modulation_dims, basis is not None, basis_gradient, batch
+    )
     device = latents.device
     latents_grad = torch.empty((batch, dim), dtype=latents.dtype, device=device)
     loss_sum = torch.empty((), dtype=torch.float32, device=device)
     correct = torch.empty((), dtype=torch.int64, device=device)
-    scratch = torch.empty(batch * plan.scratch_width, dtype=torch.float32, device=device)
+    scratch = torch.empty(batch * geometry.scratch_width, dtype=torch.float32, device=device)
     modulation_grad = None
     if modulation is not None:
         modulation_grad = torch.empty(modulation.shape, dtype=torch.float32, device=device)
     with _device_of(latents):
-        head_kernel[(triton.cdiv(batch, plan.rows_per_program),)](
+        head_kernel[(triton.cdiv(batch, geometry.rows_per_program),)](
             latents,
             labels.contiguous(),
             basis,
@@ -140,20 +142,20 @@ def _run(
             float(temperature),
             float(label_smoothing),
             COUNT_FIVE=totals is not None and totals.shape[0] == 3,
-            **plan.constants,
+            **geometry.constants,
         )
-        if modulation_grad is not None and plan.constants["MODULATION_DIMS"] == 3:
-            _batch_product(scratch[plan.raw_at * batch :], scratch[2 * batch :], modulation_grad, batch)
+        if modulation_grad is not None and geometry.constants["MODULATION_DIMS"] == 3:
+            _batch_product(scratch[geometry.raw_at * batch :], scratch[2 * batch :], modulation_grad, batch)
         basis_grad = None
         if basis is not None and basis_gradient:
             basis_grad = torch.empty((rows, dim), dtype=torch.float32, device=device)
-            features = scratch[plan.features_at * batch :]
-            _batch_product(scratch[plan.raw_grad_at * batch :], features, basis_grad, batch)
+            features = scratch[geometry.features_at * batch :]
+            _batch_product(scratch[geometry.raw_grad_at * batch :], features, basis_grad, batch)
     return HeadResult(loss_sum, correct, latents_grad, modulation_grad, basis_grad)
 
 
 @lru_cache(maxsize=1024)
-def _plan(
+def _geometry(
     pieces: HeadPieces,
     normalize: bool,
     dim: int,
@@ -163,7 +165,7 @@ def _plan(
     has_basis: bool,
     basis_gradient: bool,
     batch: int,
-) -> _Plan:
+) -> _Geometry:
     block_dim, block_rows, block_classes = (_block(size) for size in (dim, rows, classes))
     if modulation_dims == 2 and max(block_rows, block_classes) > _PRODUCT_TILE:
         modulation_dims = 3
@@ -199,7 +201,7 @@ def _plan(
         "num_warps": warps,
     }
     width = features_at + dim if keep else raw_grad_at
-    return _Plan(constants, rows_per_program, width, raw_at, raw_grad_at, features_at)
+    return _Geometry(constants, rows_per_program, width, raw_at, raw_grad_at, features_at)
 
 
 def _batch_product(left: Tensor, right: Tensor, product: Tensor, batch: int) -> None:
@@ -284,7 +286,7 @@ def _head_spec(
 ) -> AotSpec:
     """A specialisation of the head kernel as a call at batch 64 compiles it."""
     has_basis, trained_basis = options.get("has_basis", True), options.get("trained_basis", False)
-    constants = dict(_plan(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, 64).constants)
+    constants = dict(_geometry(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, 64).constants)
     warps = constants.pop("num_warps")
     constants["COUNT_FIVE"] = not has_basis  # as the output layer's totals
     float_pointers = ("basis", "modulation", "loss_sum", "modulation_grad", "scratch")

@@ -26,43 +26,19 @@ _PRODUCT_CHUNK = tl.constexpr(32)  # rows of the batch per step of a product ove
 
 @triton.jit(do_not_specialize=["num_rows"])
 def head_kernel(
-    latents,
-    labels,
-    basis,
-    modulation,
-    latents_grad,
-    loss_sum,
-    correct_sum,
-    modulation_grad,
-    totals,
-    scratch,
-    arrivals,
-    num_rows,
-    latents_row_stride,
-    latents_stride,
-    basis_row_stride,
-    basis_stride,
-    modulation_row_stride,
-    modulation_stride,
-    temperature,
-    label_smoothing,
-    LATENTS: tl.constexpr,
-    LATENTS_BACKWARD: tl.constexpr,
-    SCORES: tl.constexpr,
-    SCORES_BACKWARD: tl.constexpr,
-    LOSS: tl.constexpr,
-    DIM: tl.constexpr,
+    latents, labels, basis, modulation, latents_grad, loss_sum, correct_sum, modulation_grad, totals, scratch, arrivals,
+    num_rows, latents_row_stride, latents_stride, basis_row_stride, basis_stride, modulation_row_stride,
+    modulation_stride, temperature, label_smoothing,
+    LATENTS: tl.constexpr, LATENTS_BACKWARD: tl.constexpr, SCORES: tl.constexpr, SCORES_BACKWARD: tl.constexpr,
+    LOSS: tl.constexpr, DIM: tl.constexpr, CLASSES: tl.constexpr,
     ROWS: tl.constexpr,  # of the basis
-    CLASSES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     TILE: tl.constexpr,  # rows of the basis held at once
     ROWS_PER_PROGRAM: tl.constexpr,
     MODULATION_DIMS: tl.constexpr,  # 0 (none), 1, 2 (gradient made here) or 3 (a matrix whose gradient is made later)
     KEEP_FEATURES: tl.constexpr,  # for the gradient of the basis, which is made later
     COUNT_FIVE: tl.constexpr,  # totals has a third entry, the rows whose label is among the first five
-):
+):  # fmt: skip
     """Grid: ceil(B / ROWS_PER_PROGRAM). See [Note: one kernel]."""
     wide_rows = num_rows.to(tl.int64)
     weight_rows = scratch + 2 * wide_rows
@@ -124,13 +100,10 @@ def head_kernel(
     if arrived == tl.num_programs(0) - 1:
         tl.debug_barrier()
         _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals, COUNT_FIVE)
-        if MODULATION_DIMS == 1:
-            total = _sum_rows(weight_rows, num_rows, CLASSES, BLOCK_CLASSES)
-            tl.store(modulation_grad + classes, total, mask=in_classes)
-        if MODULATION_DIMS == 2:
-            product = _batch_product(raw_rows, weight_rows, num_rows, ROWS, CLASSES, 0, 0, BLOCK_ROWS, BLOCK_CLASSES)
-            inside = in_basis[:, None] & in_classes[None, :]
-            tl.store(modulation_grad + basis_rows[:, None] * CLASSES + classes[None, :], product, mask=inside)
+        _sum_modulation(
+            modulation_grad, weight_rows, raw_rows, num_rows,
+            ROWS, CLASSES, BLOCK_ROWS, BLOCK_CLASSES, MODULATION_DIMS,
+        )  # fmt: skip
         tl.store(arrivals, 0)
 
 
@@ -242,6 +215,23 @@ def _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals, COUNT_FIVE: tl
         tl.store(totals + 1, tl.load(totals + 1) + correct.to(tl.float64))
         if COUNT_FIVE:
             tl.store(totals + 2, tl.load(totals + 2) + tl.sum(fives, axis=0).to(tl.float64))
+
+
+@triton.jit
+def _sum_modulation(
+    modulation_grad, weight_rows, raw_rows, num_rows,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    MODULATION_DIMS: tl.constexpr,
+):  # fmt: skip
+    """The last program's gradient of a modulation [N], or of a matrix [R, N] that is one tile."""
+    basis_rows, classes = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_CLASSES)
+    if MODULATION_DIMS == 1:
+        total = _sum_rows(weight_rows, num_rows, CLASSES, BLOCK_CLASSES)
+        tl.store(modulation_grad + classes, total, mask=classes < CLASSES)
+    if MODULATION_DIMS == 2:
+        product = _batch_product(raw_rows, weight_rows, num_rows, ROWS, CLASSES, 0, 0, BLOCK_ROWS, BLOCK_CLASSES)
+        inside = (basis_rows < ROWS)[:, None] & (classes < CLASSES)[None, :]
+        tl.store(modulation_grad + basis_rows[:, None] * CLASSES + classes[None, :], product, mask=inside)
 
 
 @triton.jit

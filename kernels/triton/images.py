@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlocked.kernels.images import ERASE_BOXES, check_load_batch
 from unlocked.kernels.philox import Purpose
-from unlocked.kernels.triton.aot import AotSpec
+from unlocked.kernels.triton.aot_spec import AotSpec
 
 __all__ = ["AOT_SPECS", "load_batch"]
 

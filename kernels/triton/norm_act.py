@@ -1,8 +1,8 @@
 """BatchNorm + LeakyReLU + latents + pooling in Triton, forward and backward: the launches and their checks.
 
 Launches: one where at most 1024 rows (B x H x W) are normalised, as in linear blocks; else two, a reduction over the
-batch and one pass over the whole tensor (see [Note: merged statistics] in `norm_act_kernels.py`). The forward pass
-takes one more where the output's pooling windows don't nest in the latents' windows. Results repeat bit by bit.
+batch and one pass over the whole tensor (see [Note: merged statistics] in `norm_act_forward_kernels.py`). The forward
+pass takes one more where the output's pooling windows don't nest in the latents' windows. Results repeat bit by bit.
 """
 
 from collections.abc import Iterable
@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels.reference import NormActResult, PoolKind
-from unlocked.kernels.triton import norm_act_kernels as kernels
-from unlocked.kernels.triton.norm_act_plan import Shape, backward_plan, forward_plan
+from unlocked.kernels.triton.norm_act_backward_kernels import backward_kernel, full_totals_kernel, window_totals_kernel
+from unlocked.kernels.triton.norm_act_forward_kernels import forward_kernel, moments_kernel
+from unlocked.kernels.triton.norm_act_geometry import Shape, backward_geometry, forward_geometry
 
-__all__ = ["Launch", "norm_act_backward", "norm_act_backward_full", "norm_act_forward"]
+__all__ = [
+    "Launch",
+    "backward_launches",
+    "forward_launches",
+    "norm_act_backward",
+    "norm_act_backward_full",
+    "norm_act_forward",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_ROWS = 1 << 30  # rows and windows are counted in 32 bits, with room to round up
@@ -57,7 +65,7 @@ def norm_act_forward(
     if conv_bias is not None:
         vectors["conv_bias"] = conv_bias
     _check(conv, vectors)
-    result, launches = _forward_launches(
+    result, launches = forward_launches(
         conv, weight, bias, running_mean, running_var, conv_bias, latent_size, pool, pool_size, momentum, eps,
         negative_slope, out,
     )  # fmt: skip
@@ -92,7 +100,7 @@ def norm_act_backward(
         if given.shape != wanted or given.device != conv.device:
             raise ValueError(f"{name} must be {wanted} on {conv.device}, got {tuple(given.shape)} on {given.device}")
     sums = (mask_sums.contiguous(), mask_xhat_sums.contiguous())
-    result, launches = _backward_launches(
+    result, launches = backward_launches(
         latents_grad.contiguous(), conv, mean, rstd, weight, bias, sums, side, negative_slope
     )
     _run(conv, launches)
@@ -116,73 +124,81 @@ def norm_act_backward_full(
             f"activations_grad must be {tuple(conv.shape)} on {conv.device} like conv, "
             f"got {tuple(activations_grad.shape)} on {activations_grad.device}"
         )
-    result, launches = _backward_launches(activations_grad, conv, mean, rstd, weight, bias, None, 0, negative_slope)
+    result, launches = backward_launches(activations_grad, conv, mean, rstd, weight, bias, None, 0, negative_slope)
     _run(conv, launches)
     return result
 
 
-def _forward_launches(
+def forward_launches(
     conv: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, conv_bias: Tensor | None,
     latent_size: int, pool: PoolKind, pool_size: int, momentum: float, eps: float, negative_slope: float,
     out: Tensor | None,
 ) -> tuple[NormActResult, list[Launch]]:  # fmt: skip
+    """What `norm_act_forward` gives, in buffers that are still to be filled, and the launches that fill them, in order.
+    The tensors are checked already; those of the device "meta" do, where only the launches are of interest.
+    """
     shape = _shape(conv)
     batch, channels = shape.batch, shape.channels
     side = _latent_side(conv, latent_size)
     output = _output(conv, pool, pool_size, out)
-    plan = forward_plan(shape, side, pool, pool_size)
+    geometry = forward_geometry(shape, side, pool, pool_size)
     mean, rstd = conv.new_empty((2, channels), dtype=torch.float32).unbind()
     latents = conv.new_empty((batch, channels * side * side) if side else 0)
     mask_sums, mask_xhat_sums = conv.new_empty((2, *latents.shape), dtype=torch.float32).unbind()
     strides, out_strides = _strides(conv), _strides(output)
     launches, partials, per_partial = [], None, 1
-    if plan.reduction is not None:
-        grid, num_warps, num_partials, per_partial, constants = plan.reduction
+    if geometry.reduction is not None:
+        grid, num_warps, num_partials, per_partial, constants = geometry.reduction
         partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
         arguments: tuple[Any, ...] = (conv, partials, shape.rows, per_partial, channels, *strides)
-        launches.append(Launch(kernels.moments_kernel, grid, num_warps, arguments, constants))
-    for grid, num_warps, num_windows, num_tiles, constants in plan.passes:
+        launches.append(Launch(moments_kernel, grid, num_warps, arguments, constants))
+    for grid, num_warps, num_windows, num_tiles, constants in geometry.passes:
         sums = (latents, mask_sums, mask_xhat_sums) if constants["LATENTS"] else (None, None, None)
         arguments = (
             conv, weight, bias, conv_bias, running_mean, running_var, partials, mean, rstd, *sums, output,
             shape.rows, per_partial, num_windows, num_tiles, channels, momentum, eps, negative_slope,
             *strides, *out_strides,
         )  # fmt: skip
-        launches.append(Launch(kernels.forward_kernel, grid, num_warps, arguments, constants))
+        launches.append(Launch(forward_kernel, grid, num_warps, arguments, constants))
     return NormActResult(latents, output, mean, rstd, mask_sums, mask_xhat_sums), launches
 
 
-def _backward_launches(
+def backward_launches(
     grad: Tensor, conv: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     sums: tuple[Tensor, Tensor] | None, side: int, negative_slope: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:  # fmt: skip
-    """`sums` None: `grad` is that of every activation, and `side` 0."""
+    """What `norm_act_backward` gives and the launches that fill it, as `forward_launches`.
+
+    Args:
+        grad: [B, C side side], or, where `sums` is None and `side` 0, like `conv`: that of every activation.
+        sums: the forward pass's (mask_sums, mask_xhat_sums), both [B, C side side].
+    """
     shape = _shape(conv)
     channels = shape.channels
-    plan = backward_plan(shape, side)
+    geometry = backward_geometry(shape, side)
     conv_grad = torch.empty_like(conv)
     weight_grad, bias_grad = conv.new_empty((2, channels), dtype=torch.float32).unbind()
     strides = (*_strides(conv), *(_strides(grad) if sums is None else (0, 0, 0, 0)))
     scale = side * side / (shape.height * shape.width)
-    (last,) = plan.passes
+    (last,) = geometry.passes
     launches, partials = [], None
-    if plan.reduction is not None:
-        grid, num_warps, num_partials, per_partial, constants = plan.reduction
+    if geometry.reduction is not None:
+        grid, num_warps, num_partials, per_partial, constants = geometry.reduction
         partials = conv.new_empty((2, num_partials, channels), dtype=torch.float32)
         arguments: tuple[Any, ...]
         if sums is None:
-            kernel = kernels.full_totals_kernel
+            kernel = full_totals_kernel
             counts = (shape.rows, per_partial, channels, negative_slope)
             arguments = (grad, conv, mean, rstd, weight, bias, partials, *counts, *strides)
         else:
-            kernel = kernels.window_totals_kernel
+            kernel = window_totals_kernel
             arguments = (grad, *sums, partials, last.num_windows, per_partial, channels, scale)
         launches.append(Launch(kernel, grid, num_warps, arguments, constants))
     arguments = (
         grad, conv, mean, rstd, weight, bias, *(sums or (None, None)), partials, conv_grad, weight_grad, bias_grad,
         shape.rows, last.num_windows, last.num_tiles, channels, scale, negative_slope, *strides, *_strides(conv_grad),
     )  # fmt: skip
-    launches.append(Launch(kernels.backward_kernel, last.grid, last.num_warps, arguments, last.constants))
+    launches.append(Launch(backward_kernel, last.grid, last.num_warps, arguments, last.constants))
     return (conv_grad, weight_grad, bias_grad), launches
 
 
@@ -256,12 +272,3 @@ def _output(conv: Tensor, pool: PoolKind, pool_size: int, out: Tensor | None) ->
             f"out must be {shape}, {conv.dtype} on {conv.device}, got {tuple(out.shape)}, {out.dtype} on {out.device}"
         )
     return out
-
-
-def __getattr__(name: str) -> Any:
-    # Made when asked for: nobody who trains needs them.
-    if name == "AOT_SPECS":
-        from unlocked.kernels.triton.norm_act_specs import AOT_SPECS
-
-        return AOT_SPECS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

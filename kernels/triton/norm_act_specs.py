@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from unlocked.kernels.reference import PoolKind
-from unlocked.kernels.triton.aot import AotSpec
-from unlocked.kernels.triton.norm_act import Launch, _backward_launches, _forward_launches
+from unlocked.kernels.triton.aot_spec import AotSpec
+from unlocked.kernels.triton.norm_act import Launch, backward_launches, forward_launches
 
 __all__ = ["AOT_SPECS"]
 
@@ -29,13 +29,13 @@ def _specs() -> Iterator[AotSpec]:
             if conv.dim() == 4:
                 conv = conv.to(memory_format=torch.channels_last)
             vector = torch.empty(shape[1], device="meta")
-            result, launches = _forward_launches(
+            result, launches = forward_launches(
                 conv, vector, vector, vector, vector, vector, latent_size, pool, 2, 0.1, 1e-5, 0.01, None
             )
             side = latent_size if conv.dim() == 4 else 1
             sums = (result.mask_sums, result.mask_xhat_sums)
-            launches += _backward_launches(result.latents, conv, vector, vector, vector, vector, sums, side, 0.01)[1]
-            launches += _backward_launches(conv, conv, vector, vector, vector, vector, None, 0, 0.01)[1]
+            launches += backward_launches(result.latents, conv, vector, vector, vector, vector, sums, side, 0.01)[1]
+            launches += backward_launches(conv, conv, vector, vector, vector, vector, None, 0, 0.01)[1]
             name = "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "_bf16")
             yield from (_spec(launch, name) for launch in launches)
 

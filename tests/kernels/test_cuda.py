@@ -1,7 +1,7 @@
 """The CUDA backend's numbers against the reference in float64, bit for bit where that is the contract. On a GPU only.
 
-Tolerances as in test_norm_act.py: a few float32 operations per value (2e-6 of the largest), sums of many terms (2e-5
-of the largest), and half a unit in the last place of the output's type.
+Tolerances as in test_triton_norm_act.py: a few float32 operations per value (2e-6 of the largest), sums of many terms
+(2e-5 of the largest), and half a unit in the last place of the output's type.
 """
 
 from collections.abc import Callable

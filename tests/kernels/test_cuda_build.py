@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unlocked.kernels import cuda, native
-from unlocked.kernels.cuda import bindings, build, geometry
+from unlocked.kernels.cuda import bindings, build, norm_act_geometry
 from unlocked.kernels.cuda.head import _block
 
 needs_nvcc = pytest.mark.skipif(build.find_compiler() is None, reason="needs nvcc")
@@ -159,8 +159,8 @@ def test_boundary(function: Callable[..., object], arguments: dict[str, Any], te
         function(**arguments)
 
 
-def test_limits_of_the_plan() -> None:
+def test_limits_of_the_geometry() -> None:
     with pytest.raises(ValueError, match=r"less than 2\*\*31 values"):
-        geometry.full_backward_plan((1, 2, 2**15, 2**15), True, 1, 132)
+        norm_act_geometry.full_backward_geometry((1, 2, 2**15, 2**15), True, 1, 132)
     with pytest.raises(ValueError, match="shared memory"):
         _block(1, 60000, 10, 10, False, 132, 227 * 1024)

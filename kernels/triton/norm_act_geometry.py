@@ -1,4 +1,4 @@
-"""Launch settings of the norm_act kernels, chosen from the shape alone: no measuring at run time.
+"""Launch geometry of the norm_act kernels, chosen from the shape alone: no measuring at run time.
 
 The number of programs never depends on the device, because the order of the sums does depend on it: the same shape
 gives the same bits on every GPU of one kind, whatever else runs there.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from unlocked.kernels.triton.norm_act_kernels import (
+from unlocked.kernels.triton.norm_act_forward_kernels import (
     POOL_AVERAGE,
     POOL_MAX,
     POOL_NONE,
@@ -18,7 +18,7 @@ from unlocked.kernels.triton.norm_act_kernels import (
     STATISTICS_WHOLE,
 )
 
-__all__ = ["Pass", "Plan", "Reduction", "Shape", "backward_plan", "forward_plan"]
+__all__ = ["Geometry", "Pass", "Reduction", "Shape", "backward_geometry", "forward_geometry"]
 
 WHOLE_ROWS = 1024  # up to here one program reads all rows of its channels, and one launch does everything
 TILE = 2048  # elements of a tile: 16 per thread at 4 warps, so that four float32 tiles fit the registers
@@ -30,7 +30,7 @@ SECTOR = 32  # bytes that memory hands out at once
 
 
 class Shape(NamedTuple):
-    """What the settings depend on. [B, C] is [B, C, 1, 1]."""
+    """What the geometry depends on. [B, C] is [B, C, 1, 1]."""
 
     batch: int
     channels: int
@@ -67,7 +67,7 @@ class Pass(NamedTuple):
     constants: Mapping[str, Any]
 
 
-class Plan(NamedTuple):
+class Geometry(NamedTuple):
     """The launches of one operation, in order. Without a reduction, the (only) pass does it too."""
 
     reduction: Reduction | None
@@ -85,7 +85,7 @@ class _Windows(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def forward_plan(shape: Shape, latent_size: int, pool: str, pool_size: int) -> Plan:
+def forward_geometry(shape: Shape, latent_size: int, pool: str, pool_size: int) -> Geometry:
     """One pass where the output's windows nest in the latents' windows, else one for the latents, one for the output.
 
     For [B, C] `latent_size` is 0 or 1.
@@ -112,11 +112,11 @@ def forward_plan(shape: Shape, latent_size: int, pool: str, pool_size: int) -> P
         statistics = STATISTICS_READ if index else STATISTICS_WHOLE if whole else STATISTICS_MERGE
         extra = {"STATISTICS": statistics.value, "LATENTS": latents, "POOL": pooling}
         passes.append(_pass(shape, windows, reduction, shape.rows, extra))
-    return Plan(reduction, tuple(passes))
+    return Geometry(reduction, tuple(passes))
 
 
 @lru_cache(maxsize=1024)
-def backward_plan(shape: Shape, latent_size: int) -> Plan:
+def backward_geometry(shape: Shape, latent_size: int) -> Geometry:
     """`latent_size` 0: the gradient is given at every activation."""
     windows = shape.cells(latent_size) if latent_size else _Windows(shape.height, 1, 1, shape.width)
     summed = shape.batch * latent_size * latent_size if latent_size else shape.rows
@@ -125,7 +125,7 @@ def backward_plan(shape: Shape, latent_size: int) -> Plan:
         reduction = _window_reduction(shape, latent_size * latent_size) if latent_size else _row_reduction(shape)
     statistics = STATISTICS_MERGE if reduction else STATISTICS_WHOLE
     extra = {"STATISTICS": statistics.value, "FULL": latent_size == 0}
-    return Plan(reduction, (_pass(shape, windows, reduction, summed, extra),))
+    return Geometry(reduction, (_pass(shape, windows, reduction, summed, extra),))
 
 
 def _pass(

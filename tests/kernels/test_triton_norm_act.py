@@ -20,7 +20,7 @@ from unlocked.kernels import reference
 
 pytest.importorskip("triton")
 from unlocked.kernels import triton as fused
-from unlocked.kernels.triton import norm_act_plan
+from unlocked.kernels.triton import norm_act_geometry
 
 UNITS = 0.51 if torch.cuda.is_available() else 1.01  # in the last place
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: UNITS * 2**-7, torch.float16: UNITS * 2**-10}
@@ -187,28 +187,28 @@ def test_statistics_of_a_large_mean(kernel_device: str, shape: tuple[int, ...]) 
 
 def test_many_partial_results_are_merged(kernel_device: str) -> None:
     """More partial results than one block of the merge, the last block not full; two blocks of channels."""
-    with _launch_settings(WHOLE_ROWS=0, LARGE=1, BLOCK_P=8):
+    with _launch_geometry(WHOLE_ROWS=0, LARGE=1, BLOCK_P=8):
         inputs = _inputs((9, 34, 4, 4), kernel_device, torch.float32, channels_last=True)
-        plan = norm_act_plan.forward_plan(norm_act_plan.Shape(9, 34, 4, 4, True, 4), 2, "max", 1)
-        assert plan.reduction is not None
-        assert plan.reduction.grid == (9, 2)
+        geometry = norm_act_geometry.forward_geometry(norm_act_geometry.Shape(9, 34, 4, 4, True, 4), 2, "max", 1)
+        assert geometry.reduction is not None
+        assert geometry.reduction.grid == (9, 2)
         truth = _check_forward(inputs, latent_size=2, pool="max")
         _check_backward(inputs, truth, 2, full=True)
         _check_backward(inputs, truth, 2, full=False)
 
 
 @contextmanager
-def _launch_settings(**changed: int) -> Iterator[None]:
+def _launch_geometry(**changed: int) -> Iterator[None]:
     """Other thresholds, so that small tensors take the ways of large ones."""
-    plans = (norm_act_plan.forward_plan, norm_act_plan.backward_plan)
+    geometries = (norm_act_geometry.forward_geometry, norm_act_geometry.backward_geometry)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
-            patch.setattr(norm_act_plan, name, value)
-        for plan in plans:
-            plan.cache_clear()
+            patch.setattr(norm_act_geometry, name, value)
+        for geometry in geometries:
+            geometry.cache_clear()
         yield
-    for plan in plans:
-        plan.cache_clear()
+    for geometry in geometries:
+        geometry.cache_clear()
 
 
 @given(data=st.data())
@@ -225,7 +225,7 @@ def test_any_small_shape(kernel_device: str, data: st.DataObject) -> None:
     if not data.draw(st.booleans()):
         del inputs["conv_bias"]
     whole_rows, tile = data.draw(st.sampled_from([0, 1024])), data.draw(st.sampled_from([128, 2048]))
-    with _launch_settings(WHOLE_ROWS=whole_rows, TILE=tile):
+    with _launch_geometry(WHOLE_ROWS=whole_rows, TILE=tile):
         truth = _check_forward(inputs, latent_size=latent_size, pool=pool, pool_size=pool_size)
         _check_backward(inputs, truth, latent_size, full=latent_size == 0)
 

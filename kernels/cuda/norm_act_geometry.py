@@ -6,7 +6,7 @@ from math import gcd
 from unlocked.kernels.cuda.bindings import Geometry
 from unlocked.kernels.cuda.build import CHUNK, REDUCE_THREADS, THREADS
 
-__all__ = ["backward_plan", "forward_plans", "full_backward_plan", "vector_width"]
+__all__ = ["backward_geometry", "forward_geometries", "full_backward_geometry", "vector_width"]
 
 WARP = 32
 _COLUMN_ROWS = REDUCE_THREADS // WARP  # images that a block of window_sums_kernel reads at a time
@@ -27,7 +27,7 @@ def vector_width(channels: int, channels_last: bool, item_size: int, *addresses:
 
 
 @lru_cache(maxsize=1024)
-def forward_plans(
+def forward_geometries(
     shape: Shape, channels_last: bool, width: int, sms: int, latent_size: int, cell: tuple[int, int]
 ) -> tuple[Geometry, Geometry | None]:
     """The launch that writes latents and output, or, where the cells of the output don't nest in the windows of the
@@ -39,24 +39,24 @@ def forward_plans(
         cell: pixels of one output value, (1, 1) without pooling.
     """
     if latent_size == 0:
-        return _output_plan(shape, channels_last, width, sms, cell), None
+        return _output_geometry(shape, channels_last, width, sms, cell), None
     window = (shape[2] // latent_size, shape[3] // latent_size)
     if window[0] % cell[0] == 0 and window[1] % cell[1] == 0:
-        return _plan(shape, channels_last, width, sms, (latent_size, latent_size), window, cell), None
+        return _geometry(shape, channels_last, width, sms, (latent_size, latent_size), window, cell), None
     return (
-        _plan(shape, channels_last, width, sms, (latent_size, latent_size), window, (1, 1)),
-        _output_plan(shape, channels_last, width, sms, cell),
+        _geometry(shape, channels_last, width, sms, (latent_size, latent_size), window, (1, 1)),
+        _output_geometry(shape, channels_last, width, sms, cell),
     )
 
 
 @lru_cache(maxsize=1024)
-def backward_plan(
+def backward_geometry(
     shape: Shape, channels_last: bool, width: int, sms: int, latent_size: int
 ) -> tuple[Geometry, int, int]:
     """(geometry, fold, partial sums per channel and group) for a gradient that is constant over windows."""
     batch, channels, height, image_width = shape
     window = (height // latent_size, image_width // latent_size)
-    geometry = _plan(shape, channels_last, width, sms, (latent_size, latent_size), window, (1, 1))
+    geometry = _geometry(shape, channels_last, width, sms, (latent_size, latent_size), window, (1, 1))
     windows = latent_size * latent_size
     column_blocks = _ceil(channels * windows, WARP)
     wanted = min(_ceil(batch, _COLUMN_ROWS), max(1, 2 * sms // column_blocks))
@@ -67,12 +67,12 @@ def backward_plan(
 
 
 @lru_cache(maxsize=1024)
-def full_backward_plan(shape: Shape, channels_last: bool, width: int, sms: int) -> Geometry:
+def full_backward_geometry(shape: Shape, channels_last: bool, width: int, sms: int) -> Geometry:
     """For a gradient at every activation."""
-    return _output_plan(shape, channels_last, width, sms, (1, 1))
+    return _output_geometry(shape, channels_last, width, sms, (1, 1))
 
 
-def _output_plan(shape: Shape, channels_last: bool, width: int, sms: int, cell: tuple[int, int]) -> Geometry:
+def _output_geometry(shape: Shape, channels_last: bool, width: int, sms: int, cell: tuple[int, int]) -> Geometry:
     """Windows that only share out the output: whole images, or rows of cells where that makes too few threads."""
     batch, _, height, image_width = shape
     rows, columns = height // cell[0], image_width // cell[1]
@@ -80,10 +80,10 @@ def _output_plan(shape: Shape, channels_last: bool, width: int, sms: int, cell: 
     few = batch * chunks * lanes * min(slots, _power_of_two_up_to(rows * columns)) < sms * _THREADS_PER_SM
     grid = (rows, 1) if few else (1, 1)
     window = (rows // grid[0] * cell[0], columns * cell[1])
-    return _plan(shape, channels_last, width, sms, grid, window, cell)
+    return _geometry(shape, channels_last, width, sms, grid, window, cell)
 
 
-def _plan(
+def _geometry(
     shape: Shape,
     channels_last: bool,
     width: int,

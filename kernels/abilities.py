@@ -1,0 +1,24 @@
+"""What a backend can do, said by the backend: the dispatch and the local step choose by it, not by a backend's name."""
+
+from dataclasses import dataclass
+
+__all__ = ["Abilities"]
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Every backend's module has one, `ABILITIES`, beside its operations and `unavailable(device)`.
+
+    Attributes:
+        devices: kinds of device (`torch.device.type`) that its operations are made for.
+        closed_form: its operations are worth a local step in closed form; else layers train through autograd.
+        in_place: `norm_act_backward` and `norm_act_backward_full` take `out`, which may be the very `conv` they read.
+        optimizers: the backend whose fused optimizers go with it, by its name; None: the library's stay.
+        partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
+    """
+
+    devices: frozenset[str]
+    closed_form: bool = True
+    in_place: bool = False
+    optimizers: str | None = None
+    partial_gradients: bool = False
