@@ -17,6 +17,7 @@ import zmq
 
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
 
 __all__ = ["CoordinatorClient"]
@@ -62,7 +63,7 @@ class CoordinatorClient:
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
         self._start_timeout = start_timeout
         self._changed = threading.Condition()
-        self._mailbox = m.Mailbox()
+        self._mailbox = Mailbox()
         self._latest_progress: StageProgress | None = None
         self._progress_time = -PROGRESS_SECONDS
         self._position = 0

@@ -16,6 +16,7 @@ import zmq
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address, listen
 from unlocked.runtime.control.callbacks import CallbackThread
+from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.member import Member
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
 from unlocked.runtime.metrics.records import EpochAggregator, EpochResult, FanOut, MetricsSink
@@ -85,7 +86,7 @@ class Coordinator:
         self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
         self._changed = threading.Condition()
-        self._mailbox = m.Mailbox()
+        self._mailbox = Mailbox()
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
         self._echo: tuple[str, float] | None = None

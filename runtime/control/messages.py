@@ -4,20 +4,15 @@ On the wire a message is two frames: the token (so that strangers are told apart
 msgpack map `{"v": version, "kind": name, **fields}`.
 """
 
-import contextlib
 import hmac
-import socket
-import types
-import typing
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
+from unlocked.runtime.typed import from_plain, to_plain
 
 __all__ = [
     "CHUNK_BYTES",
@@ -33,7 +28,6 @@ __all__ = [
     "Failure",
     "Grant",
     "Hello",
-    "Mailbox",
     "MessageError",
     "Need",
     "Progress",
@@ -203,7 +197,7 @@ _KINDS: dict[str, type] = {
 
 def pack(token: bytes, message: Any) -> list[bytes]:
     """The two frames of a message."""
-    body = {"v": PROTOCOL_VERSION, "kind": type(message).__name__, **_as_map(message)}
+    body = {"v": PROTOCOL_VERSION, "kind": type(message).__name__, **to_plain(message)}
     return [token, msgpack.packb(body)]
 
 
@@ -227,78 +221,8 @@ def unpack(token: bytes, frames: Sequence[bytes | memoryview]) -> Any:
         raise VersionError(f"protocol version {version!r} where {PROTOCOL_VERSION} is spoken; install one release")
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise MessageError(f"unknown kind {kind!r}")
-    return _from_map(cls, body)
-
-
-class Mailbox:
-    """A queue into an event loop: `put` from any thread or signal handler, wake the loop through a file descriptor."""
-
-    def __init__(self) -> None:
-        self._items: deque[Any] = deque()  # its append and popleft are atomic, also under a signal handler
-        # Socket objects, not bare pipe descriptors: sending on a closed object fails cleanly, whereas a closed
-        # descriptor's number may already belong to somebody else's file.
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
-
-    def put(self, item: Any) -> None:
-        """Never blocks; after `close` it does nothing."""
-        self._items.append(item)
-        with contextlib.suppress(OSError):  # full: the loop wakes anyway; closed: there is no loop
-            self._writer.send(b"\0")
-
-    def drain(self) -> list[Any]:
-        """All items put so far, in order."""
-        with contextlib.suppress(OSError):
-            self._reader.recv(65536)
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
-
-    def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
-
-
-def _as_map(record: Any) -> dict[str, Any]:
-    return {field.name: _plain(getattr(record, field.name)) for field in fields(record)}
-
-
-def _plain(value: Any) -> Any:
-    return _as_map(value) if is_dataclass(value) else value
-
-
-@cache
-def _hints(cls: type) -> Mapping[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _from_map(cls: type, body: Any) -> Any:
-    hints = _hints(cls)
-    if not isinstance(body, dict) or body.keys() != hints.keys():
-        raise MessageError(f"{cls.__name__} needs exactly the fields {', '.join(hints)}")
-    return cls(**{name: _typed(hint, body[name], f"{cls.__name__}.{name}") for name, hint in hints.items()})
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type: numbers, str, bytes, optional, tuples and nested records."""
-    if isinstance(hint, types.UnionType):
-        chosen = [option for option in typing.get_args(hint) if option is not type(None)]
-        return None if value is None else _typed(chosen[0], value, where)
-    if typing.get_origin(hint) is tuple:
-        options = typing.get_args(hint)
-        repeated = len(options) == 2 and options[1] is Ellipsis
-        if isinstance(value, list) and (repeated or len(value) == len(options)):
-            return tuple(_typed(options[0] if repeated else options[i], item, where) for i, item in enumerate(value))
-    elif is_dataclass(hint):
-        return _from_map(typing.cast(type, hint), value)
-    elif hint is float and isinstance(value, int | float):
-        return float(value)
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise MessageError(f"{where} can't be {value!r:.80}")
+        raise MessageError(f"unknown kind {kind!r:.80}")
+    try:
+        return from_plain(cls, body, kind)
+    except ValueError as error:
+        raise MessageError(str(error)) from error
