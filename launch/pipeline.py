@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unlocked.data import ImageDataset
     from unlocked.models import Block
     from unlocked.rules import Rule
-    from unlocked.runtime.metrics.records import MetricsSink
+    from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["main", "make_model", "make_rule", "optimizer_factory", "run", "summary"]
 

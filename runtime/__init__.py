@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unlocked.runtime.learning_rate import ReduceLROnPlateau
+    from unlocked.runtime.metrics.sinks import MetricsSink
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["ReduceLROnPlateau", "RunResult", "Trainer"]
+__all__ = ["MetricsSink", "ReduceLROnPlateau", "RunResult", "Trainer"]
 
 _HOMES = {
+    "MetricsSink": "unlocked.runtime.metrics.sinks",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
     "RunResult": "unlocked.runtime.result",
     "Trainer": "unlocked.runtime.trainer",

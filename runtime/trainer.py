@@ -18,7 +18,7 @@ from unlocked.runtime.job import Job, Settings, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
-from unlocked.runtime.metrics.records import FanOut, MetricsSink
+from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
@@ -72,7 +72,7 @@ class Trainer:
         pin: keep each of a machine's processes on cores of its own (`processes` on a CPU, Linux).
         coordinator_port: where rank 0's coordinator listens; 0: any free port.
         best_dir: keep the weights of the best evaluation here, as `model_best.pt`.
-        sinks: receive metrics (`unlocked.runtime.metrics.records.MetricsSink`), or a function that makes them, which is
+        sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
             called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
 
@@ -198,18 +198,18 @@ class Trainer:
         test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
         job = self._job(train_set, epochs, batch_size, test_set, eval_batch_size, max_steps)
         prepared = time.perf_counter() - began
-        sinks: list[MetricsSink] = []
+        sinks = FanOut()
 
         def make_sinks() -> list[MetricsSink]:
-            sinks.extend(self._sinks())
+            sinks.add(self._sinks())
             if self.settings.best_dir is not None:
-                sinks.append(BestWeights(self.settings.best_dir, job.plan[job.start].epoch))
-            return sinks
+                sinks.add([BestWeights(self.settings.best_dir, job.plan[job.start].epoch)])
+            return [sinks]
 
-        with float32_products(self.settings.precision):
+        with sinks, float32_products(self.settings.precision):
             result = get_engine(self.settings.engine).run(job, make_sinks)
-        result.setup_seconds += prepared
-        FanOut(sinks).on_finish(result.figures())
+            result.setup_seconds += prepared
+            sinks.on_finish(result.figures())
         return result
 
     def _job(

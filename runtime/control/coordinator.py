@@ -19,7 +19,8 @@ from unlocked.runtime.control.callbacks import CallbackThread
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.member import Member
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
-from unlocked.runtime.metrics.records import EpochAggregator, EpochResult, FanOut, MetricsSink
+from unlocked.runtime.metrics.records import EpochAggregator, EpochResult
+from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 
 __all__ = ["Coordinator"]
 

@@ -4,8 +4,8 @@ import time
 
 from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions

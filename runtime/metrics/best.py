@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.workers.layer import Layer
 
 __all__ = ["BestWeights", "save_candidate"]
@@ -25,7 +26,7 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
         torch.save(dict(layer.tensors()), folder / f"{layer.info.index:03d}.pt")
 
 
-class BestWeights:
+class BestWeights(MetricsSink):
     """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
 
     Among equals the earliest counts. `best.json` beside it says which epoch it was.
@@ -78,14 +79,6 @@ class BestWeights:
         best = (float(content["test_acc1"]), int(content["epoch"]))
         there = _folder(self._root, best[1]).is_dir() or (self._root / FILE_NAME).is_file()
         return best if there and best[1] < first_epoch else None  # a later one will be evaluated again
-
-    def on_start(self, info: RunInfo) -> None: ...
-
-    def on_progress(self, progress: StageProgress) -> None: ...
-
-    def on_step(self, step: StepResult) -> None: ...
-
-    def on_message(self, text: str) -> None: ...
 
 
 def _folder(root: Path, epoch: int) -> Path:

@@ -15,7 +15,8 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
+from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
@@ -33,7 +34,7 @@ _FILES = ("train.log", "metrics.csv", "config.json")
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 
 
-class RunLog:
+class RunLog(MetricsSink):
     """A metrics sink that writes the files of one run.
 
     Args:
@@ -67,7 +68,6 @@ class RunLog:
         self._layers = info.layers
         self._check_columns()
         self.path.mkdir(parents=True, exist_ok=True)
-        settings = {**info.config, **self._config}
         run = {
             "model": info.model,
             "dataset": info.dataset,
@@ -77,15 +77,12 @@ class RunLog:
             "device": info.device,
             "first_position": info.start,
         }
-        document = {"settings": _without_secrets(settings), "run": run, "versions": _versions()}
+        document = {"settings": _without_secrets(self._config), "run": run, "versions": _versions()}
         _write(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
         self._line(f"{info.model} on {info.dataset}, {info.rule}, engine {info.engine} on {info.device}: {stages}")
-
-    def on_progress(self, progress: StageProgress) -> None:
-        """Nothing: progress is for watching."""
 
     def on_step(self, step: StepResult) -> None:
         self._line(format_step(step))

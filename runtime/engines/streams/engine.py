@@ -20,8 +20,8 @@ from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, loc
 from unlocked.runtime.engines.streams.green import make_streams
 from unlocked.runtime.engines.streams.tape import Block, record
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.signals import StopSignals
