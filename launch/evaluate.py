@@ -12,6 +12,7 @@ from typing import Any
 
 from unlocked.launch.network import build_model
 from unlocked.launch.options import LineParser
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["main", "score"]
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
         figures = score(options)
         if options["summary"] is not None:
-            options["summary"].write_text(json.dumps(figures, indent=1))
+            write_whole(options["summary"], json.dumps(figures, indent=1))
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2

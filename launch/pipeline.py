@@ -253,12 +253,15 @@ def _check_writable(flag: str, path: Path | None) -> None:
 def _write_results(options: RunOptions, result: Any, folder: Path | None) -> None:
     import torch
 
+    from unlocked.runtime.saving.whole_file import whole_file, write_whole
+
     content = summary(options, result)
     if options.summary is not None:
         options.summary.parent.mkdir(parents=True, exist_ok=True)
-        options.summary.write_text(json.dumps(content, indent=1))
+        write_whole(options.summary, json.dumps(content, indent=1))
     if folder is not None:
-        torch.save(result.weights, folder / "model_final.pt")
+        with whole_file(folder / "model_final.pt") as temporary:
+            torch.save(result.weights, temporary)
     if result.epochs and result.test_acc1 is not None:
         print(f"test accuracy {result.test_acc1:.2f} % after {len(result.epochs)} epochs", flush=True)
     rate = result.images_per_second

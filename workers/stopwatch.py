@@ -1,15 +1,11 @@
 """Where a worker's time goes: busy and waiting seconds always, every action's times if a trace is asked for."""
 
-import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from unlocked.workers.actions import Action, ActionKind
 
-__all__ = ["Recorder", "Span", "write_chrome_trace"]
+__all__ = ["Recorder", "Span"]
 
 _BUSY = (ActionKind.F, ActionKind.U, ActionKind.E, ActionKind.SNAP)
 
@@ -70,35 +66,3 @@ class Recorder:
     def estimate_busy(self, fraction: float) -> None:
         """The busy time that this share of the time so far makes: where actions are timed in samples."""
         self.busy = fraction * (time.perf_counter() - self.started)
-
-    def busy_fraction(self) -> float:
-        return self.busy / max(time.perf_counter() - self.started, 1e-9)
-
-
-def write_chrome_trace(path: Path, spans: Iterable[Span], rows: dict[int, str]) -> None:
-    """Writes the timeline in Chrome's trace format (chrome://tracing, ui.perfetto.dev): one row per stage.
-
-    Args:
-        path: the file to write.
-        spans: every stage's actions.
-        rows: the name of each stage's row.
-    """
-    spans = sorted(spans, key=lambda span: span.start_us)
-    begin = spans[0].start_us if spans else 0.0
-    events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": stage, "args": {"name": name}}
-        for stage, name in rows.items()
-    ]
-    events += [
-        {
-            "name": span.label,
-            "cat": "".join(c for c in span.label.lstrip("0123456789") if c.isalpha()),
-            "ph": "X",
-            "pid": 0,
-            "tid": span.stage,
-            "ts": span.start_us - begin,
-            "dur": span.end_us - span.start_us,
-        }
-        for span in spans
-    ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

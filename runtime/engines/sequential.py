@@ -6,6 +6,7 @@ from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, wri
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
@@ -13,7 +14,7 @@ from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import StopRun
 from unlocked.workers.loop import StageLoop
-from unlocked.workers.stopwatch import Recorder, write_chrome_trace
+from unlocked.workers.stopwatch import Recorder
 
 __all__ = ["SequentialEngine"]
 

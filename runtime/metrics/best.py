@@ -10,6 +10,7 @@ import torch
 
 from unlocked.runtime.metrics.records import EpochResult
 from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.workers.layer import Layer
 
 __all__ = ["BestWeights", "save_candidate"]
@@ -23,7 +24,8 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
     folder = _folder(root, epoch)
     folder.mkdir(parents=True, exist_ok=True)
     for layer in layers:
-        torch.save(dict(layer.tensors()), folder / f"{layer.info.index:03d}.pt")
+        with whole_file(folder / f"{layer.info.index:03d}.pt") as temporary:
+            torch.save(dict(layer.tensors()), temporary)
 
 
 class BestWeights(MetricsSink):
@@ -50,10 +52,8 @@ class BestWeights(MetricsSink):
         if self._best is None or result.eval_acc1 > self._best[0]:
             before, self._best = self._best, (result.eval_acc1, result.epoch)
             record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
-            # Renamed into place, and only then is the older one given up: a run may be cut at any point.
-            fresh = self._root / f"{RECORD}.new"
-            fresh.write_text(json.dumps(record))
-            fresh.replace(self._root / RECORD)
+            # Only then is the older one given up: a run may be cut at any point.
+            write_whole(self._root / RECORD, json.dumps(record))
             if before is not None:
                 shutil.rmtree(_folder(self._root, before[1]), ignore_errors=True)
         else:
@@ -68,7 +68,8 @@ class BestWeights(MetricsSink):
         tensors = {}
         for path in sorted(folder.glob("*.pt")):
             tensors.update(torch.load(path, map_location="cpu", weights_only=True))
-        torch.save(tensors, self._root / FILE_NAME)
+        with whole_file(self._root / FILE_NAME) as temporary:
+            torch.save(tensors, temporary)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _recorded(self, first_epoch: int) -> tuple[float, int] | None:

@@ -7,7 +7,6 @@ versions of what computed with them.
 
 import csv
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
@@ -78,7 +78,7 @@ class RunLog(MetricsSink):
             "first_position": info.start,
         }
         document = {"settings": _without_secrets(self._config), "run": run, "versions": _versions()}
-        _write(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
+        write_whole(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
@@ -129,7 +129,7 @@ class RunLog(MetricsSink):
         values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
         row = ["" if value is None else repr(value) for value in values]
         kept = [old for old in self._rows()[1:] if int(old[0]) < result.epoch]
-        _write(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
+        write_whole(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
 
     def _free_config(self) -> Path:
         """A resumed run keeps the first run's settings and writes its own beside them."""
@@ -166,13 +166,6 @@ def _csv_text(rows: Sequence[Sequence[str]]) -> str:
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a crash leaves the old file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _without_secrets(value: object) -> object:

@@ -30,6 +30,7 @@ from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores, own_cores, peak_memory_bytes
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
 from unlocked.runtime.saving.snapshots import load_layers, save_layers, snapshot_folder, write_manifest
 from unlocked.runtime.schedules.schedule import stage_actions
@@ -39,7 +40,7 @@ from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError, StageError
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
-from unlocked.workers.stopwatch import Recorder, Span, write_chrome_trace
+from unlocked.workers.stopwatch import Recorder, Span
 
 __all__ = ["ProcessesEngine"]
 

@@ -22,13 +22,14 @@ from unlocked.runtime.engines.streams.tape import Block, record
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
 from unlocked.workers.stamps import DeviceClock, EventMarks, HostMarks
-from unlocked.workers.stopwatch import Recorder, write_chrome_trace
+from unlocked.workers.stopwatch import Recorder
 
 __all__ = ["StreamsEngine"]
 
