@@ -10,6 +10,7 @@ from unlocked.comparison.contenders import Spec
 from unlocked.comparison.results import Epoch, SpanKind, Trial
 from unlocked.data import ImageDataset
 from unlocked.launch.options import RunOptions
+from unlocked.runtime.saving.whole_file import whole_file
 
 __all__ = ["Costs", "Form", "RankAnswer", "RankSpan", "Request", "Task", "load_data", "save_data"]
 
@@ -100,7 +101,8 @@ class RankAnswer:
 
 def save_data(path: Path, splits: tuple[ImageDataset, ImageDataset]) -> None:
     """Both splits in a file that every process maps into its memory instead of loading them anew."""
-    torch.save(splits, path)
+    with whole_file(path) as temporary:
+        torch.save(splits, temporary)
 
 
 def load_data(path: Path) -> tuple[ImageDataset, ImageDataset]:

@@ -31,6 +31,7 @@ from unlocked.comparison.report.page import Headline, memory_section, render, re
 from unlocked.models import Block, ConvBlock, OutputBlock
 from unlocked.rules import Rule, get_rule
 from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
+from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.workers.actions import Item
 from unlocked.workers.fused import choose_step
 from unlocked.workers.stage import Stage
@@ -262,11 +263,11 @@ def write_memory_study(study: MemoryStudy, folder: Path) -> None:
     conditions = (f"batch {s.batch_size}", f"{s.channels} channels", f"torch {torch.__version__}", f"on {s.device}")
     what = Headline(sentence=describe_growth(study), conditions=conditions)
     page = render("Activation memory against depth", what, [memory_section(study)])
-    (folder / "memory.html").write_text(page, encoding="utf-8")
-    (folder / "memory.json").write_text(json.dumps(study.as_dict(), indent=1))
+    write_whole(folder / "memory.html", page)
+    write_whole(folder / "memory.json", json.dumps(study.as_dict(), indent=1))
     names = list(asdict(study.points[0]))
     rows = [names, *([str(value) for value in asdict(point).values()] for point in study.points)]
-    (folder / "memory.csv").write_text("".join(",".join(_quote(cell) for cell in row) + "\n" for row in rows))
+    write_whole(folder / "memory.csv", "".join(",".join(_quote(cell) for cell in row) + "\n" for row in rows))
 
 
 def _quote(cell: str) -> str:

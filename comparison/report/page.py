@@ -9,6 +9,7 @@ from unlocked.comparison.report import charts
 from unlocked.comparison.report.figures import Picture, require_plotting
 from unlocked.comparison.report.verdict import verdict
 from unlocked.comparison.results import Contender, Report, Spread
+from unlocked.runtime.saving.whole_file import write_whole
 
 if TYPE_CHECKING:
     from unlocked.comparison.memory.study import MemoryStudy
@@ -87,7 +88,7 @@ def write_page(
     headline = Headline(sentence=verdict(report), conditions=_conditions(report))
     text = render("Local learning against backpropagation", headline, [s for s in sections if s is not None], missing)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def render(title: str, headline: Headline, sections: Sequence[Section], missing: Sequence[Contender] = ()) -> str:
