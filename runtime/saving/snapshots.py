@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.workers.layer import Layer
@@ -26,7 +27,6 @@ __all__ = [
     "Snapshot",
     "damaged",
     "find_snapshot",
-    "first_line",
     "layer_file_name",
     "load_layers",
     "read_layer",
@@ -115,11 +115,6 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
 def damaged(path: Path, error: Exception) -> str:
     """What to say of a layer's file that could not be taken over."""
     return f"snapshot file {path} is damaged or of another network: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    """The gist of torch's long messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def read_layer(path: Path, device: torch.device) -> dict[str, Any]:
