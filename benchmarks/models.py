@@ -22,7 +22,7 @@ from unlocked.comparison.environment import environment
 from unlocked.data import load_dataset
 from unlocked.models import MODELS, Block, get_model
 from unlocked.rules import LLS, LayerInfo
-from unlocked.runtime import Trainer
+from unlocked.runtime import MetricsSink, Trainer
 from unlocked.runtime.metrics.records import StageProgress
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
 from unlocked.runtime.schedules.partition import partition
@@ -160,7 +160,7 @@ def cost_table(models: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-class LossCurve:
+class LossCurve(MetricsSink):
     """A metrics sink that keeps every reading of the layers' mean losses: what the first n images came to."""
 
     def __init__(self, images_per_reading: int) -> None:
@@ -180,16 +180,6 @@ class LossCurve:
             result.append({"from": images, "to": now, "losses": {k: v / (now - images) for k, v in sums.items()}})
             before, images = means, now
         return result
-
-    def on_start(self, info: object) -> None: ...
-
-    def on_step(self, step: object) -> None: ...
-
-    def on_epoch(self, result: object) -> None: ...
-
-    def on_message(self, text: str) -> None: ...
-
-    def on_finish(self, summary: object) -> None: ...
 
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:

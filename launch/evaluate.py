@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.runtime.settings import LineParser
 
 __all__ = ["main", "score"]
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
         figures = score(options)
         if options["summary"] is not None:
-            options["summary"].write_text(json.dumps(figures, indent=1))
+            write_whole(options["summary"], json.dumps(figures, indent=1))
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from unlocked.models.blocks import Block
+from unlocked.models.errors import first_line
 
 __all__ = ["split"]
 
@@ -79,7 +80,7 @@ def _trace(module: nn.Module, at: Sequence[str]) -> fx.Graph:
         graph = _Tracer(at).trace(module, concrete_args=defaults or None)
     except Exception as error:  # whatever Python a forward() may hold
         raise ValueError(
-            f"torch.fx can't follow the forward() of {type(module).__name__} ({_first_line(error)}); give a list of "
+            f"torch.fx can't follow the forward() of {type(module).__name__} ({first_line(error)}); give a list of "
             "modules instead, one per layer"
         ) from error
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -168,7 +169,3 @@ def _segment_module(root: nn.Module, nodes: Sequence[fx.Node], entering: fx.Node
     graph.output(copy_of(leaving))
     graph.lint()
     return fx.GraphModule(root, graph)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

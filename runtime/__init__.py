@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import ReduceLROnPlateau
+    from unlocked.runtime.metrics.sinks import MetricsSink
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"]
+__all__ = ["MetricsSink", "Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"]
 
 _HOMES = {
+    "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
     "RunResult": "unlocked.runtime.result",

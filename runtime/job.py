@@ -13,7 +13,8 @@ from unlocked.kernels.precision import storage_dtype
 from unlocked.runtime.input import make_source
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
-from unlocked.runtime.metrics.records import MetricsSink, RunInfo
+from unlocked.runtime.metrics.records import RunInfo
+from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.network import Network, Rules, build_layer, measure_costs
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot

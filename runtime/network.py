@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.models import Block, initialise
+from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
@@ -287,10 +288,9 @@ def _try_rule(rule: LocalRule, chosen: Rule, info: LayerInfo) -> None:
 
 
 def _misfit(info: LayerInfo, rule: Rule, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ValueError(
         f"the rule {_name_of(rule)} does not fit layer {info.name} with activations {info.activation_shape} per sample "
-        f"and {info.num_classes} classes: {reason}"
+        f"and {info.num_classes} classes: {first_line(error)}"
     )
 
 

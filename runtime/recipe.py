@@ -17,10 +17,11 @@ from unlocked.runtime.engines import as_engine
 from unlocked.runtime.job import Engine
 from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
 from unlocked.runtime.metrics.dashboard import Dashboard
-from unlocked.runtime.metrics.records import MetricsSink
 from unlocked.runtime.metrics.run_log import RunLog
+from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
 
@@ -171,20 +172,15 @@ def run(recipe: Recipe) -> RunResult:
         "lr_factor": make_lr_factor(recipe),
     }
     train, test = recipe.load_data()
-    sinks: list[MetricsSink] = []
-    trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe, sinks))
-    try:
-        result = recipe.fit(trainer, train, test)
-    finally:
-        for sink in sinks:  # a live dashboard gives the terminal back before anything is said about a failure
-            if isinstance(sink, Dashboard | TensorBoard):
-                sink.close()
+    trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe))
+    result = recipe.fit(trainer, train, test)
     if result.is_complete:
         if recipe.summary is not None:
             recipe.summary.parent.mkdir(parents=True, exist_ok=True)
-            recipe.summary.write_text(json.dumps(summary(recipe, result), indent=1))
+            write_whole(recipe.summary, json.dumps(summary(recipe, result), indent=1))
         if recipe.folder is not None:
-            torch.save(result.weights, recipe.folder / "model_final.pt")
+            with whole_file(recipe.folder / "model_final.pt") as temporary:
+                torch.save(result.weights, temporary)
     return result
 
 
@@ -286,9 +282,9 @@ def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _make_sinks(recipe: Recipe, made: list[MetricsSink]) -> list[MetricsSink]:
+def _make_sinks(recipe: Recipe) -> list[MetricsSink]:
     """Called where the run reports: in the only process, or in rank 0's."""
-    made.append(Dashboard(plain=True if recipe.plain else None))
+    made: list[MetricsSink] = [Dashboard(plain=True if recipe.plain else None)]
     if recipe.folder is not None:
         made.append(RunLog(recipe.folder, recipe.config(), resume=recipe.resume is not None))
     if recipe.tensorboard is not None:

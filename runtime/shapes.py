@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.models import Block, KeyedDropout
+from unlocked.models.errors import first_line
 
 __all__ = ["ChainShapes", "check_ownership_of_weights", "follow_shapes"]
 
@@ -139,7 +140,6 @@ class _Watch:
         self._hooks.close()
 
     def explain(self, error: Exception, before: str, given: tuple[int, ...]) -> NoReturn:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         inner = ""
         if self._entered:
             name, module, inputs = self._entered[-1]
@@ -148,5 +148,6 @@ class _Watch:
             inner = f": its {name.removeprefix('body.')} = {kind} got {got}"
         problem = "a value is out of range" if isinstance(error, IndexError) else "the shapes don't chain"
         raise ValueError(
-            f"{problem}: {before} gives {given} per sample, which layer {self._block.name} can't take{inner} ({reason})"
+            f"{problem}: {before} gives {given} per sample, which layer {self._block.name} can't take{inner} "
+            f"({first_line(error)})"
         ) from error

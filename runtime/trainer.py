@@ -16,7 +16,7 @@ from unlocked.runtime.job import Engine, Job, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
-from unlocked.runtime.metrics.records import FanOut, MetricsSink
+from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
@@ -45,7 +45,7 @@ class Trainer(Settings):
         keep_weights: start from the model's weights instead of drawing them by (seed, layer).
         lr_factor: epoch -> factor of the initial learning rate; or `unlocked.ReduceLROnPlateau(...)`, which needs
             the test loss: then the pipeline drains at the end of every epoch. May be another one after a resume.
-        sinks: receive metrics (`unlocked.runtime.metrics.records.MetricsSink`), or a function that makes them, which is
+        sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
             called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
 
@@ -129,18 +129,18 @@ class Trainer(Settings):
         test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
         job = self._job(train_set, epochs, batch_size, test_set, eval_batch_size, max_steps)
         prepared = time.perf_counter() - began
-        sinks: list[MetricsSink] = []
+        sinks = FanOut()
 
         def make_sinks() -> list[MetricsSink]:
-            sinks.extend(self.sinks() if callable(self.sinks) else self.sinks)
+            sinks.add(self.sinks() if callable(self.sinks) else self.sinks)
             if self.best_dir is not None:
-                sinks.append(BestWeights(self.best_dir, job.plan[job.start].epoch))
-            return sinks
+                sinks.add([BestWeights(self.best_dir, job.plan[job.start].epoch)])
+            return [sinks]
 
-        with float32_products(self.precision):
+        with sinks, float32_products(self.precision):
             result = self._engine.run(job, make_sinks)
-        result.setup_seconds += prepared
-        FanOut(sinks).on_finish(result.figures())
+            result.setup_seconds += prepared
+            sinks.on_finish(result.figures())
         return result
 
     def _job(

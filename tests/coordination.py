@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from unlocked.runtime.control.client import CoordinatorClient
-from unlocked.runtime.metrics.records import EpochResult, FanOut, StageProgress
+from unlocked.runtime.metrics.records import EpochResult, StageProgress
+from unlocked.runtime.metrics.sinks import MetricsSink
 
 LAYERS = [("conv1", "conv2"), ("conv3",), ("linear1", "output")]
 TIMEOUT = 10.0
 
 
-class Sink(FanOut):
+class Sink(MetricsSink):
     """Collects epochs and progress."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.epochs: list[EpochResult] = []
         self.progress: list[StageProgress] = []
 

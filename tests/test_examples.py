@@ -1,5 +1,6 @@
 """The examples run as they stand, and learn."""
 
+import json
 import re
 import subprocess
 import sys
@@ -36,3 +37,15 @@ def test_a_transformer_learns_by_local_rules_in_one_process_and_in_two() -> None
     assert len(losses[0]) == 5
     assert all(last < 0.5 * first for first, last in zip(*losses, strict=True)), texts[0]
     assert float(epochs[-1].split("test accuracy ")[1].split(" %")[0]) > 80  # of ten classes
+
+
+def test_a_sink_of_ones_own_writes_a_line_per_epoch(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    command = [sys.executable, str(EXAMPLES / "own_sink.py"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "metrics:" not in done.stderr
+    first, *epochs, last = map(json.loads, file.read_text().splitlines())
+    assert first["layers"][-1] == "output"
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert last["finished"] is True

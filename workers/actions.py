@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal, get_args
 
-__all__ = ["MARK_KINDS", "Action", "ActionKind", "Item", "MarkKind", "parse_action"]
+__all__ = ["MARK_KINDS", "Action", "ActionKind", "Item", "MarkKind"]
 
 MarkKind = Literal["train", "statistics", "evaluate", "snapshot"]
 """What a stage does with an item: learn from it, re-estimate BatchNorm statistics, score it, or save its own state."""
@@ -74,11 +74,6 @@ class Action:
                 "without blanks, such as 2F0 or 3SEND17."
             )
         return cls(int(match[1]), _KINDS[match[2]], int(match[3]))
-
-
-def parse_action(text: str) -> Action:
-    """The same as `Action.parse`."""
-    return Action.parse(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unlocked.models.errors import first_line
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import LinkLostError
 
@@ -188,8 +189,7 @@ class _link:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
-            reason = str(error).strip().splitlines()[0][:160]
-            raise LinkLostError(f"the link to {self._neighbour} broke ({reason})") from error
+            raise LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})") from error
 
 
 def _wait(work: dist.Work, timeout: timedelta, neighbour: str) -> None:

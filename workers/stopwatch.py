@@ -1,15 +1,11 @@
 """Where a worker's time goes: busy and waiting seconds always, every action's times if a trace is asked for."""
 
-import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from unlocked.workers.actions import Action, ActionKind
 
-__all__ = ["Stopwatch", "TimedAction", "write_chrome_trace"]
+__all__ = ["Stopwatch", "TimedAction"]
 
 _BUSY = (ActionKind.F, ActionKind.U, ActionKind.E, ActionKind.SNAP)
 
@@ -72,32 +68,3 @@ class Stopwatch:
     def estimate_busy(self, fraction: float) -> None:
         """The busy time that this share of the time so far makes: where actions are timed in samples."""
         self.busy = fraction * (time.perf_counter() - self.started)
-
-
-def write_chrome_trace(path: Path, timed: Iterable[TimedAction], rows: dict[int, str]) -> None:
-    """Writes the timeline in Chrome's trace format (chrome://tracing, ui.perfetto.dev): one row per stage.
-
-    Args:
-        path: the file to write.
-        timed: every stage's actions.
-        rows: the name of each stage's row.
-    """
-    timed = sorted(timed, key=lambda one: one.start_us)
-    begin = timed[0].start_us if timed else 0.0
-    events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": stage, "args": {"name": name}}
-        for stage, name in rows.items()
-    ]
-    events += [
-        {
-            "name": one.label,
-            "cat": "".join(c for c in one.label.lstrip("0123456789") if c.isalpha()),
-            "ph": "X",
-            "pid": 0,
-            "tid": one.stage,
-            "ts": one.start_us - begin,
-            "dur": one.end_us - one.start_us,
-        }
-        for one in timed
-    ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

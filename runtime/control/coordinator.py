@@ -4,7 +4,6 @@ It hands out the stream in windows, gathers metrics and final payloads, notices 
 failure (or one signal) reach all. It never touches a tensor, and no step waits for it: windows are granted ahead.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,19 +15,17 @@ import zmq
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address, listen
 from unlocked.runtime.control.callbacks import CallbackThread
+from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.member import Member
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
-from unlocked.runtime.metrics.records import EpochAggregator, EpochResult, FanOut, MetricsSink
+from unlocked.runtime.metrics.records import EpochAggregator, EpochResult
+from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 
 __all__ = ["Coordinator"]
 
 PING_SECONDS = 0.25
 """Every ping tells the workers that the coordinator lives, and finds out whose connection is gone."""
-ECHO_GRACE_SECONDS = 0.5
-"""How long a failure that looks like another worker's fault waits for that other worker's own story."""
-ABORT_SECONDS = 1.0
-"""How long the coordinator's own process outlives an abort so that all others hear of it."""
 
 
 class Coordinator:
@@ -82,21 +79,17 @@ class Coordinator:
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
         self._snapshots: dict[int, set[int]] = {}
-        self._workers: dict[int, Member] = {}
+        self._members: dict[int, Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
         self._changed = threading.Condition()
         self._mailbox = Mailbox()
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
-        self._echo: tuple[str, float] | None = None
-        self._abort_waits: set[int] = set()
-        self._abort_deadline = math.inf
+        self._failures = Failures(self._members, self._send, self._changed)
         self._next_ping = 0.0
         self._running = True
         self._complete = False
-        self.first_failure: str | None = None
-        """The first cause of an abort; None while all is well."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.epochs: list[EpochResult] = []
@@ -117,6 +110,11 @@ class Coordinator:
     def address(self) -> str:
         """What `CoordinatorClient` needs: endpoint and token. Hand it to the run's workers only."""
         return str(self._address)
+
+    @property
+    def first_failure(self) -> str | None:
+        """The first cause of an abort; None while all is well."""
+        return self._failures.first
 
     def start(self) -> None:
         """Begins to serve; the start timeout runs from here."""
@@ -176,14 +174,14 @@ class Coordinator:
         self._start_deadline = time.monotonic() + self._start_timeout
         try:
             while self._running:
-                poller.poll(50 if self._echo or self._abort_waits else 250)
+                poller.poll(50 if self._failures.pending else 250)
                 self._receive()
                 for order in self._mailbox.drain():
                     self._obey(order)
                 self._tick(time.monotonic())
         except Exception as error:  # our own bug, but still nobody may hang
-            self._fail(f"coordinator: {type(error).__name__}: {error}")
-            self._send_all(m.Abort(message=self.first_failure or ""), self._workers.values())
+            self._failures.fail(f"coordinator: {type(error).__name__}: {error}")
+            self._send_all(m.Abort(message=self.first_failure or ""), self._members.values())
             raise
         finally:
             self._shut()
@@ -202,18 +200,18 @@ class Coordinator:
             try:
                 message = m.unpack(self._address.token, frames)
                 handler = _HANDLERS.get(type(message))
-                worker = self._by_identity.get(identity)
+                member = self._by_identity.get(identity)
                 if isinstance(message, m.Hello):
                     self._hello(identity, message)
-                elif handler is None or worker is None:
+                elif handler is None or member is None:
                     raise m.MessageError("not a worker's message")
                 else:
-                    worker.heard = time.monotonic()
-                    handler(self, worker, message)
+                    member.heard = time.monotonic()
+                    handler(self, member, message)
             except m.VersionError as error:
                 self.ignored_frames += 1
                 self._send(identity, m.Abort(message=f"coordinator: {error}"))
-                self._fail(f"coordinator: a worker speaks {error}")
+                self._failures.fail(f"coordinator: a worker speaks {error}")
             except m.MessageError:
                 self.ignored_frames += 1
 
@@ -223,72 +221,68 @@ class Coordinator:
         elif isinstance(order, m.StopRequest):
             self._stop(None, order)
         elif isinstance(order, m.Abort):
-            self._fail(order.message)
+            self._failures.fail(order.message)
 
     def _tick(self, now: float) -> None:
         if now >= self._next_ping:
             self._next_ping = now + PING_SECONDS
-            for worker in tuple(self._workers.values()):
-                if not self._send(worker.identity, m.Beat(position=self._policy.granted)):
-                    self._lost(worker, "its connection closed")
-                elif now - worker.heard > self._heartbeat_timeout:
-                    self._lost(worker, f"no heartbeat for {self._heartbeat_timeout:g} s")
-        if len(self._workers) < len(self._stages) and now > self._start_deadline:
-            missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._workers)
-            self._fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
-        if self._echo and now >= self._echo[1]:
-            self._fail(self._echo[0])
-        if self._abort_waits and now >= self._abort_deadline:
-            self._abort_waits.clear()
-            self._abort_local()
+            for member in tuple(self._members.values()):
+                if not self._send(member.identity, m.Beat(position=self._policy.granted)):
+                    self._failures.lost(member, "its connection closed")
+                elif now - member.heard > self._heartbeat_timeout:
+                    self._failures.lost(member, f"no heartbeat for {self._heartbeat_timeout:g} s")
+        if len(self._members) < len(self._stages) and now > self._start_deadline:
+            missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._members)
+            self._failures.fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
+        self._failures.tick(now)
 
     # --- what workers say
 
     def _hello(self, identity: bytes, hello: m.Hello) -> None:
-        worker = Member(identity, hello, time.monotonic(), self._first)
+        member = Member(identity, hello, time.monotonic(), self._first)
         if self.first_failure is not None:
             self._send(identity, m.Abort(message=self.first_failure))
             return
-        problem = self._hello_problem(worker)
+        problem = self._hello_problem(member)
         if problem:
             self._send(identity, m.Abort(message=problem))
-            self._fail(problem)
+            self._failures.fail(problem)
             return
-        self._workers[hello.stage] = self._by_identity[identity] = worker
-        if len(self._workers) == len(self._stages):
+        self._members[hello.stage] = self._by_identity[identity] = member
+        if len(self._members) == len(self._stages):
             self._policy.observe(self._first, time.monotonic())
-            self._send_all(m.Start(first=self._first, total=self._total), self._workers.values())
+            self._send_all(m.Start(first=self._first, total=self._total), self._members.values())
             self._extend()
             if self.stopped:
-                self._send_all(self.stopped, self._workers.values())
+                self._send_all(self.stopped, self._members.values())
 
-    def _hello_problem(self, worker: Member) -> str | None:
-        stage, layers = worker.hello.stage, worker.hello.layers
+    def _hello_problem(self, member: Member) -> str | None:
+        stage, layers = member.hello.stage, member.hello.layers
         if not 0 <= stage < len(self._stages):
-            return f"{worker.name} joined a run of {len(self._stages)} stages; start as many workers as stages"
+            return f"{member.name} joined a run of {len(self._stages)} stages; start as many workers as stages"
         if layers != self._stages[stage]:
-            return f"{worker.name} should run {', '.join(self._stages[stage])}; give all workers the same settings"
-        if stage in self._workers:
-            other = self._workers[stage].hello
+            return f"{member.name} should run {', '.join(self._stages[stage])}; give all workers the same settings"
+        if stage in self._members:
+            other = self._members[stage].hello
             return (
-                f"{worker.name} joined twice: pid {other.pid} on {other.host}, pid {worker.hello.pid} on "
-                f"{worker.hello.host}; give each worker its own rank"
+                f"{member.name} joined twice: pid {other.pid} on {other.host}, pid {member.hello.pid} on "
+                f"{member.hello.host}; give each worker its own rank"
             )
         return None
 
-    def _beat(self, worker: Member, beat: m.Beat | m.Need) -> None:
-        self._advance(worker, beat.position)
+    def _beat(self, member: Member, beat: m.Beat | m.Need) -> None:
+        self._advance(member, beat.position)
         if isinstance(beat, m.Need) and self._policy.granted > beat.position:
-            self._send(worker.identity, self._grant())
+            self._send(member.identity, self._grant())
 
-    def _progress(self, worker: Member, message: m.Progress) -> None:
-        self._advance(worker, message.progress.position)
+    def _progress(self, member: Member, message: m.Progress) -> None:
+        self._advance(member, message.progress.position)
         self._callbacks.post(self._sink.on_progress, message.progress, lossy=True)
 
-    def _step(self, worker: Member, message: m.Step) -> None:
+    def _step(self, member: Member, message: m.Step) -> None:
         self._callbacks.post(self._sink.on_step, message.step)
 
-    def _epoch(self, worker: Member, message: m.Epoch) -> None:
+    def _epoch(self, member: Member, message: m.Epoch) -> None:
         try:
             results = self._epochs.add(message.part)
         except ValueError as error:
@@ -303,113 +297,71 @@ class Coordinator:
             self._policy.limit = self._gate.limit
             self._extend()
 
-    def _snapshot(self, worker: Member, message: m.SnapshotDone) -> None:
+    def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         done = self._snapshots.setdefault(message.position, set())
-        done.add(worker.hello.stage)
+        done.add(member.hello.stage)
         if len(done) == len(self._stages):
             del self._snapshots[message.position]
             if self._on_snapshot is not None:
                 self._callbacks.post(self._on_snapshot, message.position, important=True)
 
-    def _chunk(self, worker: Member, chunk: m.Chunk) -> None:
-        if worker.finished or chunk.index != len(worker.chunks):
-            raise m.MessageError(f"chunk {chunk.index} where {len(worker.chunks)} is due")
-        worker.chunks.append(chunk.data)
-        if len(worker.chunks) == chunk.count:
+    def _chunk(self, member: Member, chunk: m.Chunk) -> None:
+        if member.finished or chunk.index != len(member.chunks):
+            raise m.MessageError(f"chunk {chunk.index} where {len(member.chunks)} is due")
+        member.chunks.append(chunk.data)
+        if len(member.chunks) == chunk.count:
             try:
-                payload = msgpack.unpackb(b"".join(worker.chunks), strict_map_key=False)
+                payload = msgpack.unpackb(b"".join(member.chunks), strict_map_key=False)
             except Exception as error:  # see messages.unpack
-                self._fail(f"{worker.name} sent a final payload that can't be read: {error}")
+                self._failures.fail(f"{member.name} sent a final payload that can't be read: {error}")
                 return
-            worker.finished, worker.chunks = True, []
+            member.finished, member.chunks = True, []
             with self._changed:
-                self._results[worker.hello.stage] = payload
-        self._send(worker.identity, m.ChunkSeen(index=chunk.index))
+                self._results[member.hello.stage] = payload
+        self._send(member.identity, m.ChunkSeen(index=chunk.index))
         if len(self._results) == len(self._stages) and not self._complete and self.first_failure is None:
-            self._send_all(m.Bye(), self._workers.values())
+            self._send_all(m.Bye(), self._members.values())
             with self._changed:
                 self._complete = True
                 self._changed.notify_all()
 
-    def _stop(self, worker: Member | None, request: m.StopRequest) -> None:
+    def _stop(self, member: Member | None, request: m.StopRequest) -> None:
         if self.stopped is None:
             self.stopped = m.Stop(position=self._policy.granted, signal=request.signal)
-            source = "the coordinator" if worker is None else worker.name
+            source = "the coordinator" if member is None else member.name
             text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
             self._callbacks.post(self._sink.on_message, text)
-            self._send_all(self.stopped, self._workers.values())
+            self._send_all(self.stopped, self._members.values())
 
-    def _failed(self, worker: Member, failure: m.Failure) -> None:
-        text = f"{worker.name} failed in {failure.action} of {failure.layer or 'no layer'}: {failure.message}"
-        if failure.echo and self.first_failure is None:
-            self._echo = self._echo or (text, time.monotonic() + ECHO_GRACE_SECONDS)
-            self._next_ping = 0.0
-        elif self.first_failure is None:
-            self._fail(text)
-        else:
-            self._send(worker.identity, m.Abort(message=self.first_failure))
+    def _failed(self, member: Member, failure: m.Failure) -> None:
+        if self._failures.reported(member, failure):
+            self._next_ping = 0.0  # finds out whose connection is gone
 
-    def _abort_seen(self, worker: Member, _: m.AbortSeen) -> None:
-        self._told(worker)
+    def _abort_seen(self, member: Member, _: m.AbortSeen) -> None:
+        self._failures.told(member)
 
     # --- what the coordinator does
 
-    def _advance(self, worker: Member, position: int) -> None:
-        worker.position = max(worker.position, position)
-        if len(self._workers) == len(self._stages):
+    def _advance(self, member: Member, position: int) -> None:
+        member.position = max(member.position, position)
+        if len(self._members) == len(self._stages):
             self._policy.observe(position, time.monotonic())
             self._extend()
 
     def _extend(self) -> None:
         if self.stopped is None and self.first_failure is None and self._policy.extend():
-            self._send_all(self._grant(), self._workers.values())
+            self._send_all(self._grant(), self._members.values())
 
     def _grant(self) -> m.Grant:
         return m.Grant(stop=self._policy.granted, lr_factor=self._gate.factor if self._gate else 1.0)
-
-    def _lost(self, worker: Member, why: str) -> None:
-        if self.first_failure is not None:
-            self._told(worker)
-        elif not worker.finished:
-            self._fail(
-                f"{worker.name} is lost after position {worker.position}: {why} (pid {worker.hello.pid} on "
-                f"{worker.hello.host})"
-            )
-
-    def _fail(self, message: str) -> None:
-        """Records the first cause and tells everyone: the others first, this process last, as it may exit then."""
-        if self.first_failure is not None:
-            return
-        self._echo = None
-        with self._changed:
-            self.first_failure = message
-            self._changed.notify_all()
-        remote = [worker for worker in self._workers.values() if not worker.local]
-        self._abort_waits = {worker.hello.stage for worker in remote}
-        self._abort_deadline = time.monotonic() + ABORT_SECONDS
-        for worker in remote:
-            if not self._send(worker.identity, m.Abort(message=message)):
-                self._abort_waits.discard(worker.hello.stage)
-        if not self._abort_waits:
-            self._abort_local()
-
-    def _told(self, worker: Member) -> None:
-        if worker.hello.stage in self._abort_waits:
-            self._abort_waits.discard(worker.hello.stage)
-            if not self._abort_waits:
-                self._abort_local()
-
-    def _abort_local(self) -> None:
-        local = [worker for worker in self._workers.values() if worker.local]
-        self._send_all(m.Abort(message=self.first_failure or ""), local)
 
     def _callback_failed(self, error: Exception) -> None:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
         self.abort(self._callback_error)
 
-    def _send_all(self, message: Any, workers: Iterable[Member]) -> None:
-        for worker in tuple(workers):
-            self._send(worker.identity, message)
+    def _send_all(self, message: Any, members: Iterable[Member]) -> None:
+        for member in tuple(members):
+            self._send(member.identity, message)
 
     def _send(self, identity: bytes, message: Any) -> bool:
         """False if the connection is gone (the next ping acts on it)."""
@@ -424,7 +376,7 @@ class Coordinator:
         return True
 
     def _name(self, stage: int) -> str:
-        return self._workers[stage].name if stage in self._workers else m.stage_name(stage, None, self._stages[stage])
+        return self._members[stage].name if stage in self._members else m.stage_name(stage, None, self._stages[stage])
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {

@@ -1,4 +1,4 @@
-"""What the coordinator keeps of a worker that has said hello."""
+"""A worker that has said hello is a member of the run: what the coordinator keeps of it."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ __all__ = ["Member"]
 
 @dataclass(slots=True)
 class Member:
-    """One worker of the run.
+    """One worker of the run, from its hello on.
 
     Attributes:
         identity: of its connection.

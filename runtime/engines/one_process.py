@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from unlocked.runtime.job import Job
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import peak_memory_bytes
-from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, FanOut, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, StageProgress, StepResult
+from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.result import RunResult, weights_digest
 from unlocked.runtime.saving.snapshots import save_layers, snapshot_folder, write_manifest
 from unlocked.runtime.schedules.stream import StreamPlan

@@ -9,8 +9,9 @@ import torch
 
 from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
@@ -19,7 +20,7 @@ from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import StopRun
 from unlocked.workers.loop import StageLoop
-from unlocked.workers.stopwatch import Stopwatch, write_chrome_trace
+from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Sequential"]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.workers.layer import Layer
 
 __all__ = ["BestWeights", "save_candidate"]
@@ -22,10 +24,11 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
     folder = _folder(root, epoch)
     folder.mkdir(parents=True, exist_ok=True)
     for layer in layers:
-        torch.save(dict(layer.tensors()), folder / f"{layer.info.index:03d}.pt")
+        with whole_file(folder / f"{layer.info.index:03d}.pt") as temporary:
+            torch.save(dict(layer.tensors()), temporary)
 
 
-class BestWeights:
+class BestWeights(MetricsSink):
     """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
 
     Among equals the earliest counts. `best.json` beside it says which epoch it was.
@@ -49,10 +52,8 @@ class BestWeights:
         if self._best is None or result.eval_acc1 > self._best[0]:
             before, self._best = self._best, (result.eval_acc1, result.epoch)
             record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
-            # Renamed into place, and only then is the older one given up: a run may be cut at any point.
-            fresh = self._root / f"{RECORD}.new"
-            fresh.write_text(json.dumps(record))
-            fresh.replace(self._root / RECORD)
+            # Only then is the older one given up: a run may be cut at any point.
+            write_whole(self._root / RECORD, json.dumps(record))
             if before is not None:
                 shutil.rmtree(_folder(self._root, before[1]), ignore_errors=True)
         else:
@@ -67,7 +68,8 @@ class BestWeights:
         tensors = {}
         for path in sorted(folder.glob("*.pt")):
             tensors.update(torch.load(path, map_location="cpu", weights_only=True))
-        torch.save(tensors, self._root / FILE_NAME)
+        with whole_file(self._root / FILE_NAME) as temporary:
+            torch.save(tensors, temporary)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _recorded(self, first_epoch: int) -> tuple[float, int] | None:
@@ -78,14 +80,6 @@ class BestWeights:
         best = (float(content["test_acc1"]), int(content["epoch"]))
         there = _folder(self._root, best[1]).is_dir() or (self._root / FILE_NAME).is_file()
         return best if there and best[1] < first_epoch else None  # a later one will be evaluated again
-
-    def on_start(self, info: RunInfo) -> None: ...
-
-    def on_progress(self, progress: StageProgress) -> None: ...
-
-    def on_step(self, step: StepResult) -> None: ...
-
-    def on_message(self, text: str) -> None: ...
 
 
 def _folder(root: Path, epoch: int) -> Path:

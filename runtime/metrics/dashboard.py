@@ -1,7 +1,8 @@
 """The live view of a run: a table on a terminal, plain lines elsewhere.
 
 It only watches. Records are stored under a short lock; one thread of its own draws, at most four times a second. If
-drawing fails, the dashboard says so once and turns itself off. `python -m unlocked.runtime.metrics.dashboard` shows it.
+drawing fails, the dashboard says so once and turns itself off. `python -m unlocked.runtime.metrics.dashboard_demo`
+shows it.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from rich.live import Live
 
 from unlocked.runtime.metrics.dashboard_view import StageView, View, render, time_text
 from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult, rates_between
+from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["Dashboard"]
 
@@ -24,7 +26,7 @@ _WINDOW_SECONDS = 3.0
 """Speeds are means over about this long."""
 
 
-class Dashboard:
+class Dashboard(MetricsSink):
     """A metrics sink for human eyes.
 
     Args:
@@ -183,9 +185,3 @@ def _epoch_line(result: EpochResult, epochs: int) -> str:
     if result.local_losses:
         parts.append("local " + " ".join(f"{layer} {value:.3f}" for layer, value in result.local_losses))
     return " | ".join(parts)
-
-
-if __name__ == "__main__":
-    from unlocked.runtime.metrics.dashboard_demo import main
-
-    main()

@@ -1,6 +1,6 @@
 """A synthetic run for the dashboard.
 
-`python -m unlocked.runtime.metrics.dashboard [--stages N] [--seconds S] [--plain]` shows it.
+`python -m unlocked.runtime.metrics.dashboard_demo [--stages N] [--seconds S] [--plain]` shows it.
 """
 
 import argparse
@@ -87,3 +87,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="lines instead of a live table")
     options = parser.parse_args()
     play(Dashboard(plain=options.plain or None, plain_seconds=1.0), stages=options.stages, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    main()

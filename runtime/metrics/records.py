@@ -1,22 +1,17 @@
-"""What a run tells about itself: plain records, their aggregation over stages, and the sinks that receive them.
+"""What a run tells about itself: plain records, and their aggregation over stages.
 
 The same records come from the in-process engines (directly) and from the coordinator (over the wire). Losing any of
 them never changes a result.
 """
 
-import sys
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 __all__ = [
     "EpochAggregator",
     "EpochPart",
     "EpochResult",
-    "FanOut",
     "Meters",
-    "MetricsSink",
     "Rates",
     "RunInfo",
     "Scores",
@@ -46,8 +41,6 @@ class RunInfo:
     start: int = 0
     """First position this run executes (above 0 after a resume)."""
     device: str = "cpu"
-    config: Mapping[str, object] = field(default_factory=dict)
-    """All settings, for the record."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -140,69 +133,6 @@ class EpochResult:
     """(layer, mean local loss) in network order."""
     seconds: float
     """Wall-clock seconds of the epoch at the last stage."""
-
-
-class MetricsSink(Protocol):
-    """Receives the records of a run. Methods must return quickly: they are called beside the training."""
-
-    def on_start(self, info: RunInfo) -> None:
-        """Before the first position. The only method whose exception stops the run (a user's mistake)."""
-
-    def on_progress(self, progress: StageProgress) -> None:
-        """Now and then, for one stage."""
-
-    def on_step(self, step: StepResult) -> None:
-        """Every `print_freq` training steps."""
-
-    def on_epoch(self, result: EpochResult) -> None:
-        """Once per epoch, in order."""
-
-    def on_message(self, text: str) -> None:
-        """One line for the user."""
-
-    def on_finish(self, summary: Mapping[str, object]) -> None:
-        """After the last position, also after an orderly stop."""
-
-
-class FanOut:
-    """A sink that passes everything to several sinks, one call at a time.
-
-    A sink that raises after the start is reported once on standard error and dropped: metrics never fail a run.
-    """
-
-    def __init__(self, sinks: Sequence[MetricsSink] = ()) -> None:
-        self._sinks = list(sinks)
-        self._lock = threading.Lock()
-
-    def on_start(self, info: RunInfo) -> None:
-        with self._lock:
-            for sink in self._sinks:
-                sink.on_start(info)
-
-    def on_progress(self, progress: StageProgress) -> None:
-        self._each("on_progress", progress)
-
-    def on_step(self, step: StepResult) -> None:
-        self._each("on_step", step)
-
-    def on_epoch(self, result: EpochResult) -> None:
-        self._each("on_epoch", result)
-
-    def on_message(self, text: str) -> None:
-        self._each("on_message", text)
-
-    def on_finish(self, summary: Mapping[str, object]) -> None:
-        self._each("on_finish", summary)
-
-    def _each(self, method: str, record: object) -> None:
-        with self._lock:
-            for sink in tuple(self._sinks):
-                try:
-                    getattr(sink, method)(record)
-                except Exception as error:  # a sink is an extra: whatever breaks in it must not break the run
-                    self._sinks.remove(sink)
-                    name = type(sink).__name__
-                    print(f"metrics: {name} is off after {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class EpochAggregator:

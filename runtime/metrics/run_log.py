@@ -7,7 +7,6 @@ versions of what computed with them.
 
 import csv
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
+from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
@@ -33,7 +34,7 @@ _FILES = ("train.log", "metrics.csv", "config.json")
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 
 
-class RunLog:
+class RunLog(MetricsSink):
     """A metrics sink that writes the files of one run.
 
     Args:
@@ -67,7 +68,6 @@ class RunLog:
         self._layers = info.layers
         self._check_columns()
         self.path.mkdir(parents=True, exist_ok=True)
-        settings = {**info.config, **self._config}
         run = {
             "model": info.model,
             "dataset": info.dataset,
@@ -77,15 +77,12 @@ class RunLog:
             "device": info.device,
             "first_position": info.start,
         }
-        document = {"settings": _without_secrets(settings), "run": run, "versions": _versions()}
-        _write(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
+        document = {"settings": _without_secrets(self._config), "run": run, "versions": _versions()}
+        write_whole(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
         self._line(f"{info.model} on {info.dataset}, {info.rule}, engine {info.engine} on {info.device}: {stages}")
-
-    def on_progress(self, progress: StageProgress) -> None:
-        """Nothing: progress is for watching."""
 
     def on_step(self, step: StepResult) -> None:
         self._line(format_step(step))
@@ -132,7 +129,7 @@ class RunLog:
         values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
         row = ["" if value is None else repr(value) for value in values]
         kept = [old for old in self._rows()[1:] if int(old[0]) < result.epoch]
-        _write(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
+        write_whole(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
 
     def _free_config(self) -> Path:
         """A resumed run keeps the first run's settings and writes its own beside them."""
@@ -169,13 +166,6 @@ def _csv_text(rows: Sequence[Sequence[str]]) -> str:
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a crash leaves the old file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _without_secrets(value: object) -> object:

@@ -5,10 +5,10 @@ percent, `time/epoch` in seconds, and one `local_loss/LAYER` per layer. While it
 training micro-batches done): `steps/loss`, `steps/accuracy`, `steps/seconds`, of which `steps/waiting`.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult
+from unlocked.runtime.metrics.records import EpochResult, RunInfo, StepResult
+from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["TensorBoard", "require_tensorboard"]
 
@@ -21,7 +21,7 @@ def require_tensorboard() -> None:
         raise ValueError("--tensorboard needs the package tensorboard; pip install 'unlocked[tensorboard]'") from error
 
 
-class TensorBoard:
+class TensorBoard(MetricsSink):
     """Writes the event file of one run.
 
     Args:
@@ -44,9 +44,6 @@ class TensorBoard:
         stages = " | ".join(", ".join(layers) for layers in info.stages)
         text = f"{info.model} on {info.dataset}, {info.rule}, engine {info.engine} on {info.device}: {stages}"
         self._writer.add_text("run", text)
-
-    def on_progress(self, progress: StageProgress) -> None:
-        """Nothing: progress is for watching."""
 
     def on_step(self, step: StepResult) -> None:
         done = step.epoch * step.steps + step.step + 1
@@ -75,9 +72,6 @@ class TensorBoard:
 
     def on_message(self, text: str) -> None:
         self._writer.add_text("messages", text)
-
-    def on_finish(self, summary: Mapping[str, object]) -> None:
-        self.close()
 
     def close(self) -> None:
         """Writes what is left; also after a failure."""

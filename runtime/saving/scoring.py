@@ -17,12 +17,13 @@ from torch import Tensor
 from unlocked.data import Dataset
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import check_precision, float32_products
+from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
-from unlocked.runtime.saving.snapshots import UNREADABLE, Snapshot, damaged, first_line, layer_file_name, read_layer
+from unlocked.runtime.saving.snapshots import UNREADABLE, Snapshot, damaged, layer_file_name, read_layer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 

@@ -7,10 +7,8 @@ written; a folder without one does not count. Local rules keep no state across l
 
 import hashlib
 import json
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
+from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.workers.layer import Layer
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Snapshot",
     "damaged",
     "find_snapshot",
-    "first_line",
     "layer_file_name",
     "load_layers",
     "read_layer",
@@ -92,7 +91,7 @@ def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
     for layer in layers:
-        with _replacing(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
+        with whole_file(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
             state = layer.state_dict()
             torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
 
@@ -116,11 +115,6 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
 def damaged(path: Path, error: Exception) -> str:
     """What to say of a layer's file that could not be taken over."""
     return f"snapshot file {path} is damaged or of another network: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    """The gist of torch's long messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def read_layer(path: Path, device: torch.device) -> dict[str, Any]:
@@ -160,8 +154,7 @@ def write_manifest(
         "settings": dict(settings),
         "test_losses": list(test_losses),
     }
-    with _replacing(snapshot_folder(root, steps) / _MANIFEST) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_whole(snapshot_folder(root, steps) / _MANIFEST, json.dumps(content, indent=1))
 
 
 def find_snapshot(root: Path) -> Snapshot:
@@ -188,25 +181,6 @@ def find_snapshot(root: Path) -> Snapshot:
     raise ValueError(
         f"no complete snapshot below {root}; --resume takes the folder that a run with --snapshot-every wrote"
     )
-
-
-class _replacing:
-    """A temporary file beside `path` that takes its place when everything went well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix="writing-", suffix=".tmp")
-        os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
 
 
 def _by_number(folder: Path) -> tuple[int, str]:

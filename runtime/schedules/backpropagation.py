@@ -18,7 +18,7 @@ from unlocked.runtime.schedules.schedule import Schedule
 from unlocked.runtime.schedules.timeline import Timeline
 from unlocked.workers.actions import Action, ActionKind
 
-__all__ = ["SCHEDULES", "backpropagation_schedule", "bubble_seconds", "steps_per_second"]
+__all__ = ["SCHEDULES", "backpropagation_schedule", "steps_per_second"]
 
 _RECV, _F, _U, _SEND = ActionKind.RECV, ActionKind.F, ActionKind.U, ActionKind.SEND
 _RECVB, _B, _W, _SENDB = ActionKind.RECVB, ActionKind.B, ActionKind.W, ActionKind.SENDB
@@ -43,16 +43,6 @@ def backpropagation_schedule(name: str, num_stages: int, microbatches: int, step
             raise ValueError(f"{word}={value} is not valid. Give at least 1.")
     order = SCHEDULES[name]
     return Schedule({s: _Stage(s, num_stages).program(order, microbatches, steps) for s in range(num_stages)})
-
-
-def bubble_seconds(name: str, num_stages: int, *, forward: float, backward: float, weights: float) -> float:
-    """The closed form of a stage's time without work in one step of equal stages with free transfers.
-
-    (S - 1)(F + B + W) for GPipe and 1F1B; (S - 1)(F + B - W) for ZB-H1 with at least S micro-batches and W no longer
-    than F or B (Qi et al., table 2).
-    """
-    drained = -weights if name == "ZB-H1" else weights
-    return (num_stages - 1) * (forward + backward + drained)
 
 
 def steps_per_second(timeline: Timeline) -> float:

@@ -130,16 +130,6 @@ class StreamPlan:
             "snapshot_every": self.snapshot_every,
         }
 
-    def position_of_step(self, step: int) -> int:
-        """The position of training micro-batch `step`, counted over the run from 0.
-
-        Raises:
-            ValueError: the run has no such step.
-        """
-        if not 0 <= step < self.train_steps:
-            raise ValueError(f"step {step} is outside the run, which has steps 0 to {self.train_steps - 1}.")
-        return self._marked(step) + step // self.steps_per_epoch * self._tail
-
     def position_of_epoch(self, epoch: int) -> int:
         """The position of the first item of `epoch`.
 

@@ -13,7 +13,7 @@ import torch
 from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M
-from unlocked.runtime import ReduceLROnPlateau, RunResult, Streams, Trainer
+from unlocked.runtime import MetricsSink, ReduceLROnPlateau, RunResult, Streams, Trainer
 from unlocked.runtime.saving.snapshots import snapshot_folder
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
@@ -38,7 +38,7 @@ def _figures(result: RunResult) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(epoch).items() if k != "seconds"} for epoch in result.epochs]
 
 
-class Messages:
+class Messages(MetricsSink):
     """A sink for what is told to the user."""
 
     def __init__(self) -> None:
@@ -46,9 +46,6 @@ class Messages:
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda record: None
 
 
 def _expected_changes(result: RunResult) -> list[int]:

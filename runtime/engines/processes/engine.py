@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from unlocked.runtime.engines.processes.rendezvous import World, connect, exchan
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores, own_cores, peak_memory_bytes
-from unlocked.runtime.metrics.records import FanOut, MetricsSink
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
 from unlocked.runtime.saving.snapshots import load_layers, save_layers, snapshot_folder, write_manifest
 from unlocked.runtime.schedules.schedule import stage_actions
@@ -41,11 +43,12 @@ from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError, StageError
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
-from unlocked.workers.stopwatch import Stopwatch, TimedAction, write_chrome_trace
+from unlocked.workers.stopwatch import Stopwatch, TimedAction
 
 __all__ = ["Processes"]
 
 _READ_AHEAD = 2  # micro-batches of resident data that a thread assembles for stage 0
+_SINKS_SECONDS = 3.0  # that sinks may take to close when the run is aborted
 _HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
 
 
@@ -289,12 +292,15 @@ class _Hub:
         if self._coordinator is not None:  # else `publish` looks when it has one
             self._coordinator.abort(self._lost)
 
-    def close_sinks(self) -> None:
-        """Gives the terminal back before the process ends: a live dashboard hides the cursor."""
-        for sink in self._own_sinks:
-            close = getattr(sink, "close", None)
-            if close is not None:
-                close()
+    def close_sinks(self, message: str) -> None:
+        """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one.
+
+        One that hangs keeps the process no longer than a few seconds.
+        """
+        sinks = FanOut(self._own_sinks)
+        ending = threading.Thread(target=sinks.__exit__, args=(RunFailed, RunFailed(message), None), daemon=True)
+        ending.start()
+        ending.join(_SINKS_SECONDS)
 
     def collect(self, parts: list[range], predicted: list[float], client: CoordinatorClient) -> RunResult:
         assert self._coordinator is not None
@@ -428,7 +434,7 @@ def _telling(client: CoordinatorClient, world: World, layers: Sequence[str]) -> 
 def _abort(message: str, rank: int, first_layers: Sequence[str], hub: "_Hub | None") -> None:
     """Ends this process at once: its main thread may be waiting inside native code."""
     if hub is not None:
-        hub.close_sinks()
+        hub.close_sinks(message)
     lost = message.startswith("the coordinator")
     if lost:
         message = f"{stage_name(0, 0, first_layers)} is lost: {message}"

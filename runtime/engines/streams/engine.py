@@ -24,8 +24,9 @@ from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.records import FanOut
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
@@ -35,7 +36,7 @@ from unlocked.workers.actions import Item
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
 from unlocked.workers.stamps import DeviceClock, EventStamps
-from unlocked.workers.stopwatch import Stopwatch, write_chrome_trace
+from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Streams"]
 

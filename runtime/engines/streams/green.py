@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from unlocked.models.errors import first_line
+
 __all__ = ["GREEN_CONTEXTS", "GreenContexts", "make_streams", "share"]
 
 GreenContexts = Literal["off", "sms", "queues"]
@@ -54,8 +56,7 @@ def _create(kind: str, device: torch.device, stages: int) -> Any:
     try:
         return green.create(**options, device_id=index)
     except (RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(
-            f"torch {torch.__version__}, the driver or the device offers no green contexts {kind!r} ({reason}); "
-            "leave them off"
+            f"torch {torch.__version__}, the driver or the device offers no green contexts {kind!r} "
+            f"({first_line(error)}); leave them off"
         ) from error

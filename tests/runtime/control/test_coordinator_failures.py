@@ -176,7 +176,7 @@ def run_failing(*failures: tuple[int, bool]) -> tuple[list[str], list[queue.Queu
 
             threads.append(threading.Thread(target=fail))
             threads[-1].start()
-            until(lambda: coordinator._echo is not None or coordinator.first_failure is not None)
+            until(lambda: coordinator._failures._echo is not None or coordinator.first_failure is not None)
         for thread in threads:
             thread.join(TIMEOUT)
             assert not thread.is_alive()
@@ -227,7 +227,7 @@ def test_missing_stages_are_named() -> None:
 )
 def test_worker_that_does_not_fit_fails_the_run(stage: int, layers: tuple[str, ...], message: str) -> None:
     with Coordinator(LAYERS, 10) as coordinator, make_client(coordinator.address, 1):
-        until(lambda: 1 in coordinator._workers)
+        until(lambda: 1 in coordinator._members)
         box: queue.Queue[str] = queue.Queue()
         with CoordinatorClient(coordinator.address, stage=stage, layers=layers, on_abort=box.put):
             assert message in box.get(timeout=TIMEOUT)

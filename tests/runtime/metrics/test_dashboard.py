@@ -1,6 +1,8 @@
 """The dashboard: fits every screen, reads well as plain lines, and can't hurt the run."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 
@@ -218,3 +220,12 @@ def test_stuck_terminal_does_not_hold_up_the_run() -> None:
     finally:
         terminal.go_on.set()
         dashboard.close()
+
+
+def test_the_demo_plays() -> None:
+    command = [sys.executable, "-m", "unlocked.runtime.metrics.dashboard_demo", "--plain", "--stages", "2"]
+    done = subprocess.run([*command, "--seconds", "0.5"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "2 stages" in done.stdout
+    assert "epoch 5/5" in done.stdout
+    assert "RuntimeWarning" not in done.stderr

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
@@ -11,11 +10,9 @@ from hypothesis import strategies as st
 from unlocked.runtime.metrics.records import (
     EpochAggregator,
     EpochPart,
-    FanOut,
     RunInfo,
     Scores,
     StageProgress,
-    StepResult,
     rates_between,
 )
 
@@ -107,59 +104,6 @@ def test_no_rates_without_time_and_no_share_above_one() -> None:
     rates = rates_between(progress(0.0), progress(1.0, busy=1.01))
     assert rates is not None
     assert rates.busy == 1.0
-
-
-class Recorder:
-    """A sink that notes every call."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, object]] = []
-
-    def on_start(self, info: RunInfo) -> None:
-        self.calls.append(("start", info))
-
-    def on_progress(self, progress: StageProgress) -> None:
-        self.calls.append(("progress", progress))
-
-    def on_step(self, step: StepResult) -> None:
-        self.calls.append(("step", step))
-
-    def on_epoch(self, result: object) -> None:
-        self.calls.append(("epoch", result))
-
-    def on_message(self, text: str) -> None:
-        self.calls.append(("message", text))
-
-    def on_finish(self, summary: Mapping[str, object]) -> None:
-        self.calls.append(("finish", summary))
-
-
-class Broken(Recorder):
-    def on_message(self, text: str) -> None:
-        super().on_message(text)
-        raise RuntimeError("disk full")
-
-
-class Refusing(Recorder):
-    def on_start(self, info: RunInfo) -> None:
-        raise ValueError("this folder holds a run")
-
-
-def test_broken_sink_is_reported_once_and_dropped(capsys: pytest.CaptureFixture[str]) -> None:
-    broken, healthy = Broken(), Recorder()
-    sinks = FanOut([broken, healthy])
-    sinks.on_start(INFO)
-    sinks.on_message("one")
-    sinks.on_message("two")
-    sinks.on_finish({"images": 1})
-    assert healthy.calls == [("start", INFO), ("message", "one"), ("message", "two"), ("finish", {"images": 1})]
-    assert broken.calls == [("start", INFO), ("message", "one")]
-    assert capsys.readouterr().err == "metrics: Broken is off after RuntimeError: disk full\n"
-
-
-def test_mistake_at_the_start_stops_the_run() -> None:
-    with pytest.raises(ValueError, match="holds a run"):
-        FanOut([Refusing()]).on_start(INFO)
 
 
 def test_layers_are_in_network_order() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from unlocked.runtime.schedules.schedule import Schedule, build_schedule, format_grid, stage_actions, validate
 from unlocked.runtime.schedules.stream import StreamPlan
-from unlocked.workers.actions import Action, ActionKind, Item, parse_action
+from unlocked.workers.actions import Action, ActionKind, Item
 
 PLAN = StreamPlan(
     epochs=2, train_size=10, batch_size=4, eval_size=5, eval_batch_size=3, statistics_batches=1, snapshot_every=2
@@ -36,7 +36,7 @@ def test_actions_print_and_parse() -> None:
     assert (
         str(Action(2, ActionKind.F, 0)) == repr(Action(2, ActionKind.F, 0)) == f"{Action(2, ActionKind.F, 0)}" == "2F0"
     )
-    assert parse_action("3SEND17") == Action(3, ActionKind.SEND, 17)
+    assert Action.parse("3SEND17") == Action(3, ActionKind.SEND, 17)
     local, backpropagation = ["RECV", "F", "U", "SEND", "E", "SNAP"], ["B", "W", "SENDB", "RECVB"]
     assert [kind.value for kind in ActionKind] == local + backpropagation
 
@@ -50,7 +50,7 @@ def test_actions_round_trip(action: Action) -> None:
 @pytest.mark.parametrize("text", ["", "2F", "F0", "2G0", "2f0", "-1F0", "2F0.5", "2 F 0", "2F0,", "٢F0"])
 def test_texts_that_are_no_actions(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not an action.*RECV, F, U, SEND, E, SNAP"):
-        parse_action(text)
+        Action.parse(text)
 
 
 def test_schedule_by_hand() -> None:
