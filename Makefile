@@ -17,8 +17,10 @@ demo: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python launch/compare.py
 
+# First what may share the cores; then, one after the other, the tests that have a time limit or start many processes.
 test: $(STAMP) lint
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(RUN) $(BIN)/python -m pytest -m alone
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ def load() -> Iterator[Any]:
     sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.alone
 def test_help() -> None:
     commands = [[sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"] for script in SCRIPTS]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
@@ -85,6 +86,7 @@ def test_every_contender_runs_where_there_is_no_gpu(load: Any, tmp_path: Path, c
     assert report["predicted"]["BP graph"]["floor_us"] < report["predicted"]["BP graph"]["us_per_step"]
 
 
+@pytest.mark.alone
 def test_a_contender_that_fails_or_hangs_does_not_stop_the_others(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -18,6 +20,7 @@ def test_a_rule_of_ones_own_learns() -> None:
     assert accuracy > 90, done.stdout
 
 
+@pytest.mark.alone
 def test_a_transformer_learns_by_local_rules_in_one_process_and_in_two() -> None:
     example = str(EXAMPLES / "transformer.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -20,6 +22,7 @@ def test_the_python_example_runs() -> None:
     assert float(done.stdout.split()[0]) > 90
 
 
+@pytest.mark.alone
 def test_the_commands_run() -> None:
     """`make demo` and `make test` are continuous integration's business."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if not line.startswith("make ")]

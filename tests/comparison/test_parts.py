@@ -149,6 +149,7 @@ def test_a_diverging_contender_says_so(pool: Pool, name: str) -> None:
         pool.run(_request(pool, name, lr=1e30, form=form))
 
 
+@pytest.mark.alone
 def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
     request = _request(pool, "LLS, 1 thread", max_steps=100_000, num_epochs=10_000)
     caught: list[ContenderFailed] = []
@@ -168,6 +169,7 @@ def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
     assert [str(error).split(":")[0] for error in caught] == ["process 0 ended with code -9"]
 
 
+@pytest.mark.alone
 def test_a_contender_that_takes_too_long_has_failed(pool: Pool) -> None:
     request = _request(pool, "LLS, 2 processes", max_steps=100_000, num_epochs=10_000, timeout=1.0)
     with pytest.raises(ContenderFailed, match="no answer within 1 s"):

@@ -11,6 +11,8 @@ import pytest
 from unlocked.comparison.results import Contender, Report
 from unlocked.launch.compare import main
 
+pytestmark = pytest.mark.alone
+
 QUICK = ["--num-epochs", "1", "--seeds", "1", "--repeats", "1", "--max-steps", "28"]
 
 

@@ -7,6 +7,8 @@ import pytest
 from ranks import ranks, torchrun
 from train_worker import main as train
 
+pytestmark = pytest.mark.alone
+
 WORKER = str(Path(__file__).with_name("train_worker.py"))
 
 

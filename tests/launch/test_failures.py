@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import PIPELINE, free_port, ranks
 
+pytestmark = pytest.mark.alone
+
 KILLS = int(os.environ.get("UNLOCKED_KILLS", "3"))  # 20 for the long check
 ENDLESS = ["--dataset", "synthetic", "--num-epochs", "1000", "--plain", "--no-eval", "--print-freq", "2"]
 NAMED = ["--experiment-name", "run", "--save-path"]

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from models_worker import RULES
 from models_worker import main as train
 from ranks import torchrun
 
 from unlocked.models import MODELS
+
+pytestmark = pytest.mark.alone
 
 WORKER = str(Path(__file__).with_name("models_worker.py"))
 

@@ -22,6 +22,8 @@ from unlocked.runtime.engines.processes.roll_call import RollCall
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.schedules.stream import StreamPlan
 
+pytestmark = pytest.mark.alone
+
 ENDLESS = [str(PIPELINE), "--num-epochs", "100000", "--plain"]
 SECONDS = 10  # in which everybody must be gone
 

@@ -96,6 +96,7 @@ def test_summary_trace_log_and_best_weights(tmp_path: Path, capsys: pytest.Captu
     assert json.loads((tmp_path / "s.json").read_text())["steps"] == 69
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("engine", ["sequential", "streams"])
 def test_a_signal_stops_in_order(engine: str, number: signal.Signals, code: int, tmp_path: Path) -> None:

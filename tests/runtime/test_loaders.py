@@ -69,6 +69,7 @@ def test_a_loader_of_the_same_batches_gives_the_same_weights(engine: str) -> Non
     assert mixed.weights_sha256 == expected.weights_sha256
 
 
+@pytest.mark.alone
 def test_a_data_loader_trains_alike_in_every_engine(tmp_path: Path) -> None:
     train, test = TensorDataset(*samples(70)), DataLoader(TensorDataset(*samples(40)), 25)
     expected = fit(seeded(train), test)
@@ -220,6 +221,7 @@ def test_what_does_not_fit_is_said_before_the_run() -> None:
         fit(batches, [(images[:, :, 1:], labels)])
 
 
+@pytest.mark.alone
 def test_a_loader_that_hangs_is_the_cause_that_all_ranks_are_told(tmp_path: Path) -> None:
     """Not its stage's silence, which the next stage notices while the loader still keeps its own process busy."""
     with ranks(3, [loader_worker.__file__, str(tmp_path), "7"]) as started:

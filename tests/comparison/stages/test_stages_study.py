@@ -119,6 +119,7 @@ def test_mistakes(flags: list[str], message: str, tmp_path: Path) -> None:
         main([*flags, "--output", str(tmp_path)])
 
 
+@pytest.mark.alone
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     flags = "--max-stages 2 --predict 4 --channels 4 --image-size 4 --batch-size 4 --repeats 1 --blocks-per-stage 1"

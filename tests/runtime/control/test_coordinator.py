@@ -21,6 +21,8 @@ from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.windows import WindowPolicy
 from unlocked.runtime.metrics.records import EpochPart, Scores
 
+pytestmark = pytest.mark.alone
+
 # --- an undisturbed run
 
 

@@ -18,6 +18,8 @@ from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
 
+pytestmark = pytest.mark.alone
+
 
 def doomed_worker(address: str, stage: int, ready: Any) -> None:
     with make_client(address, stage) as client:
