@@ -126,7 +126,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--test-batch-size", type=int, default=128, help="rows of an evaluation micro-batch")
     add("--weight-decay", type=float, default=0.0)
     add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--optimizer", default="Adam", help="SGD, Adam, AdamW, AdamWSF, SGDSF")
+    add("--optimizer", default="Adam", help="SGD, Adam, AdamW, AdamWSF, AdamWScheduleFree, SGDSF")
     add(
         "-m", "--milestone", type=int, nargs="+", default=None, help="epochs at which MultiStepLR multiplies by --gamma"
     )

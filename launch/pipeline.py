@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "make_model", "make_rule", "optimizer_factory", "run", "summary"]
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "SGDSF")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "AdamWScheduleFree", "SGDSF")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,12 +211,16 @@ def optimizer_factory(options: RunOptions) -> Callable[[Any], Any]:
         return partial(torch.optim.Adam, fused=True, **common)
     if name == "AdamW":
         return partial(torch.optim.AdamW, fused=True, **common)
-    if name in ("AdamWSF", "SGDSF"):
+    if name == "AdamWSF":
+        from unlocked.kernels.schedule_free import AdamWSF
+
+        return partial(AdamWSF, **common)
+    if name in ("AdamWScheduleFree", "SGDSF"):
         try:
             import schedulefree
         except ImportError as error:
             raise ValueError(f"optimizer {name} needs the package schedulefree; pip install schedulefree") from error
-        if name == "AdamWSF":
+        if name == "AdamWScheduleFree":
             return partial(schedulefree.AdamWScheduleFree, **common)
         return partial(schedulefree.SGDScheduleFree, momentum=options.momentum, **common)
     raise ValueError(f"optimizer {name!r} is not known; valid: {', '.join(OPTIMIZERS)}")

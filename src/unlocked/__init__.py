@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unlocked.data import load_dataset
+    from unlocked.kernels.schedule_free import AdamWSF
     from unlocked.rules import (
         DRTP,
         LLS,
@@ -31,6 +32,7 @@ __all__ = [
     "LLS_MxM_Random",
     "LLS_MxM_reduced",
     "LLS_Random",
+    "AdamWSF",
     "LayerInfo",
     "LocalLosses",
     "LocalRule",
@@ -41,7 +43,12 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"Trainer": "unlocked.runtime", "ReduceLROnPlateau": "unlocked.runtime", "load_dataset": "unlocked.data"}
+_HOMES = {
+    "AdamWSF": "unlocked.kernels.schedule_free",
+    "ReduceLROnPlateau": "unlocked.runtime",
+    "Trainer": "unlocked.runtime",
+    "load_dataset": "unlocked.data",
+}
 
 
 def __getattr__(name: str) -> Any:
