@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unlocked.data import ImageDataset, load_dataset
+from unlocked.kernels.schedule_free import AdamWSF
 from unlocked.models import Block, get_model, use_tanh
 from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
@@ -27,7 +28,7 @@ from unlocked.runtime.trainer import Trainer
 
 __all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "run", "summary"]
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "SGDSF")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "AdamWScheduleFree", "SGDSF")
 _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milestones
 
 
@@ -59,7 +60,11 @@ class Recipe(Settings):
     test_batch_size: int = setting(128, "rows of an evaluation micro-batch")
     weight_decay: float = setting(0.0, "of the optimizer", at_least=0)
     momentum: float = setting(0.9, "of SGD", at_least=0, below=1)
-    optimizer: str = setting("Adam", "SGD, Adam, AdamW, AdamWSF, SGDSF", choices=OPTIMIZERS)
+    optimizer: str = setting(
+        "Adam",
+        "SGD, Adam, AdamW, AdamWSF (the authors' release), AdamWScheduleFree (the library's), SGDSF",
+        choices=OPTIMIZERS,
+    )
     milestone: tuple[int, ...] = setting(
         (),
         "epochs at which MultiStepLR multiplies by --gamma (unless given: 50 80 120 180)",
@@ -235,11 +240,13 @@ def make_optimizer(recipe: Recipe) -> Callable[[Any], Any]:
         return partial(torch.optim.Adam, fused=True, **common)
     if name == "AdamW":
         return partial(torch.optim.AdamW, fused=True, **common)
+    if name == "AdamWSF":
+        return partial(AdamWSF, **common)
     try:
         import schedulefree
     except ImportError as error:
         raise ValueError(f"optimizer {name} needs the package schedulefree; pip install schedulefree") from error
-    if name == "AdamWSF":
+    if name == "AdamWScheduleFree":
         return partial(schedulefree.AdamWScheduleFree, **common)
     return partial(schedulefree.SGDScheduleFree, momentum=recipe.momentum, **common)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "GOLDEN_DIR",
+    "SCHEDULE_FREE_DIR",
     "Golden",
     "check_samples",
     "copy_into_blocks",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
+SCHEDULE_FREE_DIR = GOLDEN_DIR.parent / "golden_schedule_free"  # with the optimizer that the authors bundle
 _NUM_SAMPLES = 32
 _RULE_WORDS = ("feedback", "modulation")
 
@@ -39,11 +41,12 @@ class Golden:
     local_losses: Tensor  # [steps, local layers]
     eval_logits: Tensor  # [batch, num_classes], of step 0's images after the last step
     samples: list[np.ndarray]  # of each parameter after the last step: sum, norm, sampled entries
+    averages: list[np.ndarray]  # the same of the averaged weights, where the file has them
 
 
-def golden_files(pattern: str = "*") -> list[Path]:
+def golden_files(pattern: str = "*", folder: Path = GOLDEN_DIR) -> list[Path]:
     """The trajectories whose names match; none where the folder is absent (an empty parametrize is skipped)."""
-    return sorted(GOLDEN_DIR.glob(f"{pattern}.npz"))
+    return sorted(folder.glob(f"{pattern}.npz"))
 
 
 def load_golden(path: Path) -> Golden:
@@ -52,8 +55,11 @@ def load_golden(path: Path) -> Golden:
         logits, losses, evaluated = (
             torch.from_numpy(np.asarray(file[key], np.float32)) for key in ("logits", "local_losses", "eval_logits")
         )
-        samples = [file[f"p{i:03d}"] for i in range(len(meta["param_names"]))]
-    return Golden(path.stem, meta, logits, losses, evaluated, samples)
+        samples, averages = (
+            [file[key] for i in range(len(meta["param_names"])) if (key := f"{letter}{i:03d}") in file]
+            for letter in "px"
+        )
+    return Golden(path.stem, meta, logits, losses, evaluated, samples, averages)
 
 
 def golden_parameters(meta: Mapping[str, Any]) -> dict[str, Tensor]:

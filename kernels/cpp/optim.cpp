@@ -1,4 +1,5 @@
-// One optimizer step for all parameters of a layer: the update rules of torch.optim's Adam, AdamW and SGD.
+// One optimizer step for all parameters of a layer: torch.optim's Adam, AdamW and SGD, and kernels/schedule_free.py's
+// AdamWSF.
 //
 // Each element is updated on its own, so results do not depend on the number of threads.
 
@@ -79,6 +80,32 @@ void unlocked_sgd(int count, const int64_t* sizes, float* const* params, const f
       const float velocity = old * b[k] + grad;
       b[k] = velocity;
       p[k] -= rate * (nesterov ? grad + kept * velocity : velocity);
+    }
+  });
+}
+
+// rate, share: of kernels/schedule_free.py's StepSize; points: its z.
+void unlocked_adamw_sf(int count, const int64_t* sizes, float* const* params, const float* const* grads,
+                       float* const* points, float* const* squares, double rate, double share, double beta1,
+                       double beta2, double eps, double weight_decay, int threads) {
+  const float kept2 = static_cast<float>(beta2), fresh2 = static_cast<float>(1.0 - beta2);
+  const float epsilon = static_cast<float>(eps), decay = static_cast<float>(weight_decay);
+  const float to_z = static_cast<float>(share), to_y = static_cast<float>(1.0 - share);
+  const float ahead = static_cast<float>(rate * (beta1 * (1.0 - share) - 1.0)), step = static_cast<float>(rate);
+  const bool near = share < 0.5;  // torch.lerp's two forms: the second is exact at 1, which the first step has
+  for_pieces(count, sizes, threads, [&](int i, int64_t first, int64_t last) {
+    float* y = params[i];
+    float* z = points[i];
+    float* v = squares[i];
+    const float* g = grads[i];
+#pragma omp simd
+    for (int64_t k = first; k < last; ++k) {
+      v[k] = kept2 * v[k] + fresh2 * g[k] * g[k];
+      const float direction = g[k] / (std::sqrt(v[k]) + epsilon) + decay * y[k];
+      const float gap = z[k] - y[k];
+      const float mixed = near ? y[k] + to_z * gap : z[k] - to_y * gap;
+      y[k] = mixed + ahead * direction;
+      z[k] -= step * direction;
     }
   });
 }

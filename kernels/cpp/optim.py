@@ -1,4 +1,4 @@
-"""One call per step for a layer's optimizer: torch.optim's Adam, AdamW and SGD without what surrounds their arithmetic.
+"""One call per step for a layer's optimizer: torch.optim's Adam, AdamW and SGD, and `AdamWSF`, as arithmetic alone.
 
 For the small tensors of a layer, torch's fused optimizers spend most of their time outside of their kernels;
 docs/performance.md has what a step gains. `from_torch` takes over such an optimizer: hyperparameters
@@ -13,42 +13,45 @@ import torch
 from torch import Tensor
 
 from unlocked.kernels.cpp.bindings import load_kernels
+from unlocked.kernels.optim import gradients_of, kind_of
+from unlocked.kernels.schedule_free import AdamWSF, StepSize
 
 __all__ = ["NativeOptimizer", "from_torch"]
 
-_KINDS: dict[type, tuple[str, ...]] = {
-    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-    torch.optim.SGD: ("momentum_buffer",),
+_STATE_NAMES: dict[str, tuple[str, ...]] = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw_sf": ("z", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
 }
-_UNSUPPORTED = ("amsgrad", "maximize", "differentiable", "capturable", "dampening")
 
 
 def from_torch(optimizer: Any) -> "NativeOptimizer | None":
     """Takes over `optimizer`; None where it is of another kind, or has options that the kernels don't know.
 
-    They know float32 parameters on the CPU in dense memory, one group of them, no hooks, and a learning rate that is
-    a number.
+    Taken are the kinds above, as `kernels.optim.kind_of` knows them, over float32 parameters on the CPU in dense
+    memory, in one group.
     """
-    if type(optimizer) not in _KINDS or len(optimizer.param_groups) != 1:
+    kind = kind_of(optimizer)
+    if kind not in _STATE_NAMES or len(optimizer.param_groups) != 1:
         return None
     group = optimizer.param_groups[0]
-    known = not any(group.get(name) for name in _UNSUPPORTED) and not isinstance(group["lr"], Tensor)
-    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if not known or hooked or not all(_is_dense(p) for p in group["params"]):
+    if group.get("capturable") or not all(_is_dense(p) for p in group["params"]):
         return None
-    return NativeOptimizer(optimizer)
+    return NativeOptimizer(optimizer, kind)
 
 
 class NativeOptimizer:
-    """Stands in for the torch.optim optimizer that it was made from, which keeps all state.
+    """Stands in for the optimizer that it was made from, which keeps all state.
 
     Args:
-        wrapped: the optimizer; Adam, AdamW or SGD over float32 parameters on the CPU.
+        wrapped: the optimizer, over float32 parameters on the CPU.
+        kind: what it computes: "adam", "adamw", "adamw_sf" or "sgd".
     """
 
-    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+    def __init__(self, wrapped: torch.optim.Optimizer, kind: str) -> None:
         self.wrapped = wrapped
+        self.kind = kind
         self._params: list[Tensor] = wrapped.param_groups[0]["params"]
         count = len(self._params)
         self._sizes = (ctypes.c_int64 * count)(*(p.numel() for p in self._params))
@@ -62,19 +65,37 @@ class NativeOptimizer:
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor] | None = None) -> None:
-        """Updates all parameters from `grads`, one per parameter; default: their `.grad`."""
-        given = [g for g in ([p.grad for p in self._params] if grads is None else grads) if g is not None]
+        """Updates all parameters from `grads`, one per parameter; default: their `.grad`.
+
+        Raises:
+            ValueError: a missing gradient; a closure; a schedule-free optimizer in evaluation mode.
+        """
+        given = [g for g in gradients_of(self._params, grads) if g is not None]
         if len(given) != len(self._params):
             raise ValueError(f"step needs one gradient per parameter: {len(self._params)}, got {len(given)}")
+        if self.kind == "adamw_sf" and not self.param_groups[0]["train_mode"]:
+            raise ValueError("the schedule-free optimizer is in evaluation mode; call train() before step()")
         # Held until the call is over: a gradient that lies otherwise than its parameter is copied.
         aligned = [g if g.stride() == p.stride() else _like(g, p) for g, p in zip(given, self._params, strict=True)]
         for i, grad in enumerate(aligned):
             self._grads[i] = grad.data_ptr()
         first = not self._pointers and self._prepare()
-        if isinstance(self.wrapped, torch.optim.SGD):
+        if self.kind == "sgd":
             self._sgd(first)
+        elif self.kind == "adamw_sf":
+            self._adamw_sf()
         else:
             self._adam()
+
+    def train(self) -> None:
+        """Schedule-free: puts the weights at which gradients are taken (y) into the parameters. Others: nothing."""
+        if isinstance(self.wrapped, AdamWSF):
+            self.wrapped.train()
+
+    def eval(self) -> None:
+        """Schedule-free: puts the averaged weights (x), the training's result, into the parameters. Others: nothing."""
+        if isinstance(self.wrapped, AdamWSF):
+            self.wrapped.eval()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.wrapped.zero_grad(set_to_none)
@@ -103,7 +124,25 @@ class NativeOptimizer:
             beta2,
             group["eps"],
             group["weight_decay"],
-            int(isinstance(self.wrapped, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))),
+            int(self.kind == "adamw"),
+            torch.get_num_threads(),
+        )
+
+    def _adamw_sf(self) -> None:
+        group, found = self.param_groups[0], self._pointers
+        size = StepSize.advance(group)
+        load_kernels().unlocked_adamw_sf(
+            len(self._params),
+            self._sizes,
+            found["params"],
+            self._grads,
+            found["z"],
+            found["exp_avg_sq"],
+            size.rate,
+            size.share,
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
             torch.get_num_threads(),
         )
 
@@ -126,21 +165,20 @@ class NativeOptimizer:
     def _prepare(self) -> bool:
         """Makes the state that the library would make in its first step, and notes where everything lies. Whether
         the state is new."""
-        state, names = self.wrapped.state, _KINDS[type(self.wrapped)]
-        if isinstance(self.wrapped, torch.optim.SGD) and not self.param_groups[0]["momentum"]:
+        state, names = self.wrapped.state, _STATE_NAMES[self.kind]
+        if self.kind == "sgd" and not self.param_groups[0]["momentum"]:
             names = ()
+        counts = self.kind in ("adam", "adamw")  # a tensor's steps
         new = any(state[p].get(name) is None for p in self._params for name in names)
         for p in self._params:
             for name in names:
-                if new:
-                    state[p][name] = torch.zeros_like(p)
+                if new:  # z starts at the weights
+                    state[p][name] = p.detach().clone() if name == "z" else torch.zeros_like(p)
                 elif state[p][name].stride() != p.stride():  # SGD's first buffer lies as the gradient did
                     state[p][name] = _like(state[p][name], p)
-            if new and not isinstance(self.wrapped, torch.optim.SGD):
+            if new and counts:
                 state[p]["step"] = torch.zeros((), dtype=torch.float32)
-        tensors = {name: [state[p][name] for p in self._params] for name in names}
-        if names and not isinstance(self.wrapped, torch.optim.SGD):
-            tensors["step"] = [state[p]["step"] for p in self._params]
+        tensors = {name: [state[p][name] for p in self._params] for name in (*names, *(["step"] if counts else []))}
         for name, values in {"params": self._params, **tensors}.items():
             self._pointers[name] = (ctypes.c_void_p * len(values))(*(v.data_ptr() for v in values))
         return new

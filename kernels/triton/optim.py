@@ -1,7 +1,7 @@
 """Fused optimizers: all parameters of a stage are updated by one kernel launch that a CUDA graph can capture.
 
-`FusedOptimizer` stands in for torch.optim's SGD, Adam and AdamW and for the schedulefree package's AdamWScheduleFree
-and SGDScheduleFree; `from_torch` takes over one of those. Their update rules are in `optim_kernels`.
+`FusedOptimizer` stands in for torch.optim's SGD, Adam and AdamW, for `AdamWSF`, and for the schedulefree package's
+AdamWScheduleFree and SGDScheduleFree; `from_torch` takes over one of those. Their update rules are in `optim_kernels`.
 """
 
 import math
@@ -13,46 +13,51 @@ import torch
 import triton
 from torch import Tensor
 
+from unlocked.kernels.optim import gradients_of, kind_of
 from unlocked.kernels.triton.optim_kernels import AOT_SPECS, CHUNK, COUNTERS, HYPER, step_kernel
 
 __all__ = ["AOT_SPECS", "KINDS", "FusedOptimizer", "from_torch"]
 
 _MAX_TENSORS = 32  # tensors of a launch; more take several launches
 
-_SCHEDULE_FREE = {"warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0}
+_AVERAGING = {"warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0}
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 # The options of each kind with the defaults of torch.optim and schedulefree.
 KINDS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
-    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
-    "schedule_free_adamw": {"lr": 0.0025, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **_SCHEDULE_FREE},
-    "schedule_free_sgd": {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, **_SCHEDULE_FREE},
+    "adam": {"lr": 1e-3, **_ADAM},
+    "adamw": {"lr": 1e-3, **_ADAM, "weight_decay": 1e-2},
+    "adamw_sf": {"lr": 0.0025, **_ADAM, **_AVERAGING},
+    "schedule_free_adamw": {"lr": 0.0025, **_ADAM, **_AVERAGING},
+    "schedule_free_sgd": {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, **_AVERAGING},
 }
 # The names of the two state buffers, as the libraries' state dicts have them ("" where a kind has only one).
 _STATE_NAMES = {
     "sgd": ("momentum_buffer", ""),
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw_sf": ("z", "exp_avg_sq"),
     "schedule_free_adamw": ("z", "exp_avg_sq"),
     "schedule_free_sgd": ("z", ""),
 }
-_UNSUPPORTED = ("dampening", "amsgrad", "maximize", "differentiable")
+_SCHEDULE_FREE = ("adamw_sf", "schedule_free_adamw", "schedule_free_sgd")
 # Entries that the library's groups need when they load one of our state dicts.
 _LIBRARY_ENTRIES: dict[str, dict[str, Any]] = {
     "sgd": {"dampening": 0.0},
     "adam": {},
     "adamw": {"decoupled_weight_decay": True},
+    "adamw_sf": {},
     "schedule_free_adamw": {"foreach": True, "scheduled_lr": 0.0},
     "schedule_free_sgd": {"foreach": True, "scheduled_lr": 0.0},
 }
 
 
 class FusedOptimizer:
-    """Stands in for a torch.optim optimizer, or one of the schedulefree package, over float32 tensors of one device.
+    """Stands in for a library's optimizer over float32 tensors of one device.
 
     Args:
         params: the parameters; contiguous or channels-last, float32.
-        kind: one of `KINDS`: "sgd", "adam", "adamw", "schedule_free_adamw", "schedule_free_sgd".
+        kind: one of `KINDS`: "sgd", "adam", "adamw", "adamw_sf", "schedule_free_adamw", "schedule_free_sgd".
         options: the options of `KINDS[kind]`, with the meaning and the defaults they have in the library.
 
     There is one parameter group. Its entries (lr, betas, ...) can be read and written, which also reaches a captured
@@ -60,7 +65,8 @@ class FusedOptimizer:
     A schedule-free optimizer starts in evaluation mode, as the library's does: call `train()` before the first step.
 
     Raises:
-        ValueError: an option, a parameter or a gradient that the kernel can't take; a step in evaluation mode.
+        ValueError: an option, a parameter or a gradient that the kernel can't take; a closure; a step in evaluation
+            mode.
     """
 
     def __init__(self, params: Iterable[Tensor], kind: str = "adam", **options: Any) -> None:
@@ -71,7 +77,7 @@ class FusedOptimizer:
         self.kind = kind
         self._params = list(params)
         _check_params(self._params)
-        self._schedule_free = kind.startswith("schedule_free")
+        self._schedule_free = kind in _SCHEDULE_FREE
         settings = {**KINDS[kind], **options}
         _check_options(kind, settings)
         self._momentum = kind == "sgd" and settings["momentum"] > 0
@@ -102,9 +108,7 @@ class FusedOptimizer:
         if self._schedule_free and not self.param_groups[0]["train_mode"]:
             raise ValueError("the schedule-free optimizer is in evaluation mode; call train() before step()")
         params = self._params
-        given = [p.grad for p in params] if grads is None else list(grads)
-        if len(given) != len(params):
-            raise ValueError(f"step needs one gradient (or None) per parameter: {len(params)}, got {len(given)}")
+        given = gradients_of(params, grads)
         present = tuple(g is not None for g in given)
         launches = self._launches.get(present)
         if launches is None:
@@ -136,10 +140,6 @@ class FusedOptimizer:
                     p.grad = None
                 else:
                     p.grad.detach_().zero_()
-
-    def set_lr(self, lr: float) -> None:
-        """Sets the learning rate, on the device as well: a captured graph uses it from its next replay on."""
-        self.param_groups[0]["lr"] = lr
 
     def train(self) -> None:
         """Schedule-free: puts the weights at which gradients are taken (y) into the parameters. Others: nothing."""
@@ -274,16 +274,13 @@ class FusedOptimizer:
 def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer | None:
     """The fused optimizer with the parameters, options and state of a library's, or None if there is no such.
 
-    Taken are torch.optim.SGD, Adam and AdamW and schedulefree's AdamWScheduleFree and SGDScheduleFree without
-    dampening, amsgrad, maximize or differentiable, over float32 parameters of one device with one set of options.
+    Taken are those that `kernels.optim.kind_of` knows, over float32 parameters of one device with one set of options.
     """
-    kind = _kind_of(optimizer)
-    groups = optimizer.param_groups
-    if kind is None or any(group.get(key) for group in groups for key in _UNSUPPORTED):
+    kind = kind_of(optimizer)
+    if kind is None:
         return None
-    if kind == "adam" and groups[0].get("decoupled_weight_decay"):
-        kind = "adamw"
-    options = [{key: _plain(group[key]) for key in KINDS[kind]} for group in groups]
+    groups = optimizer.param_groups
+    options = [{key: group[key] for key in KINDS[kind]} for group in groups]
     modes = [{key: group.get(key) for key in ("train_mode", "k", "decoupled_weight_decay")} for group in groups]
     if any(other != options[0] for other in options) or any(other != modes[0] for other in modes):
         return None
@@ -294,18 +291,9 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer | None:
         return None
     if optimizer.state:
         fused.load_state_dict(optimizer.state_dict())
-    elif kind.startswith("schedule_free"):
+    elif kind in _SCHEDULE_FREE:
         fused.param_groups[0]["train_mode"] = modes[0]["train_mode"]
     return fused
-
-
-def _kind_of(optimizer: torch.optim.Optimizer) -> str | None:
-    """By exact type: a subclass may do anything. schedulefree is not imported, only recognised."""
-    known = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
-    if type(optimizer).__module__.partition(".")[0] == "schedulefree":
-        names = {"AdamWScheduleFree": "schedule_free_adamw", "SGDScheduleFree": "schedule_free_sgd"}
-        return names.get(type(optimizer).__name__)
-    return known.get(type(optimizer))
 
 
 def _plain(value: Any) -> Any:
@@ -374,7 +362,7 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
             raise ValueError("nesterov needs a momentum above 0")
     elif not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas (or momentum) must be at least 0 and below 1, got {beta1}, {beta2}")
-    elif kind.startswith("schedule_free") and beta1 == 0:
+    elif kind in _SCHEDULE_FREE and beta1 == 0:
         raise ValueError(f"{kind} needs a first beta (or momentum) above 0, got 0")
 
 

@@ -99,15 +99,20 @@ def step_kernel(
             z = tl.where(steps == 0.0, p, z)  # z starts at the weights
             warmup, power = tl.load(hyper_ptr + 7), tl.load(hyper_ptr + 9)
             lr *= tl.where(steps < warmup, (steps + 1.0) / tl.maximum(warmup, 1.0), 1.0)
+            if KIND == "adamw_sf":
+                lr *= tl.sqrt(correction2)  # so the first steps also weigh less in the average
             lr_max = tl.load(counters + 2)
             lr_max = tl.where(lr > lr_max, lr, lr_max)
             scale = tl.where(power == 0.0, 1.0, tl.exp(power * tl.log(lr_max)))
             weight = tl.exp(tl.load(hyper_ptr + 8) * tl.log(steps + 1.0)) * scale
             weight_sum = tl.load(counters + 1) + weight
             share = tl.where(weight_sum == 0.0, 0.0, weight / tl.where(weight_sum == 0.0, 1.0, weight_sum))
-            if KIND == "schedule_free_adamw":
+            if KIND != "schedule_free_sgd":
                 second = beta2.to(tl.float32) * second + (1.0 - beta2).to(tl.float32) * (g * g)
-                spread = tl.sqrt_rn(tl.div_rn(second, correction2.to(tl.float32))) + eps
+                if KIND == "adamw_sf":
+                    spread = tl.sqrt_rn(second) + eps
+                else:
+                    spread = tl.sqrt_rn(tl.div_rn(second, correction2.to(tl.float32))) + eps
                 g = tl.div_rn(g, spread)
                 tl.store(second_ptrs, second, mask=inside)
             g += weight_decay.to(tl.float32) * p
@@ -120,7 +125,7 @@ def step_kernel(
             tl.store(p_ptrs, p, mask=inside)
         tl.debug_barrier()  # every warp has read the counters before one thread writes them
         tl.store(counters, steps + 1.0)
-        if KIND == "schedule_free_adamw" or KIND == "schedule_free_sgd":
+        if KIND != "adam" and KIND != "adamw":
             tl.store(counters + 1, weight_sum)
             tl.store(counters + 2, lr_max)
 
@@ -137,5 +142,5 @@ _SIGNATURE = dict.fromkeys(("p0", "p1", "g0", "g1", "first", "second"), "*fp32")
 _SIGNATURE |= {"counters": "*fp64", "hyper": "*fp64"}
 AOT_SPECS = [
     AotSpec(f"optimizer {kind}", _two_tensors, _SIGNATURE, {"KIND": kind, "CHUNK": CHUNK})
-    for kind in ("sgd", "adam", "adamw", "schedule_free_adamw", "schedule_free_sgd")
+    for kind in ("sgd", "adam", "adamw", "adamw_sf", "schedule_free_adamw", "schedule_free_sgd")
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unlocked.data import load_dataset
+    from unlocked.kernels.schedule_free import AdamWSF
     from unlocked.rules import (
         DRTP,
         LLS,
@@ -31,6 +32,7 @@ __all__ = [
     "LLS_MxM_Random",
     "LLS_MxM_reduced",
     "LLS_Random",
+    "AdamWSF",
     "LayerInfo",
     "LocalLosses",
     "LocalRule",
@@ -45,6 +47,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdamWSF": "unlocked.kernels.schedule_free",
     **dict.fromkeys(("Processes", "ReduceLROnPlateau", "Sequential", "Streams", "Trainer"), "unlocked.runtime"),
     "load_dataset": "unlocked.data",
 }

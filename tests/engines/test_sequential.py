@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlocked import AdamWSF
 from unlocked.data import Augmentation, ImageDataset, epoch_order
 from unlocked.data.synthetic import load_synthetic
 from unlocked.kernels.images import load_batch
@@ -31,7 +32,8 @@ TRAIN = replace(TRAIN, augmentation=Augmentation(flip=True, crop_padding=1, eras
 EPOCHS, BATCH, EVAL_BATCH, STATISTICS, LR = 3, 8, 6, 2, 5e-3
 FACTOR = MultiStepLR((1,), 0.5)
 ADAM = partial(torch.optim.Adam, lr=LR)
-ADAMW_SF = partial(schedulefree.AdamWScheduleFree, lr=LR, weight_decay=0.01)
+ADAMW_SF = partial(AdamWSF, lr=LR, weight_decay=0.01)
+ADAMW_SCHEDULE_FREE = partial(schedulefree.AdamWScheduleFree, lr=LR, weight_decay=0.01)
 SGD_SF = partial(schedulefree.SGDScheduleFree, lr=LR)
 
 
@@ -247,7 +249,13 @@ def _run(rule: Any, kernels: str = "torch", optimizer: Any = None, **plan: Any) 
 
 
 RULES = {"LLS": LLS(), "LLS_MxM": LLS_MxM(), "LocalLosses": LocalLosses(), "DRTP": DRTP, "BP": "BP"}
-CASES = [*((mode, ADAM) for mode in RULES), ("LLS_MxM", ADAMW_SF), ("DRTP", SGD_SF), ("BP", ADAMW_SF)]
+CASES = [
+    *((mode, ADAM) for mode in RULES),
+    ("LLS_MxM", ADAMW_SF),
+    ("LLS", ADAMW_SCHEDULE_FREE),
+    ("DRTP", SGD_SF),
+    ("BP", ADAMW_SF),
+]
 
 
 @pytest.mark.parametrize(("mode", "optimizer"), CASES)

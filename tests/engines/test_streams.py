@@ -18,6 +18,7 @@ from engine_runs import dataset, figures, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unlocked import AdamWSF
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.engines.streams.green import make_streams, share
 from unlocked.runtime.engines.streams.tick_graph import TickGraph
@@ -85,7 +86,9 @@ def test_any_tick_graphs_equal_the_plain_loop(
     assert figures(got) == figures(whole)
 
 
-@pytest.mark.parametrize("kind", [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree, torch.optim.Adam])
+@pytest.mark.parametrize(
+    "kind", [AdamWSF, schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree, torch.optim.Adam]
+)
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_warm_up_leaves_nothing_behind(kind: type, graphs: bool, launches: list[int]) -> None:
     """Optimizers that hold their weights at two points, and that make their state in the first step."""

@@ -65,7 +65,7 @@ def test_the_home_folder_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "words"),
     [
         ("--training-mode lls", ["'lls'", "LLS_MxM_reduced", "DRTP", "BP, DFA"]),
-        ("--optimizer AdamWSF3", ["'AdamWSF3'", "SGD, Adam, AdamW, AdamWSF, SGDSF"]),
+        ("--optimizer AdamWSF3", ["'AdamWSF3'", "SGD, Adam, AdamW, AdamWSF, AdamWScheduleFree, SGDSF"]),
         ("--model lls_smallconv", ["'lls_smallconv'", "SmallConv", "LLS_"]),
         ("--model DFA_ResNet", ["'ResNet'", "SmallConvL"]),
         ("--pool AVG", ["--pool", "'AVG'", "MAX"]),

@@ -10,6 +10,7 @@ import pytest
 import schedulefree
 import torch
 
+from unlocked import AdamWSF
 from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M
@@ -20,7 +21,8 @@ TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size
 PLATEAU = ReduceLROnPlateau(factor=0.5, patience=0, threshold=0.05)
 OPTIMIZERS: dict[str, Any] = {
     "Adam": partial(torch.optim.Adam, lr=0.05),
-    "AdamWSF": partial(schedulefree.AdamWScheduleFree, lr=0.05, weight_decay=0.01),
+    "AdamWSF": partial(AdamWSF, lr=0.05, weight_decay=0.01),
+    "AdamWScheduleFree": partial(schedulefree.AdamWScheduleFree, lr=0.05, weight_decay=0.01),
     "SGDSF": partial(schedulefree.SGDScheduleFree, lr=0.5),
 }
 
@@ -120,7 +122,7 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"optimizer": partial(torch.optim.AdamW, lr=0.05)}, ["optimizer is", "AdamW(amsgrad", "but was", "'Adam("]),
         ({"optimizer": partial(torch.optim.Adam, lr=0.05, eps=1e-5)}, ["eps=1e-05", "eps=1e-08"]),
-        ({"optimizer": OPTIMIZERS["AdamWSF"]}, ["AdamWScheduleFree(", "but was 'Adam("]),
+        ({"optimizer": OPTIMIZERS["AdamWScheduleFree"]}, ["AdamWScheduleFree(", "but was 'Adam("]),
         ({"rule": LLS_M()}, ["rule is", "LLS_M(temperature=0.5,", "but was", "LLS(temperature=0.5,"]),
         ({"rule": LLS(temperature=0.7)}, ["temperature=0.7", "temperature=0.5"]),
         ({"rule": [LLS()] * 4}, ["rule is [", "but was", "LLS("]),
@@ -146,3 +148,12 @@ def test_another_learning_rate_and_schedule_are_taken_from_where_the_run_goes_on
     by_factor = _fit(_trainer(lr_factor=lambda epoch: 0.01 / 0.05, **options), epochs=2)
     assert by_factor.weights_sha256 == lower.weights_sha256
     assert lower.weights_sha256 != _fit(_trainer(**options), epochs=2).weights_sha256
+
+
+def test_the_two_schedule_free_adamws_refuse_each_others_snapshots(tmp_path: Path) -> None:
+    names = ("AdamWSF", "AdamWScheduleFree")
+    for name in names:
+        _fit(_trainer(OPTIMIZERS[name], snapshot_every=3, snapshot_dir=tmp_path / name), epochs=1)
+    for made, other in (names, names[::-1]):
+        with pytest.raises(ValueError, match=rf"optimizer is '{other}\(.* but was '{made}\("):
+            _fit(_trainer(OPTIMIZERS[other], snapshot_every=3, snapshot_dir=tmp_path / made, resume=tmp_path / made))
