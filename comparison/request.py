@@ -10,6 +10,7 @@ from unlocked.comparison.contenders import Spec
 from unlocked.comparison.results import EpochFigures, TimelineSpan, Trial
 from unlocked.data import ImageDataset
 from unlocked.runtime.recipe import Recipe
+from unlocked.runtime.saving.whole_file import whole_file
 
 __all__ = ["Form", "LayerCosts", "RankAnswer", "Request", "Task", "load_data", "save_data"]
 
@@ -88,7 +89,8 @@ class RankAnswer:
 
 def save_data(path: Path, splits: tuple[ImageDataset, ImageDataset]) -> None:
     """Both splits in a file that every process maps into its memory instead of loading them anew."""
-    torch.save(splits, path)
+    with whole_file(path) as temporary:
+        torch.save(splits, temporary)
 
 
 def load_data(path: Path) -> tuple[ImageDataset, ImageDataset]:

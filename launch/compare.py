@@ -62,9 +62,10 @@ def _compare(arguments: Sequence[str]) -> int:
 def _write(report: "Report", folder: Path) -> list[Path]:
     """All files of the report; their paths."""
     from unlocked.comparison.report.export import write_epochs_csv, write_runs_csv
+    from unlocked.runtime.saving.whole_file import write_whole
 
     files = [folder / name for name in ("report.json", "runs.csv", "epochs.csv")]
-    files[0].write_text(report.to_json(), encoding="utf-8")
+    write_whole(files[0], report.to_json())
     write_runs_csv(report, files[1])
     write_epochs_csv(report, files[2])
     page = folder / "report.html"

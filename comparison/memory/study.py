@@ -24,6 +24,8 @@ from unlocked.comparison.memory.page import memory_section
 from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
 from unlocked.comparison.report.figures import require_plotting
 from unlocked.comparison.report.sections import Headline, render
+from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.settings import LineParser
 from unlocked.workers.actions import Item
 
 __all__ = ["main", "measure", "run_memory_study", "write_memory_study"]
@@ -94,7 +96,7 @@ def describe_growth(study: MemoryStudy) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: a table, the slopes, and a page."""
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="compare.py --study memory",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -139,11 +141,11 @@ def write_memory_study(study: MemoryStudy, folder: Path) -> None:
     conditions = (f"batch {s.batch_size}", f"{s.channels} channels", f"torch {torch.__version__}", f"on {s.device}")
     what = Headline(sentence=describe_growth(study), conditions=conditions)
     page = render("Activation memory against depth", what, [memory_section(study)])
-    (folder / "memory.html").write_text(page, encoding="utf-8")
-    (folder / "memory.json").write_text(json.dumps(study.as_dict(), indent=1))
+    write_whole(folder / "memory.html", page)
+    write_whole(folder / "memory.json", json.dumps(study.as_dict(), indent=1))
     names = list(asdict(study.points[0]))
     rows = [names, *([str(value) for value in asdict(point).values()] for point in study.points)]
-    (folder / "memory.csv").write_text("".join(",".join(_quote(cell) for cell in row) + "\n" for row in rows))
+    write_whole(folder / "memory.csv", "".join(",".join(_quote(cell) for cell in row) + "\n" for row in rows))
 
 
 def _quote(cell: str) -> str:

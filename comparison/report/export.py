@@ -2,9 +2,11 @@
 
 import csv
 from collections.abc import Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 
 from unlocked.comparison.results import Contender, Report, Run
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["write_epochs_csv", "write_runs_csv"]
 
@@ -72,7 +74,8 @@ def _run_row(contender: Contender, run: Run | None) -> dict[str, object]:
 def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -7,6 +7,7 @@ from unlocked.comparison.report import charts
 from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.report.verdict import verdict
 from unlocked.comparison.results import Report, Spread
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["write_page"]
 
@@ -35,7 +36,7 @@ def write_page(report: Report, path: Path, *, studies: Sequence[Section] = ()) -
     headline = Headline(sentence=verdict(report), conditions=_conditions(report))
     text = render("Local learning against backpropagation", headline, [s for s in sections if s is not None], missing)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _throughput_section(report: Report) -> Section | None:

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 
@@ -72,4 +73,4 @@ def _worker(
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank == 1:
-        (Path(folder) / "hops.json").write_text(json.dumps(results))
+        write_whole(Path(folder) / "hops.json", json.dumps(results))

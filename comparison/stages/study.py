@@ -35,8 +35,10 @@ from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Lin
 from unlocked.comparison.stages.worker import train_chain
 from unlocked.data.cores import usable_cores
 from unlocked.runtime.machine import keep_freed_memory
+from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
+from unlocked.runtime.settings import LineParser
 
 __all__ = ["StagesStudy", "fit_cost_model", "main", "measure_stages", "run_predictions", "write_stages_study"]
 
@@ -166,10 +168,10 @@ def describe_model(model: CostModel, settings: StagesSettings) -> list[str]:
 def write_stages_study(study: StagesStudy, folder: Path) -> None:
     """stages.json, stages.csv and stages.html."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stages.json").write_text(json.dumps(study.as_dict(), indent=1))
+    write_whole(folder / "stages.json", json.dumps(study.as_dict(), indent=1))
     rows = [asdict(prediction) for prediction in study.predictions]
     lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    (folder / "stages.csv").write_text("\n".join(lines) + "\n")
+    write_whole(folder / "stages.csv", "\n".join(lines) + "\n")
     s = study.settings
     conditions = (
         f"{s.blocks_per_stage} blocks per stage",
@@ -178,13 +180,11 @@ def write_stages_study(study: StagesStudy, folder: Path) -> None:
         f"torch {s.torch}",
     )
     what = Headline(sentence=study.sentence(), conditions=conditions)
-    (folder / "stages.html").write_text(
-        render("Throughput against stages", what, [stages_section(study)]), encoding="utf-8"
-    )
+    write_whole(folder / "stages.html", render("Throughput against stages", what, [stages_section(study)]))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="compare.py --study stages",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

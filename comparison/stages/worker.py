@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from unlocked.runtime import Trainer
 from unlocked.runtime.engines.processes.engine import Processes
 from unlocked.runtime.engines.sequential import Sequential
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.saving.whole_file import write_whole
 
 __all__ = ["main", "stage_list", "train_chain"]
 
@@ -24,8 +26,8 @@ def main(arguments: str) -> None:
     summary = given.pop("summary")
     result = train_chain(**{**given, "settings": ChainSettings(**given["settings"])})
     if os.environ.get("RANK", "0") == "0":
-        with open(summary, "w", encoding="utf-8") as file:
-            json.dump({"images_per_second": result.images_per_second, "stages": result.stages}, file)
+        figures = {"images_per_second": result.images_per_second, "stages": result.stages}
+        write_whole(Path(summary), json.dumps(figures))
 
 
 def train_chain(*, blocks: int, stages: int, steps: int, rule: str, settings: ChainSettings) -> RunResult:
