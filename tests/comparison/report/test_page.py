@@ -182,6 +182,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(browser: Any, page: Path, width: int, scheme: str) -> None:
@@ -222,6 +223,7 @@ def test_in_a_browser(browser: Any, page: Path, width: int, scheme: str) -> None
     assert browser.execute_script(cut) == []
 
 
+@pytest.mark.alone
 def test_a_browser_sees_a_request_and_an_overflow(browser: Any, tmp_path: Path) -> None:
     """The check of the browser's checks: a page that breaks them is seen to."""
     bad = tmp_path / "bad.html"
