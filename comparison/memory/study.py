@@ -25,6 +25,7 @@ from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, 
 from unlocked.comparison.report.figures import require_plotting
 from unlocked.comparison.report.sections import Headline, render
 from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.settings import LineParser
 from unlocked.workers.actions import Item
 
 __all__ = ["main", "measure", "run_memory_study", "write_memory_study"]
@@ -95,7 +96,7 @@ def describe_growth(study: MemoryStudy) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: a table, the slopes, and a page."""
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="compare.py --study memory",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

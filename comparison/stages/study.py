@@ -38,6 +38,7 @@ from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
+from unlocked.runtime.settings import LineParser
 
 __all__ = ["StagesStudy", "fit_cost_model", "main", "measure_stages", "run_predictions", "write_stages_study"]
 
@@ -183,7 +184,7 @@ def write_stages_study(study: StagesStudy, folder: Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="compare.py --study stages",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -124,6 +124,10 @@ def test_all_schedules_compute_the_same_and_two_have_timelines(tmp_path: Path) -
         (["--repeats", "0", "--seeds", "0"], ["nothing to run"]),
         (["--lr", "0"], ["lr is 0.0", "must be positive"]),
         (["--model", "nothing"], ["nothing"]),
+        (["--nonsense"], ["unrecognized arguments: --nonsense", "--help"]),
+        (["--queue-depth", "0"], ["queue_depth is 0; it must be at least 1"]),
+        (["--study", "memory", "--channels", "x"], ["--channels: invalid int value: 'x'"]),
+        (["--study=stages", "--stages", "3"], ["unrecognized arguments: --stages 3"]),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -1,15 +1,13 @@
 """Peak activation memory: law 3, counted to the byte, and against what autograd says that it saves."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from unlocked.comparison.memory.allocations import count_allocations
 from unlocked.comparison.memory.chain import chain
-from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
+from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryStudy
 from unlocked.comparison.memory.study import main, measure
 
 SETTINGS = ChainSettings(channels=4, image_size=8, batch_size=8)
@@ -55,31 +53,6 @@ def test_checkpoints_lie_between() -> None:
     depth = 36
     local, checkpointed, whole = (measure(m, depth, SETTINGS).activation_bytes for m in ("LLS", CHECKPOINTED, BP))
     assert local < checkpointed < whole / 2
-
-
-def test_the_count_is_exact() -> None:
-    with count_allocations(torch.device("cpu")) as count:
-        first = torch.empty(1000)
-        second = torch.empty(500)
-        del first
-        third = torch.empty(250)
-    assert (count.peak, count.now) == (6000, 3000)
-    assert second.numel() + third.numel() == 750
-
-
-def test_the_line_through_the_points(tmp_path: Path) -> None:
-    def point(depth: int, size: int) -> MemoryPoint:
-        return MemoryPoint(method="BP", depth=depth, activation_bytes=size, persistent_bytes=1, held_bytes=0)
-
-    study = MemoryStudy(settings=SETTINGS, points=[point(8, 170), point(4, 90), point(2, 50)])
-    assert study.slope("BP") == pytest.approx((20, 10))
-    assert [p.depth for p in study.of("BP")] == [2, 4, 8]
-    assert MemoryStudy.from_dict(json.loads(json.dumps(study.as_dict()))) == study
-    with pytest.raises(ValueError, match="at least two depths"):
-        study.slope("LLS")
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match="no memory study"):
-        MemoryStudy.load(tmp_path / "x.json")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

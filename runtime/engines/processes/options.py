@@ -1,0 +1,64 @@
+"""What the processes engine can be told, and what follows from it on every rank."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.processes.links import TRANSPORTS
+from unlocked.runtime.job import Job
+from unlocked.runtime.settings import setting
+
+__all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "settings_of"]
+
+_HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessesOptions(PipelineOptions):
+    """How processes find each other and move activations."""
+
+    transport: str = setting(
+        "auto", "between processes: auto, shared (memory of one machine) or group (Gloo, NCCL)", choices=TRANSPORTS
+    )
+    pin: bool = setting(
+        True,
+        "keep each of a machine's processes on cores of its own (on a CPU)",
+        off="let processes of one machine share its cores freely",
+    )
+    start_timeout: float = setting(
+        120.0, "seconds that all processes may take to appear, build their stages and connect", above=0
+    )
+    coordinator_port: int = setting(
+        0, "port of the coordinator, in rank 0 (0: any free one)", at_least=0, at_most=65535
+    )
+
+
+def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
+    """What must be the same on all ranks, as JSON gives it back."""
+    settings = {
+        **job.fingerprint,
+        **job.rates,
+        "length of the stream": len(job.plan),
+        "first position": job.start,
+        "queue_depth": options.queue_depth,
+        "transport": options.transport,
+        "device": job.device.type,
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{name} is {value!r} here and {theirs.get(name)!r} in rank 0"
+        for name, value in mine.items()
+        if value != theirs.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags")
+
+
+def heartbeat_timeout(job: Job) -> float:
+    """Whoever is given less time to answer a neighbour has no more to give a sign of life."""
+    return min(_HEARTBEAT_SECONDS, job.settings.timeout)
