@@ -155,6 +155,65 @@ __device__ void mix(const HeadArgs& a, const float* raw, float* scores, float* p
   }
 }
 
+// The way back of `mix`: raw_grad = scores @ modulationT, one warp per row of the matrix.
+template <int ROWS>
+__device__ __forceinline__ void mix_back(const HeadArgs& a, const float* scores, float* raw_grad) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int r = warp; r < a.rows; r += kHeadWarps) {
+    float sum[ROWS] = {};
+    for (int n = lane; n < a.classes; n += kWarp) {
+      const float m = __ldg(a.modulation + r * a.stride_r + n * a.stride_n);
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) sum[row] = fmaf(scores[row * a.classes + n], m, sum[row]);
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const float total = warp_sum(sum[row]);
+      if (lane == 0) raw_grad[row * a.rows + r] = total;
+    }
+  }
+}
+
+// Back to the latents. The gradient's part along the direction is sum(raw_grad * raw), because raw is the direction in
+// the basis; below the clamp the norm is a constant, and only the division is left.
+template <typename T, int ROWS>
+__device__ __forceinline__ void back_to_latents(const HeadArgs& a, int64_t first_image, const float* z, int pitch,
+                                                const float* raw, const float* raw_grad, const float (&inverse)[ROWS],
+                                                const bool (&clamped)[ROWS]) {
+  const int tid = threadIdx.x, lane = tid % kWarp;
+  float along[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) {
+    float sum = 0.0f;
+    if (a.normalize && !clamped[row]) {
+      for (int r = lane; r < a.rows; r += kWarp) sum = fmaf(raw_grad[row * a.rows + r], raw[row * a.rows + r], sum);
+      sum = warp_sum(sum);
+    }
+    along[row] = sum;
+  }
+  for (int d = tid; d < a.dim; d += kHeadThreads) {
+    float sum[ROWS] = {};
+    if (a.basis == nullptr) {
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) sum[row] = raw_grad[row * a.rows + d];
+    } else {
+#pragma unroll 8
+      for (int r = 0; r < a.rows; ++r) {
+        const float wave = __ldg(a.basis + static_cast<int64_t>(r) * a.dim + d);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) sum[row] = fmaf(raw_grad[row * a.rows + r], wave, sum[row]);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      if (first_image + row < a.batch) {
+        const float grad = (sum[row] - z[row * pitch + d] * inverse[row] * along[row]) * inverse[row];
+        static_cast<T*>(a.grad)[(first_image + row) * a.dim + d] = from_float<T>(grad);
+      }
+    }
+  }
+}
+
 template <typename T, int ROWS>
 __global__ void __launch_bounds__(kHeadThreads, ROWS == 1 ? 2 : 1) head_kernel(const HeadArgs a) {
   extern __shared__ float4 shared_f4[];
@@ -206,19 +265,7 @@ __global__ void __launch_bounds__(kHeadThreads, ROWS == 1 ? 2 : 1) head_kernel(c
     softmax_row(a, first_image + warp, raw + warp * a.rows, scores + warp * a.classes, raw_grad + warp * a.rows);
   __syncthreads();
   if (a.modulation_dims == kMatrix) {
-    for (int r = warp; r < a.rows; r += kHeadWarps) {
-      float sum[ROWS] = {};
-      for (int n = lane; n < a.classes; n += kWarp) {
-        const float m = __ldg(a.modulation + r * a.stride_r + n * a.stride_n);
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) sum[row] = fmaf(scores[row * a.classes + n], m, sum[row]);
-      }
-#pragma unroll
-      for (int row = 0; row < ROWS; ++row) {
-        const float total = warp_sum(sum[row]);
-        if (lane == 0) raw_grad[row * a.rows + r] = total;
-      }
-    }
+    mix_back<ROWS>(a, scores, raw_grad);
     __syncthreads();
   }
 
@@ -234,39 +281,7 @@ __global__ void __launch_bounds__(kHeadThreads, ROWS == 1 ? 2 : 1) head_kernel(c
     if (tid == 0 && a.inverse != nullptr) a.inverse[image] = inverse[row];
   }
 
-  // 4. Back to the latents. The gradient's part along the direction is sum(raw_grad * raw), because raw is the
-  // direction in the basis; below the clamp the norm is a constant, and only the division is left.
-  float along[ROWS];
-#pragma unroll
-  for (int row = 0; row < ROWS; ++row) {
-    float sum = 0.0f;
-    if (a.normalize && !clamped[row]) {
-      for (int r = lane; r < a.rows; r += kWarp) sum = fmaf(raw_grad[row * a.rows + r], raw[row * a.rows + r], sum);
-      sum = warp_sum(sum);
-    }
-    along[row] = sum;
-  }
-  for (int d = tid; d < a.dim; d += kHeadThreads) {
-    float sum[ROWS] = {};
-    if (a.basis == nullptr) {
-#pragma unroll
-      for (int row = 0; row < ROWS; ++row) sum[row] = raw_grad[row * a.rows + d];
-    } else {
-#pragma unroll 8
-      for (int r = 0; r < a.rows; ++r) {
-        const float wave = __ldg(a.basis + static_cast<int64_t>(r) * a.dim + d);
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) sum[row] = fmaf(raw_grad[row * a.rows + r], wave, sum[row]);
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-      if (first_image + row < a.batch) {
-        const float grad = (sum[row] - z[row * pitch + d] * inverse[row] * along[row]) * inverse[row];
-        static_cast<T*>(a.grad)[(first_image + row) * a.dim + d] = from_float<T>(grad);
-      }
-    }
-  }
+  back_to_latents<T, ROWS>(a, first_image, z, pitch, raw, raw_grad, inverse, clamped);
 }
 
 template <typename T, int ROWS>

@@ -140,14 +140,56 @@ struct BackwardArgs {
   float slope;
 };
 
+// What a block of backward_kernel keeps of its channels in shared memory.
+template <int CHANNELS>
+struct ChannelTable {
+  float mean[CHANNELS], rstd[CHANNELS], weight[CHANNELS], bias[CHANNELS];
+  float scale[CHANNELS], shift[CHANNELS], slant[CHANNELS]; // scale * (dy - (shift + xhat * slant))
+};
+
+// Both sums of this block's channels, from the partial ones; `scratch` holds kThreads values. Every thread must call.
+template <typename L>
+__device__ __forceinline__ void fill_table(const Geometry& g, const BackwardArgs& a, float per_activation,
+                                           float2* scratch, ChannelTable<L::channels>& table) {
+  const int tid = threadIdx.x, channels = static_cast<int>(g.channels), first_channel = blockIdx.y * L::channels;
+  const int channel = first_channel + tid % L::channels;
+  float2 sums = make_float2(0.0f, 0.0f);
+  if (channel < channels) {
+    const int total = static_cast<int>(g.groups) * a.parts;
+#pragma unroll 8
+    for (int k = tid / L::channels; k < total; k += kThreads / L::channels) {
+      const int64_t group = k / a.parts, part = k % a.parts;
+      const float2 partial = a.partials[(group * channels + channel) * a.parts + part];
+      sums.x += partial.x;
+      sums.y += partial.y;
+    }
+  }
+  sums = sum_by_channel<kThreads, L::channels>(sums, scratch);
+  if (tid < L::channels && channel < channels) {
+    const float bias_grad = sums.x * per_activation, weight_grad = sums.y * per_activation;
+    const float rows = static_cast<float>(g.batch * g.height * g.width);
+    table.mean[tid] = a.mean[channel];
+    table.rstd[tid] = a.rstd[channel];
+    table.weight[tid] = a.weight[channel];
+    table.bias[tid] = a.bias[channel];
+    table.scale[tid] = a.weight[channel] * a.rstd[channel];
+    table.shift[tid] = bias_grad / rows;
+    table.slant[tid] = weight_grad / rows;
+    if (blockIdx.x == 0) {
+      a.bias_grad[channel] = bias_grad;
+      a.weight_grad[channel] = weight_grad;
+    }
+  }
+  __syncthreads();
+}
+
 // conv_grad = weight * rstd * (dy - (sum(dy) + xhat * sum(dy * xhat)) / rows). FULL: `grad` is like `conv`; else it is
 // the latents' gradient, and every activation of a window has grad / window area.
 template <typename T, int VEC, bool CL, bool FULL>
 __global__ void __launch_bounds__(kThreads, VEC > 4 || FULL ? 2 : 3) backward_kernel(const Geometry g, const BackwardArgs a) {
   using L = Lanes<VEC, CL, kThreads>;
   __shared__ float2 scratch[kThreads];
-  __shared__ float mean_s[L::channels], rstd_s[L::channels], weight_s[L::channels], bias_s[L::channels];
-  __shared__ float scale_s[L::channels], shift_s[L::channels], slant_s[L::channels];
+  __shared__ ChannelTable<L::channels> table;
 
   const int tid = threadIdx.x, team_lane = tid % L::across, slot = tid / L::across;
   const int channels = static_cast<int>(g.channels), width = static_cast<int>(g.width);
@@ -155,50 +197,20 @@ __global__ void __launch_bounds__(kThreads, VEC > 4 || FULL ? 2 : 3) backward_ke
   const int64_t plane = g.height * g.width;
   const float per_activation = FULL ? 1.0f : 1.0f / static_cast<float>(g.window_h * g.window_w);
 
-  { // Both sums of this block's channels, from the partial ones.
-    const int channel = first_channel + tid % L::channels;
-    float2 sums = make_float2(0.0f, 0.0f);
-    if (channel < channels) {
-      const int total = static_cast<int>(g.groups) * a.parts;
-#pragma unroll 8
-      for (int k = tid / L::channels; k < total; k += kThreads / L::channels) {
-        const int64_t group = k / a.parts, part = k % a.parts;
-        const float2 partial = a.partials[(group * channels + channel) * a.parts + part];
-        sums.x += partial.x;
-        sums.y += partial.y;
-      }
-    }
-    sums = sum_by_channel<kThreads, L::channels>(sums, scratch);
-    if (tid < L::channels && channel < channels) {
-      const float bias_grad = sums.x * per_activation, weight_grad = sums.y * per_activation;
-      const float rows = static_cast<float>(g.batch * plane);
-      mean_s[tid] = a.mean[channel];
-      rstd_s[tid] = a.rstd[channel];
-      weight_s[tid] = a.weight[channel];
-      bias_s[tid] = a.bias[channel];
-      scale_s[tid] = a.weight[channel] * a.rstd[channel];
-      shift_s[tid] = bias_grad / rows;
-      slant_s[tid] = weight_grad / rows;
-      if (blockIdx.x == 0) {
-        a.bias_grad[channel] = bias_grad;
-        a.weight_grad[channel] = weight_grad;
-      }
-    }
-    __syncthreads();
-  }
+  fill_table<L>(g, a, per_activation, scratch, table);
 
   const int channel = first_channel + team_lane * VEC;
   if (channel >= channels) return; // no barrier follows
   float mean[VEC], rstd[VEC], weight[VEC], bias[VEC], scale[VEC], shift[VEC], slant[VEC];
 #pragma unroll
   for (int e = 0; e < VEC; ++e) {
-    mean[e] = mean_s[team_lane * VEC + e];
-    rstd[e] = rstd_s[team_lane * VEC + e];
-    weight[e] = weight_s[team_lane * VEC + e];
-    bias[e] = bias_s[team_lane * VEC + e];
-    scale[e] = scale_s[team_lane * VEC + e];
-    shift[e] = shift_s[team_lane * VEC + e];
-    slant[e] = slant_s[team_lane * VEC + e];
+    mean[e] = table.mean[team_lane * VEC + e];
+    rstd[e] = table.rstd[team_lane * VEC + e];
+    weight[e] = table.weight[team_lane * VEC + e];
+    bias[e] = table.bias[team_lane * VEC + e];
+    scale[e] = table.scale[team_lane * VEC + e];
+    shift[e] = table.shift[team_lane * VEC + e];
+    slant[e] = table.slant[team_lane * VEC + e];
   }
   const int splits = static_cast<int>(g.splits), window_w = static_cast<int>(g.window_w);
   const int pixels = static_cast<int>(g.window_h) * window_w;
