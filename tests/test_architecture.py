@@ -41,8 +41,8 @@ LAYERS = {
         ["sequential"],
     ],
     "comparison": [
-        ["contenders", "energy", "environment", "meter", "options", "reading", "request", "results"],
-        ["excerpts", "logged"],
+        ["logged", "contenders", "energy", "environment", "meter", "options", "reading", "request", "results"],
+        ["excerpts"],
         ["report"],
         ["rival", "memory", "stages"],
         ["worker", "pool"],

@@ -37,6 +37,7 @@ def test_a_diverging_contender_says_so(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.alone
 def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
     request = _request(pool, "LLS, 1 thread", max_steps=100_000, num_epochs=10_000)
     caught: list[ContenderFailed] = []
@@ -56,6 +57,7 @@ def test_a_process_that_dies_is_told_with_its_exit_code(pool: Pool) -> None:
     assert [str(error).split(":")[0] for error in caught] == ["process 0 ended with code -9"]
 
 
+@pytest.mark.alone
 @pytest.mark.alone
 def test_a_contender_that_takes_too_long_has_failed(pool: Pool) -> None:
     request = _request(pool, "LLS, 2 processes", max_steps=100_000, num_epochs=10_000, timeout=1.0)
