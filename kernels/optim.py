@@ -43,6 +43,7 @@ def kind_of(optimizer: Any) -> str | None:
       - hooks, be they this optimizer's or registered for all;
       - amsgrad, maximize, differentiable, dampening; torch's foreach=True, which asks for that very implementation;
       - options that are tensors (whoever holds one may change it in place).
+    It is asked once, when a layer is built: what is registered or replaced later is not seen.
     """
     found = type(optimizer)
     kind = _KINDS.get(found)
