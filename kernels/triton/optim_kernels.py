@@ -28,6 +28,48 @@ HYPER = 10  # float64: lr, beta1 or momentum, beta2, eps, weight_decay, log(beta
 
 
 @triton.jit
+def _adam(p, g, mean, second, hyper_ptr, steps, lr, correction2, KIND: tl.constexpr):
+    """(weights, first moment, second moment) after a step of Adam or AdamW."""
+    beta1, beta2, eps = tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3).to(tl.float32)
+    weight_decay = tl.load(hyper_ptr + 4)
+    if KIND == "adam":
+        g += weight_decay.to(tl.float32) * p
+    else:
+        p *= (1.0 - lr * weight_decay).to(tl.float32)
+    mean += (1.0 - beta1).to(tl.float32) * (g - mean)
+    second = beta2.to(tl.float32) * second + (1.0 - beta2).to(tl.float32) * (g * g)
+    step_size = (lr / (1.0 - tl.exp((steps + 1.0) * tl.load(hyper_ptr + 5)))).to(tl.float32)
+    spread = tl.div_rn(tl.sqrt_rn(second), tl.sqrt(correction2).to(tl.float32)) + eps
+    return p - step_size * tl.div_rn(mean, spread), mean, second
+
+
+@triton.jit
+def _average(hyper_ptr, counters, steps, lr, correction2, KIND: tl.constexpr):
+    """(this step's learning rate, the largest so far, the sum of weights, this step's share of the averaged point)."""
+    warmup, power = tl.load(hyper_ptr + 7), tl.load(hyper_ptr + 9)
+    lr *= tl.where(steps < warmup, (steps + 1.0) / tl.maximum(warmup, 1.0), 1.0)
+    if KIND == "adamw_sf":
+        lr *= tl.sqrt(correction2)  # so the first steps also weigh less in the average
+    lr_max = tl.load(counters + 2)
+    lr_max = tl.where(lr > lr_max, lr, lr_max)
+    scale = tl.where(power == 0.0, 1.0, tl.exp(power * tl.log(lr_max)))
+    weight = tl.exp(tl.load(hyper_ptr + 8) * tl.log(steps + 1.0)) * scale
+    weight_sum = tl.load(counters + 1) + weight
+    share = tl.where(weight_sum == 0.0, 0.0, weight / tl.where(weight_sum == 0.0, 1.0, weight_sum))
+    return lr, lr_max, weight_sum, share
+
+
+@triton.jit
+def _averaged(p, z, g, share, lr, beta1):
+    """The weights after a schedule-free step: between the average and z, less the gradient's part."""
+    # torch.lerp's two forms: the second is exact at share = 1, which the first step has.
+    near = p + share.to(tl.float32) * (z - p)
+    far = z - (1.0 - share).to(tl.float32) * (z - p)
+    p = tl.where(share < 0.5, near, far)
+    return p + (lr * (beta1 * (1.0 - share) - 1.0)).to(tl.float32) * g
+
+
+@triton.jit
 def step_kernel(
     param_ptrs,  # tuple of float32 tensors; the name `params` would clash with one in Triton's own launcher
     grad_ptrs,  # tuple of float32 tensors with the parameters' memory layout
@@ -77,36 +119,20 @@ def step_kernel(
     else:
         steps = tl.load(counters)  # taken before this one
         beta2, eps = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3).to(tl.float32)
+        correction2 = 1.0 - tl.exp((steps + 1.0) * tl.load(hyper_ptr + 6))
         if KIND != "schedule_free_sgd":
             second_ptrs = second_state_ptr + row * CHUNK + lane
             second = tl.load(second_ptrs, mask=inside, other=0.0)
-            correction2 = 1.0 - tl.exp((steps + 1.0) * tl.load(hyper_ptr + 6))
         if KIND == "adam" or KIND == "adamw":
-            if KIND == "adam":
-                g += weight_decay.to(tl.float32) * p
-            else:
-                p *= (1.0 - lr * weight_decay).to(tl.float32)
             mean = tl.load(first_ptrs, mask=inside, other=0.0)
-            mean += (1.0 - beta1).to(tl.float32) * (g - mean)
-            second = beta2.to(tl.float32) * second + (1.0 - beta2).to(tl.float32) * (g * g)
-            step_size = (lr / (1.0 - tl.exp((steps + 1.0) * tl.load(hyper_ptr + 5)))).to(tl.float32)
-            spread = tl.div_rn(tl.sqrt_rn(second), tl.sqrt(correction2).to(tl.float32)) + eps
+            p, mean, second = _adam(p, g, mean, second, hyper_ptr, steps, lr, correction2, KIND)
             tl.store(first_ptrs, mean, mask=inside)
             tl.store(second_ptrs, second, mask=inside)
-            tl.store(p_ptrs, p - step_size * tl.div_rn(mean, spread), mask=inside)
+            tl.store(p_ptrs, p, mask=inside)
         else:
             z = tl.load(first_ptrs, mask=inside, other=0.0)
             z = tl.where(steps == 0.0, p, z)  # z starts at the weights
-            warmup, power = tl.load(hyper_ptr + 7), tl.load(hyper_ptr + 9)
-            lr *= tl.where(steps < warmup, (steps + 1.0) / tl.maximum(warmup, 1.0), 1.0)
-            if KIND == "adamw_sf":
-                lr *= tl.sqrt(correction2)  # so the first steps also weigh less in the average
-            lr_max = tl.load(counters + 2)
-            lr_max = tl.where(lr > lr_max, lr, lr_max)
-            scale = tl.where(power == 0.0, 1.0, tl.exp(power * tl.log(lr_max)))
-            weight = tl.exp(tl.load(hyper_ptr + 8) * tl.log(steps + 1.0)) * scale
-            weight_sum = tl.load(counters + 1) + weight
-            share = tl.where(weight_sum == 0.0, 0.0, weight / tl.where(weight_sum == 0.0, 1.0, weight_sum))
+            lr, lr_max, weight_sum, share = _average(hyper_ptr, counters, steps, lr, correction2, KIND)
             if KIND != "schedule_free_sgd":
                 second = beta2.to(tl.float32) * second + (1.0 - beta2).to(tl.float32) * (g * g)
                 if KIND == "adamw_sf":
@@ -116,13 +142,8 @@ def step_kernel(
                 g = tl.div_rn(g, spread)
                 tl.store(second_ptrs, second, mask=inside)
             g += weight_decay.to(tl.float32) * p
-            # torch.lerp's two forms: the second is exact at share = 1, which the first step has.
-            near = p + share.to(tl.float32) * (z - p)
-            far = z - (1.0 - share).to(tl.float32) * (z - p)
-            p = tl.where(share < 0.5, near, far)
-            p += (lr * (beta1 * (1.0 - share) - 1.0)).to(tl.float32) * g
             tl.store(first_ptrs, z - lr.to(tl.float32) * g, mask=inside)
-            tl.store(p_ptrs, p, mask=inside)
+            tl.store(p_ptrs, _averaged(p, z, g, share, lr, beta1), mask=inside)
         tl.debug_barrier()  # every warp has read the counters before one thread writes them
         tl.store(counters, steps + 1.0)
         if KIND != "adam" and KIND != "adamw":
