@@ -34,7 +34,7 @@ from unlocked.comparison.environment import environment
 from unlocked.data import ImageDataset, load_dataset
 from unlocked.models import get_model
 from unlocked.rules import get_rule
-from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime import RunResult, Sequential, Streams, Trainer
 from unlocked.runtime.typed import to_plain
 
 __all__ = ["CONTENDERS", "Contender", "main", "overlap", "table"]
@@ -49,12 +49,10 @@ class Contender:
 
     name: str
     rule: str = "LLS"
-    engine: str = "sequential"
+    options: dict[str, Any] | None = None
+    """Of the streams engine; None: the plain loop of the sequential one."""
     kernels: str = "auto"
     precision: str = "tf32"
-    graphs: bool = True
-    graph_ticks: int = 32
-    green_contexts: str = "off"
     compile: bool = False
     traced: bool = False
     evaluate: bool = False
@@ -66,42 +64,51 @@ class Contender:
     budget: float = 40.0
     """Seconds for the process."""
 
+    @property
+    def engine(self) -> Streams | Sequential:
+        return Sequential() if self.options is None else Streams(**self.options)
 
-def _streams(name: str, **options: Any) -> Contender:
-    return Contender(name=name, engine="streams", **options)
+
+_ONE_GRAPH = {"stages": 1}
+
+
+def _streams(name: str, options: dict[str, Any] | None = None, **more: Any) -> Contender:
+    return Contender(name=name, options=options or {}, **more)
+
+
+def _bp(name: str, options: dict[str, Any] | None = _ONE_GRAPH, **more: Any) -> Contender:
+    return Contender(name=name, options=options, rule="BP", **more)
 
 
 # The order is that of importance: what time does not suffice for stands at the end.
 CONTENDERS = [
     _streams("LLS streams", steps=None, rounds=3),
-    Contender(name="BP graph", rule="BP", rounds=3),
-    Contender(name="BP eager", rule="BP", kernels="torch", graphs=False, steps=400, rounds=2),
-    Contender(name="LLS sequential graph", rounds=2),
-    Contender(name="BP compiled graph", rule="BP", compile=True, rounds=2, budget=90.0),
+    _bp("BP graph", rounds=3),
+    _bp("BP eager", None, kernels="torch", steps=400, rounds=2),
+    _streams("LLS sequential graph", _ONE_GRAPH, rounds=2),
+    _bp("BP compiled graph", compile=True, rounds=2, budget=90.0),
     _streams("LLS_M streams", rule="LLS_M", steps=None, rounds=2),
     _streams("LLS_MxM streams", rule="LLS_MxM", steps=None, rounds=2),
     _streams("LLS streams, traced", traced=True, steps=2000),
-    Contender(name="LLS sequential plain", graphs=False, steps=1000),
-    Contender(name="BP compiled", rule="BP", kernels="torch", graphs=False, compile=True, steps=1000, budget=90.0),
+    Contender(name="LLS sequential plain", steps=1000),
+    _bp("BP compiled", None, kernels="torch", compile=True, steps=1000, budget=90.0),
     _streams("LLS streams bf16", precision="bf16"),
-    Contender(name="BP graph bf16", rule="BP", precision="bf16"),
+    _bp("BP graph bf16", precision="bf16"),
     _streams("LLS streams fp32", precision="fp32"),
-    Contender(name="BP graph fp32", rule="BP", precision="fp32"),
-    _streams("LLS streams, graph per stage", graph_ticks=0),
-    _streams("LLS streams, graphs of 128 ticks", graph_ticks=128),
-    _streams("LLS streams, no graphs", graphs=False, steps=1000),
-    _streams("LLS streams, green sms", green_contexts="sms"),
-    _streams("LLS streams, green queues", green_contexts="queues"),
+    _bp("BP graph fp32", precision="fp32"),
+    _streams("LLS streams, graph per stage", {"graph_ticks": 0}),
+    _streams("LLS streams, graphs of 128 ticks", {"graph_ticks": 128}),
+    _streams("LLS streams, no graphs", {"graphs": False}, steps=1000),
+    _streams("LLS streams, green sms", {"green_contexts": "sms"}),
+    _streams("LLS streams, green queues", {"green_contexts": "queues"}),
     _streams("VGG8 LLS streams", model="VGG8", batch_size=128, steps=400),
-    Contender(name="VGG8 BP graph", rule="BP", model="VGG8", batch_size=128, steps=400),
+    _bp("VGG8 BP graph", model="VGG8", batch_size=128, steps=400),
     _streams("VGG8 LLS streams bf16", model="VGG8", batch_size=128, steps=400, precision="bf16"),
-    Contender(name="VGG8 BP graph bf16", rule="BP", model="VGG8", batch_size=128, steps=400, precision="bf16"),
+    _bp("VGG8 BP graph bf16", model="VGG8", batch_size=128, steps=400, precision="bf16"),
     _streams("LLS streams, evaluated", evaluate=True, steps=5 * STEPS_PER_EPOCH),
-    Contender(name="LLS sequential graph, evaluated", evaluate=True, steps=5 * STEPS_PER_EPOCH),
+    _streams("LLS sequential graph, evaluated", _ONE_GRAPH, evaluate=True, steps=5 * STEPS_PER_EPOCH),
     _streams("LLS streams, CUDA C++ kernels", kernels="cuda"),
-    Contender(
-        name="VGG8 BP compiled graph", rule="BP", model="VGG8", batch_size=128, steps=400, compile=True, budget=90.0
-    ),
+    _bp("VGG8 BP compiled graph", model="VGG8", batch_size=128, steps=400, compile=True, budget=90.0),
 ]
 
 
@@ -185,9 +192,6 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
             device=options.device,
             kernels=contender.kernels,
             precision=contender.precision,
-            graphs=contender.graphs,
-            graph_ticks=contender.graph_ticks,
-            green_contexts=contender.green_contexts,
             compile=contender.compile and (options.compile_backend or True),
             print_freq=200,
             trace=trace,
@@ -242,14 +246,17 @@ def overlap(events: Iterable[dict[str, Any]]) -> float:
 
 def predicted(contender: Contender) -> dict[str, float] | None:
     """Microseconds per step by the cost model, and the floor; None where the model has nothing to say."""
-    plain = contender.graphs and not contender.compile and contender.kernels == "auto" and not contender.evaluate
-    if not plain or contender.precision == "bf16" or contender.green_contexts != "off":
+    engine = contender.engine
+    plain = not contender.compile and contender.kernels == "auto" and not contender.evaluate
+    if not plain or contender.precision == "bf16" or isinstance(engine, Sequential):
+        return None
+    if not engine.graphs or engine.green_contexts != "off":
         return None
     sys.path.insert(0, str(Path(__file__).parent))
     from cost_model import H200, floor_us, predict
     from step_trace import trace_backpropagation, trace_local
 
-    tf32, streamed = contender.precision == "tf32", contender.engine == "streams"
+    tf32, streamed = contender.precision == "tf32", engine.stages != 1
     if contender.rule == "BP":
         trace = trace_backpropagation(contender.model, contender.batch_size)
     else:
@@ -308,7 +315,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _adapt(contender: Contender) -> tuple[Contender, str]:
     """The contender's form on a CPU, or why it has none."""
-    if contender.green_contexts != "off":
+    if isinstance(contender.engine, Streams) and contender.engine.green_contexts != "off":
         return contender, "green contexts have no CPU form"
     if contender.kernels == "cuda":
         return contender, "CUDA kernels have no CPU form"

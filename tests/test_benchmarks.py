@@ -93,7 +93,7 @@ def test_a_contender_that_fails_or_hangs_does_not_stop_the_others(
     contenders = [
         single_gpu.Contender(name="fails", model="nonsense"),
         single_gpu.Contender(name="hangs", budget=0.01),
-        single_gpu.Contender(name="trains", engine="streams", rounds=2, budget=100.0),
+        single_gpu.Contender(name="trains", options={}, rounds=2, budget=100.0),
     ]
     monkeypatch.setattr(single_gpu, "CONTENDERS", contenders)
     monkeypatch.setattr(single_gpu, "predicted", lambda contender: None)

@@ -1,4 +1,4 @@
-"""The engines on a GPU: graphs, plain launches and one stage give the same bits with deterministic kernels."""
+"""The engines on a GPU: the plain loop, graphs and plain launches give the same bits with deterministic kernels."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,8 @@ def _deterministic() -> Iterator[None]:
         {**STREAMS, "graphs": False},
         {**STREAMS, "graph_ticks": 0},
         {**STREAMS, "stages": 2},
-        {"graphs": False},
+        {**STREAMS, "stages": 1},
+        {"engine": "streams", "stages": 1, "graphs": False},
     ],
 )
 def test_placement_and_graphs_change_no_bit(options: dict[str, Any]) -> None:
@@ -62,14 +63,14 @@ def test_every_precision_streams(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"compile": True}])
 def test_backpropagation_in_a_graph_equals_plain_launches(options: dict[str, Any]) -> None:
-    graph, plain = fit(rule="BP", **options), fit(rule="BP", graphs=False, **options)
+    graph, plain = fit(rule="BP", **STREAMS, **options), fit(rule="BP", **options)
     assert graph.weights_sha256 == plain.weights_sha256
     assert figures(graph) == figures(plain)
 
 
 def test_a_schedule_free_optimizer_survives_the_warm_up() -> None:
     options: dict[str, Any] = {"optimizer": partial(schedulefree.AdamWScheduleFree, lr=1e-2)}
-    assert fit(**STREAMS, **options).weights_sha256 == fit(graphs=False, **options).weights_sha256
+    assert fit(**STREAMS, **options).weights_sha256 == fit(**options).weights_sha256
 
 
 def test_a_resume_goes_on_exactly(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_backpropagation_trains_end_to_end() -> None:
     result = fit(trainer(rule="BP"), epochs=8)
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
     with pytest.raises(ValueError, match="not local"):
-        trainer("streams", "BP")
+        trainer("processes", "BP")
 
 
 def test_a_non_finite_loss_names_layer_epoch_and_micro_batch() -> None:

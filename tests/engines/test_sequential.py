@@ -21,7 +21,7 @@ from unlocked.kernels.images import load_batch
 from unlocked.kernels.philox import Purpose, keyed_uniform, philox_int
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_MxM, LocalLosses
-from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime import RunResult, Sequential, Trainer
 from unlocked.runtime.learning_rate import MultiStepLR
 from unlocked.runtime.network import build_network
 
@@ -289,6 +289,8 @@ def test_the_model_that_was_passed_holds_the_trained_weights() -> None:
 
 
 def test_stages_of_the_plain_loop_are_refused() -> None:
-    trainer = Trainer(small_conv(3, CLASSES, SIDE), rule=LLS(), optimizer=partial(torch.optim.SGD, lr=LR), stages=2)
-    with pytest.raises(ValueError, match="the sequential engine has one stage, got stages=2"):
-        trainer.fit(TRAIN, epochs=1, batch_size=BATCH)
+    with pytest.raises(TypeError, match="stages"):
+        Sequential(stages=2)  # type: ignore[call-arg]
+    options: dict[str, Any] = {"rule": LLS(), "optimizer": partial(torch.optim.SGD, lr=LR), "stages": 2}
+    with pytest.raises(TypeError, match=r"give it to the engine: engine=Streams\(stages=2\)"):
+        Trainer(small_conv(3, CLASSES, SIDE), **options)

@@ -17,7 +17,7 @@ import torch
 from unlocked.data import Augmentation, ImageDataset
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M, LLS_MxM
-from unlocked.runtime import Trainer
+from unlocked.runtime import Processes, Sequential, Trainer
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 
 # What to train by, and in which precision.
@@ -32,19 +32,23 @@ def main(engine: str, out: Path) -> None:
             for transport in both if name == "LLS" else ("auto",):
                 built = rule(temperature=0.5, label_smoothing=0.1)
                 how = {"precision": precision, "queue_depth": queue_depth, "transport": transport}
-                run(out, name, rule=built, engine=engine, **how)
+                run(out, name, engine, rule=built, **how)
     # A rate that waits for the test loss, so that the pipeline drains, with an optimizer that has two sets of weights.
     optimizer = partial(schedulefree.AdamWScheduleFree, lr=1e-2, weight_decay=0.01)
     plateau = ReduceLROnPlateau(factor=0.5, patience=0, threshold=0.5)
     for transport in both:
-        run(out, "DRTP", 3, rule=DRTP, engine=engine, optimizer=optimizer, lr_factor=plateau, transport=transport)
+        how = {"optimizer": optimizer, "lr_factor": plateau, "transport": transport}
+        run(out, "DRTP", engine, 3, rule=DRTP, **how)
 
 
-def run(out: Path, name: str, epochs: int = 2, **options: Any) -> None:
+def run(out: Path, name: str, engine: str, epochs: int = 2, **options: Any) -> None:
+    """`options`: the trainer's, and queue depth and transport for engines that have them."""
     train, test = data()
     optimizer = partial(torch.optim.Adam, lr=1e-2)
+    own = {option: options.pop(option) for option in ("queue_depth", "transport") if option in options}
+    made = Processes(**own) if engine == "processes" else Sequential()
     settings = {"optimizer": optimizer, "seed": 3, "statistics_batches": 3, "print_freq": 2, **options}
-    trainer = Trainer(small_conv(3, 7, 16, dropout=0.2), **settings)
+    trainer = Trainer(small_conv(3, 7, 16, dropout=0.2), engine=made, **settings)
     result = trainer.fit(train, epochs=epochs, batch_size=16, eval_data=test, eval_batch_size=25)
     figures = [{k: v for k, v in asdict(e).items() if k != "seconds"} for e in result.epochs]
     line = {"rule": name, "sha256": result.weights_sha256, "epochs": figures, "stages": result.stages}

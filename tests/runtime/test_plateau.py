@@ -13,7 +13,7 @@ import torch
 from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LLS_M
-from unlocked.runtime import ReduceLROnPlateau, RunResult, Trainer
+from unlocked.runtime import ReduceLROnPlateau, RunResult, Streams, Trainer
 from unlocked.runtime.saving.snapshots import snapshot_folder
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
@@ -77,9 +77,7 @@ def test_every_placement_and_every_snapshot_give_the_same_numbers(name: str, tmp
         placed = _fit(
             _trainer(
                 optimizer,
-                engine="streams",
-                stages=stages,
-                queue_depth=depth,
+                engine=Streams(stages=stages, queue_depth=depth),
                 snapshot_every=3,
                 snapshot_dir=tmp_path / f"{stages}",
             )

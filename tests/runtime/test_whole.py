@@ -9,7 +9,8 @@ from torch import nn
 
 from unlocked.rules import CrossEntropy
 from unlocked.rules.drtp import random_projection
-from unlocked.runtime import Trainer
+from unlocked.runtime import Streams, Trainer
+from unlocked.runtime.job import Engine
 from unlocked.runtime.network import build_layer, build_network
 from unlocked.runtime.whole import feedback_alignment_network
 
@@ -55,20 +56,24 @@ def test_a_step_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("rule", ["DFA", "BP"])
-def test_it_learns_in_one_process_only(rule: str) -> None:
+def test_it_learns_in_one_stage_only(rule: str) -> None:
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     labels = x[:, :3].argmax(1)
 
-    def trainer(engine: str) -> Trainer:
+    def trainer(engine: Engine | str) -> Trainer:
         return Trainer(_blocks(), rule=rule, optimizer=partial(torch.optim.Adam, lr=1e-2), engine=engine)
 
     result = trainer("sequential").fit((x, labels), epochs=8, batch_size=32, eval_data=(x, labels))
     assert result.test_acc1 is not None
     assert result.test_acc1 > 85
     assert not any("projection" in name for name in result.weights)
-    for engine in ("streams", "processes"):
-        with pytest.raises(ValueError, match=rf"{rule} is not local: .*engine '{engine}'; use engine sequential"):
-            trainer(engine)
+    recorded = trainer(Streams(graph_ticks=2)).fit((x, labels), epochs=8, batch_size=32, eval_data=(x, labels))
+    assert recorded.weights_sha256 == result.weights_sha256
+    with pytest.raises(ValueError, match=f"{rule} is not local: .*engine 'processes'; use engine sequential"):
+        trainer("processes")
+    for stages in (2, "0-0,1"):
+        with pytest.raises(ValueError, match=f"{rule} is not local: .*got stages={stages!r}; leave it out"):
+            trainer(Streams(stages=stages))
 
 
 @pytest.mark.parametrize("rule", ["FA", "LLS", ""])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import split_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,13 +26,14 @@ ADAM = partial(torch.optim.Adam, lr=1e-2)
 
 def _fit(engine: str = "sequential", optimizer: Any = ADAM, evaluate: bool = True, **options: Any) -> RunResult:
     """Four micro-batches an epoch, the last one of two rows."""
+    made, others = split_options(engine, options)
     trainer = Trainer(
         small_conv(3, 4, 8, dropout=0.3),
         rule=LLS_M_Random(),
         optimizer=optimizer,
-        engine=engine,
+        engine=made,
         statistics_batches=1,
-        **options,
+        **others,  # type: ignore[arg-type]
     )
     return trainer.fit(TRAIN, epochs=3, batch_size=8, eval_data=TEST if evaluate else None)
 
