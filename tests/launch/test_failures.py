@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import PIPELINE, free_port, ranks
 
+from unlocked.launch.pipeline import main
+
 pytestmark = pytest.mark.alone
 
 KILLS = int(os.environ.get("UNLOCKED_KILLS", "3"))  # 20 for the long check
@@ -89,15 +91,20 @@ def test_a_taken_master_port_ends_every_rank() -> None:
     assert all(str(port) in text and "MASTER_PORT" in text and "Traceback" not in text for text in texts), texts
 
 
-def test_more_processes_than_layers_and_a_wrong_number_of_stages() -> None:
-    with ranks(6, [str(PIPELINE), "--plain"], port=free_port()) as started:
-        texts = [process.communicate(timeout=60)[1] for process in started]
-    assert [process.returncode for process in started] == [2] * 6
-    assert all("6 processes for the 5 layers" in text for text in texts), texts
-    with ranks(2, [str(PIPELINE), "--plain", "--stages", "3"]) as started:
-        texts = [process.communicate(timeout=60)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2]
-    assert all("3 stages need 3 processes" in text for text in texts), texts
+@pytest.mark.parametrize(
+    ("size", "flags", "words"),
+    [(6, (), "6 processes for the 5 layers"), (2, ("--stages", "3"), "3 stages need 3 processes")],
+)
+def test_more_processes_than_layers_and_a_wrong_number_of_stages(
+    size: int, flags: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every rank sees it before it meets the others, so none has to be started: nobody listens at the port."""
+    world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for rank in range(size):
+        for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main(["--plain", "--engine", "processes", *flags]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
