@@ -22,7 +22,7 @@ RULES: dict[str, type[LLSConfig]] = {
 }
 """The LLS family, whose members all take a temperature, a label smoothing and a waveform."""
 GLOBAL_RULES = ("BP", "DFA")
-"""Not local, so there is no rule of a layer to build: `Trainer(rule="BP")`, with the sequential engine only."""
+"""Not local, so there is no rule of a layer to build: `Trainer(rule="BP")`, in one stage only."""
 TRAINING_MODES = (*RULES, "DRTP", *GLOBAL_RULES)
 """Every value of --training-mode."""
 

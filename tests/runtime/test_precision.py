@@ -13,7 +13,7 @@ from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock
 from unlocked.rules import LLS, RULES, CrossEntropy, LayerInfo, LLS_MxM
-from unlocked.runtime import Trainer
+from unlocked.runtime import Streams, Trainer
 from unlocked.runtime.network import backpropagation_network, build_network
 from unlocked.workers.fused import FusedStep, choose_step
 from unlocked.workers.layer import AutogradStep, Layer
@@ -54,7 +54,7 @@ def test_blocks_of_ones_own_round_their_outputs_in_every_placement() -> None:
         Trainer(net(), rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1), precision="bf16", **options).fit(
             data, epochs=2, batch_size=16, eval_data=data
         )
-        for options in ({}, {"engine": "streams"}, {"engine": "streams", "stages": 2})
+        for options in ({}, {"engine": "streams"}, {"engine": Streams(stages=2)})
     ]
     assert len({result.weights_sha256 for result in results}) == 1
     assert len({result.test_loss for result in results}) == 1
