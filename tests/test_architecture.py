@@ -51,6 +51,8 @@ LAYERS = {
 }
 WITHOUT_TORCH = ("runtime.schedules", "runtime.control")
 MOST_LINES = {"file": 400, "function": 80}
+# Cut in two, it compiles to other floating-point code; what that costs in time only a device can tell.
+WHOLE = {"long: kernels/cuda/norm_act_forward.cu: apply_kernel"}
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp")
 FOLDERS = (*ROOMS, "src/unlocked", "tests", "benchmarks", "examples", "scripts")
 
@@ -123,7 +125,7 @@ def too_long(source: Source) -> Findings:
         for function, lines in function_lengths(path):
             if lines > MOST_LINES["function"]:
                 found[f"long: {name}: {function}"] = f"{lines} lines; at most {MOST_LINES['function']}"
-    return found
+    return {what: more for what, more in found.items() if what not in WHOLE}
 
 
 def _short(name: str) -> str:

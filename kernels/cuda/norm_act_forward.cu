@@ -14,6 +14,24 @@ enum Pool { kNone = 0, kMax = 1, kAverage = 2 };
 constexpr int kMomentLoads = 8; // 16-byte loads in flight per thread
 constexpr int kApplyLoads = 4;
 
+// (mean, sum of squared deviations) of a channel from those of the block's warps.
+template <int WARPS, int CHANNELS>
+__device__ __forceinline__ float2 merged(const float (&count)[WARPS][CHANNELS], const float (&mean)[WARPS][CHANNELS],
+                                         const float (&deviations)[WARPS][CHANNELS], int channel) {
+  // Warp 0 holds the group's first row, so its mean is a good origin.
+  const float start = mean[0][channel];
+  float total = 0.0f, first = 0.0f, second = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) {
+    const float distance = count[w][channel] > 0.0f ? mean[w][channel] - start : 0.0f;
+    total += count[w][channel];
+    first += count[w][channel] * distance;
+    second += deviations[w][channel] + count[w][channel] * distance * distance;
+  }
+  const float shift = first / total;
+  return make_float2(start + shift, second - shift * first);
+}
+
 // Sums around a thread's own first value: as exact as Welford's update, without a division per value. See Chan,
 // Golub, LeVeque, "Algorithms for computing the sample variance", 1983, for the shift and for the merging.
 template <typename T, int VEC, bool CL>
@@ -87,19 +105,8 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   __syncthreads();
   if (tid < L::channels && first_channel + tid < channels) {
-    // Warp 0 holds the group's first row, so its mean is a good origin.
-    const float start = mean_s[0][tid];
-    float total = 0.0f, first = 0.0f, second = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float distance = count_s[w][tid] > 0.0f ? mean_s[w][tid] - start : 0.0f;
-      total += count_s[w][tid];
-      first += count_s[w][tid] * distance;
-      second += square_s[w][tid] + count_s[w][tid] * distance * distance;
-    }
-    const float shift = first / total;
     partials[static_cast<int64_t>(blockIdx.x) * channels + first_channel + tid] =
-        make_float2(start + shift, second - shift * first);
+        merged<kWarps, L::channels>(count_s, mean_s, square_s, tid);
   }
 }
 

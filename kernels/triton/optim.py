@@ -112,7 +112,7 @@ class FusedOptimizer:
         present = tuple(g is not None for g in given)
         launches = self._launches.get(present)
         if launches is None:
-            launches = self._launches[present] = self._plan(present)
+            launches = self._launches[present] = self._launches_for(present)
         first, second = self._states
         for launch in launches:
             step_kernel[(launch.programs,)](
@@ -240,7 +240,7 @@ class FusedOptimizer:
         assert buffer is not None
         return buffer.as_strided(p.shape, p.stride(), self._first_chunk[i] * CHUNK)
 
-    def _plan(self, present: tuple[bool, ...]) -> list["_Launch"]:
+    def _launches_for(self, present: tuple[bool, ...]) -> list["_Launch"]:
         """Splits the parameters that have a gradient into launches of at most _MAX_TENSORS tensors."""
         active = [i for i, p in enumerate(self._params) if present[i] and p.numel()]
         launches = []

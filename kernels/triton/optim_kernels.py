@@ -18,7 +18,7 @@ such as bias corrections are computed in float64 and then rounded, as torch.opti
 import triton
 import triton.language as tl
 
-from unlocked.kernels.triton.aot import AotSpec
+from unlocked.kernels.triton.aot_spec import AotSpec
 
 __all__ = ["AOT_SPECS", "CHUNK", "COUNTERS", "HYPER", "step_kernel"]
 

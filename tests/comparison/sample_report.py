@@ -82,31 +82,35 @@ def sample_report() -> Report:
             _contender("LLS_MxM, 2 processes", "LLS_MxM", "processes", 4400, 97.3, processes=2),
         ),
         timelines=(_local_timeline(), _backpropagation_timeline()),
-        logged=LoggedRun(
-            note="made up",
-            command="python main.py",
-            model="LLS_SmallConv",
-            dataset="CIFAR10",
-            epochs=25,
-            batch_size=64,
-            steps_per_epoch=782,
-            trainings={
-                "BP": LoggedTraining(
-                    total_minutes=9.0,
-                    seconds_per_step=0.0235,
-                    data_seconds_per_step=0.018,
-                    test_acc1=81.1,
-                    test_acc5=99.0,
-                ),
-                "LLS": LoggedTraining(
-                    total_minutes=11.0,
-                    seconds_per_step=0.0295,
-                    data_seconds_per_step=0.018,
-                    test_acc1=77.7,
-                    test_acc5=97.6,
-                ),
-            },
-        ),
+        logged=_logged(),
+    )
+
+
+def _logged() -> LoggedRun:
+    return LoggedRun(
+        note="made up",
+        command="python main.py",
+        model="LLS_SmallConv",
+        dataset="CIFAR10",
+        epochs=25,
+        batch_size=64,
+        steps_per_epoch=782,
+        trainings={
+            "BP": LoggedTraining(
+                total_minutes=9.0,
+                seconds_per_step=0.0235,
+                data_seconds_per_step=0.018,
+                test_acc1=81.1,
+                test_acc5=99.0,
+            ),
+            "LLS": LoggedTraining(
+                total_minutes=11.0,
+                seconds_per_step=0.0295,
+                data_seconds_per_step=0.018,
+                test_acc1=77.7,
+                test_acc5=97.6,
+            ),
+        },
     )
 
 

@@ -57,7 +57,9 @@ class Stream(IterableDataset):
         (Sized(8, 8, 5), {"num_samples": 21}, (8, 21)),
         (iter([batch(8), batch(8)]), {"steps_per_epoch": 2}, (8, 16)),
     ],
-    ids=str,
+    ids=lambda value: (
+        type(value).__name__ if hasattr(value, "__iter__") and not isinstance(value, tuple) else str(value)
+    ),
 )
 def test_sizes(loader: Any, options: dict[str, int], sizes: tuple[int, int]) -> None:
     data = LoaderDataset.wrap(loader, **options)
