@@ -104,6 +104,7 @@ def worker(rank: int, folder: str, transport: str, depth: int, crash: bool) -> N
     Path(folder, "verdict").write_text(verdict)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("transport", ["shared", "group"])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_an_edge_between_processes_keeps_order_and_content(transport: str, depth: int, tmp_path: Path) -> None:
@@ -111,6 +112,7 @@ def test_an_edge_between_processes_keeps_order_and_content(transport: str, depth
     assert (tmp_path / "verdict").read_text() == "all"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("transport", ["shared", "group"])
 def test_a_dead_neighbour_is_a_lost_link(transport: str, tmp_path: Path) -> None:
     context = mp.spawn(worker, args=(str(tmp_path), transport, 2, True), nprocs=2, join=False)
