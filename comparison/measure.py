@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from unlocked.comparison.command_line import CompareOptions
 from unlocked.comparison.contenders import Spec, all_contenders, choose
 from unlocked.comparison.environment import environment
 from unlocked.comparison.excerpts import cut_excerpts
 from unlocked.comparison.logged import LoggedRun
-from unlocked.comparison.options import CompareOptions
 from unlocked.comparison.pool import ContenderFailed, Pool
 from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, Task, save_data
 from unlocked.comparison.results import (

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
+    from unlocked.comparison.command_line import parse
     from unlocked.comparison.measure import measure
-    from unlocked.comparison.options import parse
     from unlocked.comparison.report.table import print_report
     from unlocked.runtime.metrics.tensorboard import require_tensorboard
 

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         # Imported here, so that an interrupt during these seconds ends in one line as well.
-        from unlocked.launch.options import parse
+        from unlocked.launch.command_line import parse
         from unlocked.runtime.recipe import run
 
         under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ

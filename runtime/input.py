@@ -10,7 +10,7 @@ from torch import Tensor
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.images import load_batch as host_load_batch
 from unlocked.runtime.schedules.stream import StreamPlan
-from unlocked.workers.actions import MarkKind
+from unlocked.workers.actions import ItemKind
 from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.reader import LoaderReader
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
@@ -129,7 +129,7 @@ def make_source(
             load_batch=load_batch if resident else host_load_batch,
         )
 
-    def reader(data: Dataset, *kinds: MarkKind) -> Source:
+    def reader(data: Dataset, *kinds: ItemKind) -> Source:
         if isinstance(data, ImageDataset):
             return images(data, data)
         one = LoaderReader(data)

@@ -41,7 +41,7 @@ LAYERS = {
         ["sequential"],
     ],
     "comparison": [
-        ["logged", "contenders", "energy", "environment", "meter", "options", "reading", "request", "results"],
+        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "request", "results"],
         ["excerpts"],
         ["report"],
         ["rival", "memory", "stages"],

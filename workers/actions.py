@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal, get_args
 
-__all__ = ["MARK_KINDS", "Action", "ActionKind", "Item", "MarkKind"]
+__all__ = ["ITEM_KINDS", "Action", "ActionKind", "Item", "ItemKind"]
 
-MarkKind = Literal["train", "statistics", "evaluate", "snapshot"]
+ItemKind = Literal["train", "statistics", "evaluate", "snapshot"]
 """What a stage does with an item: learn from it, re-estimate BatchNorm statistics, score it, or save its own state."""
 
-MARK_KINDS: Final[tuple[MarkKind, ...]] = get_args(MarkKind)
+ITEM_KINDS: Final[tuple[ItemKind, ...]] = get_args(ItemKind)
 
 
 class ActionKind(StrEnum):
@@ -90,7 +90,7 @@ class Item:
     """
 
     position: int
-    kind: MarkKind
+    kind: ItemKind
     epoch: int
     index: int
     size: int

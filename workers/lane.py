@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from unlocked.workers.actions import Action, ActionKind, Item, MarkKind
+from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
 from unlocked.workers.captured import Captured
 from unlocked.workers.errors import NonFiniteLossError, StageError
 from unlocked.workers.loop import Slot, StageLoop
@@ -23,7 +23,7 @@ from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Lane"]
 
-_Key = tuple[Literal["forward", "update"], MarkKind, int, int]
+_Key = tuple[Literal["forward", "update"], ItemKind, int, int]
 
 
 class Lane(StageLoop):
@@ -99,7 +99,7 @@ class Lane(StageLoop):
         finally:
             self._is_warming = False
 
-    def capture(self, kind: MarkKind, size: int) -> None:
+    def capture(self, kind: ItemKind, size: int) -> None:
         """Captures what items of this kind and size compute, once for every slot. A warm-up must come before."""
         if self._pool is None and self.stream is not None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -208,6 +208,6 @@ class Lane(StageLoop):
     def _depth(self) -> int:
         return max(self.entry.depth, self.exit.depth if self.exit else 1)
 
-    def _set_mode(self, kind: MarkKind) -> None:
+    def _set_mode(self, kind: ItemKind) -> None:
         for layer in self.stage.layers:
             layer.set_mode(kind)

@@ -11,7 +11,7 @@ from typing import Final
 
 from torch import Tensor
 
-from unlocked.workers.actions import Action, ActionKind, Item, MarkKind
+from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
 from unlocked.workers.edges import InEdge, OutEdge
 from unlocked.workers.errors import MissingActionError, StageError, StopRun
 from unlocked.workers.stage import Stage
@@ -23,7 +23,7 @@ Slot = tuple[Tensor, Tensor]
 """Activations [B, ...] and labels [B] of one micro-batch."""
 
 # What makes an item's output, or saves the stage: missed where an item has no action at all.
-_WORK: Final[dict[MarkKind, ActionKind]] = {
+_WORK: Final[dict[ItemKind, ActionKind]] = {
     "train": ActionKind.F,
     "statistics": ActionKind.F,
     "evaluate": ActionKind.E,

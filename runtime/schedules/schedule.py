@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NoReturn
 
-from unlocked.workers.actions import Action, ActionKind, Item, MarkKind
+from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
 
 __all__ = ["Schedule", "build_schedule", "format_grid", "needed_kinds", "stage_actions", "validate"]
 
 _RECV, _F, _U, _SEND, _E, _SNAP, *_ = ActionKind
 # SEND stands before U: the output leaves before the local update, so that the next stage can begin at once.
-_NEEDED: Final[Mapping[MarkKind, tuple[ActionKind, ...]]] = {
+_NEEDED: Final[Mapping[ItemKind, tuple[ActionKind, ...]]] = {
     "train": (_RECV, _F, _SEND, _U),
     "statistics": (_RECV, _F, _SEND),
     "evaluate": (_RECV, _E, _SEND),
@@ -85,7 +85,7 @@ class Schedule:
         return cls(stages)
 
 
-def needed_kinds(kind: MarkKind, stage: int, num_stages: int) -> tuple[ActionKind, ...]:
+def needed_kinds(kind: ItemKind, stage: int, num_stages: int) -> tuple[ActionKind, ...]:
     """The actions that `stage` executes for an item of this kind, in their usual order."""
     ends = {_RECV} if stage == 0 else set()
     if stage == num_stages - 1:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unlocked.workers.actions import Item, MarkKind
+from unlocked.workers.actions import Item, ItemKind
 
 __all__ = ["StreamPlan"]
 
@@ -197,7 +197,7 @@ class StreamPlan:
         )
 
     @staticmethod
-    def _data_item(position: int, kind: MarkKind, epoch: int, index: int, count: int, batch: int, rows: int) -> Item:
+    def _data_item(position: int, kind: ItemKind, epoch: int, index: int, count: int, batch: int, rows: int) -> Item:
         return Item(position, kind, epoch, index, min(batch, rows - index * batch), index == count - 1)
 
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from unlocked.data import DATASETS, Augmentation, ImageDataset, load_dataset
-from unlocked.launch.options import parse
+from unlocked.launch.command_line import parse
 
 # What the first version drew: a change of these changes everyone's results.
 FIRST_TEST_LABELS = [0, 1, 3, 5, 0, 1, 0, 5, 9, 1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unlocked.launch.options import parse
+from unlocked.launch.command_line import parse
 from unlocked.launch.pipeline import main
 
 COMMANDS = [  # one of every form that their tables have; data and length are this test's

@@ -11,7 +11,7 @@ import pytest
 from engine_runs import dataset
 
 from unlocked import Processes, Sequential, Streams
-from unlocked.launch.options import parse
+from unlocked.launch.command_line import parse
 from unlocked.launch.pipeline import main
 from unlocked.runtime.engines import ENGINES, engine_class
 from unlocked.runtime.recipe import Recipe, make_rule, run

@@ -65,11 +65,11 @@ class Processes(ProcessesOptions):
         else:
             presence = answer_roll_call(store, world, self.start_timeout)
         device = _device(job, world)
-        plan = exchange(store, world, "plan", partial(hub.publish, device) if hub else None, self.start_timeout)
-        parts = [range(start, stop) for start, stop in plan["parts"]]
+        terms = exchange(store, world, "terms", partial(hub.publish, device) if hub else None, self.start_timeout)
+        parts = [range(start, stop) for start, stop in terms["parts"]]
         names = [[job.network.names[i] for i in part] for part in parts]
         client = CoordinatorClient(
-            plan["address"],
+            terms["address"],
             stage=world.rank,
             rank=world.rank,
             layers=names[world.rank],
@@ -87,7 +87,7 @@ class Processes(ProcessesOptions):
             contextlib.ExitStack() as opened,
             _telling(client, world, names[world.rank]),
         ):
-            check_same_settings(settings_of(job, self), plan["settings"])
+            check_same_settings(settings_of(job, self), terms["settings"])
             worker = Worker(job, self, world, store, parts, client, device)
             opened.callback(worker.stage.close)
             client.wait_started()
@@ -98,7 +98,7 @@ class Processes(ProcessesOptions):
                 payload = worker.run()
             payload["setup_seconds"] = setup
             client.finish(payload)
-        result = hub.collect(parts, plan["costs"], client) if hub else _own_result(job, names, worker, payload)
+        result = hub.collect(parts, terms["costs"], client) if hub else _own_result(job, names, worker, payload)
         client.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unlocked.runtime.job import Job
 from unlocked.runtime.schedules.schedule import stage_actions
-from unlocked.workers.actions import Item, MarkKind
+from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.captured import Captured, no_collection
 from unlocked.workers.lane import Lane
 from unlocked.workers.source import BatchSource
@@ -264,7 +264,7 @@ def _ticks(job: Job, stages: int, queue_depth: int, graph_ticks: int) -> tuple[i
     return (0, 1) if too_short else (ticks, depth)
 
 
-def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[MarkKind, int]]) -> None:
+def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[ItemKind, int]]) -> None:
     repeats = 1 if lanes[0].stream is None else _WARM_UPS
     for kind, size in shapes:
         for _ in range(repeats):
