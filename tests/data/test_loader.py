@@ -14,6 +14,11 @@ from unlocked.data import LoaderDataset
 DATA = TensorDataset(torch.rand(23, 2, 5, 5), torch.arange(23) % 4)
 
 
+def named(value: object) -> str:
+    """A parameter's name in the list of tests: the same in every process, so without addresses and random numbers."""
+    return str(value) if isinstance(value, str | int | dict) else type(value).__name__
+
+
 def batch(rows: int = 8, **changes: Any) -> tuple[Any, Any]:
     return changes.get("samples", torch.rand(rows, 3)), changes.get("labels", torch.zeros(rows, dtype=torch.int64))
 
@@ -120,7 +125,7 @@ def test_what_depends_on_the_epoch_alone_is_known() -> None:
         ([batch(labels=torch.zeros(7, dtype=torch.int64))], {}, r"got torch.int64 \[7\]"),
         ([batch(labels=torch.zeros(8, 1, dtype=torch.int64))], {}, r"got torch.int64 \[8, 1\]"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_is_no_batch_is_said_beforehand(loader: Any, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -142,7 +147,7 @@ def test_arrays_are_batches_too() -> None:
         (batch(labels=torch.full((8,), -1)), "here: labels from -1 to -1; valid: 0 to 2"),
         (batch(samples=torch.zeros(8, 3, dtype=torch.int32)), r"here: .*got torch.int32 \[8, 3\]"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_batch_unlike_those_before_is_named(made: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
