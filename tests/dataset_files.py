@@ -32,7 +32,7 @@ def write_mnist(folder: Path, *, zipped: bool = False, sizes: tuple[int, int] = 
         }
         for name, content in files.items():
             (folder / f"{name}.gz" if zipped else folder / name).write_bytes(
-                gzip.compress(content) if zipped else content
+                gzip.compress(content, mtime=0) if zipped else content
             )
 
 
