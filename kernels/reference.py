@@ -141,7 +141,7 @@ def local_head(
     target = torch.full_like(scores, label_smoothing / num_classes)
     target.scatter_(1, labels[:, None], 1.0 - label_smoothing + label_smoothing / num_classes)
     loss_sum = -(target * log_probs).sum()
-    correct = (scores.argmax(dim=1) == labels).sum()
+    correct = ((scores.argmax(dim=1) == labels) & _can_hit(scores, labels)).sum()
 
     scores_grad = (log_probs.exp() - target) / (num_rows * temperature)
     modulation_grad = None
@@ -168,11 +168,19 @@ def local_head(
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before each row's label: int64 [B], for scores [B, N] and labels [B].
 
-    Of equal scores the smaller class index comes first, as argmax decides.
+    Of equal scores the smaller class index comes first, as argmax decides. In a row that has no finite loss the label
+    comes after all classes, and after the fifth place at the least: what is not a number is never a hit.
     """
     label_scores = scores.gather(1, labels[:, None])
-    classes = torch.arange(scores.shape[1], device=scores.device)
-    return ((scores > label_scores) | ((scores == label_scores) & (classes < labels[:, None]))).sum(1)
+    count = scores.shape[1]
+    classes = torch.arange(count, device=scores.device)
+    before = ((scores > label_scores) | ((scores == label_scores) & (classes < labels[:, None]))).sum(1)
+    return torch.where(_can_hit(scores, labels), before, max(count, 5))
+
+
+def _can_hit(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether a row's cross-entropy is finite: bool [B]. A NaN is passed on by the maximum."""
+    return scores.amax(dim=1).isfinite() & scores.gather(1, labels[:, None])[:, 0].isfinite()
 
 
 def norm_act_forward(

@@ -57,6 +57,7 @@ void cross_entropy(const Head& h, const std::vector<float>& scores, int64_t labe
     scores_grad[k] = (std::exp(log_prob) - target) * h.scale;
   }
   sums.loss += loss;
+  if (!std::isfinite(loss)) return;  // what is not a number is never a hit
   sums.correct += best == label;
   if (label >= 0 && label < h.classes) {
     const float of_label = scores[label];

@@ -68,7 +68,8 @@ __device__ void softmax_row(const HeadArgs& a, int64_t image, const float* raw, 
     float loss = logf(sum) - (1.0f - a.smoothing) * (label_score - best.score) - rest * shifted_sum;
     if (label < 0 || label >= a.classes) loss = NAN; // a wrong label must not pass unseen
     a.losses[image] = loss;
-    a.hits[image] = (best.index == label ? 1 : 0) + (a.count_five && rank < 5 ? 2 : 0);
+    // What is not a number is never a hit.
+    a.hits[image] = !isfinite(loss) ? 0 : (best.index == label ? 1 : 0) + (a.count_five && rank < 5 ? 2 : 0);
   }
 }
 

@@ -82,9 +82,10 @@ def head_kernel(
             tl.store(latents_grad + row * DIM + dims, z_grad.to(latents_grad.dtype.element_ty), mask=in_dim)
 
             tl.store(scratch + row, loss)
-            hits = correct.to(tl.int32)
+            finite = tl.abs(loss) < float("inf")  # what is not a number is never a hit
+            hits = (correct & finite).to(tl.int32)
             if COUNT_FIVE:
-                hits += 2 * (label_rank(scores, label, in_classes) < 5).to(tl.int32)
+                hits += 2 * (finite & (label_rank(scores, label, in_classes) < 5)).to(tl.int32)
             tl.store(scratch + wide_rows + row, hits.to(tl.float32))
             if MODULATION_DIMS > 0:
                 tl.store(weight_rows + row * CLASSES + classes, weight_row, mask=in_classes)

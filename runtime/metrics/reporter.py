@@ -215,6 +215,8 @@ class StageReporter:
                 raise StageError(
                     rank=self._rank, stage=self._stage.index, layers=names, action=action, cause=error
                 ) from error
+        if item.kind == "evaluate" and not isfinite(rows[-1][0]):
+            raise self._evaluation_error(item, rows[-1][0])
         self._losses = tuple(
             (layer.name, row[0] / images) for layer, row in zip(self._stage.layers, rows, strict=False)
         )
@@ -222,6 +224,21 @@ class StageReporter:
             self._finish_epoch(reading, rows)
         if item.kind == "train" and self._stage.is_last:
             self._report_step(reading, tuple(rows[-2]))
+
+    def _evaluation_error(self, item: Item, loss: float) -> StageError:
+        """A loss that is not finite ends a run here as in training: no learning rate, best or rank may read it."""
+        layers = self._stage.layers
+        broken = [name for layer in layers for name, value in layer.tensors() if not value.isfinite().all()]
+        why = f" ({broken[0]} holds values that are not finite)" if broken else ""
+        where = f" in the evaluation after epoch {item.epoch}{why}"
+        cause = NonFiniteLossError(layers[-1].name, loss, where)
+        return StageError(
+            rank=self._rank,
+            stage=self._stage.index,
+            layers=", ".join(self._stage.layer_names),
+            action=f"{self._stage.index}E{item.position}",
+            cause=cause,
+        )
 
     def _report_step(self, reading: _Reading, sums: Sequence[float]) -> None:
         here = _Base(reading.time, reading.waiting, reading.images, reading.steps, (sums[0], sums[1], sums[2]))

@@ -8,6 +8,7 @@ micro-batches as at the end of its epoch, and a schedule-free optimizer's weight
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -261,4 +262,8 @@ def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Sco
             else:
                 stage.forward(item, x, labels)
     loss, correct, correct5 = (value / plan.eval_size for value in stage.layers[-1].eval_totals.tolist())
+    if not isfinite(loss):
+        raise ValueError(
+            f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
+        )
     return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
