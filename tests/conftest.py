@@ -18,6 +18,10 @@ sys.path[:0] = [
     str(Path(__file__).parent / "engines"),
 ]
 
+# Triton reads the variable when a kernel is decorated, hence before any import of the kernels, whoever comes first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")

@@ -8,7 +8,6 @@ compared tightly. SGD leaves the noise small, and its trajectories agree in ever
 
 import importlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +31,6 @@ from unlocked.workers.actions import Item
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer, StepFactory
 from unlocked.workers.stage import Stage
-
-# As in the kernels' conftest: Triton reads it when a kernel is decorated, hence before any import of the kernels.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CPU = torch.device("cpu")
 LOCAL = [path for path in golden_files() if "-BP-" not in path.stem]

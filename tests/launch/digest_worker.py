@@ -14,12 +14,17 @@ import torch
 from unlocked.data import load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import get_rule
-from unlocked.runtime import Trainer
+from unlocked.runtime import Processes, Sequential, Streams, Trainer
 
 __all__ = ["train"]
 
 RULES = ("LLS", "LLS_MxM")
 KERNELS = ("auto", "torch")
+ENGINES = {
+    "sequential": lambda _: Sequential(),
+    "streams": lambda stages: Streams(stages=stages),
+    "processes": lambda stages: Processes(stages=stages),
+}
 
 
 def train(engine: str, stages: int) -> dict[str, str]:
@@ -32,8 +37,7 @@ def train(engine: str, stages: int) -> dict[str, str]:
                 small_conv(in_channels=1, num_classes=10, image_size=8),
                 rule=get_rule(rule, temperature=0.5, label_smoothing=0.0, waveform="cosine"),
                 optimizer=partial(torch.optim.Adam, lr=1e-2),
-                engine=engine,
-                stages=stages,
+                engine=ENGINES[engine](stages),
                 seed=0,
                 threads=1,
                 kernels=kernels,

@@ -93,7 +93,7 @@ def test_the_config_has_the_engines_options_and_no_others() -> None:
         ({"lr": float("nan")}, "lr is nan; it must be positive"),
         ({"momentum": 1.0}, "momentum is 1.0; it must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
-        ({"optimizer": "Adma"}, "valid: SGD, Adam, AdamW, AdamWSF, SGDSF"),
+        ({"optimizer": "Adma"}, "valid: SGD, Adam, AdamW, AdamWSF, AdamWScheduleFree, SGDSF"),
         ({"training_mode": "LSS"}, "valid: LLS, LLS_M"),
         ({"lr_scheduler": "Step"}, "MultiStepLR"),
         ({"engine": "threads"}, "valid: sequential, streams, processes"),

@@ -199,6 +199,8 @@ class _Run:
             lane.stage.close()
 
     def finish(self, seconds: float, setup: float, stopped_by: int | None) -> RunResult:
+        for reporter in self.reporters:
+            self.outlet.progress(reporter.progress(self._end, self.plan[max(self._end - 1, 0)].epoch))
         if self.clock is not None:
             busy = self.clock.busy_fraction(seconds)
         else:
