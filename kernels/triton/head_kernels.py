@@ -80,7 +80,6 @@ def head_kernel(
                 )
             z_grad = LATENTS_BACKWARD(features_grad, features, saved, z, in_dim)
             tl.store(latents_grad + row * DIM + dims, z_grad.to(latents_grad.dtype.element_ty), mask=in_dim)
-
             tl.store(scratch + row, loss)
             finite = tl.abs(loss) < float("inf")  # what is not a number is never a hit
             hits = (correct & finite).to(tl.int32)
