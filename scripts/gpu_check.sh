@@ -64,7 +64,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 
 # 120 + 130 + 150 + 125 = 525 seconds.
-step tests-gpu 120 "$python" -m pytest -p no:cacheprovider tests/kernels tests/workers tests/runtime -m gpu
+step tests-gpu 120 "$python" -m pytest -p no:cacheprovider tests/kernels tests/workers tests/engines tests/runtime -m gpu
 step tests-kernels 130 "$python" -m pytest -p no:cacheprovider "${workers[@]}" tests/kernels -m "not gpu"
 step kernels 150 "$python" benchmarks/kernels.py --time-limit 120 --json "$folder/kernels.json"
 # The whole of it is a command of its own: python benchmarks/single_gpu.py, also under nine minutes.
