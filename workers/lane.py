@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
+from unlocked.workers.actions import Action, Item, ItemKind
 from unlocked.workers.captured import Captured
 from unlocked.workers.errors import NonFiniteLossError, StageError
 from unlocked.workers.loop import Slot, StageLoop
@@ -19,7 +19,7 @@ from unlocked.workers.ring import Ring, RingInEdge, RingOutEdge
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 from unlocked.workers.stamps import Stamp
-from unlocked.workers.stopwatch import Stopwatch
+from unlocked.workers.stopwatch import BUSY, Stopwatch
 
 __all__ = ["Lane"]
 
@@ -141,7 +141,7 @@ class Lane(StageLoop):
     def _run_action(self, action: Action, item: Item) -> None:
         if self.offset is not None:  # called again: what is said, and timed, is the real micro-batch
             action = Action(action.stage, action.kind, action.microbatch + self.offset)
-        if action.kind not in (ActionKind.RECV, ActionKind.SEND):
+        if action.kind in BUSY:
             self._stamp(action.kind.value, item)
         if self.stream is None:
             super()._run_action(action, item)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from unlocked.workers.actions import Action, ActionKind
 
-__all__ = ["Stopwatch", "TimedAction"]
+__all__ = ["BUSY", "Stopwatch", "TimedAction"]
 
-_BUSY = (ActionKind.F, ActionKind.U, ActionKind.E, ActionKind.SNAP)
+BUSY = frozenset({ActionKind.F, ActionKind.U, ActionKind.E, ActionKind.SNAP})
+"""The actions in which a stage works; in the others it waits, or hands over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Stopwatch:
 
     def add(self, action: Action, start: float, end: float, *, trains: bool = False) -> None:
         """An action that lasted from `start` to `end` seconds of time.perf_counter; `trains`: for a training item."""
-        if action.kind in _BUSY:
+        if action.kind in BUSY:
             self.busy += end - start
             if trains:
                 self.training += end - start
