@@ -17,6 +17,7 @@ from unlocked.kernels import cpp
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
+    "two_checkouts",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
     *("reproduce", "single_gpu"),
 )
