@@ -22,7 +22,8 @@ class ActionKind(StrEnum):
     RECV = "RECV"
     """Wait for the micro-batch from the previous stage."""
     F = "F"
-    """Forward with the weights before the update on this micro-batch."""
+    """Forward with the weights before the update on this micro-batch. Inside a stage every layer but the last also
+    updates here, as soon as its output is there: a stage holds the saved activations of one layer at a time."""
     U = "U"
     """Local update."""
     SEND = "SEND"

@@ -133,7 +133,7 @@ class Layer:
         self.advance(1)
 
     def advance(self, steps: int, *, on_device: bool = True) -> None:
-        """Counts training steps. A replayed graph has moved the device's clock itself (`on_device=False`)."""
+        """Counts training steps. A launched graph has moved the device's clock itself (`on_device=False`)."""
         if not self._keeps_clock:
             self._pending += steps
         elif on_device:

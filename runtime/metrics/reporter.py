@@ -129,7 +129,7 @@ class StageReporter:
             self._outlet.progress(self.progress(item.position + 1, item.epoch))
 
     def skip(self, items: Sequence[Item]) -> None:
-        """Like `after` for training items of one epoch that a replayed graph has done together."""
+        """Like `after` for training items of one epoch that one launched graph has done together."""
         for item in items:
             self._stage.count(item)
             self.images += item.size

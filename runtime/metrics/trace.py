@@ -10,6 +10,8 @@ from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["write_chrome_trace"]
 
+_LEGEND = {"F": "forward; inside a stage every layer but the last also updates here", "U": "the last layer's update"}
+
 
 def write_chrome_trace(path: Path, timed: Iterable[TimedAction], rows: dict[int, str]) -> None:
     """Writes the timeline in Chrome's trace format (chrome://tracing, ui.perfetto.dev): one row per stage.
@@ -37,4 +39,4 @@ def write_chrome_trace(path: Path, timed: Iterable[TimedAction], rows: dict[int,
         }
         for one in timed
     ]
-    write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": _LEGEND}))

@@ -19,7 +19,7 @@ from unlocked.workers.errors import StageError
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("kernels", "stages"), [("torch", (2, 5)), ("auto", (3, 4, 5))])
 def test_streams_equal_sequential_for_every_rule(rule: str, kernels: str, stages: tuple[int, ...]) -> None:
-    """On the CPU, at 2 to 5 stages: evaluation, statistics, partial batches, dropout, augmentation, blocks of ticks."""
+    """On the CPU, at 2 to 5 stages: evaluation, statistics, partial batches, dropout, augmentation, tick graphs."""
     built = RULES[rule](temperature=0.5)
     plan = {"batch_size": 8, "max_steps": 11}  # eight full micro-batches and one of 6 rows an epoch
     expected = fit(trainer(rule=built, kernels=kernels), **plan)

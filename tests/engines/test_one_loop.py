@@ -27,6 +27,7 @@ def test_an_action_that_is_not_in_the_schedule_is_missed(engine: str, kind: str,
     assert f"failed in {caught.value.cause.action} (" in str(caught.value)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("kind", "missed"), [("RECV", "1RECV0"), ("SEND", "0SEND0"), ("U", "U0")])
 def test_two_processes_miss_it_as_well(kind: str, missed: str, tmp_path: Path) -> None:
     with ranks(2, [incomplete_schedule.__file__, "processes", kind, str(tmp_path)]) as started:

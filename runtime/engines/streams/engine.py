@@ -47,7 +47,7 @@ _SAMPLED_TICKS, _SAMPLE_EVERY = 32, 256
 
 @dataclass(frozen=True, kw_only=True)
 class Streams(PipelineOptions):
-    """All stages in this process on one device, a stream for each; on a GPU the ticks are replayed from CUDA graphs."""
+    """All stages in this process on one device, a stream for each; on a GPU the ticks are launched as CUDA graphs."""
 
     name: ClassVar[str] = "streams"
 
