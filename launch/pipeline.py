@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unlocked.runtime import RunResult
+    from unlocked.runtime.control.set_up import SetUp
 
 __all__ = ["main"]
 
@@ -16,24 +17,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns every failure into one line and an exit code: 2 for a user's mistake, 1 for a failed run, 130
     and 143 after an orderly stop."""
     rank = int(os.environ.get("RANK", "0"))
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    set_up = None
     try:
+        if under_launcher:
+            set_up = _join()
         # Imported here, so that an interrupt during these seconds ends in one line as well.
         from unlocked.launch.command_line import parse
         from unlocked.runtime.recipe import run
 
-        under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         return _tell(run(parse(arguments, default_engine="processes" if under_launcher else "sequential")))
     except ValueError as error:
-        return _complain(rank, error, 2)
+        return _complain(rank, error, 2, set_up)
     except KeyboardInterrupt:
-        return _complain(rank, "interrupted during set-up", 130)
+        return _complain(rank, "interrupted during set-up", 130, set_up)
     except Exception as error:
         from unlocked.workers.errors import LinkLostError, NonFiniteLossError, StageError
 
         cause = error.cause if isinstance(error, StageError) else error
         if not isinstance(cause, ValueError | LinkLostError | NonFiniteLossError) and not _was_told(error):
             traceback.print_exc()
-        return _complain(rank, error, 1)
+        return _complain(rank, error, 1, set_up)
+    finally:
+        if set_up is not None:
+            set_up.done()
+
+
+def _join() -> "SetUp | None":
+    """Before torch is imported, which takes seconds: from here on the other processes see this one's end.
+
+    None: the launcher has not said enough; the engine will complain if it needs it.
+    """
+    from unlocked.runtime.control.set_up import SetUp
+    from unlocked.runtime.control.world import World
+
+    try:
+        world = World.from_environment()
+    except ValueError:
+        return None
+    return SetUp.begin(world)
 
 
 def _tell(result: "RunResult") -> int:
@@ -66,10 +88,14 @@ def _was_told(error: BaseException) -> bool:
     return isinstance(error, RunFailed | TimeoutError)
 
 
-def _complain(rank: int, error: object, code: int) -> int:
-    """One line on standard error, at once."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"error: {text}" if rank == 0 else f"error [rank {rank}]: {text}", file=sys.stderr, flush=True)
+def _complain(rank: int, error: object, code: int, set_up: "SetUp | None") -> int:
+    """One line on standard error, at once; the other processes are to say the same."""
+    from unlocked.runtime.control.ending import Verdict, error_line
+
+    text = str(error) or type(error).__name__
+    if set_up is not None:
+        set_up.leave_word(Verdict(text, code))
+    print(error_line(rank, text), file=sys.stderr, flush=True)
     return code
 
 

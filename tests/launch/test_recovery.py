@@ -17,7 +17,7 @@ from ranks import PIPELINE, free_port, ranks, torchrun
 from unlocked.data import load_dataset
 from unlocked.launch import evaluate
 from unlocked.launch.pipeline import main
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.roll_call import RollCall
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.schedules.stream import StreamPlan
@@ -192,7 +192,7 @@ def test_the_roll_call_notices_a_death_and_ignores_strangers() -> None:
         stranger.sendall(bytes(20))
     code = f"""
 import torch.distributed as dist
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.roll_call import answer_roll_call
 store = dist.TCPStore("127.0.0.1", {port}, 2, is_master=False, wait_for_workers=False)
 held = answer_roll_call(store, World(1, 2, 1, 2, "127.0.0.1", {port}), 20.0)

@@ -1,6 +1,5 @@
 """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +7,11 @@ import torch
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.control.messages import RunFailed, stage_name
+from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.windows import EpochGate
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import steps_before
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
-from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
@@ -21,8 +20,6 @@ from unlocked.runtime.saving.snapshots import write_manifest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
-
-_SINKS_SECONDS = 3.0  # that sinks may take to close when the run is aborted
 
 
 class Hub:
@@ -35,7 +32,6 @@ class Hub:
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
-        self._lost: str | None = None
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
@@ -63,8 +59,6 @@ class Hub:
         self._sinks.on_start(job.run_info(parts))  # after every mistake that can be found before: it writes files
         coordinator.start()
         self._coordinator = coordinator
-        if self._lost is not None:
-            raise RunFailed(self._lost)
         return {
             "parts": [(part.start, part.stop) for part in parts],
             "address": coordinator.address,
@@ -72,21 +66,9 @@ class Hub:
             "settings": settings_of(job, options),
         }
 
-    def lose(self, rank: int) -> None:
-        """A process has ended during its set-up. From any thread."""
-        self._lost = f"{stage_name(rank)} is lost: its process ended during set-up"
-        if self._coordinator is not None:  # else `publish` looks when it has one
-            self._coordinator.abort(self._lost)
-
     def close_sinks(self, message: str) -> None:
-        """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one.
-
-        One that hangs keeps the process no longer than a few seconds.
-        """
-        sinks = FanOut(self._own_sinks)
-        ending = threading.Thread(target=sinks.__exit__, args=(RunFailed, RunFailed(message), None), daemon=True)
-        ending.start()
-        ending.join(_SINKS_SECONDS)
+        """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one."""
+        FanOut(self._own_sinks).__exit__(RunFailed, RunFailed(message), None)
 
     def collect(self, parts: list[range], predicted: list[float], client: CoordinatorClient) -> RunResult:
         assert self._coordinator is not None

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import stage_name
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import steps_before
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
-from unlocked.runtime.engines.processes.rendezvous import World, meet
+from unlocked.runtime.engines.processes.rendezvous import meet
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes
 from unlocked.runtime.metrics.reporter import StageReporter
