@@ -32,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain(rank, "interrupted during set-up", 130, set_up)
     except Exception as error:
-        from unlocked.workers.errors import LinkLostError, NonFiniteLossError, StageError
+        from unlocked.runtime.saving.whole_file import DiskFullError
+        from unlocked.workers.errors import LinkLostError, StageError
 
         cause = error.cause if isinstance(error, StageError) else error
-        if not isinstance(cause, ValueError | LinkLostError | NonFiniteLossError) and not _was_told(error):
+        if not isinstance(cause, ValueError | LinkLostError | DiskFullError) and not _was_told(error):
             traceback.print_exc()
         return _complain(rank, error, 1, set_up)
     finally:

@@ -106,6 +106,8 @@ class SharedInEdge:
         self._layout, self._slots = layout, _slots(layout, memory, slots)
         self._link, self._neighbour, self._timeout = link, neighbour, timeout
         link.settimeout(timeout)
+        self._waiting = select.poll()  # unlike `select.select` it takes descriptors above 1023
+        self._waiting.register(link, select.POLLIN)
         self.fill = 0.0
         """Moving average of the share of slots that were full when the stage asked for the next one."""
         self._arrived = 0
@@ -118,7 +120,8 @@ class SharedInEdge:
     def receive(self, item: Item) -> tuple[Tensor, Tensor]:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
-        self._arrived += _count_waiting(self._link)
+        if self._waiting.poll(0):  # a flag of recv would not do: a socket with a timeout waits first
+            self._arrived += _count_waiting(self._link)
         self.fill += 0.1 * (self._arrived / (len(self._slots) - 1) - self.fill)
         while not self._arrived:
             self._arrived += _count_bytes(self._link, self._neighbour, self._timeout)
@@ -248,9 +251,7 @@ def _count_bytes(link: socket.socket, neighbour: str, timeout: float) -> int:
 
 
 def _count_waiting(link: socket.socket) -> int:
-    """The same without waiting; what is wrong with the link shows when it is waited for."""
-    if not select.select([link], [], [], 0)[0]:  # a flag of recv would not do: a socket with a timeout waits first
-        return 0
+    """The same where something has come; what is wrong with the link shows when it is waited for."""
     with contextlib.suppress(OSError):
         return len(link.recv(4096))
     return 0

@@ -277,7 +277,8 @@ class CoordinatorClient:
         poller = zmq.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        heard, met = time.monotonic(), False
+        heard = before = time.monotonic()
+        met = False
         next_beat = heard + self._beat_interval
         while True:
             poller.register(dealer, zmq.POLLIN | (zmq.POLLOUT if outbox else 0))
@@ -296,6 +297,9 @@ class CoordinatorClient:
             if self._bye:
                 return None
             limit = self._beat_timeout if met else self._start_timeout
+            stood, before = now - before, now
+            if met and stood > limit:  # by now the others have left because of this process, not it because of them
+                return f"{self.name} stood still for {stood:.1f} s"
             if monitor in events:
                 return f"the coordinator in rank 0's process ({self._address.endpoint}) is gone: its connection closed"
             if now - heard > limit:

@@ -98,7 +98,7 @@ class Coordinator:
         """Frames from strangers and malformed ones."""
         self._context = zmq.Context()
         try:
-            self._socket, endpoint = listen(self._context, host, port, advertise)
+            self._socket, endpoint, self._door = listen(self._context, host, port, advertise)
         except ValueError:
             self._context.term()
             self._mailbox.close()
@@ -171,7 +171,8 @@ class Coordinator:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        self._start_deadline = time.monotonic() + self._start_timeout
+        self._ticked = time.monotonic()
+        self._start_deadline = self._ticked + self._start_timeout
         try:
             while self._running:
                 poller.poll(50 if self._failures.pending else 250)
@@ -187,6 +188,7 @@ class Coordinator:
             self._shut()
 
     def _shut(self) -> None:
+        self._door.close()
         self._socket.close(linger=1000)
         self._context.term()
         self._mailbox.close()
@@ -224,6 +226,11 @@ class Coordinator:
             self._failures.fail(order.message)
 
     def _tick(self, now: float) -> None:
+        stood, self._ticked = now - self._ticked, now
+        if stood > self._heartbeat_timeout and len(self._members) == len(self._stages):
+            self._failures.fail(
+                f"{self._name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
+            )
         if now >= self._next_ping:
             self._next_ping = now + PING_SECONDS
             for member in tuple(self._members.values()):
@@ -250,6 +257,7 @@ class Coordinator:
             return
         self._members[hello.stage] = self._by_identity[identity] = member
         if len(self._members) == len(self._stages):
+            self._door.close()
             self._policy.observe(self._first, time.monotonic())
             self._send_all(m.Start(first=self._first, total=self._total), self._members.values())
             self._extend()

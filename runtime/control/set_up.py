@@ -40,9 +40,7 @@ class SetUp:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        if world not in self._presences:
-            self._presences[world] = Presence.join(world)
-        self._presence = self._presences[world]
+        self._presence = self.join(world)
         follow_launcher(world.rank)
         self._tell: Callable[[Verdict], object] | None = None
         self._link: socket.socket | None = None
@@ -54,6 +52,17 @@ class SetUp:
         self._thread = threading.Thread(target=self._watch, name="set-up-watch", daemon=True)
         self._watch_signals()
         self._thread.start()
+
+    @classmethod
+    def join(cls, world: World) -> Presence | None:
+        """From here on the others see this process's end, but it does not watch them yet. Idempotent.
+
+        Raises:
+            ValueError: another process lives that has this rank.
+        """
+        if world not in cls._presences:
+            cls._presences[world] = Presence.join(world)
+        return cls._presences[world]
 
     @classmethod
     def begin(cls, world: World) -> "SetUp":

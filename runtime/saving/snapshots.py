@@ -5,6 +5,7 @@ reaches the mark in the stream (upstream stages are further on by then: nothing 
 written; a folder without one does not count. Local rules keep no state across layers, so this is the whole run.
 """
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -87,13 +88,26 @@ def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     """Writes each layer's file; a reader never sees a half-written one.
 
     A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
+
+    Raises:
+        DiskFullError: there is no room for a file (names it); none of these layers' files is left then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
-    for layer in layers:
-        with whole_file(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
-            state = layer.state_dict()
-            torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
+    written: list[Path] = []
+    try:
+        for layer in layers:
+            path = folder / layer_file_name(layer.info.index, layer.name)
+            written.append(path)
+            with whole_file(path) as temporary:
+                state = layer.state_dict()
+                torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other stages' files may be there
+            folder.rmdir()
+        raise
 
 
 def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:

@@ -55,6 +55,8 @@ class Processes(ProcessesOptions):
                 f"{global_rule} is not local: every layer waits for the output's error, so it can't run as a pipeline "
                 f"with engine {self.name!r}; use engine sequential in one process, or streams"
             )
+        with contextlib.suppress(ValueError):  # what is wrong with the environment is said when the run begins
+            SetUp.join(World.from_environment())
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
         began = time.perf_counter()
@@ -113,6 +115,7 @@ class Processes(ProcessesOptions):
             layers=names[world.rank],
             on_abort=lambda message: _abort(message, names[0], set_up),
             start_timeout=self.start_timeout,
+            heartbeat_interval=min(1.0, heartbeat_timeout(job) / 5),
             heartbeat_timeout=heartbeat_timeout(job),
         )
         client.open()
@@ -178,7 +181,9 @@ def _telling(client: CoordinatorClient, layers: Sequence[str]) -> Iterator[None]
     except SharedRefusal:
         raise  # all of them raise it
     except Exception as error:
-        _tell(client, layers, error)
+        first = _tell(client, layers, error)
+        if first is not None:
+            raise RunFailed(first) from error
         raise
     except SystemExit as error:
         called = CalledExitError(error.code)
@@ -186,15 +191,20 @@ def _telling(client: CoordinatorClient, layers: Sequence[str]) -> Iterator[None]
         raise called from error
 
 
-def _tell(client: CoordinatorClient, layers: Sequence[str], error: Exception) -> None:
-    if client.failure is None:
-        cause = error.cause if isinstance(error, StageError) else error
-        client.fail(
-            ", ".join(layers),
-            error.action if isinstance(error, StageError) else "set-up",
-            str(cause) or type(cause).__name__,
-            echo=isinstance(cause, LinkLostError),
-        )
+def _tell(client: CoordinatorClient, layers: Sequence[str], error: Exception) -> str | None:
+    """Another worker's failure, if that is behind this one's lost link."""
+    if client.failure is not None:
+        client.close()  # waits for its thread, which is about to end this process
+        return None
+    cause = error.cause if isinstance(error, StageError) else error
+    is_echo = isinstance(cause, LinkLostError)
+    first = client.fail(
+        ", ".join(layers),
+        error.action if isinstance(error, StageError) else "set-up",
+        str(cause) or type(cause).__name__,
+        echo=is_echo,
+    )
+    return first if is_echo and not first.startswith(f"{client.name} failed in ") else None
 
 
 def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
@@ -204,6 +214,8 @@ def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
     if lost:
         message = f"{stage_name(0, 0, first_layers)} is lost: {message}"
     if not set_up.is_over:
+        if lost:
+            set_up.await_verdict()  # rank 0's own word on why
         set_up.end(Verdict(message))
     end_process(Verdict(message), error_line(rank, message) if lost or rank == 0 else None)
 
