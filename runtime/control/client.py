@@ -58,7 +58,8 @@ class CoordinatorClient:
         start_timeout: float = 120.0,
     ) -> None:
         self._address = Address.parse(address)
-        self._stage, self._rank, self._layers = stage, stage if rank is None else rank, tuple(layers)
+        self.stage = stage
+        self._rank, self._layers = stage if rank is None else rank, tuple(layers)
         self._on_abort = on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
         self._start_timeout = start_timeout
@@ -83,7 +84,7 @@ class CoordinatorClient:
     @property
     def name(self) -> str:
         """`stage 1 (rank 1: conv3, linear1)`."""
-        return m.stage_name(self._stage, self._rank, self._layers)
+        return m.stage_name(self.stage, self._rank, self._layers)
 
     @property
     def failure(self) -> str | None:
@@ -177,7 +178,7 @@ class CoordinatorClient:
         own = f"{self.name} failed in {action} of {layer or 'no layer'}: {message}"
         if not self._thread.is_alive():
             return self._failed or own
-        failure = m.Failure(stage=self._stage, rank=self._rank, layer=layer, action=action, message=message, echo=echo)
+        failure = m.Failure(stage=self.stage, rank=self._rank, layer=layer, action=action, message=message, echo=echo)
         self._mailbox.put(failure)
         with self._changed:
             self._changed.wait_for(lambda: self._failed is not None, timeout)
@@ -273,7 +274,7 @@ class CoordinatorClient:
         """Talks until the end; returns why the run is over, None if all is well."""
         outbox: deque[Any] = deque()
         pid, host = os.getpid(), socket.gethostname()
-        outbox.append(m.Hello(stage=self._stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        outbox.append(m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
         poller = zmq.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)

@@ -41,6 +41,8 @@ from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
 
 __all__ = ["Processes"]
 
+_COORDINATOR = "the coordinator"  # how the client begins where it misses that
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(ProcessesOptions):
@@ -83,7 +85,7 @@ class Processes(ProcessesOptions):
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 names = [[job.network.names[i] for i in part] for part in parts]
                 client = self._client(job, world, terms["address"], names, set_up)
-                with _telling(client, names[world.rank]):
+                with _telling(client, names):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     worker = Worker(job, self, world, store, parts, client, device)
                     closing.callback(worker.stage.close)
@@ -91,7 +93,7 @@ class Processes(ProcessesOptions):
             # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker
             # died: this worker must live to say why.
             previous = set_up.hand_over_signals()
-            with StopSignals(client.request_stop, previous=previous), _telling(client, names[world.rank]):
+            with StopSignals(client.request_stop, previous=previous), _telling(client, names):
                 if hub is not None:
                     roll_call.release()
                 set_up.settle()
@@ -174,24 +176,24 @@ def _leaving_word(set_up: SetUp) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _telling(client: CoordinatorClient, layers: Sequence[str]) -> Iterator[None]:
+def _telling(client: CoordinatorClient, names: list[list[str]]) -> Iterator[None]:
     """Whatever fails inside reaches every other worker before it leaves this one."""
     try:
         yield
     except SharedRefusal:
         raise  # all of them raise it
     except Exception as error:
-        first = _tell(client, layers, error)
+        first = _tell(client, names, error)
         if first is not None:
             raise RunFailed(first) from error
         raise
     except SystemExit as error:
         called = CalledExitError(error.code)
-        _tell(client, layers, called)
+        _tell(client, names, called)
         raise called from error
 
 
-def _tell(client: CoordinatorClient, layers: Sequence[str], error: Exception) -> str | None:
+def _tell(client: CoordinatorClient, names: list[list[str]], error: Exception) -> str | None:
     """Another worker's failure, if that is behind this one's lost link."""
     if client.failure is not None:
         client.close()  # waits for its thread, which is about to end this process
@@ -199,25 +201,30 @@ def _tell(client: CoordinatorClient, layers: Sequence[str], error: Exception) ->
     cause = error.cause if isinstance(error, StageError) else error
     is_echo = isinstance(cause, LinkLostError)
     first = client.fail(
-        ", ".join(layers),
+        ", ".join(names[client.stage]),
         error.action if isinstance(error, StageError) else "set-up",
         str(cause) or type(cause).__name__,
         echo=is_echo,
     )
-    return first if is_echo and not first.startswith(f"{client.name} failed in ") else None
+    is_own = not is_echo or first.startswith(f"{client.name} failed in ")
+    return None if is_own else _with_stage(first, names[0])
 
 
 def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
     """Ends this process at once: its main thread may be waiting inside native code."""
     rank = set_up.world.rank
-    lost = message.startswith("the coordinator")
-    if lost:
-        message = f"{stage_name(0, 0, first_layers)} is lost: {message}"
+    lost = message.startswith(_COORDINATOR)
+    message = _with_stage(message, first_layers)
     if not set_up.is_over:
         if lost:
             set_up.await_verdict()  # rank 0's own word on why
         set_up.end(Verdict(message))
     end_process(Verdict(message), error_line(rank, message) if lost or rank == 0 else None)
+
+
+def _with_stage(message: str, first_layers: Sequence[str]) -> str:
+    """The coordinator's end is that of the process that it lives in."""
+    return f"{stage_name(0, 0, first_layers)} is lost: {message}" if message.startswith(_COORDINATOR) else message
 
 
 def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mapping[str, Any]) -> RunResult:
