@@ -24,6 +24,7 @@ from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.folder_lock import hold_folder
+from unlocked.runtime.saving.snapshots import sweep_unfinished
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
@@ -137,7 +138,7 @@ class Recipe(Settings):
         """
         folder = self.folder
         how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine}
-        how["resume"] = _snapshots_of(self.resume)
+        how["resume"] = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
         if folder is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
             how["best_dir"] = self.best_dir or (folder / "best" if self.save_best_model else None)
@@ -298,6 +299,7 @@ def _make_sinks(recipe: Recipe, held: contextlib.ExitStack) -> list[MetricsSink]
     made: list[MetricsSink] = [Dashboard(plain=True if recipe.plain else None)]
     if recipe.folder is not None:
         held.enter_context(hold_folder(recipe.folder))
+        sweep_unfinished(recipe.folder)
         made.append(RunLog(recipe.folder, recipe.config(), resume=recipe.resume is not None))
     if recipe.tensorboard is not None:
         made.append(TensorBoard(recipe.tensorboard / recipe.run_name))

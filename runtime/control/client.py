@@ -155,7 +155,7 @@ class CoordinatorClient:
         self._mailbox.put(m.Epoch(part=part))
 
     def snapshot_done(self, position: int) -> None:
-        """This stage's snapshot at `position` is on disk; reliable."""
+        """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
         self._mailbox.put(m.SnapshotDone(position=position))
 
     def request_stop(self, signal: int | None = None) -> None:
@@ -331,7 +331,7 @@ class CoordinatorClient:
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
             elif isinstance(message, m.Stop):
-                self.stopped = message
+                self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.ChunkSeen):
                 self._chunks_seen = message.index + 1
             elif isinstance(message, m.Bye):

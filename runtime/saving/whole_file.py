@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["DiskFullError", "append_line", "whole_file", "write_whole"]
+__all__ = ["TEMPORARY", "DiskFullError", "append_line", "whole_file", "write_whole"]
 
+TEMPORARY = ".writing-"
+"""How the names of files begin that are being written, or were when their process was killed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BYTES = 1 << 20  # with less room than this, a library's error in the middle of a file is the disk's fault
 
@@ -46,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}"[:255])
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"[:255])
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary

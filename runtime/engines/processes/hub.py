@@ -1,6 +1,7 @@
 """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,12 @@ from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.engines.one_process import complete_snapshot, steps_before, stop_position
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult, unpack_tensors, weights_digest
-from unlocked.runtime.saving.snapshots import write_manifest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
@@ -52,7 +52,8 @@ class Hub:
             port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
-            on_snapshot=self._complete_snapshot,
+            on_snapshot=partial(complete_snapshot, job),
+            stop_at=partial(stop_position, job),
             start_timeout=options.start_timeout,
             heartbeat_timeout=heartbeat_timeout(job),
         )
@@ -98,19 +99,6 @@ class Hub:
             stopped_by=client.stopped.signal if client.stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
-        )
-
-    def _complete_snapshot(self, position: int) -> None:
-        job = self._job
-        assert job.settings.snapshot_dir is not None
-        steps = steps_before(job.plan, position)
-        losses = job.lr_factor.losses_before(job.plan[position].epoch)
-        write_manifest(
-            job.settings.snapshot_dir,
-            position=position + 1,
-            steps=steps,
-            settings=job.fingerprint,
-            test_losses=losses,
         )
 
 
