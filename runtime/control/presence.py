@@ -50,12 +50,12 @@ class Presence:
         self._folder, self._rank = folder, rank
         self._path = folder / f"rank-{rank}"
         self._peers: dict[int, _Peer] = {}
-        self._since = time.time()
+        self._began = _process_start()
         temporary = folder / f".rank-{rank}-{os.getpid()}"
         self._descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)  # until the process ends
         _own.add(os.fstat(self._descriptor).st_ino)
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._write({"pid": os.getpid(), "since": self._since})
+        self._write({"pid": os.getpid(), "since": time.time()})
         os.rename(temporary, self._path)  # nobody sees it before it is locked
 
     @classmethod
@@ -86,7 +86,7 @@ class Presence:
         for rank, peer in self._peers.items():
             if _is_held(peer.descriptor):
                 peer.was_held = True
-            elif peer.was_held or peer.since > self._since - _SKEW_SECONDS:
+            elif peer.was_held or peer.since > self._began - _SKEW_SECONDS:
                 return _last_word(peer) or lost_in_set_up(rank, peer.pid)
         return None
 
@@ -131,6 +131,15 @@ def lost_in_set_up(rank: int, pid: int | None = None) -> Verdict:
     """What is said of a process that has ended without a word."""
     process = "its process" if pid is None else f"its process ({pid})"
     return Verdict(f"{stage_name(rank)} is lost: {process} ended during set-up")
+
+
+def _process_start() -> float:
+    """When this process began, in seconds of the machine's clock; where the system does not say: now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time()
 
 
 def _key(world: World) -> str:

@@ -193,8 +193,11 @@ def test_the_roll_call_notices_a_death_and_ignores_strangers() -> None:
     lost: queue.Queue[Verdict] = queue.Queue()
     roll_call = RollCall(store, world, lost.put)
     place = json.loads(store.get("roll-call"))
-    with socket.create_connection((place["host"], place["port"])) as stranger:
+    where = (place["host"], place["port"])
+    with socket.create_connection(where) as stranger:
         stranger.sendall(bytes(20))
+    strangers = [socket.create_connection(where, timeout=SECONDS) for _ in range(60)]
+    assert strangers[0].recv(1) == b"", "the eldest of too many silent strangers has to go"
     code = f"""
 import torch.distributed as dist
 from unlocked.runtime.control.world import World
@@ -212,4 +215,6 @@ input()
         assert lost.empty()
         child.kill()
     assert lost.get(timeout=SECONDS) == lost_in_set_up(1)
+    for one in strangers:
+        one.close()
     roll_call.release()

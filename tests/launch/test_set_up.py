@@ -166,6 +166,15 @@ def test_a_second_process_of_a_rank_is_refused(presence: Presence) -> None:
         peer.kill()
 
 
+def test_a_peer_that_came_and_went_before_is_missed_too(presence: Presence) -> None:
+    """In a script the lock is taken late, and by one process later than by the other."""
+    with joined(1) as peer:
+        peer.communicate("\n")
+    again = Presence.join(World(0, 2, 0, 2, "127.0.0.1", 7))
+    assert again is not None
+    assert again.look() == lost_in_set_up(1, peer.pid)
+
+
 def test_what_an_earlier_run_has_left_is_no_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presence: Presence
 ) -> None:
