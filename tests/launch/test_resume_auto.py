@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_from_where_it_stopped(engine: str, tmp_path: Path
         assert any("epoch 1/" in line for line in output)
         for process in started:
             process.send_signal(signal.SIGTERM)
-        texts = [process.communicate(timeout=60)[1] for process in started]
+        texts = [process.communicate(timeout=120)[1] for process in started]
         assert [process.returncode for process in started] == [143] * size, texts
     saved = find_snapshot(tmp_path / "cut" / "snapshots")
     assert 15 <= saved.steps < 600
