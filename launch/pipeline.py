@@ -24,9 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_up = _join()
         # Imported here, so that an interrupt during these seconds ends in one line as well.
         from unlocked.launch.command_line import parse
+        from unlocked.runtime.engines import as_engine
         from unlocked.runtime.recipe import run
 
-        return _tell(run(parse(arguments, default_engine="processes" if under_launcher else "sequential")))
+        recipe = parse(arguments, default_engine="processes" if under_launcher else "sequential")
+        if set_up is not None and as_engine(recipe.engine).name != "processes":
+            set_up.done()
+        return _tell(run(recipe))
     except ValueError as error:
         return _complain(rank, error, 2, set_up)
     except KeyboardInterrupt:
