@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.up-to-date
 # One thread per process: the stages are the parallelism.
 RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: demo compare test lint clean
+.PHONY: demo compare test chaos lint clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
@@ -21,6 +21,10 @@ compare: $(STAMP)
 test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
 	$(RUN) $(BIN)/python -m pytest -m alone
+
+# Workers killed at many random moments of set-up and run, of which `make test` tries a few.
+chaos: $(STAMP)
+	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unlocked.runtime import RunResult
+    from unlocked.runtime.control.set_up import SetUp
 
 __all__ = ["main"]
 
@@ -17,7 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns every failure into one line and an exit code: 2 for a user's mistake, 1 for a failed run, 130
     and 143 after an orderly stop."""
     rank = int(os.environ.get("RANK", "0"))
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    set_up = None
     try:
+        if under_launcher:
+            set_up = _join()
         # Imported here, so that an interrupt during these seconds ends in one line as well.
         from unlocked.data.cores import usable_cores
         from unlocked.launch.command_line import parse
@@ -26,24 +31,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from unlocked.runtime.recipe import run
 
         given = list(sys.argv[1:] if arguments is None else arguments)
-        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        recipe = parse(given, default_engine="processes" if launched else "sequential")
-        if not launched and isinstance(recipe.engine, Processes):
-            count = _number_of_processes(recipe.engine.stages)
-            threads = max(1, usable_cores() // count)
-            return start_workers(count, "unlocked.launch.pipeline", given, threads=threads)
+        recipe = parse(given, default_engine="processes" if under_launcher else "sequential")
+        if isinstance(recipe.engine, Processes):
+            if not under_launcher:
+                count = _number_of_processes(recipe.engine.stages)
+                threads = max(1, usable_cores() // count)
+                return start_workers(count, "unlocked.launch.pipeline", given, threads=threads)
+        elif set_up is not None:
+            set_up.done()
         return _tell(run(recipe))
     except ValueError as error:
-        return _complain(rank, error, 2)
+        return _complain(rank, error, 2, set_up)
     except KeyboardInterrupt:
-        return _complain(rank, "interrupted during set-up", 130)
+        return _complain(rank, "interrupted during set-up", 130, set_up)
     except Exception as error:
-        from unlocked.workers.errors import LinkLostError, NonFiniteLossError, StageError
+        from unlocked.runtime.saving.whole_file import DiskFullError
+        from unlocked.workers.errors import LinkLostError, StageError
 
         cause = error.cause if isinstance(error, StageError) else error
-        if not isinstance(cause, ValueError | LinkLostError | NonFiniteLossError) and not _was_told(error):
+        if not isinstance(cause, ValueError | LinkLostError | DiskFullError) and not _was_told(error):
             traceback.print_exc()
-        return _complain(rank, error, 1)
+        return _complain(rank, error, 1, set_up)
+    finally:
+        if set_up is not None:
+            set_up.done()
+
+
+def _join() -> "SetUp | None":
+    """Before torch is imported, which takes seconds: from here on the other processes see this one's end.
+
+    None: the launcher has not said enough; the engine will complain if it needs it.
+    """
+    from unlocked.runtime.control.set_up import SetUp
+    from unlocked.runtime.control.world import World
+
+    try:
+        world = World.from_environment()
+    except ValueError:
+        return None
+    return SetUp.begin(world)
 
 
 def _number_of_processes(stages: int | str | None) -> int:
@@ -86,11 +112,15 @@ def _was_told(error: BaseException) -> bool:
     return isinstance(error, RunFailed | TimeoutError)
 
 
-def _complain(rank: int, error: object, code: int) -> int:
-    """One line on standard error, at once."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def _complain(rank: int, error: object, code: int, set_up: "SetUp | None") -> int:
+    """One line on standard error, at once; the other processes are to say the same."""
+    from unlocked.runtime.control.ending import Verdict, error_line
+
+    text = str(error) or type(error).__name__
+    if set_up is not None:
+        set_up.leave_word(Verdict(text, code))
     # In one write: several workers share the terminal.
-    sys.stderr.write(f"error: {text}\n" if rank == 0 else f"error [rank {rank}]: {text}\n")
+    sys.stderr.write(error_line(rank, text) + "\n")
     sys.stderr.flush()
     return code
 

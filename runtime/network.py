@@ -13,6 +13,7 @@ from unlocked.models import Block, initialise
 from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
+from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 
 __all__ = [
@@ -169,6 +170,9 @@ def measure_costs(
     """Seconds of one local step of every layer, the median of `repeats` after two warm-ups.
 
     `make_layer` builds throw-away layers; the network's own weights are put back afterwards.
+
+    Raises:
+        RuntimeError: a layer or its rule fails; names the layer.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
@@ -180,17 +184,26 @@ def measure_costs(
     costs = []
     for index, block in enumerate(network.blocks):
         saved = {name: value.clone() for name, value in block.state_dict().items()}
-        layer = make_layer(index)
-        times = []
-        for _ in range(repeats + 2):
-            start = _now(device)
-            out = layer.forward(x)
-            layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
-            times.append(_now(device) - start)
-        costs.append(median(times[2:]))
+        try:
+            seconds, x = _measure(make_layer(index), x, labels, repeats)
+        except (Exception, SystemExit) as error:
+            cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
+            name = network.infos[index].name
+            raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
+        costs.append(seconds)
         block.load_state_dict(saved)
-        x = out.clone()
     return costs
+
+
+def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[float, Tensor]:
+    """The median of the seconds that a step takes, and the layer's output."""
+    times = []
+    for _ in range(repeats + 2):
+        start = _now(x.device)
+        out = layer.forward(x)
+        layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
+        times.append(_now(x.device) - start)
+    return median(times[2:]), out.clone()
 
 
 def _now(device: torch.device) -> float:
@@ -254,7 +267,7 @@ def _choose_rule(network: Network, index: int, rules: Rules) -> Rule:
 def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
     try:
         rule = chosen(info)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _misfit(info, chosen, error) from error
     if not isinstance(rule, LocalRule):
         raise ValueError(
@@ -272,7 +285,7 @@ def _try_rule(rule: LocalRule, chosen: Rule, info: LayerInfo) -> None:
             loss = rule(activations, torch.zeros(2, dtype=torch.int64))
             if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
                 depends = torch.autograd.grad(loss, activations, allow_unused=True)[0] is not None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _misfit(info, chosen, error) from error
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -287,7 +300,9 @@ def _try_rule(rule: LocalRule, chosen: Rule, info: LayerInfo) -> None:
         )
 
 
-def _misfit(info: LayerInfo, rule: Rule, error: Exception) -> ValueError:
+def _misfit(info: LayerInfo, rule: Rule, error: BaseException) -> ValueError:
+    if isinstance(error, SystemExit):
+        error = CalledExitError(error.code)
     return ValueError(
         f"the rule {_name_of(rule)} does not fit layer {info.name} with activations {info.activation_shape} per sample "
         f"and {info.num_classes} classes: {first_line(error)}"

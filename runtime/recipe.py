@@ -1,5 +1,6 @@
 """A run from names: the dataset, model, rule and optimizer that a command line can spell, with all settings."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from unlocked.runtime.metrics.run_log import RunLog
 from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.saving.folder_lock import hold_folder
+from unlocked.runtime.saving.snapshots import sweep_unfinished
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
@@ -135,7 +138,7 @@ class Recipe(Settings):
         """
         folder = self.folder
         how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine}
-        how["resume"] = _snapshots_of(self.resume)
+        how["resume"] = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
         if folder is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
             how["best_dir"] = self.best_dir or (folder / "best" if self.save_best_model else None)
@@ -177,15 +180,16 @@ def run(recipe: Recipe) -> RunResult:
         "lr_factor": make_lr_factor(recipe),
     }
     train, test = recipe.load_data()
-    trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe))
-    result = recipe.fit(trainer, train, test)
-    if result.is_complete:
-        if recipe.summary is not None:
-            recipe.summary.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(recipe.summary, json.dumps(summary(recipe, result), indent=1))
-        if recipe.folder is not None:
-            with whole_file(recipe.folder / "model_final.pt") as temporary:
-                torch.save(result.weights, temporary)
+    with contextlib.ExitStack() as held:
+        trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe, held))
+        result = recipe.fit(trainer, train, test)
+        if result.is_complete:
+            if recipe.summary is not None:
+                recipe.summary.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(recipe.summary, json.dumps(summary(recipe, result), indent=1))
+            if recipe.folder is not None:
+                with whole_file(recipe.folder / "model_final.pt") as temporary:
+                    torch.save(result.weights, temporary)
     return result
 
 
@@ -289,10 +293,13 @@ def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _make_sinks(recipe: Recipe) -> list[MetricsSink]:
-    """Called where the run reports: in the only process, or in rank 0's."""
+def _make_sinks(recipe: Recipe, held: contextlib.ExitStack) -> list[MetricsSink]:
+    """Called where the run reports: in the only process, or in rank 0's. That one has the run's folder, until `held`
+    closes."""
     made: list[MetricsSink] = [Dashboard(plain=True if recipe.plain else None)]
     if recipe.folder is not None:
+        held.enter_context(hold_folder(recipe.folder))
+        sweep_unfinished(recipe.folder)
         made.append(RunLog(recipe.folder, recipe.config(), resume=recipe.resume is not None))
     if recipe.tensorboard is not None:
         made.append(TensorBoard(recipe.tensorboard / recipe.run_name))

@@ -250,11 +250,12 @@ class Settings:
         50, "training micro-batches that re-estimate BatchNorm's statistics before an evaluation", at_least=0
     )
     snapshot_every: int = setting(0, "training micro-batches between snapshots (0: none)", at_least=0)
-    snapshot_dir: Path | None = setting(None, "folder of the snapshots", is_flag=False)
+    snapshot_dir: Path | None = setting(None, "folder of the snapshots; a stopped run writes one too", is_flag=False)
+    keep_snapshots: int | None = setting(None, "newest snapshots to keep; unless given: all", at_least=1)
     resume: Path | None = setting(
         None,
         "go on from the newest snapshot in this folder, on any engine and number of stages; rule, optimizer, seed and "
-        "batch sizes must be the run's",
+        "batch sizes must be the run's; auto: from the newest whole one of this run's own folder, or anew",
     )
     trace: Path | None = setting(None, "write a Chrome trace of every action here")
     timeout: float = setting(300.0, "seconds that a stage waits for a neighbour, or for its data", above=0)
@@ -275,3 +276,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def resumes_by_itself(self) -> bool:
+        """The same settings begin a run and go on with it."""
+        return self.resume == Path("auto")

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -21,18 +21,23 @@ class StopSignals:
     `_SAME_REQUEST` seconds of the first counts as the same request.
 
     `notify` is called from the handler, in the main thread. Outside the main thread nothing is installed.
+
+    Args:
+        previous: the handlers to put back where those that are installed now are not to come back.
     """
 
-    def __init__(self, notify: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, notify: Callable[[int], None] | None = None, *, previous: Mapping[int, Any] | None = None
+    ) -> None:
         self.received: int | None = None
         self._notify = notify
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Any] = dict(previous or {})
         self._since = 0.0
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+                self._previous.setdefault(number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,7 @@
 """The public API: one Trainer for every engine."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,7 +22,7 @@ from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
-from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot
+from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings, values_of
 from unlocked.runtime.whole import feedback_alignment_network
@@ -85,7 +87,17 @@ class Trainer(Settings):
         check_device(self.device)
         check_precision(self.precision, torch.device(self.device))
         object.__setattr__(self, "_engine", engine)
-        object.__setattr__(self, "_resume", None if self.resume is None else find_snapshot(self.resume))
+        object.__setattr__(self, "_resume", self._find_resume())
+
+    def _find_resume(self) -> Snapshot | None:
+        if not self.resumes_by_itself:
+            return None if self.resume is None else find_snapshot(self.resume)
+        if self.snapshot_dir is None:
+            raise ValueError("resume is 'auto', but there is no folder of snapshots to look in; give --save-path")
+        snapshot, problems = newest_whole(self.snapshot_dir)
+        if snapshot is not None and problems and os.environ.get("RANK", "0") == "0":
+            print(f"resuming from {snapshot.folder}, since {problems[0]}", file=sys.stderr)
+        return snapshot
 
     @property
     def settings(self) -> Settings:

@@ -1,6 +1,6 @@
 """What a failing worker says: rank, stage, layer and action, first cause on top."""
 
-__all__ = ["LinkLostError", "MissingActionError", "NonFiniteLossError", "StageError", "StopRun"]
+__all__ = ["CalledExitError", "LinkLostError", "MissingActionError", "NonFiniteLossError", "StageError", "StopRun"]
 
 
 class NonFiniteLossError(ValueError):
@@ -15,6 +15,13 @@ class NonFiniteLossError(ValueError):
 
 class LinkLostError(RuntimeError):
     """A neighbour's end of an edge is gone, or did not answer within the time limit."""
+
+
+class CalledExitError(RuntimeError):
+    """User code asked for the interpreter's end: in a worker that is a failure like any other."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(f"it called sys.exit({'' if code is None else repr(code)})")
 
 
 class MissingActionError(RuntimeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
 from unlocked.workers.edges import InEdge, OutEdge
-from unlocked.workers.errors import MissingActionError, StageError, StopRun
+from unlocked.workers.errors import CalledExitError, MissingActionError, StageError, StopRun
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
@@ -122,6 +122,8 @@ class StageLoop:
             raise
         except Exception as error:
             raise self._located(action, item, error) from error
+        except SystemExit as error:
+            raise self._located(action, item, CalledExitError(error.code)) from error
 
     def _located(self, action: Action, item: Item, cause: Exception) -> StageError:
         where = f"{action} (epoch {item.epoch}, {item.kind} micro-batch {item.index})"

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.links import link_stages
-from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.runtime.saving.whole_file import write_whole
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout

@@ -1,7 +1,12 @@
 """Where the coordinator listens, and how the workers learn of it."""
 
+import contextlib
+import ctypes
+import os
 import secrets
 import socket
+import struct
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +14,9 @@ import zmq
 
 from unlocked.runtime.control.messages import MAX_FRAME_BYTES
 
-__all__ = ["Address", "listen"]
+__all__ = ["Address", "Door", "listen"]
+
+_SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +53,53 @@ class Address:
         return f"Address({self.endpoint})"
 
 
-def listen(context: "zmq.Context[Any]", host: str, port: int, advertise: str | None) -> tuple["zmq.Socket[Any]", str]:
-    """A bound ROUTER socket and the endpoint that workers connect to; see `Coordinator` for the arguments.
+class Door:
+    """The port of a bound socket."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+
+    def close(self) -> None:
+        """Nobody new comes in, so that no stranger takes a descriptor of this process; who is in, stays. Idempotent.
+
+        Only Linux can do that without ZeroMQ's knowledge, whose own way would end the connections as well: a filter
+        that drops every packet to the listening socket.
+        """
+        if self._listener.fileno() >= 0 and sys.platform == "linux":
+            drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K with 0 bytes kept
+            program = struct.pack("HL", 1, ctypes.addressof(drop))  # struct sock_fprog
+            with contextlib.suppress(OSError):
+                self._listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        self._listener.close()
+
+
+def listen(
+    context: "zmq.Context[Any]", host: str, port: int, advertise: str | None
+) -> tuple["zmq.Socket[Any]", str, Door]:
+    """A bound ROUTER socket, the endpoint that workers connect to, and its door; see `Coordinator` for the arguments.
 
     Raises:
         ValueError: the port is taken, or the host is not this machine's.
     """
     router = context.socket(zmq.ROUTER)
+    listener: socket.socket | None = None
     try:
         family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         ip = str(resolved[0])
+        listener = socket.create_server(resolved[:2], family=family, backlog=1024)
+        port = listener.getsockname()[1]
         numeric = f"[{ip}]" if family == socket.AF_INET6 else ip
         router.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection then fails instead of vanishing
         router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         router.setsockopt(zmq.SNDHWM, 0)  # bounded by the heartbeat timeout: a few pings and grants per worker
-        router.setsockopt(zmq.BACKLOG, 1024)
+        router.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))  # ZeroMQ closes this one
+        router.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # milliseconds: a stranger who says nothing then goes
         router.bind(f"tcp://{numeric}:{port}")
-        bound = str(router.LAST_ENDPOINT, "ascii").rstrip("\0").rpartition(":")[2]
     except (OSError, zmq.ZMQError) as error:
         router.close(linger=0)
+        if listener is not None:
+            listener.close()
         if error.errno == zmq.EADDRINUSE:
             text = f"port {port} on {host} is taken; pass --coordinator-port 0 for any free one"
         else:
@@ -75,4 +109,4 @@ def listen(context: "zmq.Context[Any]", host: str, port: int, advertise: str | N
     reachable = advertise or (socket.gethostname() if wildcard else numeric)
     if ":" in reachable and not reachable.startswith("["):
         reachable = f"[{reachable}]"
-    return router, f"tcp://{reachable}:{bound}"
+    return router, f"tcp://{reachable}:{port}", Door(listener)

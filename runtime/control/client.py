@@ -58,7 +58,8 @@ class CoordinatorClient:
         start_timeout: float = 120.0,
     ) -> None:
         self._address = Address.parse(address)
-        self._stage, self._rank, self._layers = stage, stage if rank is None else rank, tuple(layers)
+        self.stage = stage
+        self._rank, self._layers = stage if rank is None else rank, tuple(layers)
         self._on_abort = on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
         self._start_timeout = start_timeout
@@ -83,7 +84,7 @@ class CoordinatorClient:
     @property
     def name(self) -> str:
         """`stage 1 (rank 1: conv3, linear1)`."""
-        return m.stage_name(self._stage, self._rank, self._layers)
+        return m.stage_name(self.stage, self._rank, self._layers)
 
     @property
     def failure(self) -> str | None:
@@ -154,7 +155,7 @@ class CoordinatorClient:
         self._mailbox.put(m.Epoch(part=part))
 
     def snapshot_done(self, position: int) -> None:
-        """This stage's snapshot at `position` is on disk; reliable."""
+        """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
         self._mailbox.put(m.SnapshotDone(position=position))
 
     def request_stop(self, signal: int | None = None) -> None:
@@ -177,7 +178,7 @@ class CoordinatorClient:
         own = f"{self.name} failed in {action} of {layer or 'no layer'}: {message}"
         if not self._thread.is_alive():
             return self._failed or own
-        failure = m.Failure(stage=self._stage, rank=self._rank, layer=layer, action=action, message=message, echo=echo)
+        failure = m.Failure(stage=self.stage, rank=self._rank, layer=layer, action=action, message=message, echo=echo)
         self._mailbox.put(failure)
         with self._changed:
             self._changed.wait_for(lambda: self._failed is not None, timeout)
@@ -273,11 +274,12 @@ class CoordinatorClient:
         """Talks until the end; returns why the run is over, None if all is well."""
         outbox: deque[Any] = deque()
         pid, host = os.getpid(), socket.gethostname()
-        outbox.append(m.Hello(stage=self._stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        outbox.append(m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
         poller = zmq.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        heard, met = time.monotonic(), False
+        heard = before = time.monotonic()
+        met = False
         next_beat = heard + self._beat_interval
         while True:
             poller.register(dealer, zmq.POLLIN | (zmq.POLLOUT if outbox else 0))
@@ -296,6 +298,9 @@ class CoordinatorClient:
             if self._bye:
                 return None
             limit = self._beat_timeout if met else self._start_timeout
+            stood, before = now - before, now
+            if met and stood > limit:  # by now the others have left because of this process, not it because of them
+                return f"{self.name} stood still for {stood:.1f} s"
             if monitor in events:
                 return f"the coordinator in rank 0's process ({self._address.endpoint}) is gone: its connection closed"
             if now - heard > limit:
@@ -326,7 +331,7 @@ class CoordinatorClient:
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
             elif isinstance(message, m.Stop):
-                self.stopped = message
+                self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.ChunkSeen):
                 self._chunks_seen = message.index + 1
             elif isinstance(message, m.Bye):

@@ -41,6 +41,7 @@ class Coordinator:
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
         on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
             exception in it fails the run.
+        stop_at: from the position that is granted to the one at which an orderly stop takes effect, in the same epoch.
         start_timeout: seconds for all workers to say hello.
         heartbeat_timeout: seconds of silence after which a connected worker counts as lost.
 
@@ -61,6 +62,7 @@ class Coordinator:
         gate: EpochGate | None = None,
         sink: MetricsSink | None = None,
         on_snapshot: Callable[[int], None] | None = None,
+        stop_at: Callable[[int], int] | None = None,
         start_timeout: float = 120.0,
         heartbeat_timeout: float = 30.0,
     ) -> None:
@@ -72,24 +74,21 @@ class Coordinator:
         self._first, self._total = first, total
         self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
         self._gate = gate
-        if gate is not None:
-            self._policy.limit = gate.limit
+        self._policy.limit = total if gate is None else gate.limit
         self._sink = sink or FanOut()
-        self._on_snapshot = on_snapshot
+        self._on_snapshot, self._stop_at = on_snapshot, stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
         self._snapshots: dict[int, set[int]] = {}
         self._members: dict[int, Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
-        self._changed = threading.Condition()
-        self._mailbox = Mailbox()
+        self._changed, self._mailbox = threading.Condition(), Mailbox()
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
         self._failures = Failures(self._members, self._send, self._changed)
         self._next_ping = 0.0
-        self._running = True
-        self._complete = False
+        self._running, self._complete = True, False
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.epochs: list[EpochResult] = []
@@ -98,7 +97,7 @@ class Coordinator:
         """Frames from strangers and malformed ones."""
         self._context = zmq.Context()
         try:
-            self._socket, endpoint = listen(self._context, host, port, advertise)
+            self._socket, endpoint, self._door = listen(self._context, host, port, advertise)
         except ValueError:
             self._context.term()
             self._mailbox.close()
@@ -171,7 +170,8 @@ class Coordinator:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        self._start_deadline = time.monotonic() + self._start_timeout
+        self._ticked = time.monotonic()
+        self._start_deadline = self._ticked + self._start_timeout
         try:
             while self._running:
                 poller.poll(50 if self._failures.pending else 250)
@@ -187,6 +187,7 @@ class Coordinator:
             self._shut()
 
     def _shut(self) -> None:
+        self._door.close()
         self._socket.close(linger=1000)
         self._context.term()
         self._mailbox.close()
@@ -224,6 +225,11 @@ class Coordinator:
             self._failures.fail(order.message)
 
     def _tick(self, now: float) -> None:
+        stood, self._ticked = now - self._ticked, now
+        if stood > self._heartbeat_timeout and len(self._members) == len(self._stages):
+            self._failures.fail(
+                f"{self._name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
+            )
         if now >= self._next_ping:
             self._next_ping = now + PING_SECONDS
             for member in tuple(self._members.values()):
@@ -250,6 +256,7 @@ class Coordinator:
             return
         self._members[hello.stage] = self._by_identity[identity] = member
         if len(self._members) == len(self._stages):
+            self._door.close()
             self._policy.observe(self._first, time.monotonic())
             self._send_all(m.Start(first=self._first, total=self._total), self._members.values())
             self._extend()
@@ -327,7 +334,7 @@ class Coordinator:
 
     def _stop(self, member: Member | None, request: m.StopRequest) -> None:
         if self.stopped is None:
-            self.stopped = m.Stop(position=self._policy.granted, signal=request.signal)
+            self.stopped = m.Stop(position=self._stop_at(self._policy.granted), signal=request.signal)
             source = "the coordinator" if member is None else member.name
             text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
             self._callbacks.post(self._sink.on_message, text)

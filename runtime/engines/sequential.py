@@ -7,7 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.engines.one_process import (
+    LocalOutlet,
+    finish_result,
+    save_stopped,
+    stop_position,
+    write_stage_snapshot,
+)
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
@@ -72,7 +78,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
             nonlocal position
             reporter.after(item)
             position = item.position + 1
-            if signals.received is not None:
+            if signals.received is not None and stop_position(job, position) == position:
                 raise StopRun
 
         loop = StageLoop(
@@ -93,7 +99,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
                 items = list(job.plan.items(start, min(start + _WINDOW, len(job.plan))))
                 loop.run(items, stage_actions(0, 1, items))
         except StopRun:
-            pass
+            save_stopped(job, [stage], position)
         finally:
             stage.close()
     if job.device.type == "cuda":

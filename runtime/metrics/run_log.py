@@ -16,7 +16,7 @@ from pathlib import Path
 
 from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import append_line, write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
@@ -102,8 +102,7 @@ class RunLog(MetricsSink):
         self._line("Finished: " + json.dumps(_without_secrets(summary), default=str))
 
     def _line(self, text: str) -> None:
-        with open(self.path / "train.log", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        append_line(self.path / "train.log", text)
 
     def _columns(self) -> list[str]:
         return [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in self._layers)]

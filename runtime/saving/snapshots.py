@@ -5,10 +5,12 @@ reaches the mark in the stream (upstream stages are further on by then: nothing 
 written; a folder without one does not count. Local rules keep no state across layers, so this is the whole run.
 """
 
+import contextlib
 import hashlib
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import TEMPORARY, whole_file, write_whole
 from unlocked.workers.layer import Layer
 
 __all__ = [
@@ -29,10 +31,13 @@ __all__ = [
     "find_snapshot",
     "layer_file_name",
     "load_layers",
+    "newest_whole",
+    "prune_snapshots",
     "read_layer",
     "save_layers",
     "snapshot_folder",
     "state_digest",
+    "sweep_unfinished",
     "write_manifest",
 ]
 
@@ -87,13 +92,26 @@ def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     """Writes each layer's file; a reader never sees a half-written one.
 
     A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
+
+    Raises:
+        DiskFullError: there is no room for a file (names it); none of these layers' files is left then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
-    for layer in layers:
-        with whole_file(folder / layer_file_name(layer.info.index, layer.name)) as temporary:
-            state = layer.state_dict()
-            torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
+    written: list[Path] = []
+    try:
+        for layer in layers:
+            path = folder / layer_file_name(layer.info.index, layer.name)
+            written.append(path)
+            with whole_file(path) as temporary:
+                state = layer.state_dict()
+                torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other stages' files may be there
+            folder.rmdir()
+        raise
 
 
 def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
@@ -107,9 +125,10 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
         try:
             layer.load_state_dict(read_layer(path, layer.device))
         except FileNotFoundError as error:
-            raise ValueError(f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}") from error
+            missing = f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}"
+            raise ValueError(missing + _instead_of(snapshot.folder)) from error
         except UNREADABLE as error:
-            raise ValueError(damaged(path, error)) from error
+            raise ValueError(damaged(path, error) + _instead_of(snapshot.folder)) from error
 
 
 def damaged(path: Path, error: Exception) -> str:
@@ -161,26 +180,94 @@ def find_snapshot(root: Path) -> Snapshot:
     """The newest complete snapshot below `root` (or `root` itself, if it is one).
 
     Raises:
-        ValueError: there is none (says where it looked), or its manifest is damaged.
+        ValueError: there is none (says where it looked), or its manifest is damaged (names the newest whole one).
     """
-    folders = [root] if (root / _MANIFEST).is_file() else sorted(root.glob("step-*"), key=_by_number, reverse=True)
-    for folder in folders:
-        path = folder / _MANIFEST
-        if not path.is_file():
-            continue
+    for folder in _complete(root):
         try:
-            content = json.loads(path.read_text())
-            position, steps, settings = int(content["position"]), int(content["steps"]), content["settings"]
-            losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
-            written = content.get("format")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
-        if written != _FORMAT:
-            raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
-        return Snapshot(folder, position, steps, settings, losses)
+            return _read_manifest(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}{_instead_of(folder)}") from error
     raise ValueError(
         f"no complete snapshot below {root}; --resume takes the folder that a run with --snapshot-every wrote"
     )
+
+
+def newest_whole(root: Path) -> tuple[Snapshot | None, list[str]]:
+    """The newest snapshot below `root` of which every byte is as it was written, and what is wrong with newer ones.
+
+    None: there is no complete snapshot at all.
+
+    Raises:
+        ValueError: there are some, all damaged.
+    """
+    problems: list[str] = []
+    for folder in _complete(root):
+        try:
+            snapshot = _read_manifest(folder)
+            _check_files(snapshot)
+            return snapshot, problems
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"no snapshot below {root} is whole: {problems[0]}; remove them to start anew")
+    return None, []
+
+
+def prune_snapshots(root: Path, keep: int) -> None:
+    """Removes all complete snapshots but the newest `keep`."""
+    for folder in _complete(root)[keep:]:
+        (folder / _MANIFEST).unlink(missing_ok=True)  # first, so that it never counts with files missing
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Removes what runs that were killed have left half below a run's folder: temporary files and snapshots that were
+    not completed. For whoever holds the folder alone."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob("snapshots/step-*"):
+        if path.is_dir() and not (path / _MANIFEST).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(root: Path) -> list[Path]:
+    """The folders with a manifest, the newest first."""
+    folders = [root] if (root / _MANIFEST).is_file() else sorted(root.glob("step-*"), key=_by_number, reverse=True)
+    return [folder for folder in folders if (folder / _MANIFEST).is_file()]
+
+
+def _read_manifest(folder: Path) -> Snapshot:
+    path = folder / _MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        position, steps, settings = int(content["position"]), int(content["steps"]), dict(content["settings"])
+        losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
+        written = content.get("format")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
+    if written != _FORMAT:
+        raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
+    return Snapshot(folder, position, steps, settings, losses)
+
+
+def _check_files(snapshot: Snapshot) -> None:
+    """Raises a ValueError that names the first file that is missing or not as it was written."""
+    for index, name in enumerate(snapshot.settings.get("layers", ())):
+        path = snapshot.folder / layer_file_name(index, name)
+        try:
+            read_layer(path, torch.device("cpu"))
+        except UNREADABLE as error:
+            raise ValueError(damaged(path, error)) from error
+
+
+def _instead_of(folder: Path) -> str:
+    """What to resume from where a snapshot is damaged."""
+    older = [other for other in _complete(folder.parent) if _by_number(other) < _by_number(folder)]
+    for other in older:
+        with contextlib.suppress(ValueError):
+            _check_files(_read_manifest(other))
+            return f"; the newest whole snapshot before it is {other}: give that, or --resume auto"
+    return ""
 
 
 def _by_number(folder: Path) -> tuple[int, str]:

@@ -1,12 +1,29 @@
 """The one way to write a file: whole or not at all, so that a reader never meets half of one. No torch in it."""
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["whole_file", "write_whole"]
+__all__ = ["TEMPORARY", "DiskFullError", "append_line", "whole_file", "write_whole"]
+
+TEMPORARY = ".writing-"
+"""How the names of files begin that are being written, or were when their process was killed."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BYTES = 1 << 20  # with less room than this, a library's error in the middle of a file is the disk's fault
+
+
+class DiskFullError(OSError):
+    """There is no room for a file; names it."""
+
+    def __init__(self, path: Path, number: int = errno.ENOSPC) -> None:
+        super().__init__(number, os.strerror(number), str(path))
+
+    def __str__(self) -> str:
+        return f"the disk is full: {self.filename} can't be written; make room there, or write elsewhere"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -24,23 +41,59 @@ def whole_file(path: Path) -> Iterator[Path]:
     not a regular file (`/dev/stdout`, a named pipe) can't be replaced and is handed out itself; a link stays one.
 
     Raises:
-        OSError: the folder is missing or can't be written, or the disk is full.
+        DiskFullError: there is no room for it.
+        OSError: the folder is missing or can't be written.
     """
     if path.exists() and not path.is_file():
         yield path
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}"[:255])
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"[:255])
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         _reach_disk(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        is_full = isinstance(error, OSError | RuntimeError) and _is_full(temporary, error)
         temporary.unlink(missing_ok=True)
+        if is_full:
+            raise DiskFullError(path) from error
         raise
     with contextlib.suppress(OSError):  # not every file system can do it for folders
         _reach_disk(path.parent)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Adds a line in UTF-8 to a file that grows, whole or not at all.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    data = (text + "\n").encode()
+    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        written = os.write(descriptor, data)
+        if written < len(data):
+            os.ftruncate(descriptor, size)
+            raise DiskFullError(path)
+    except OSError as error:
+        if error.errno in _FULL and not isinstance(error, DiskFullError):
+            raise DiskFullError(path, error.errno) from error
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(path: Path, error: Exception) -> bool:
+    """Whether the lack of room is behind an error; a library does not always say so."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    try:
+        return shutil.disk_usage(path.parent).free < _FULL_BYTES
+    except OSError:
+        return False
 
 
 def _reach_disk(path: Path) -> None:

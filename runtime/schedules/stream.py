@@ -149,6 +149,15 @@ class StreamPlan:
         self.position_of_epoch(epoch)  # raises where there is none
         return self._epoch_start(epoch + 1) if epoch + 1 < self.num_epochs else len(self)
 
+    def resumable(self, position: int) -> int:
+        """The first position, from `position` on, at which a run can be stopped and resumed: not amid an evaluation,
+        whose sums are not saved."""
+        if position >= len(self) or self[position].kind in ("train", "snapshot"):
+            return position
+        if position and self[position - 1].kind in ("train", "snapshot"):
+            return position
+        return self.end_of_epoch(self[position].epoch)
+
     @property
     def _tail(self) -> int:
         """Items after an epoch's training part."""

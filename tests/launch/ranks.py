@@ -5,11 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["PIPELINE", "free_port", "ranks", "torchrun"]
+__all__ = ["ENVIRONMENT", "PIPELINE", "first_error", "free_port", "let_pass", "ranks", "torchrun"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "launch" / "pipeline.py"
@@ -22,22 +23,52 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def first_error(text: str) -> str:
+    """The first line with which a process has told why it ended; empty if there is none."""
+    return next((line for line in text.splitlines() if line.startswith("error")), "")
+
+
+def let_pass(seconds: float, started: Sequence[subprocess.Popen[str]]) -> None:
+    """A moment of a run, or of its set-up: what the processes have come to by then moves with the machine's load."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert all(process.poll() is None for process in started)
+
+
 @contextmanager
 def ranks(
-    size: int, command: Sequence[str], *, port: int | None = None, extra: Mapping[int, Sequence[str]] | None = None
+    size: int,
+    command: Sequence[str],
+    *,
+    port: int | None = None,
+    extra: Mapping[int, Sequence[str]] | None = None,
+    prefix: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """`size` processes with the variables that launchers set; their output is piped. `extra`: more flags, by rank."""
+    """`size` processes with the variables that launchers set; their output is piped.
+
+    Args:
+        extra: more flags, by rank.
+        prefix: a command that runs the command that follows it, such as a shell's.
+        environment: more variables.
+        only: the ranks to start; default: all.
+    """
     port, extra = port or free_port(), extra or {}
     world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    world |= {"MASTER_PORT": str(port), **(environment or {})}
     started = [
         subprocess.Popen(
-            [sys.executable, *command, *extra.get(rank, ())],
-            env=ENVIRONMENT | world | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [*prefix, sys.executable, *command, *extra.get(rank, ())],
+            env=ENVIRONMENT
+            | world
+            | dict(environment or {})
+            | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(size)
+        for rank in (range(size) if only is None else only)
     ]
     try:
         yield started
@@ -49,11 +80,11 @@ def ranks(
 
 
 @contextmanager
-def torchrun(size: int, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+def torchrun(size: int, command: Sequence[str], *, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """The same under torchrun, in a process group of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     process = subprocess.Popen(
-        [*launcher, *command],
+        [*prefix, *launcher, *command],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

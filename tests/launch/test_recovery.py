@@ -17,7 +17,9 @@ from ranks import PIPELINE, free_port, ranks, torchrun
 from unlocked.data import load_dataset
 from unlocked.launch import evaluate
 from unlocked.launch.pipeline import main
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.ending import Verdict
+from unlocked.runtime.control.presence import lost_in_set_up
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.roll_call import RollCall
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.schedules.stream import StreamPlan
@@ -67,22 +69,25 @@ def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path: Path) -
     assert resumed["steps"] == whole["steps"] == 60
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_frozen_worker_is_reported_and_ends_when_it_wakes(victim: int) -> None:
-    with ranks(2, [*ENDLESS, "--timeout", "3"]) as started:
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_frozen_worker_is_named_by_all_and_ends_when_it_wakes(victim: int) -> None:
+    """Also by those whose own neighbour only waits for it."""
+    with ranks(3, [*ENDLESS, "--timeout", "6"]) as started:
         await_line(started[0], "^epoch 1/")
         began = time.monotonic()
         started[victim].send_signal(signal.SIGSTOP)
         others = [process for rank, process in enumerate(started) if rank != victim]
-        texts = [process.communicate(timeout=SECONDS)[1] for process in others]
-        assert time.monotonic() - began < SECONDS
+        texts = [process.communicate(timeout=2 * SECONDS)[1] for process in others]
+        assert time.monotonic() - began < 2 * SECONDS
         assert all(process.returncode == 1 for process in others), texts
-        named = next(error_line(text) for text in texts if "error" in text)
-        assert f"stage {victim} (rank {victim}: " in named
-        assert "3 s" in named
+        named = [line for text in texts for line in text.splitlines() if line.startswith("error")]
+        assert named, texts
+        assert all(f"stage {victim} (rank {victim}: " in line for line in named), texts
+        assert all("for 3 s" in line for line in named), texts
         started[victim].send_signal(signal.SIGCONT)
-        started[victim].communicate(timeout=SECONDS)
+        woken = started[victim].communicate(timeout=SECONDS)[1]
         assert started[victim].returncode != 0
+        assert f"stage {victim} (rank {victim}: " in error_line(woken)
 
 
 def test_other_flags_in_one_rank_end_all(tmp_path: Path) -> None:
@@ -185,14 +190,17 @@ def test_the_roll_call_notices_a_death_and_ignores_strangers() -> None:
     port = free_port()
     world = World(rank=0, size=2, local_rank=0, local_size=2, master_address="127.0.0.1", master_port=port)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
-    lost: queue.Queue[int] = queue.Queue()
+    lost: queue.Queue[Verdict] = queue.Queue()
     roll_call = RollCall(store, world, lost.put)
     place = json.loads(store.get("roll-call"))
-    with socket.create_connection((place["host"], place["port"])) as stranger:
+    where = (place["host"], place["port"])
+    with socket.create_connection(where) as stranger:
         stranger.sendall(bytes(20))
+    strangers = [socket.create_connection(where, timeout=SECONDS) for _ in range(60)]
+    assert strangers[0].recv(1) == b"", "the eldest of too many silent strangers has to go"
     code = f"""
 import torch.distributed as dist
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.roll_call import answer_roll_call
 store = dist.TCPStore("127.0.0.1", {port}, 2, is_master=False, wait_for_workers=False)
 held = answer_roll_call(store, World(1, 2, 1, 2, "127.0.0.1", {port}), 20.0)
@@ -206,5 +214,7 @@ input()
         assert child.stdout.readline() == "here\n"
         assert lost.empty()
         child.kill()
-    assert lost.get(timeout=SECONDS) == 1
+    assert lost.get(timeout=SECONDS) == lost_in_set_up(1)
+    for one in strangers:
+        one.close()
     roll_call.release()

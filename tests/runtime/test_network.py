@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.models import Block, initialise, small_conv
-from unlocked.rules import LLS, CrossEntropy, LLS_Random
+from unlocked.rules import LLS, CrossEntropy, LayerInfo, LLS_Random, LocalRule
 from unlocked.runtime.network import (
     Network,
     backpropagation_network,
@@ -134,3 +134,24 @@ def test_measuring_changes_nothing() -> None:
 def test_what_does_not_fit_is_named(model: list[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network(model, input_shape=(1, 8, 8), num_classes=10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(ValueError("no such row"), "no such row"), (SystemExit(3), r"it called sys\.exit\(3\)")]
+)
+def test_a_rule_that_fails_where_costs_are_measured_names_its_layer(error: BaseException, words: str) -> None:
+    class Failing(LocalRule):
+        def __init__(self, layer: LayerInfo) -> None:
+            super().__init__()
+
+        def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+            raise error
+
+    network = _small()
+    rules = [LLS(), LLS(), Failing, LLS()]
+
+    def make(index: int) -> Layer:
+        return build_layer(network, index, rule=rules, optimizer=SGD, device=CPU, step=None)
+
+    with pytest.raises(RuntimeError, match=f"layer conv3 failed while its cost was measured: {words}"):
+        measure_costs(make, network, batch_size=4, device=CPU, repeats=1)

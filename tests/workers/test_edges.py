@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.links import link_stages
-from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError

@@ -1,28 +1,25 @@
 """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.control.messages import RunFailed, stage_name
+from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.windows import EpochGate
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.control.world import World
+from unlocked.runtime.engines.one_process import complete_snapshot, steps_before, stop_position
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
-from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult, unpack_tensors, weights_digest
-from unlocked.runtime.saving.snapshots import write_manifest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
-
-_SINKS_SECONDS = 3.0  # that sinks may take to close when the run is aborted
 
 
 class Hub:
@@ -35,7 +32,6 @@ class Hub:
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
-        self._lost: str | None = None
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
@@ -56,15 +52,14 @@ class Hub:
             port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
-            on_snapshot=self._complete_snapshot,
+            on_snapshot=partial(complete_snapshot, job),
+            stop_at=partial(stop_position, job),
             start_timeout=options.start_timeout,
             heartbeat_timeout=heartbeat_timeout(job),
         )
         self._sinks.on_start(job.run_info(parts))  # after every mistake that can be found before: it writes files
         coordinator.start()
         self._coordinator = coordinator
-        if self._lost is not None:
-            raise RunFailed(self._lost)
         return {
             "parts": [(part.start, part.stop) for part in parts],
             "address": coordinator.address,
@@ -72,21 +67,9 @@ class Hub:
             "settings": settings_of(job, options),
         }
 
-    def lose(self, rank: int) -> None:
-        """A process has ended during its set-up. From any thread."""
-        self._lost = f"{stage_name(rank)} is lost: its process ended during set-up"
-        if self._coordinator is not None:  # else `publish` looks when it has one
-            self._coordinator.abort(self._lost)
-
     def close_sinks(self, message: str) -> None:
-        """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one.
-
-        One that hangs keeps the process no longer than a few seconds.
-        """
-        sinks = FanOut(self._own_sinks)
-        ending = threading.Thread(target=sinks.__exit__, args=(RunFailed, RunFailed(message), None), daemon=True)
-        ending.start()
-        ending.join(_SINKS_SECONDS)
+        """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one."""
+        FanOut(self._own_sinks).__exit__(RunFailed, RunFailed(message), None)
 
     def collect(self, parts: list[range], predicted: list[float], client: CoordinatorClient) -> RunResult:
         assert self._coordinator is not None
@@ -116,19 +99,6 @@ class Hub:
             stopped_by=client.stopped.signal if client.stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
-        )
-
-    def _complete_snapshot(self, position: int) -> None:
-        job = self._job
-        assert job.settings.snapshot_dir is not None
-        steps = steps_before(job.plan, position)
-        losses = job.lr_factor.losses_before(job.plan[position].epoch)
-        write_manifest(
-            job.settings.snapshot_dir,
-            position=position + 1,
-            steps=steps,
-            settings=job.fingerprint,
-            test_losses=losses,
         )
 
 

@@ -1,20 +1,28 @@
 """How neighbouring stages reach each other: shared memory on one machine, a torch.distributed group otherwise."""
 
-import socket
+import contextlib
+import json
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.ending import last_act
+from unlocked.runtime.control.world import World
+from unlocked.runtime.engines.processes.rendezvous import await_keys
 from unlocked.workers.edges import InEdge, OutEdge, SlotLayout, make_edges
+from unlocked.workers.errors import LinkLostError
 from unlocked.workers.shared_edges import SharedListener, SharedOutEdge
 
-__all__ = ["TRANSPORTS", "link_stages"]
+__all__ = ["TRANSPORTS", "SharedRefusal", "link_stages"]
 
 TRANSPORTS = ("auto", "shared", "group")
+
+
+class SharedRefusal(ValueError):
+    """Shared memory was asked for where it is not possible; every rank says so."""
 
 
 def link_stages(
@@ -33,20 +41,28 @@ def link_stages(
 
     Args:
         incoming, outgoing: what travels from rank - 1 and to rank + 1; None at the ends of the pipeline.
-        transport: "shared" (one machine, CPU), "group" (Gloo or NCCL), or "auto": shared where it is possible.
+        transport: "shared" (one machine, CPU), "group" (Gloo or NCCL), or "auto": shared where all edges can be made
+            so, which is tried.
         names: of the stages, for messages.
 
     Raises:
-        ValueError: shared memory was asked for where it is not possible.
+        ValueError: shared memory was asked for where it is not possible, on every rank.
         LinkLostError: a neighbour did not come.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport {transport!r} is not known; valid: {', '.join(TRANSPORTS)}")
-    one_machine = device.type == "cpu" and _on_one_machine(store, world, timeout)
-    if transport == "shared" and not one_machine:
-        raise ValueError("transport 'shared' needs all processes on the CPUs of one machine; use 'group' or 'auto'")
-    if one_machine and transport != "group":
-        return _share_memory(store, world, incoming, outgoing, depth, timeout, names)
+    if transport == "shared" and device.type != "cpu":
+        raise SharedRefusal(f"transport 'shared' needs stages on CPUs, not on {device.type}; use 'group' or 'auto'")
+    if transport != "group" and device.type == "cpu":
+        shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names)
+        problem = shared.agree()
+        if problem is None:
+            return shared.inbox, shared.outbox
+        shared.close()
+        if transport == "shared":
+            raise SharedRefusal(f"transport 'shared' is not possible: {problem}; use 'group' or 'auto'")
+        if world.rank == 0:
+            print(f"edges go through a process group, which is slower than memory: {problem}", file=sys.stderr)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -57,40 +73,71 @@ def link_stages(
     return make_edges(incoming, outgoing, rank=world.rank, depth=depth, device=device, timeout=timeout)
 
 
-def _share_memory(
-    store: dist.Store,
-    world: World,
-    incoming: SlotLayout | None,
-    outgoing: SlotLayout | None,
-    depth: int,
-    timeout: float,
-    names: Sequence[str],
-) -> tuple[InEdge | None, OutEdge | None]:
-    inbox: InEdge | None = None
-    outbox: OutEdge | None = None
-    listener = None
-    if incoming is not None:
-        listener = SharedListener(incoming, depth=depth, timeout=timeout)
-        store.set(f"edge-{world.rank}", listener.address)
-    try:
-        if outgoing is not None:
-            key = f"edge-{world.rank + 1}"
-            store.wait([key], timedelta(seconds=timeout))
-            address = store.get(key).decode()
-            outbox = SharedOutEdge(outgoing, address, depth=depth, timeout=timeout, neighbour=names[world.rank + 1])
-        if listener is not None:
-            inbox = listener.accept(names[world.rank - 1])
-    finally:
-        if listener is not None:
-            listener.close()
-    return inbox, outbox
+class _SharedLinks:
+    """This rank's edges in shared memory, of use only if all ranks could make theirs.
 
+    Whether two ranks share a memory is tried: host names and boot numbers say nothing of containers.
+    """
 
-def _on_one_machine(store: dist.Store, world: World, timeout: float) -> bool:
-    """Whether all ranks see the same host and the same running kernel (containers may share a name)."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    mine = socket.gethostname() + (boot.read_text().strip() if boot.exists() else "")
-    store.set(f"host-{world.rank}", mine)
-    keys = [f"host-{rank}" for rank in range(world.size)]
-    store.wait(keys, timedelta(seconds=timeout))
-    return all(store.get(key).decode() == mine for key in keys)
+    def __init__(
+        self,
+        store: dist.Store,
+        world: World,
+        incoming: SlotLayout | None,
+        outgoing: SlotLayout | None,
+        depth: int,
+        timeout: float,
+        names: Sequence[str],
+    ) -> None:
+        self.inbox: InEdge | None = None
+        self.outbox: SharedOutEdge | None = None
+        self._store, self._world, self._names, self._timeout = store, world, names, timeout
+        self._incoming, self._outgoing, self._depth = incoming, outgoing, depth
+
+    def agree(self) -> str | None:
+        """Makes the edges; why some rank could not, or None. Every rank hears the same."""
+        with contextlib.ExitStack() as stack:
+            listener = None
+            if self._incoming is not None:
+                listener, offer = self._offer(self._incoming)
+                if listener is not None:
+                    stack.callback(listener.close)
+                    stack.enter_context(last_act(lambda _: listener.close()))
+                self._store.set(f"edge-{self._world.rank}", json.dumps(offer))
+            if self._outgoing is not None:
+                self._store.set(f"link-{self._world.rank}", self._reach(self._outgoing) or "")
+            keys = [f"link-{rank}" for rank in range(self._world.size - 1)]
+            await_keys(self._store, keys, self._timeout)
+            problems = [text for key in keys if (text := self._store.get(key).decode())]
+            if problems:
+                return problems[0] + (f" (and {len(problems) - 1} edges more)" if len(problems) > 1 else "")
+            if listener is not None:
+                self.inbox = listener.accept(self._names[self._world.rank - 1])
+        return None
+
+    def close(self) -> None:
+        if self.outbox is not None:
+            self.outbox.close()
+
+    def _offer(self, layout: SlotLayout) -> tuple[SharedListener | None, dict[str, str]]:
+        try:
+            listener = SharedListener(layout, depth=self._depth, timeout=self._timeout)
+        except OSError as error:
+            return None, {"problem": f"{self._names[self._world.rank]}: {error}"}
+        return listener, {"address": listener.address}
+
+    def _reach(self, layout: SlotLayout) -> str | None:
+        """Opens the edge to the next rank, or says why not."""
+        key = f"edge-{self._world.rank + 1}"
+        await_keys(self._store, [key], self._timeout)
+        offer = json.loads(self._store.get(key))
+        if "problem" in offer:
+            return str(offer["problem"])
+        neighbour = self._names[self._world.rank + 1]
+        try:
+            self.outbox = SharedOutEdge(
+                layout, offer["address"], depth=self._depth, timeout=self._timeout, neighbour=neighbour
+            )
+        except LinkLostError as error:
+            return f"{self._names[self._world.rank]} {error}"
+        return None

@@ -60,5 +60,6 @@ def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
 
 
 def heartbeat_timeout(job: Job) -> float:
-    """Whoever is given less time to answer a neighbour has no more to give a sign of life."""
-    return min(_HEARTBEAT_SECONDS, job.settings.timeout)
+    """Half of what a stage waits for its neighbour, at most: a process that stands still is missed by the coordinator,
+    which knows its name, before a stage that waits for another one that waits for it gives up."""
+    return min(_HEARTBEAT_SECONDS, job.settings.timeout / 2)

@@ -6,8 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -15,55 +14,16 @@ from typing import Any
 import torch.distributed as dist
 
 from unlocked.runtime.control.messages import RunFailed, stage_name
+from unlocked.runtime.control.world import World, attempt
 
-__all__ = ["World", "connect", "exchange", "meet"]
+__all__ = ["await_keys", "connect", "exchange", "meet"]
 
 _HANDSHAKE_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
+_AGENT_SECONDS = 2.0  # who finds no store of torchrun's on this machine has lost its launcher
 _runs = count()  # of this process
 _stores: dict[tuple[str, int], dist.TCPStore] = {}  # kept open until the process ends
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """This process's place among all of them."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    master_address: str
-    master_port: int
-
-    @property
-    def is_local(self) -> bool:
-        """All processes run on this machine."""
-        return self.local_size == self.size
-
-    @classmethod
-    def from_environment(cls) -> "World":
-        """Reads what torchrun (or another launcher) has set.
-
-        Raises:
-            ValueError: a variable is missing or no number.
-        """
-        env = os.environ
-        try:
-            rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-            address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-            local_rank = int(env.get("LOCAL_RANK", rank))
-            local_size = int(env.get("LOCAL_WORLD_SIZE", size if address in _LOOPBACK else 1))
-        except KeyError as error:
-            raise ValueError(
-                f"the processes engine needs a launcher, but {error.args[0]} is not set; start it with "
-                "'torchrun --standalone --nproc-per-node=N launch/pipeline.py ...', or use --engine sequential"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers: {error}") from None
-        if not 0 <= rank < size:
-            raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks run from 0 to {size - 1}")
-        return cls(rank, size, local_rank, local_size, address, port)
+_LONGEST_PAUSE = 0.25  # seconds between two questions to the store
 
 
 def connect(world: World, timeout: float) -> dist.Store:
@@ -75,8 +35,7 @@ def connect(world: World, timeout: float) -> dist.Store:
     Raises:
         ValueError: the port is taken, or nobody answers at MASTER_ADDR:MASTER_PORT within `timeout` seconds.
     """
-    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serve = world.rank == 0 and not served_by_agent
+    serve = world.rank == 0 and not _served_by_agent()
     where = (world.master_address, world.master_port)
     store = _stores.get(where)
     if store is None:
@@ -87,8 +46,29 @@ def connect(world: World, timeout: float) -> dist.Store:
         except (RuntimeError, ValueError) as error:
             raise ValueError(_no_store(world, serve)) from error
     store.set_timeout(timedelta(seconds=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt-{attempt}/run-{next(_runs)}", store)
+    return dist.PrefixStore(f"attempt-{attempt()}/run-{next(_runs)}", store)
+
+
+def await_keys(store: dist.Store, keys: Sequence[str], timeout: float) -> None:
+    """Waits until all of the keys are there.
+
+    By asking again and again: a wait inside the store would hold the main thread, and its signals, until its end.
+
+    Raises:
+        TimeoutError: they are not there after `timeout` seconds.
+        RuntimeError: the store is gone.
+    """
+    deadline, pause = time.monotonic() + timeout, 0.002
+    while not store.check(list(keys)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{', '.join(keys)}: not there after {timeout:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _served_by_agent() -> bool:
+    """torchrun's own process holds the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _no_store(world: World, serve: bool) -> str:
@@ -118,16 +98,16 @@ def exchange(
         except Exception as error:
             store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}))
             # This process may be the one that serves the store: the others must have read it before it ends.
-            with contextlib.suppress(RuntimeError):
-                store.wait([f"{key}-seen-{rank}" for rank in range(1, world.size)], timedelta(seconds=_SEEN_SECONDS))
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                await_keys(store, [f"{key}-seen-{rank}" for rank in range(1, world.size)], _SEEN_SECONDS)
             raise
         store.set(key, json.dumps(content))
         return content["value"]
     try:
-        store.wait([key], timedelta(seconds=timeout))
+        await_keys(store, [key], timeout)
         content = json.loads(store.get(key))
         store.set(f"{key}-seen-{world.rank}", "")
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise RunFailed(
             f"{stage_name(0)} is lost: it ended during its set-up, or did not say within {timeout:g} s what to run"
         ) from error
@@ -146,8 +126,8 @@ def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
     keys = [f"{key}-{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError as error:
+        await_keys(store, keys, timeout)
+    except TimeoutError as error:
         missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
         raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
 
@@ -182,7 +162,9 @@ def _open_store(world: World, serve: bool, timeout: float) -> dist.TCPStore:
 
 
 def _await_listener(world: World, timeout: float) -> None:
-    """Rank 0 may start later than we do: wait until its port is open."""
+    """Rank 0 may start later than we do: wait until its port is open. torchrun's agent has opened it before."""
+    if _served_by_agent() and world.is_local:
+        timeout = min(timeout, _AGENT_SECONDS)
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -190,8 +172,9 @@ def _await_listener(world: World, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
+                who, what = ("torchrun", "it runs") if _served_by_agent() else ("rank 0", "rank 0 runs")
                 raise ValueError(
-                    f"rank 0 did not open {world.master_address}:{world.master_port} within {timeout:g} s ({error}); "
-                    "check MASTER_ADDR, MASTER_PORT and that rank 0 runs"
+                    f"{who} did not open {world.master_address}:{world.master_port} within {timeout:g} s ({error}); "
+                    f"check MASTER_ADDR, MASTER_PORT and that {what}"
                 ) from error
             time.sleep(0.05)

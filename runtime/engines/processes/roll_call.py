@@ -1,7 +1,8 @@
-"""Who is there before the coordinator knows everybody: a connection from every rank to rank 0, held until the end.
+"""Who is there before the coordinator knows everybody: a connection from every rank to rank 0, until the run begins.
 
 A worker says hello to the coordinator once it knows its layers. One that dies before that (while rank 0 measures costs,
-say) would be missed only by the start timeout; here the end of its connection tells at once.
+say) would be missed only by the start timeout; here the end of its connection tells at once, on whatever machine it
+ran, and rank 0 tells all the others.
 """
 
 import contextlib
@@ -10,31 +11,39 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from unlocked.runtime.engines.processes.rendezvous import World
+from unlocked.runtime.control.ending import Verdict
+from unlocked.runtime.control.presence import lost_in_set_up
+from unlocked.runtime.control.set_up import STARTED, pack_verdict, unpack_verdict
+from unlocked.runtime.control.world import World
+from unlocked.runtime.engines.processes.rendezvous import await_keys
 
 __all__ = ["RollCall", "answer_roll_call"]
 
 _CONNECT_SECONDS = 5.0
+_MOST_STRANGERS = 16  # at once, beside the ranks: each holds a descriptor of this process
 _KEY = "roll-call"
 
 
 class RollCall:
-    """Rank 0's side. Use: construct, `release` when the coordinator has all hellos.
+    """Rank 0's side. Use: construct, `release` when the run has begun.
 
     Args:
-        on_lost: called in a thread with the rank of a process that has answered and ended since.
+        on_verdict: called in a thread when a process has ended that has answered, or has said why the run is over.
     """
 
-    def __init__(self, store: dist.Store, world: World, on_lost: Callable[[int], None]) -> None:
-        self._on_lost = on_lost
+    def __init__(self, store: dist.Store, world: World, on_verdict: Callable[[Verdict], object]) -> None:
+        self._on_verdict = on_verdict
+        self._size = world.size
         self._token = secrets.token_bytes(16)  # an open port hears strangers as well
         self._listener = socket.create_server(("127.0.0.1" if world.is_local else "", 0), backlog=world.size)
-        self._ranks: dict[socket.socket, int | None] = {}
+        self._listener.setblocking(False)
+        self._ranks: dict[socket.socket, int] = {}
+        self._strangers: dict[socket.socket, float] = {}  # who has not said its name yet, and since when
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="roll-call", daemon=True)
         host = "127.0.0.1" if world.is_local else world.master_address
@@ -42,10 +51,19 @@ class RollCall:
         store.set(_KEY, json.dumps(place))
         self._thread.start()
 
+    def tell(self, verdict: Verdict) -> None:
+        """Everybody hears why the run is over. From any thread."""
+        self._say(pack_verdict(verdict))
+
     def release(self) -> None:
         """From now on a process that ends is the coordinator's business. Idempotent."""
         self._wake.close()
         self._thread.join()
+
+    def _say(self, words: bytes) -> None:
+        for connection in tuple(self._ranks):
+            with contextlib.suppress(OSError):
+                connection.send(words)
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -53,41 +71,67 @@ class RollCall:
             selector.register(self._woken, selectors.EVENT_READ)
             released = False
             while not released:
-                for key, _ in selector.select():
+                for key, _ in selector.select(1.0 if self._strangers else None):
                     if key.fileobj is self._woken:
                         released = True
                     elif key.fileobj is self._listener:
-                        connection, _ = self._listener.accept()
-                        connection.settimeout(_CONNECT_SECONDS)
-                        self._ranks[connection] = None
-                        selector.register(connection, selectors.EVENT_READ)
+                        self._accept(selector)
                     else:
                         assert isinstance(key.fileobj, socket.socket)
                         self._hear(selector, key.fileobj)
-        for connection in (*self._ranks, self._listener, self._woken):
+                self._dismiss(selector)
+        self._say(STARTED)
+        for connection in (*self._ranks, *self._strangers, self._listener, self._woken):
             connection.close()
 
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # gone again, or no descriptor is left: whose turn it is stays in the backlog
+            time.sleep(0.05)
+            return
+        connection.setblocking(False)
+        self._strangers[connection] = time.monotonic()
+        selector.register(connection, selectors.EVENT_READ)
+
+    def _dismiss(self, selector: selectors.BaseSelector) -> None:
+        """Whoever takes too long to say its name goes, the eldest first where there are too many."""
+        old = time.monotonic() - _CONNECT_SECONDS
+        excess = len(self._strangers) - _MOST_STRANGERS - self._size
+        for place, (connection, since) in enumerate(tuple(self._strangers.items())):
+            if since < old or place < excess:
+                selector.unregister(connection)
+                del self._strangers[connection]
+                connection.close()
+
     def _hear(self, selector: selectors.BaseSelector, connection: socket.socket) -> None:
-        """The first words are token and rank; the next event is the end."""
+        """The first words are token and rank; then comes a verdict, or the end."""
         data = b""
         with contextlib.suppress(OSError):
-            data = connection.recv(64)
-        rank = self._ranks[connection]
-        if rank is None and len(data) > 16 and secrets.compare_digest(data[:16], self._token):
-            self._ranks[connection] = int.from_bytes(data[16:], "big")
-            return
+            data = connection.recv(1 << 16)
+        rank = self._ranks.get(connection)
+        if rank is None and len(data) >= 20 and secrets.compare_digest(data[:16], self._token):
+            rank, data = int.from_bytes(data[16:20], "big"), data[20:]
+            del self._strangers[connection]
+            self._ranks[connection] = rank
+            if not data:
+                return
+        verdict = unpack_verdict(data)
+        if rank is not None and (verdict is not None or not data):
+            self._on_verdict(verdict or lost_in_set_up(rank))
         selector.unregister(connection)
-        del self._ranks[connection]
+        self._ranks.pop(connection, None)
+        self._strangers.pop(connection, None)
         connection.close()
-        if rank is not None and not data:
-            self._on_lost(rank)
 
 
 def answer_roll_call(store: dist.Store, world: World, timeout: float) -> socket.socket | None:
-    """The other ranks' side. Keep what it returns until the run is over; None: rank 0 could not be reached, and only
-    the start timeout watches this process's set-up."""
+    """The other ranks' side: a connection on which rank 0 tells why the run is over, and is told.
+
+    None: rank 0 could not be reached, and only the start timeout watches this process's set-up from other machines.
+    """
     try:
-        store.wait([_KEY], timedelta(seconds=timeout))
+        await_keys(store, [_KEY], timeout)
         place = json.loads(store.get(_KEY))
     except RuntimeError:
         return None  # the next question to the store says what is wrong

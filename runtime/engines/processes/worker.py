@@ -8,15 +8,16 @@ import torch.distributed as dist
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import stage_name
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.control.world import World
+from unlocked.runtime.engines.one_process import save_stage
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
-from unlocked.runtime.engines.processes.rendezvous import World, meet
+from unlocked.runtime.engines.processes.rendezvous import meet
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import pack_tensors
-from unlocked.runtime.saving.snapshots import load_layers, save_layers, snapshot_folder
+from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
@@ -112,6 +113,12 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
+        if (
+            self.client.stopped
+            and self.job.settings.snapshot_dir
+            and self.job.start < self.position < len(self.job.plan)
+        ):
+            self._save(self.position)
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
         return {
@@ -130,7 +137,9 @@ class Worker:
         self.reporter.after(item)
 
     def _snapshot(self, item: Item) -> None:
-        root = self.job.settings.snapshot_dir
-        assert root is not None, "a plan with snapshots needs a folder"
-        save_layers(snapshot_folder(root, steps_before(self.job.plan, item.position)), self.stage.layers)
-        self.client.snapshot_done(item.position)
+        self._save(item.position + 1)
+
+    def _save(self, position: int) -> None:
+        """This stage's part of the snapshot from which a run goes on at `position`."""
+        save_stage(self.job, self.stage, position)
+        self.client.snapshot_done(position)

@@ -19,7 +19,13 @@ from typing import ClassVar
 import torch
 
 from unlocked.models import LinearBlock, OutputBlock
-from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.engines.one_process import (
+    LocalOutlet,
+    finish_result,
+    save_stopped,
+    stop_position,
+    write_stage_snapshot,
+)
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
@@ -165,6 +171,8 @@ class _Run:
                 if signals.received is not None:
                     break
             self._synchronize()
+            if signals.received is not None:
+                save_stopped(self.job, [lane.stage for lane in self.lanes], self._end)
         except BaseException:
             # Nobody may free or reuse what the device still works on. If that is what failed, the cause is on its way.
             with contextlib.suppress(RuntimeError):
@@ -179,7 +187,8 @@ class _Run:
         tick, lag = self._first, len(self.lanes) - 1
         while tick < self._end + lag:
             if signals.received is not None:
-                self._end = min(self._end, tick)  # what stage 0 has begun flows through, nothing new enters
+                # What stage 0 has begun flows through, nothing new enters.
+                self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
                     break
             ticks = self._uniform_ticks(tick)

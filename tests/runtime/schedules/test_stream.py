@@ -85,6 +85,17 @@ def test_windows_and_positions(plan: StreamPlan, data: st.DataObject) -> None:
     assert {epoch: plan.position_of_epoch(epoch) for epoch in range(plan.num_epochs)} == first
 
 
+@settings(max_examples=60)
+@given(plan=plans(), data=st.data())
+def test_a_run_is_stopped_where_it_can_be_resumed(plan: StreamPlan, data: st.DataObject) -> None:
+    """At the first place from where it is on that has no evaluation, or its statistics, on both sides."""
+    kinds = ["train" if item.kind in ("train", "snapshot") else "evaluate" for item in plan]
+    asked = data.draw(st.integers(0, len(plan)))
+    around = ["train", *kinds, "train"]  # of position p: around[p] before, around[p + 1] at it
+    whole = [p for p in range(asked, len(plan) + 1) if "train" in around[p : p + 2]]
+    assert plan.resumable(asked) == whole[0]
+
+
 def test_an_epoch_by_hand() -> None:
     plan = StreamPlan(
         epochs=1, train_size=10, batch_size=4, eval_size=5, eval_batch_size=3, statistics_batches=2, snapshot_every=2
