@@ -21,6 +21,7 @@ from typing import Any
 
 from unlocked.comparison.environment import environment
 from unlocked.comparison.stages.hops import measure_hops
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def main() -> int:
     hops = show_hops(options.hop_batches)
     if options.json:
         report = {"environment": to_plain(environment()), "options": {k: str(v) for k, v in vars(options).items()}}
-        options.json.write_text(json.dumps({**report, "runs": runs, "hops": hops}, indent=1))
+        write_json(options.json, {**report, "runs": runs, "hops": hops})
     return 0 if same == 1 else 1
 
 

@@ -1,6 +1,5 @@
 """A run from names: the dataset, model, rule and optimizer that a command line can spell, with all settings."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from unlocked.runtime.metrics.run_log import RunLog
 from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import whole_file, write_json
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
 
@@ -182,7 +181,7 @@ def run(recipe: Recipe) -> RunResult:
     if result.is_complete:
         if recipe.summary is not None:
             recipe.summary.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(recipe.summary, json.dumps(summary(recipe, result), indent=1))
+            write_json(recipe.summary, summary(recipe, result))
         if recipe.folder is not None:
             with whole_file(recipe.folder / "model_final.pt") as temporary:
                 torch.save(result.weights, temporary)

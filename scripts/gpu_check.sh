@@ -72,13 +72,14 @@ step single_gpu 125 "$python" benchmarks/single_gpu.py --rounds 1 --time-limit 1
     --only "LLS streams" "BP graph" "BP eager" "LLS sequential graph" "LLS streams, traced" "LLS streams bf16"
 
 "$python" - "$folder" <<'PYTHON'
-import json, os, sys
+import sys
+from pathlib import Path
 
 from unlocked.comparison.environment import environment
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
-with open(os.path.join(sys.argv[1], "environment.json"), "w") as file:
-    json.dump(to_plain(environment()), file, indent=1)
+write_json(Path(sys.argv[1]) / "environment.json", to_plain(environment()))
 PYTHON
 
 {

@@ -100,6 +100,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         torch.cuda.synchronize(job.device)
     reporter.poll(wait=True)
     seconds = time.perf_counter() - train_began
+    reporter.check_weights(position)
     outlet.progress(reporter.progress(position, job.plan[max(position - 1, 0)].epoch))
     if job.settings.trace is not None:
         write_chrome_trace(job.settings.trace, stopwatch.timed, {0: "stage 0: " + ", ".join(stage.layer_names)})

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import whole_file, write_json
+from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 
 __all__ = [
@@ -87,7 +88,13 @@ def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     """Writes each layer's file; a reader never sees a half-written one.
 
     A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
+
+    Raises:
+        NonFiniteWeightsError: there is nothing to go on from. What was saved before stays.
     """
+    layers = list(layers)
+    for layer in layers:
+        layer.check_weights()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
     for layer in layers:
@@ -100,7 +107,8 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
     """Restores the given layers.
 
     Raises:
-        ValueError: a layer's file is missing, damaged or of another network (names it).
+        ValueError: a layer's file is missing, damaged or of another network (names it), or holds weights that are not
+            finite.
     """
     for layer in layers:
         path = snapshot.folder / layer_file_name(layer.info.index, layer.name)
@@ -110,6 +118,10 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
             raise ValueError(f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}") from error
         except UNREADABLE as error:
             raise ValueError(damaged(path, error)) from error
+        try:
+            layer.check_weights()
+        except NonFiniteWeightsError as error:
+            raise ValueError(f"can't resume from {snapshot.folder}: {error}") from error
 
 
 def damaged(path: Path, error: Exception) -> str:
@@ -154,7 +166,7 @@ def write_manifest(
         "settings": dict(settings),
         "test_losses": list(test_losses),
     }
-    write_whole(snapshot_folder(root, steps) / _MANIFEST, json.dumps(content, indent=1))
+    write_json(snapshot_folder(root, steps) / _MANIFEST, content)
 
 
 def find_snapshot(root: Path) -> Snapshot:

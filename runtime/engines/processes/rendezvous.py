@@ -116,12 +116,12 @@ def exchange(
         try:
             content = {"value": produce()}
         except Exception as error:
-            store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}))
+            store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}, allow_nan=False))
             # This process may be the one that serves the store: the others must have read it before it ends.
             with contextlib.suppress(RuntimeError):
                 store.wait([f"{key}-seen-{rank}" for rank in range(1, world.size)], timedelta(seconds=_SEEN_SECONDS))
             raise
-        store.set(key, json.dumps(content))
+        store.set(key, json.dumps(content, allow_nan=False))
         return content["value"]
     try:
         store.wait([key], timedelta(seconds=timeout))

@@ -112,6 +112,7 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
+        self.reporter.check_weights(self.position)
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
         return {

@@ -172,6 +172,8 @@ class _Run:
             raise
         seconds = time.perf_counter() - began
         self._collect(wait=True)
+        for reporter in self.reporters:
+            reporter.check_weights(self._end)
         return seconds
 
     def _run_segment(self, signals: StopSignals) -> None:
