@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unlocked.launch.output import lasting_output
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.settings import LineParser
 
@@ -22,6 +23,7 @@ _TOLD = (
 )
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints loss and accuracies. A mistake ends in one line on standard error and exit code 2."""
     try:

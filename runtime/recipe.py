@@ -267,7 +267,18 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
 
 
 _FIGURES = (
-    *("engine", "stages", "steps", "train_seconds", "setup_seconds", "images_per_second", "test_acc1", "test_loss"),
+    *(
+        "engine",
+        "stages",
+        "threads",
+        "steps",
+        "first_step",
+        "train_seconds",
+        "setup_seconds",
+        "images_per_second",
+        "test_acc1",
+        "test_loss",
+    ),
     *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
     *("measured_stage_seconds", "stopped_by"),
 )
@@ -275,14 +286,21 @@ _TOLD = ("model", "training_mode", "dataset", "batch_size", "seed", "device", "p
 
 
 def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
-    """What `--summary` writes, as JSON values."""
+    """What `--summary` writes, as JSON values. Of a resumed run, `epochs` and `steps` are the whole run's; the seconds,
+    the speed and `epoch_results` are those of the part after `first_step` training micro-batches."""
     return {
         **{name: getattr(recipe, name) for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
         "torch": torch.__version__,
-        "epochs": len(result.epochs),
+        "epochs": result.epochs_done,
         "epoch_results": [
-            {"train_loss": e.train_loss, "train_acc1": e.train_acc1, "test_loss": e.eval_loss, "test_acc1": e.eval_acc1}
+            {
+                "epoch": e.epoch,
+                "train_loss": e.train_loss,
+                "train_acc1": e.train_acc1,
+                "test_loss": e.eval_loss,
+                "test_acc1": e.eval_acc1,
+            }
             for e in result.epochs
         ],
     }

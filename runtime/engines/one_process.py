@@ -1,6 +1,9 @@
 """What the engines that run in one process share: their outlet, snapshots and results."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from unlocked.runtime.job import Job
 from unlocked.runtime.learning_rate import LearningRate
@@ -13,7 +16,15 @@ from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.stage import Stage
 
-__all__ = ["LocalOutlet", "finish_result", "steps_before", "write_stage_snapshot"]
+__all__ = [
+    "LocalOutlet",
+    "epochs_before",
+    "finish_result",
+    "steps_before",
+    "threads_of",
+    "warn_of_threads",
+    "write_stage_snapshot",
+]
 
 
 class LocalOutlet:
@@ -53,6 +64,24 @@ def steps_before(plan: StreamPlan, position: int) -> int:
     return steps_before(plan, position - 1) + 1 if position else 0
 
 
+def epochs_before(plan: StreamPlan, position: int) -> int:
+    """Epochs that end before `position`, over the whole run."""
+    return plan[position].epoch if position < len(plan) else plan.num_epochs
+
+
+def warn_of_threads(job: Job, threads: Mapping[str, int]) -> None:
+    """One warning where layers of a resumed run have other numbers of threads than before. A GPU's bits don't depend
+    on them.
+
+    Args:
+        threads: each layer's now.
+    """
+    on_cpu = job.device.type == "cpu"
+    text = job.resume.other_threads(threads) if job.resume is not None and on_cpu else None
+    if text is not None:
+        warnings.warn(text, stacklevel=2)
+
+
 def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> None:
     """Action SNAP in an engine of one process: stages reach the mark one after the other, the last completes it."""
     root = job.settings.snapshot_dir
@@ -61,7 +90,19 @@ def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> N
     save_layers(snapshot_folder(root, steps), stage.layers)
     if last:
         losses = job.lr_factor.losses_before(item.epoch)
-        write_manifest(root, position=item.position + 1, steps=steps, settings=job.fingerprint, test_losses=losses)
+        write_manifest(
+            root,
+            position=item.position + 1,
+            steps=steps,
+            settings=job.fingerprint,
+            test_losses=losses,
+            threads=threads_of(job),
+        )
+
+
+def threads_of(job: Job) -> dict[str, int]:
+    """Each layer's number of threads, where all run in this process."""
+    return dict.fromkeys(job.network.names, torch.get_num_threads())
 
 
 def finish_result(
@@ -91,7 +132,9 @@ def finish_result(
         engine=job.engine,
         stages=[stage.layer_names for stage in stages],
         epochs=outlet.epochs,
+        epochs_done=epochs_before(job.plan, position),
         steps=steps_before(job.plan, position),
+        first_step=steps_before(job.plan, job.start),
         train_seconds=train_seconds,
         setup_seconds=setup_seconds,
         images_per_second=images / max(train_seconds, 1e-9),
@@ -99,6 +142,7 @@ def finish_result(
         weights_sha256=weights_digest(weights.items()),
         peak_memory_bytes=[peak_memory_bytes(job.device)] * len(stages),
         busy_fraction=busy_fraction,
+        threads=[torch.get_num_threads()] * len(stages),
         stopped_by=stopped_by,
         measured_stage_seconds=list(step_seconds),
     )

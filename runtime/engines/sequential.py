@@ -7,7 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.engines.one_process import (
+    LocalOutlet,
+    finish_result,
+    threads_of,
+    warn_of_threads,
+    write_stage_snapshot,
+)
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
@@ -50,6 +56,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
     stage = job.stage(0, part)
     if job.resume is not None:
         load_layers(job.resume, stage.layers)
+        warn_of_threads(job, threads_of(job))
     stopwatch = Stopwatch(keep=job.settings.trace is not None)
     fan_out = FanOut(make_sinks())
     outlet = LocalOutlet(fan_out, 1, job.lr_factor)

@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Snapshot:
         steps: training micro-batches done.
         settings: what must be the same in the resumed run.
         test_losses: (epoch, test loss) of the epochs before, where the learning rate depends on them.
+        threads: layer -> intra-op threads of its process; empty: an earlier release did not say.
     """
 
     folder: Path
@@ -61,6 +62,23 @@ class Snapshot:
     steps: int
     settings: Mapping[str, Any]
     test_losses: tuple[tuple[int, float], ...] = ()
+    threads: Mapping[str, int] = field(default_factory=dict)
+
+    def other_threads(self, threads: Mapping[str, int]) -> str | None:
+        """What a user must know where layers have other numbers of threads now; None: they are the same."""
+        changed: dict[tuple[int, int], list[str]] = {}
+        for name, now in threads.items():
+            if (then := self.threads.get(name, now)) != now:
+                changed.setdefault((then, now), []).append(name)
+        if not changed:
+            return None
+        pairs = [
+            f"{now} threads where there were {then} ({', '.join(names)})" for (then, now), names in changed.items()
+        ]
+        return (
+            f"the run that wrote {self.folder} is resumed with {'; '.join(pairs)}: the last bits of its weights may "
+            "differ; --threads sets the number"
+        )
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
@@ -157,6 +175,7 @@ def write_manifest(
     steps: int,
     settings: Mapping[str, Any],
     test_losses: Iterable[tuple[int, float]] = (),
+    threads: Mapping[str, int] | None = None,
 ) -> None:
     """Declares the snapshot after `steps` complete."""
     content = {
@@ -165,6 +184,7 @@ def write_manifest(
         "steps": steps,
         "settings": dict(settings),
         "test_losses": list(test_losses),
+        "threads": dict(threads or {}),
     }
     write_json(snapshot_folder(root, steps) / _MANIFEST, content)
 
@@ -184,12 +204,13 @@ def find_snapshot(root: Path) -> Snapshot:
             content = json.loads(path.read_text())
             position, steps, settings = int(content["position"]), int(content["steps"]), content["settings"]
             losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
+            threads = {str(name): int(count) for name, count in content.get("threads", {}).items()}
             written = content.get("format")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
         if written != _FORMAT:
             raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
-        return Snapshot(folder, position, steps, settings, losses)
+        return Snapshot(folder, position, steps, settings, losses, threads)
     raise ValueError(
         f"no complete snapshot below {root}; --resume takes the folder that a run with --snapshot-every wrote"
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import stage_name
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.engines.one_process import epochs_before, steps_before
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.options import (
     ProcessesOptions,
@@ -90,6 +90,8 @@ class Processes(ProcessesOptions):
             check_same_settings(settings_of(job, self), terms["settings"])
             worker = Worker(job, self, world, store, parts, client, device)
             opened.callback(worker.stage.close)
+            if hub is not None:
+                hub.learn_threads(parts, worker.threads)
             client.wait_started()
             if hub is not None:
                 roll_call.release()
@@ -173,7 +175,10 @@ def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mappi
     return RunResult(
         engine=job.engine,
         stages=names,
+        epochs_done=epochs_before(job.plan, worker.position),
         steps=steps_before(job.plan, worker.position),
+        first_step=steps_before(job.plan, job.start),
+        threads=worker.threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=payload["setup_seconds"],
         weights=unpack_tensors(payload["weights"]),

@@ -10,7 +10,7 @@ from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.windows import EpochGate
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.engines.one_process import epochs_before, steps_before, warn_of_threads
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
 from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.runtime.job import Job, SinkMaker
@@ -36,6 +36,8 @@ class Hub:
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
         self._lost: str | None = None
+        self._threads: list[int] = []  # of every stage's process
+        self._layer_threads: dict[str, int] = {}
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
@@ -72,6 +74,14 @@ class Hub:
             "settings": settings_of(job, options),
         }
 
+    def learn_threads(self, parts: Sequence[range], threads: Sequence[int]) -> None:
+        """Takes the number of threads of every stage's process, and warns of others than before a resume."""
+        self._threads = list(threads)
+        self._layer_threads = {
+            self._job.network.names[i]: n for part, n in zip(parts, threads, strict=True) for i in part
+        }
+        warn_of_threads(self._job, self._layer_threads)
+
     def lose(self, rank: int) -> None:
         """A process has ended during its set-up. From any thread."""
         self._lost = f"{stage_name(rank)} is lost: its process ended during set-up"
@@ -105,7 +115,9 @@ class Hub:
             engine=job.engine,
             stages=names,
             epochs=self._coordinator.epochs,
+            epochs_done=epochs_before(job.plan, stages[0]["position"]),
             steps=steps_before(job.plan, stages[0]["position"]),
+            first_step=steps_before(job.plan, job.start),
             train_seconds=seconds,
             setup_seconds=stages[0]["setup_seconds"],
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
@@ -113,6 +125,7 @@ class Hub:
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
             busy_fraction=[payload["busy"] for payload in stages],
+            threads=self._threads,
             stopped_by=client.stopped.signal if client.stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
@@ -129,6 +142,7 @@ class Hub:
             steps=steps,
             settings=job.fingerprint,
             test_losses=losses,
+            threads=self._layer_threads,
         )
 
 

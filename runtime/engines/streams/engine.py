@@ -19,7 +19,13 @@ from typing import ClassVar
 import torch
 
 from unlocked.models import LinearBlock, OutputBlock
-from unlocked.runtime.engines.one_process import LocalOutlet, finish_result, write_stage_snapshot
+from unlocked.runtime.engines.one_process import (
+    LocalOutlet,
+    finish_result,
+    threads_of,
+    warn_of_threads,
+    write_stage_snapshot,
+)
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
@@ -107,6 +113,7 @@ class _Run:
         if job.resume is not None:
             for lane in self.lanes:
                 load_layers(job.resume, lane.stage.layers)
+            warn_of_threads(job, threads_of(job))
         self.fan_out = FanOut(make_sinks())
         self.outlet = LocalOutlet(self.fan_out, len(self.lanes), job.lr_factor)
         self.fan_out.on_start(job.run_info(self.parts))
