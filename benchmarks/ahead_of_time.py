@@ -8,7 +8,6 @@ written by hand, and a rule outside of the LLS family) and, where nvcc is there,
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from unlocked.runtime.saving.whole_file import write_json
 
 __all__ = ["head_rows", "nvcc_rows", "parse_ptxas"]
 
@@ -173,7 +174,7 @@ def _instructions(spec: Any, arch: int) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(path, rows)
     print(f"wrote {path}")
 
 

@@ -29,6 +29,7 @@ from cpu_operations import ceilings, ladder, operations
 from pipeline_scaling import ROOT, show_hops, train
 
 from unlocked.comparison.environment import environment
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 Runs = dict[str, list[float]]
@@ -52,7 +53,7 @@ def main() -> int:
         report[name] = tables[name](options)
         print(flush=True)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+        write_json(options.json, report)
     return 0
 
 

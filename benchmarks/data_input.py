@@ -15,7 +15,6 @@ What should not change the numbers (where the images lie, reading ahead) is chec
 
 import argparse
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -34,6 +33,7 @@ from unlocked.data import Augmentation, ImageDataset, load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 SOURCES = ("in memory", "file, cold", "DataLoader")
@@ -85,7 +85,7 @@ def main() -> int:
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path | None)}
         content = {"environment": to_plain(environment()), "settings": settings, "images_per_second": rates}
-        options.json.write_text(json.dumps(content, indent=1))
+        write_json(options.json, content)
     return 0
 
 

@@ -9,7 +9,6 @@ all equal, 1 a run failed or a digest differs, 2 there is no such device. The re
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from unlocked.data import load_dataset
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime import Sequential, Streams, Trainer
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 __all__ = ["ENGINES", "main"]
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["runs"].append(row)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.json, report)
     wrong = differences(report["runs"])
     print("\n".join(wrong) or "all engines left equal bits")
     return 1 if wrong else 0

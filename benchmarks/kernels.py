@@ -12,7 +12,6 @@ card reached in the same run on a large copy and on matrix products. --check als
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from kernel_cases import Case, Context, head_cases, layers_of, norm_act_cases
 from step_cases import CONVOLUTIONS, convolution_cases, load_cases, optimizer_cases, step_case
 
 from unlocked.kernels.dispatch import get_backend
+from unlocked.runtime.saving.whole_file import write_json
 
 _TOLERANCES = {"bf16": 2e-2, "tf32": 3e-3}  # else 1e-3: float32 arithmetic in another order
 _LARGE = 0.25  # of the L2 cache: from here on buffers rotate beyond it
@@ -57,7 +57,7 @@ def main() -> int:
     report["rows"], report["left_out"] = measure_all(cases, context, report["ceilings"], options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     print(summary(report))
     return 1 if any("error" in row and row["contender"] in ("triton", "cuda", "hand") for row in report["rows"]) else 0
 

@@ -9,7 +9,6 @@ Both print Markdown; multiply-adds are counted from the layers' shapes (convolut
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from unlocked.rules import LLS, LayerInfo
 from unlocked.runtime import MetricsSink, Trainer
 from unlocked.runtime.metrics.records import StageProgress
 from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.schedules.partition import partition
 from unlocked.runtime.typed import to_plain
 from unlocked.workers.fused import choose_step
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         report["losses"] = losses(options)
         print("\n".join(loss_table(report["losses"])))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     return 0
 
 

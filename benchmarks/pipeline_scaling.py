@@ -27,6 +27,7 @@ from unlocked.comparison.environment import environment
 from unlocked.comparison.stages.hops import measure_hops
 from unlocked.data.cores import usable_cores
 from unlocked.models import get_model
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def compare(options: argparse.Namespace) -> int:
     hops = show_hops(options.hop_batches)
     if options.json:
         report = {"environment": to_plain(environment()), "options": {k: str(v) for k, v in vars(options).items()}}
-        options.json.write_text(json.dumps({**report, "runs": runs, "hops": hops}, indent=1))
+        write_json(options.json, {**report, "runs": runs, "hops": hops})
     return 0 if same == 1 else 1
 
 
@@ -114,7 +115,7 @@ def scale(options: argparse.Namespace) -> int:
             )
             report["runs"].append({"model": model, "processes": processes, "threads": threads, "summaries": runs})
             if options.json:
-                options.json.write_text(json.dumps(report, indent=1))
+                write_json(options.json, report)
     return 1 if different else 0
 
 

@@ -80,7 +80,7 @@ def main() -> None:
         losses = model.step(images[index], labels[index])
     seconds = time.perf_counter() - began
     rate = options.steps * options.batch_size / seconds
-    print(json.dumps({"images_per_second": rate, "local_losses": [float(loss) for loss in losses]}))
+    print(json.dumps({"images_per_second": rate, "local_losses": [float(loss) for loss in losses]}, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import torch
 from cost_model import CASES, H200, Machine, Prediction, floor_us, node_us, predict
 from step_trace import Node, StepTrace, trace_backpropagation, trace_local
 
+from unlocked.runtime.saving.whole_file import write_json
+
 __all__ = ["TABLES", "main", "update_document"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +43,7 @@ def main() -> int:
         options.update.write_text(update_document(text))
         print(f"rewrote the tables of {options.update}")
     if options.json:
-        options.json.write_text(json.dumps(_report(), indent=1) + "\n")
+        write_json(options.json, _report())
     return 0
 
 

@@ -31,6 +31,8 @@ from typing import Any
 
 from scipy import stats
 
+from unlocked.runtime.saving.whole_file import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ("AdamWSF", "AdamWScheduleFree")
 LEVEL = 0.05
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         print_comparisons(optimizer, comparisons)
         report["comparisons"][optimizer] = [asdict(comparison) for comparison in comparisons]
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+        write_json(options.json, report)
     return 0
 
 
@@ -150,9 +152,7 @@ def train_missing(wanted: list[tuple[str, str, int]], settings: dict[str, Any], 
             cell, signal = train_cell(data, optimizer, rule, seed, settings)
             if signal is not None:
                 return 128 + signal
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(cell, indent=1))
-            unfinished.replace(path)
+            write_json(path, cell)
             last = cell["epochs"][-1]
             print(f"{path.stem}: {last['test_acc1']:.2f} % after {cell['seconds']:.0f} s", flush=True)
     return 0

@@ -16,7 +16,6 @@ step at the datasheet's rates, `predicted` what docs/feasibility.md predicts for
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from unlocked.data import ImageDataset, load_dataset
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime import RunResult, Sequential, Streams, Trainer
+from unlocked.runtime.saving.whole_file import json_text, write_json
 from unlocked.runtime.typed import to_plain
 
 __all__ = ["CONTENDERS", "Contender", "main", "overlap", "table"]
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.child:
         contender = Contender(**json.loads(options.child))
-        print(json.dumps(measure(contender, options)))
+        print(json_text(measure(contender, options)))
         return 0
     chosen = [c for c in CONTENDERS if not options.only or c.name in options.only]
     if missing := set(options.only or ()) - {c.name for c in chosen}:
@@ -155,7 +155,7 @@ def run(contender: Contender, options: argparse.Namespace, left: float) -> dict[
         return {"skipped": problem}
     if options.in_process:
         return measure(contender, options)
-    command = [sys.executable, __file__, "--child", json.dumps(asdict(contender)), "--device", options.device]
+    command = [sys.executable, __file__, "--child", json_text(asdict(contender)), "--device", options.device]
     command += ["--dataset", options.dataset, "--dataset-dir", str(options.dataset_dir)]
     for flag in ("max_steps", "train_size", "compile_backend"):
         if (value := getattr(options, flag)) is not None:
@@ -334,9 +334,7 @@ def _load(dataset: str, folder: Path, size: int | None) -> tuple[ImageDataset, I
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     """Never half a file, should the process be ended."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1))
-    os.replace(temporary, path)
+    write_json(path, report)
 
 
 def _short(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unlocked.comparison.environment import environment
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
 HERE = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def main() -> int:
         speeds[way] = rates
     if options.json is not None:
         conditions = {"environment": to_plain(environment()), "micro_batches": options.max_steps}
-        options.json.write_text(json.dumps({**conditions, "images_per_second": speeds}, indent=1))
+        write_json(options.json, {**conditions, "images_per_second": speeds})
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlocked.comparison.logged import LoggedRun
+from unlocked.runtime.saving.whole_file import json_text
 from unlocked.runtime.typed import from_plain, to_plain
 
 __all__ = [
@@ -347,7 +348,7 @@ class Report:
         return tuple(contender for contender in self.contenders if contender.status == "measured")
 
     def to_json(self) -> str:
-        return json.dumps(to_plain(self), indent=1)
+        return json_text(to_plain(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Report":

@@ -118,7 +118,7 @@ def _make(files: ImageFiles, path: Path, workers: int | None) -> None:
                 _decode_in_processes(part, files, paths, count, lambda done: progress.update(task, completed=done))
         array.flush()
         mean, std = _statistics(array)
-        path.with_suffix(".json").write_text(json.dumps({"mean": mean, "std": std}))
+        path.with_suffix(".json").write_text(json.dumps({"mean": mean, "std": std}, allow_nan=False))
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def _decode_in_processes(part: Path, files: ImageFiles, paths: list[str], count:
                 assert process.stdout is not None
                 task |= {"example": files.example, "pixel_limit": decode.pixel_limit()}
                 with suppress(BrokenPipeError), process.stdin:  # one that died at once is met below
-                    json.dump(task, process.stdin)
+                    json.dump(task, process.stdin, allow_nan=False)
                 selector.register(process.stdout, selectors.EVENT_READ, i)
             while selector.get_map():
                 for key, _ in selector.select():
@@ -202,7 +202,7 @@ def _statistics(array: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _fingerprint(files: ImageFiles) -> str:
     digest = hashlib.sha256()
     how = [_FORMAT, files.channels, files.height, files.width, files.resize, decode.pillow_version()]
-    digest.update(json.dumps(how).encode())
+    digest.update(json.dumps(how, allow_nan=False).encode())
     for path in files.paths:
         try:
             status = (files.root / path).stat()

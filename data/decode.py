@@ -201,7 +201,7 @@ def _main() -> int:
     import numpy as np
 
     def say(**message: Any) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message, allow_nan=False), flush=True)
 
     try:
         task = json.load(sys.stdin)

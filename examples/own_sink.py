@@ -45,7 +45,7 @@ class JsonLines(MetricsSink):
         self._file.close()
 
     def _write(self, record: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()  # who watches the file sees the line now
 
 

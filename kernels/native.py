@@ -1,12 +1,15 @@
 """Compiling small native libraries on first use: a cache per user, one build at a time, whole files only.
 
 The libraries have a plain C interface: no torch header is compiled, so a build takes seconds and stays valid across
-torch versions. A library's name hashes its sources, the flags and the compiler's version.
+torch versions. A library's name hashes its sources, the flags and the compiler's version. Its checksum lies beside it:
+the system's loader would crash in a library whose end is missing, so one that does not match is built anew.
 """
 
 import fcntl
 import hashlib
 import os
+import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +19,10 @@ from pathlib import Path
 
 __all__ = ["build_once", "cache_directory"]
 
+_VERSION_SECONDS = 20.0  # in which a compiler says its version
+_BUILD_SECONDS = 600.0  # nvcc takes minutes on few cores
+_SAID = 4000  # characters of what a compiler said that an error shows, from the end
+
 
 def cache_directory() -> Path:
     """$XDG_CACHE_HOME/unlocked, or ~/.cache/unlocked."""
@@ -24,43 +31,128 @@ def cache_directory() -> Path:
 
 
 def build_once(
-    name: str, compiler: Path, flags: Sequence[str], sources: Sequence[Path], headers: Iterable[Path] = ()
+    name: str,
+    compiler: Path,
+    flags: Sequence[str],
+    sources: Sequence[Path],
+    headers: Iterable[Path] = (),
+    *,
+    timeout: float = _BUILD_SECONDS,
 ) -> Path:
     """The shared library of `sources`, compiled unless it is in the cache.
 
-    Several processes may call this at once: one compiles, the others wait for it. What the compiler said lies beside
-    the library, with the suffix .log.
+    Several processes may call this at once: one compiles, the others wait for it and share what comes of it, a failure
+    too. What the compiler said lies beside the library, with the suffix .log. Where the cache can't be written, the
+    library lies in a folder of the user's own below the temporary one.
+
+    Args:
+        timeout: seconds that the compiler may take.
 
     Raises:
-        RuntimeError: the compiler fails; the text ends with what it said.
+        RuntimeError: the compiler fails, or does not end in time (the text ends with what it said), or there is no
+            folder to write to.
     """
-    key = _key(compiler, flags, [*sources, *headers])
-    target = cache_directory() / f"{name}-{key}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".lock")):
-        if not target.exists():
-            _compile(compiler, flags, sources, target)
+    library = f"{name}-{_key(compiler, flags, [*sources, *headers])}.so"
+    cached = cache_directory() / library
+    if _is_whole(cached):
+        return cached
+    target = _writable_cache() / library
+    with _locked(target.with_suffix(".lock")) as failure:
+        if failure:
+            raise RuntimeError(failure)
+        if not _is_whole(target):
+            _compile(compiler, flags, sources, target, timeout)
     return target
 
 
-def _compile(compiler: Path, flags: Sequence[str], sources: Sequence[Path], target: Path) -> None:
+def _writable_cache() -> Path:
+    """The cache, or its stand-in below the temporary folder."""
+    stand_in = Path(tempfile.gettempdir()) / f"unlocked-{os.getuid()}"
+    problems = []
+    for folder in (cache_directory(), stand_in):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder == stand_in:
+                _refuse_foreign(folder)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            problems.append(str(error))
+    raise RuntimeError(f"no folder for compiled kernels can be written: {'; '.join(problems)}; set XDG_CACHE_HOME")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """In a folder that all may write to, another user may have been here first; what lies there would be executed."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not a folder that this user alone can write to")
+
+
+def _is_whole(library: Path) -> bool:
+    """It is there, and its bytes are those that the compiler wrote."""
+    try:
+        return _checksum_file(library).read_bytes() == _checksum(library)
+    except OSError:
+        return False
+
+
+def _checksum(library: Path) -> bytes:
+    return hashlib.sha256(library.read_bytes()).hexdigest().encode()
+
+
+def _checksum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _compile(compiler: Path, flags: Sequence[str], sources: Sequence[Path], target: Path, timeout: float) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         built = Path(folder) / target.name
         # Libraries among the flags come after the sources that need them.
         inputs = [*map(str, sources), *(flag for flag in flags if not flag.startswith("-"))]
         options = [flag for flag in flags if flag.startswith("-")]
-        command = [str(compiler), *options, "-o", str(built), *inputs]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        log = result.stdout + result.stderr
-        if result.returncode or not built.exists():
-            raise RuntimeError(f"{compiler} failed (exit status {result.returncode}):\n{log[-4000:]}")
+        log = _run([str(compiler), *options, "-o", str(built), *inputs], timeout)
+        if not built.exists():
+            raise RuntimeError(f"{compiler} wrote no library:\n{log[-_SAID:]}")
         report = built.with_suffix(".log")
         report.write_text(log)
-        # A rename within one directory is atomic: whoever sees the library sees all of it.
+        _checksum_file(built).write_bytes(_checksum(built))
+        # A rename within one directory is atomic. The library comes last: a crash in between leaves a checksum that
+        # fits no library, and the next process builds.
         report.replace(target.with_suffix(".log"))
+        _checksum_file(built).replace(_checksum_file(target))
         built.replace(target)
+
+
+def _run(command: Sequence[str], timeout: float) -> str:
+    """What the command said. Nothing of it is left behind, whatever happens.
+
+    Raises:
+        RuntimeError: it can't be started, fails, or does not end within `timeout` seconds.
+    """
+    try:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a compiler starts others, which must end with it
+        )
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} can't be started: {error}") from error
+    with started:
+        try:
+            said, _ = started.communicate(timeout=timeout)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"{command[0]} did not end within {timeout:g} s") from error
+            raise
+    if started.returncode:
+        raise RuntimeError(f"{command[0]} failed (exit status {started.returncode}):\n{said[-_SAID:]}".rstrip(":\n"))
+    return said
 
 
 def _key(compiler: Path, flags: Sequence[str], files: Iterable[Path]) -> str:
@@ -74,13 +166,29 @@ def _key(compiler: Path, flags: Sequence[str], files: Iterable[Path]) -> str:
 
 @lru_cache
 def _compiler_version(compiler: Path) -> str:
-    return subprocess.run([str(compiler), "--version"], capture_output=True, text=True, check=True).stdout
+    return _run([str(compiler), "--version"], _VERSION_SECONDS)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. Where the file system has no locks, all build, and the last rename wins."""
-    with path.open("w") as file:
-        with suppress(OSError):
+def _locked(path: Path) -> Iterator[str]:
+    """One process at a time. Yields what the one that was waited for failed with; empty: it did well, or nobody was.
+
+    Where the file system has no locks, all build, and the last rename wins.
+    """
+    with path.open("a+", errors="replace") as file:
+        waited = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = True
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            pass
+        file.seek(0)
+        failure = file.read() if waited else ""
+        file.truncate(0)
+        try:
+            yield failure
+        except RuntimeError as error:
+            file.write(str(error))
+            raise

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unlocked.launch.output import lasting_output
+
 if TYPE_CHECKING:
     from unlocked.comparison.results import Report
 
@@ -18,6 +20,7 @@ STUDIES = {
 """Name -> module with a `main(arguments: list[str]) -> int`, which gets the command line without `--study NAME`."""
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns a user's mistake into one line and exit code 2. 1: no contender could be measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)

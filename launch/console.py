@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from unlocked.launch.output import lasting_output
+
 __all__ = ["COMMANDS", "leave", "main"]
 
 COMMANDS = {
@@ -20,6 +22,7 @@ COMMANDS = {
 """Name -> a module with a `main(arguments) -> int`, and what it does in one line."""
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that is named first. 2: there is no such command."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.launch.output import lasting_output
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.settings import LineParser
 
 __all__ = ["main", "score"]
@@ -22,13 +23,14 @@ _TOLD = (
 )
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints loss and accuracies. A mistake ends in one line on standard error and exit code 2."""
     try:
         options = vars(_parser().parse_args(arguments))
         figures = score(options)
         if options["summary"] is not None:
-            write_whole(options["summary"], json.dumps(figures, indent=1))
+            write_json(options["summary"], figures)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2

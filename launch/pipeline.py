@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from unlocked.launch.output import lasting_output
+
 if TYPE_CHECKING:
     from unlocked.runtime import RunResult
     from unlocked.runtime.control.set_up import SetUp
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns every failure into one line and an exit code: 2 for a user's mistake, 1 for a failed run, 130
     and 143 after an orderly stop."""
@@ -86,9 +89,10 @@ def _tell(result: "RunResult") -> int:
     """Prints what came out; the exit code."""
     if result.is_complete:
         if result.epochs and result.test_acc1 is not None:
-            print(f"test accuracy {result.test_acc1:.2f} % after {len(result.epochs)} epochs", flush=True)
-        rate = result.images_per_second
-        print(f"{result.steps} micro-batches in {result.train_seconds:.1f} s, {rate:.0f} images/s", flush=True)
+            print(f"test accuracy {result.test_acc1:.2f} % after {result.epochs_done} epochs", flush=True)
+        rate, here = result.images_per_second, result.steps - result.first_step
+        part = f", {here} of them since the resume" if result.first_step else ""
+        print(f"{result.steps} micro-batches{part} in {result.train_seconds:.1f} s, {rate:.0f} images/s", flush=True)
         if result.predicted_stage_seconds:
             print(_stage_times(result), flush=True)
     if result.stopped_by is None:

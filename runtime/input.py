@@ -50,9 +50,27 @@ def as_dataset(
                 "DataLoader or another iterable of batches"
             )
         return LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+    if isinstance(data, ImageDataset):
+        _refuse_non_finite(data)
     if steps_per_epoch is not None:
         raise ValueError("steps_per_epoch is for loaders; an epoch of a dataset is all of it (max_steps stops earlier)")
     return data
+
+
+def _refuse_non_finite(data: ImageDataset) -> None:
+    """One pass over samples in memory; what is streamed or comes from a loader is seen by the loss that it spoils."""
+    samples = data.images
+    if not samples.is_floating_point() or data.streamed or bool(samples.sum().isfinite()):
+        return
+    for start in range(0, len(samples), 1024):  # or the sum alone was too large
+        bad = samples[start : start + 1024].isfinite().logical_not().nonzero()
+        if len(bad):
+            row, *place = (int(number) for number in bad[0])
+            value = float(samples[(start + row, *place)])
+            raise ValueError(
+                f"the {data.split} data holds {value} in sample {start + row}, at {', '.join(map(str, place))}; leave "
+                "the sample out, or mend it (torch.nan_to_num)"
+            )
 
 
 def rows_per_batch(data: Dataset, given: int | None, default: int | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-__all__ = ["keep_freed_memory", "occupy_cores", "own_cores", "peak_memory_bytes", "set_threads"]
+__all__ = ["keep_freed_memory", "occupy_cores", "own_cores", "peak_memory_bytes", "set_threads", "threads_on"]
 
 
 def own_cores(index: int, count: int, available: Iterable[int] | None = None) -> list[int]:
@@ -28,6 +28,12 @@ def own_cores(index: int, count: int, available: Iterable[int] | None = None) ->
     return cores[index * size : (index + 1) * size]
 
 
+def threads_on(cores: list[int]) -> int:
+    """Intra-op threads that `occupy_cores` leaves this process; no cores: it may use all."""
+    threads = torch.get_num_threads()
+    return min(threads, len(cores)) if cores else threads
+
+
 @contextlib.contextmanager
 def occupy_cores(cores: list[int]) -> Iterator[None]:
     """Keeps the calling thread, and the intra-op threads that it starts inside, on `cores`; no more threads than those.
@@ -40,7 +46,7 @@ def occupy_cores(cores: list[int]) -> Iterator[None]:
         return
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, cores)
-    torch.set_num_threads(min(threads, len(cores)))
+    torch.set_num_threads(threads_on(cores))
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ __all__ = [
     "build_layer",
     "build_network",
     "check_rules",
+    "check_weights",
     "measure_costs",
 ]
 
@@ -127,6 +128,17 @@ def check_rules(network: Network, rules: Rules) -> None:
         for index, info in enumerate(network.infos):
             chosen = _choose_rule(network, index, rules)
             _try_rule(_make_rule(chosen, info), chosen, info)
+
+
+def check_weights(network: Network) -> None:
+    """Raises: ValueError: a weight that training would begin with is NaN or infinite; names it."""
+    for block in network.blocks:
+        for name, parameter in block.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"layer {block.name} begins with values that are not finite in {name}; give finite weights, or let "
+                    "them be drawn (keep_weights=False)"
+                )
 
 
 def backpropagation_network(network: Network) -> Network:

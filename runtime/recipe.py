@@ -1,7 +1,6 @@
 """A run from names: the dataset, model, rule and optimizer that a command line can spell, with all settings."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboar
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import whole_file, write_json
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
 
@@ -186,7 +185,7 @@ def run(recipe: Recipe) -> RunResult:
         if result.is_complete:
             if recipe.summary is not None:
                 recipe.summary.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(recipe.summary, json.dumps(summary(recipe, result), indent=1))
+                write_json(recipe.summary, summary(recipe, result))
             if recipe.folder is not None:
                 with whole_file(recipe.folder / "model_final.pt") as temporary:
                     torch.save(result.weights, temporary)
@@ -272,7 +271,18 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
 
 
 _FIGURES = (
-    *("engine", "stages", "steps", "train_seconds", "setup_seconds", "images_per_second", "test_acc1", "test_loss"),
+    *(
+        "engine",
+        "stages",
+        "threads",
+        "steps",
+        "first_step",
+        "train_seconds",
+        "setup_seconds",
+        "images_per_second",
+        "test_acc1",
+        "test_loss",
+    ),
     *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
     *("measured_stage_seconds", "stopped_by"),
 )
@@ -280,14 +290,21 @@ _TOLD = ("model", "training_mode", "dataset", "batch_size", "seed", "device", "p
 
 
 def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
-    """What `--summary` writes, as JSON values."""
+    """What `--summary` writes, as JSON values. Of a resumed run, `epochs` and `steps` are the whole run's; the seconds,
+    the speed and `epoch_results` are those of the part after `first_step` training micro-batches."""
     return {
         **{name: getattr(recipe, name) for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
         "torch": torch.__version__,
-        "epochs": len(result.epochs),
+        "epochs": result.epochs_done,
         "epoch_results": [
-            {"train_loss": e.train_loss, "train_acc1": e.train_acc1, "test_loss": e.eval_loss, "test_acc1": e.eval_acc1}
+            {
+                "epoch": e.epoch,
+                "train_loss": e.train_loss,
+                "train_acc1": e.train_acc1,
+                "test_loss": e.eval_loss,
+                "test_acc1": e.eval_acc1,
+            }
             for e in result.epochs
         ],
     }

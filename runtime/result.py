@@ -22,8 +22,13 @@ class RunResult:
     stages: list[list[str]]
     """The layer names of each stage."""
     epochs: list[EpochResult] = field(default_factory=list)
+    """Those that ended here; after a resume they begin with the epoch in which it went on."""
+    epochs_done: int = 0
+    """Over the whole run, including the part before a resume."""
     steps: int = 0
     """Training micro-batches done, over the whole run including the part before a resume."""
+    first_step: int = 0
+    """Training micro-batches that were done before a resume: the others were trained here, in `train_seconds`."""
     train_seconds: float = 0.0
     setup_seconds: float = 0.0
     images_per_second: float = 0.0
@@ -33,6 +38,8 @@ class RunResult:
     weights_sha256: str = ""
     peak_memory_bytes: list[int] = field(default_factory=list)
     busy_fraction: list[float] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    """Intra-op threads of each stage's process. On a CPU, equal bits need equal numbers of them."""
     stopped_by: int | None = None
     """The signal number of an orderly stop, or None."""
     predicted_stage_seconds: list[float] = field(default_factory=list)
@@ -49,12 +56,15 @@ class RunResult:
     def figures(self) -> dict[str, Any]:
         """The run in a few numbers, for logs."""
         return {
+            "epochs": self.epochs_done,
             "steps": self.steps,
+            "first_step": self.first_step,
             "train_seconds": self.train_seconds,
             "images_per_second": self.images_per_second,
             "test_acc1": self.test_acc1,
             "test_loss": self.test_loss,
             "weights_sha256": self.weights_sha256,
+            "threads": self.threads,
             "predicted_stage_seconds": self.predicted_stage_seconds,
             "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,

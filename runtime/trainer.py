@@ -19,7 +19,7 @@ from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnP
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
-from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules
+from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules, check_weights
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
@@ -194,6 +194,7 @@ class Trainer(Settings):
         )
         train_set = with_classes(train_set, network.infos[-1].num_classes)
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
+        check_weights(network)
         parameters = list(network.blocks[-1].parameters())
         if isinstance(self.rule, str):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]

@@ -195,7 +195,9 @@ class Driver:
     def _write(self) -> None:
         """Whole at every moment: a new file takes the old one's place."""
         path = self.folder / f"{self.name}.json"
-        path.with_suffix(".part").write_text(json.dumps({"dry_run": self.dry, "steps": self.rows}, indent=1) + "\n")
+        path.with_suffix(".part").write_text(
+            json.dumps({"dry_run": self.dry, "steps": self.rows}, indent=1, allow_nan=False) + "\n"
+        )
         path.with_suffix(".part").replace(path)
 
     def summary(self) -> str:

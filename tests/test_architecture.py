@@ -4,6 +4,7 @@ Every check is a function that returns what is wrong in a checkout, by a name th
 finds nothing here, and finds what was planted in a small checkout of its own.
 """
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,6 +129,23 @@ def too_long(source: Source) -> Findings:
     return {what: more for what, more in found.items() if what not in WHOLE}
 
 
+def loose_json(source: Source) -> Findings:
+    """JSON has no word for NaN or infinity, and Python writes one: there is one writer, and elsewhere it is refused."""
+    found = {}
+    for path in sorted(p for folder in FOLDERS for p in (source.root / folder).rglob("*.py")):
+        name = path.relative_to(source.root)
+        if name.parts[0] == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("json.dump", "json.dumps"):
+                assert isinstance(node, ast.Call)
+                strict = any(k.arg == "allow_nan" and ast.unparse(k.value) == "False" for k in node.keywords)
+                if not strict:
+                    found[f"json: {name}"] = f"line {node.lineno}: write_json, json_text, or allow_nan=False"
+    return found
+
+
 def _short(name: str) -> str:
     return name.removeprefix("unlocked.")
 
@@ -146,6 +164,7 @@ CHECKS = [
     circles_between_files,
     torch_below,
     too_long,
+    loose_json,
 ]
 
 
@@ -218,6 +237,13 @@ PLANTED: dict[str, tuple[Callable[[Source], Findings], dict[str, str]]] = {
             "workers/__init__.py": "from unlocked.workers.loop import f\n",
             "workers/actions.py": "",
             "workers/loop.py": "import torch.nn\n",
+        },
+    ),
+    "json: data/wrong.py": (
+        loose_json,
+        {
+            "data/wrong.py": "import json\ndef f():\n    json.dump(1, open('x', 'w'), allow_nan=True)\n",
+            "data/right.py": "import json\njson.dumps(1, allow_nan=False)\n",
         },
     ),
     "long: data/long.py": (too_long, {"data/long.py": "\n" * 401}),

@@ -1,6 +1,16 @@
 """What a failing worker says: rank, stage, layer and action, first cause on top."""
 
-__all__ = ["CalledExitError", "LinkLostError", "MissingActionError", "NonFiniteLossError", "StageError", "StopRun"]
+from collections.abc import Sequence
+
+__all__ = [
+    "CalledExitError",
+    "LinkLostError",
+    "MissingActionError",
+    "NonFiniteLossError",
+    "NonFiniteWeightsError",
+    "StageError",
+    "StopRun",
+]
 
 
 class NonFiniteLossError(ValueError):
@@ -10,6 +20,17 @@ class NonFiniteLossError(ValueError):
         self.layer = layer
         super().__init__(
             f"the loss of layer {layer} is {value}{where}; lower --lr or raise --temperature, and check the input data"
+        )
+
+
+class NonFiniteWeightsError(ValueError):
+    """What a layer has learned holds NaN or infinity."""
+
+    def __init__(self, layer: str, names: Sequence[str]) -> None:
+        self.layer = layer
+        super().__init__(
+            f"layer {layer} holds values that are not finite in {', '.join(names)}; lower --lr or raise --temperature, "
+            "and check the input data"
         )
 
 

@@ -16,7 +16,7 @@ from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
-from unlocked.workers.errors import NonFiniteLossError
+from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
 
 __all__ = ["AutogradStep", "Layer", "OptimizerFactory", "Step", "StepFactory", "as_delivered", "count_correct"]
 
@@ -194,6 +194,13 @@ class Layer:
         for prefix, module in (("rule", self.rule), ("block", self.block)):
             for name, value in module.state_dict().items():
                 yield f"{self.name}.{prefix}.{name}", value
+
+    def check_weights(self) -> None:
+        """Raises: NonFiniteWeightsError: a parameter that is trained holds NaN or infinity. Waits for the device."""
+        modules = {"rule": self.rule, "block": self.block}
+        named = [(f"{prefix}.{name}", p) for prefix, m in modules.items() for name, p in m.named_parameters()]
+        if broken := [name for name, p in named if p.requires_grad and not bool(p.isfinite().all())]:
+            raise NonFiniteWeightsError(self.name, broken)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on exactly from here."""

@@ -11,7 +11,6 @@ intermediate results of a step.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from unlocked.comparison.memory.page import memory_section
 from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
 from unlocked.comparison.report.figures import require_plotting
 from unlocked.comparison.report.sections import Headline, render
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import write_json, write_whole
 from unlocked.runtime.settings import LineParser
 from unlocked.workers.actions import Item
 
@@ -142,7 +141,7 @@ def write_memory_study(study: MemoryStudy, folder: Path) -> None:
     what = Headline(sentence=describe_growth(study), conditions=conditions)
     page = render("Activation memory against depth", what, [memory_section(study)])
     write_whole(folder / "memory.html", page)
-    write_whole(folder / "memory.json", json.dumps(study.as_dict(), indent=1))
+    write_json(folder / "memory.json", study.as_dict())
     names = list(asdict(study.points[0]))
     rows = [names, *([str(value) for value in asdict(point).values()] for point in study.points)]
     write_whole(folder / "memory.csv", "".join(",".join(_quote(cell) for cell in row) + "\n" for row in rows))

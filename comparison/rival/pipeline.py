@@ -27,6 +27,7 @@ from unlocked.comparison.results import SpanKind, TimelineSpan
 from unlocked.data import epoch_order
 from unlocked.runtime.network import Network
 from unlocked.workers.actions import Item
+from unlocked.workers.layer import count_correct
 from unlocked.workers.source import BatchSource
 
 __all__ = ["BpPipeline", "Clock", "chunks_for", "owner"]
@@ -244,7 +245,7 @@ class BpPipeline:
             return
         labels = self._labels(item)
         self.scores[0] += F.cross_entropy(logits, labels, reduction="sum")
-        self.scores[1] += (logits.argmax(1) == labels).sum()
+        self.scores[1] += count_correct(logits, labels)[0]  # what every contender counts by
 
     def _load(self, item: Item) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What this process's stages read: images where the first one is, labels where the last one is."""

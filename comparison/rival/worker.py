@@ -237,8 +237,9 @@ def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[
                 pipeline.infer(items[start : start + _INFER_ITEMS])
         if kind == "evaluate" or (not plan.eval_size and epoch == plan.num_epochs - 1):
             loss, test_loss, correct = _sums_of_last_stage(pipeline)
-            if not isfinite(loss):
-                raise ValueError(f"the loss of epoch {epoch} is {loss}; lower --lr, and check the input data")
+            for what, found in (("loss", loss), ("test loss", test_loss)):
+                if not isfinite(found):
+                    raise ValueError(f"the {what} of epoch {epoch} is {found}; lower --lr, and check the input data")
             epochs.append(
                 EpochFigures(
                     epoch=epoch,

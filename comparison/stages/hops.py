@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.links import link_stages
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 
@@ -76,4 +76,4 @@ def _worker(
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank == 1:
-        write_whole(Path(folder) / "hops.json", json.dumps(results))
+        write_json(Path(folder) / "hops.json", results)

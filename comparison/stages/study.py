@@ -35,7 +35,7 @@ from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Lin
 from unlocked.comparison.stages.worker import train_chain
 from unlocked.data.cores import usable_cores
 from unlocked.runtime.machine import keep_freed_memory
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import json_text, write_json, write_whole
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
 from unlocked.runtime.settings import LineParser
@@ -168,7 +168,7 @@ def describe_model(model: CostModel, settings: StagesSettings) -> list[str]:
 def write_stages_study(study: StagesStudy, folder: Path) -> None:
     """stages.json, stages.csv and stages.html."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "stages.json", json.dumps(study.as_dict(), indent=1))
+    write_json(folder / "stages.json", study.as_dict())
     rows = [asdict(prediction) for prediction in study.predictions]
     lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
     write_whole(folder / "stages.csv", "\n".join(lines) + "\n")
@@ -334,7 +334,7 @@ def _train(settings: StagesSettings, model: CostModel, count: int) -> float:
         launcher = [sys.executable]
         if count > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = [*launcher, "-m", "unlocked.comparison.stages.worker", json.dumps(given)]
+        command = [*launcher, "-m", "unlocked.comparison.stages.worker", json_text(given)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:

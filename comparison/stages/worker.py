@@ -15,7 +15,7 @@ from unlocked.runtime import Trainer
 from unlocked.runtime.engines.processes.engine import Processes
 from unlocked.runtime.engines.sequential import Sequential
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import write_json
 
 __all__ = ["main", "stage_list", "train_chain"]
 
@@ -27,7 +27,7 @@ def main(arguments: str) -> None:
     result = train_chain(**{**given, "settings": ChainSettings(**given["settings"])})
     if os.environ.get("RANK", "0") == "0":
         figures = {"images_per_second": result.images_per_second, "stages": result.stages}
-        write_whole(Path(summary), json.dumps(figures))
+        write_json(Path(summary), figures)
 
 
 def train_chain(*, blocks: int, stages: int, steps: int, rule: str, settings: ChainSettings) -> RunResult:

@@ -13,9 +13,10 @@ import torch
 
 from unlocked.kernels.native import build_once
 
-__all__ = ["find_compiler", "load_kernels", "unavailable"]
+__all__ = ["build_library", "find_compiler", "load_kernels", "unavailable"]
 
 _SOURCES = Path(__file__).parent
+_BUILD_SECONDS = 100.0  # about ten on an idle machine; the other processes of a run wait no longer than two minutes
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -52,20 +53,29 @@ def load_kernels() -> ctypes.CDLL:
 
     Raises:
         ValueError: no compiler is found.
-        RuntimeError: the compiler fails.
+        RuntimeError: the compiler fails, or what it wrote can't be loaded.
     """
+    path = build_library()
+    try:
+        loaded = ctypes.CDLL(str(path))
+        for name in dir(_Signatures):
+            if not name.startswith("_"):
+                function = getattr(loaded, f"unlocked_{name}")
+                function.argtypes, function.restype = getattr(_Signatures, name), None
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"the compiled kernels can't be used: {error}") from error
+    return loaded
+
+
+def build_library() -> Path:
+    """The compiled kernels' file, made unless it is in the cache. Raises as `load_kernels`."""
     compiler = find_compiler()
     if compiler is None:
         raise ValueError("the C++ kernels need a compiler, found none of $CXX, c++, g++, clang++; install g++ or clang")
     # Machines that share a home may differ in their instructions, which -march=native is about.
     flags = [*_FLAGS, *_threading(), f"-DUNLOCKED_MACHINE=0x{_processor()}"]
-    path = build_once("cpu", compiler, flags, sorted(_SOURCES.glob("*.cpp")), sorted(_SOURCES.glob("*.h")))
-    loaded = ctypes.CDLL(str(path))
-    for name in dir(_Signatures):
-        if not name.startswith("_"):
-            function = getattr(loaded, f"unlocked_{name}")
-            function.argtypes, function.restype = getattr(_Signatures, name), None
-    return loaded
+    headers = sorted(_SOURCES.glob("*.h"))
+    return build_once("cpu", compiler, flags, sorted(_SOURCES.glob("*.cpp")), headers, timeout=_BUILD_SECONDS)
 
 
 _P, _I, _F, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_int

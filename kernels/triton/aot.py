@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         "registers per thread and spilled bytes per thread: cuobjdump --dump-resource-usage; shared: Triton's metadata"
     )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return 0
 
 

@@ -1,6 +1,9 @@
 """What the engines that run in one process share: their outlet, snapshots and results."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from unlocked.runtime.job import Job
 from unlocked.runtime.learning_rate import LearningRate
@@ -16,12 +19,15 @@ from unlocked.workers.stage import Stage
 __all__ = [
     "LocalOutlet",
     "complete_snapshot",
+    "epochs_before",
     "finish_result",
     "save_stage",
     "save_stopped",
     "saves_stop",
     "steps_before",
     "stop_position",
+    "threads_of",
+    "warn_of_threads",
     "write_stage_snapshot",
 ]
 
@@ -63,6 +69,29 @@ def steps_before(plan: StreamPlan, position: int) -> int:
     return steps_before(plan, position - 1) + 1 if position else 0
 
 
+def epochs_before(plan: StreamPlan, position: int) -> int:
+    """Epochs that end before `position`, over the whole run."""
+    return plan[position].epoch if position < len(plan) else plan.num_epochs
+
+
+def warn_of_threads(job: Job, threads: Mapping[str, int]) -> None:
+    """One warning where layers of a resumed run have other numbers of threads than before. A GPU's bits don't depend
+    on them.
+
+    Args:
+        threads: each layer's now.
+    """
+    on_cpu = job.device.type == "cpu"
+    text = job.resume.other_threads(threads) if job.resume is not None and on_cpu else None
+    if text is not None:
+        warnings.warn(text, stacklevel=2)
+
+
+def threads_of(job: Job) -> dict[str, int]:
+    """Each layer's number of threads, where all run in this process."""
+    return dict.fromkeys(job.network.names, torch.get_num_threads())
+
+
 def stop_position(job: Job, position: int) -> int:
     """Where an orderly stop that comes at `position` takes effect: where the run can be resumed, if it is saved."""
     return position if job.settings.snapshot_dir is None else job.plan.resumable(position)
@@ -80,7 +109,7 @@ def save_stopped(job: Job, stages: Sequence[Stage], position: int) -> None:
         return
     for stage in stages:
         save_stage(job, stage, position)
-    complete_snapshot(job, position)
+    complete_snapshot(job, position, threads_of(job))
 
 
 def save_stage(job: Job, stage: Stage, position: int) -> None:
@@ -92,14 +121,18 @@ def save_stage(job: Job, stage: Stage, position: int) -> None:
     save_layers(snapshot_folder(root, steps_before(job.plan, position)), stage.layers)
 
 
-def complete_snapshot(job: Job, position: int) -> None:
-    """All stages have saved theirs: it counts from here on, and older ones may go."""
+def complete_snapshot(job: Job, position: int, threads: Mapping[str, int]) -> None:
+    """All stages have saved theirs: it counts from here on, and older ones may go.
+
+    Args:
+        threads: each layer's number of intra-op threads.
+    """
     root = job.settings.snapshot_dir
     assert root is not None, "a plan with snapshots needs a folder"
     epoch = job.plan[min(position, len(job.plan) - 1)].epoch
     losses = job.lr_factor.losses_before(epoch)
     steps = steps_before(job.plan, position)
-    write_manifest(root, position=position, steps=steps, settings=job.fingerprint, test_losses=losses)
+    write_manifest(root, position=position, steps=steps, settings=job.fingerprint, test_losses=losses, threads=threads)
     if job.settings.keep_snapshots is not None:
         prune_snapshots(root, job.settings.keep_snapshots)
 
@@ -108,7 +141,7 @@ def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> N
     """Action SNAP in an engine of one process: stages reach the mark one after the other, the last completes it."""
     save_stage(job, stage, item.position + 1)
     if last:
-        complete_snapshot(job, item.position + 1)
+        complete_snapshot(job, item.position + 1, threads_of(job))
 
 
 def finish_result(
@@ -138,7 +171,9 @@ def finish_result(
         engine=job.engine,
         stages=[stage.layer_names for stage in stages],
         epochs=outlet.epochs,
+        epochs_done=epochs_before(job.plan, position),
         steps=steps_before(job.plan, position),
+        first_step=steps_before(job.plan, job.start),
         train_seconds=train_seconds,
         setup_seconds=setup_seconds,
         images_per_second=images / max(train_seconds, 1e-9),
@@ -146,6 +181,7 @@ def finish_result(
         weights_sha256=weights_digest(weights.items()),
         peak_memory_bytes=[peak_memory_bytes(job.device)] * len(stages),
         busy_fraction=busy_fraction,
+        threads=[torch.get_num_threads()] * len(stages),
         stopped_by=stopped_by,
         measured_stage_seconds=list(step_seconds),
     )

@@ -12,6 +12,8 @@ from unlocked.runtime.engines.one_process import (
     finish_result,
     save_stopped,
     stop_position,
+    threads_of,
+    warn_of_threads,
     write_stage_snapshot,
 )
 from unlocked.runtime.job import Job, SinkMaker
@@ -56,6 +58,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
     stage = job.stage(0, part)
     if job.resume is not None:
         load_layers(job.resume, stage.layers)
+        warn_of_threads(job, threads_of(job))
     stopwatch = Stopwatch(keep=job.settings.trace is not None)
     fan_out = FanOut(make_sinks())
     outlet = LocalOutlet(fan_out, 1, job.lr_factor)
@@ -106,6 +109,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         torch.cuda.synchronize(job.device)
     reporter.poll(wait=True)
     seconds = time.perf_counter() - train_began
+    reporter.check_weights(position)
     outlet.progress(reporter.progress(position, job.plan[max(position - 1, 0)].epoch))
     if job.settings.trace is not None:
         write_chrome_trace(job.settings.trace, stopwatch.timed, {0: "stage 0: " + ", ".join(stage.layer_names)})

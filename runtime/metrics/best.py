@@ -4,13 +4,14 @@ writes its layers as they were evaluated, and who gathers the results keeps the 
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 
 import torch
 
 from unlocked.runtime.metrics.records import EpochResult
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import whole_file, write_json
 from unlocked.workers.layer import Layer
 
 __all__ = ["BestWeights", "save_candidate"]
@@ -31,7 +32,8 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
 class BestWeights(MetricsSink):
     """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
 
-    Among equals the earliest counts. `best.json` beside it says which epoch it was.
+    Among equals the earliest counts, and an epoch whose evaluation loss is not finite never. `best.json` beside it says
+    which epoch it was.
 
     Args:
         first_epoch: of a resumed run, the epoch in which it goes on: the best of the epochs before is taken up, if the
@@ -49,11 +51,12 @@ class BestWeights(MetricsSink):
         """By the time all stages have reported an epoch, all have written their candidates of it."""
         if result.eval_acc1 is None:
             return
-        if self._best is None or result.eval_acc1 > self._best[0]:
+        sound = isfinite(result.eval_loss or 0.0)
+        if sound and (self._best is None or result.eval_acc1 > self._best[0]):
             before, self._best = self._best, (result.eval_acc1, result.epoch)
             record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
             # Only then is the older one given up: a run may be cut at any point.
-            write_whole(self._root / RECORD, json.dumps(record))
+            write_json(self._root / RECORD, record)
             if before is not None:
                 shutil.rmtree(_folder(self._root, before[1]), ignore_errors=True)
         else:
@@ -77,6 +80,8 @@ class BestWeights(MetricsSink):
         if not first_epoch or not record.is_file():
             return None
         content = json.loads(record.read_text())
+        if not isfinite(content["test_acc1"] or float("nan")):
+            return None  # no accuracy could ever be better
         best = (float(content["test_acc1"]), int(content["epoch"]))
         there = _folder(self._root, best[1]).is_dir() or (self._root / FILE_NAME).is_file()
         return best if there and best[1] < first_epoch else None  # a later one will be evaluated again

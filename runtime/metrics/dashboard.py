@@ -64,6 +64,8 @@ class Dashboard(MetricsSink):
                 f"{len(info.stages)} stages | {info.epochs} epochs of {info.steps_per_epoch} steps"
             )
             self._lines.extend(f"  stage {i}: {', '.join(layers)}" for i, layers in enumerate(info.stages))
+            if info.start:
+                self._lines.append(f"  resumed after {info.start / info.total:.0%} of the run")
         self._thread.start()
 
     def on_progress(self, progress: StageProgress) -> None:
@@ -99,7 +101,8 @@ class Dashboard(MetricsSink):
     def on_finish(self, summary: Mapping[str, object]) -> None:
         speed = summary.get("images_per_second")
         if isinstance(speed, int | float):
-            self._last_line = f"finished: {speed:,.0f} images/s over the run"
+            part = "since the resume" if summary.get("first_step") else "over the run"
+            self._last_line = f"finished: {speed:,.0f} images/s {part}"
         self.close()
 
     def close(self, timeout: float = 2.0) -> None:

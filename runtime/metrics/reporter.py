@@ -14,7 +14,7 @@ from unlocked.runtime.metrics.best import save_candidate
 from unlocked.runtime.metrics.records import EpochPart, Meters, Scores, StageProgress, StepResult
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
-from unlocked.workers.errors import NonFiniteLossError, StageError
+from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError, StageError
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
@@ -156,6 +156,19 @@ class StageReporter:
                     return
             self._resolve(self._readings.popleft())
 
+    def check_weights(self, position: int) -> None:
+        """The last look, after all items before `position`: the last update's harm shows in no loss any more.
+
+        Raises:
+            StageError: a weight is not finite; names layer and epoch.
+        """
+        epoch = self._plan[max(position - 1, 0)].epoch
+        for layer in self._stage.layers:
+            try:
+                layer.check_weights()
+            except NonFiniteWeightsError as error:
+                raise self._failure(f"its last step (epoch {epoch})", error) from error
+
     def progress(self, position: int, epoch: int) -> StageProgress:
         return StageProgress(
             stage=self._stage.index,
@@ -210,11 +223,7 @@ class StageReporter:
             if not isfinite(row[0]):
                 where = f" by epoch {item.epoch}, micro-batch {item.index}"
                 error = NonFiniteLossError(layer.name, row[0], where)
-                names = ", ".join(self._stage.layer_names)
-                action = f"{self._stage.index}U{item.position}"
-                raise StageError(
-                    rank=self._rank, stage=self._stage.index, layers=names, action=action, cause=error
-                ) from error
+                raise self._failure(f"{self._stage.index}U{item.position}", error) from error
         if item.kind == "evaluate" and not isfinite(rows[-1][0]):
             raise self._evaluation_error(item, rows[-1][0])
         self._losses = tuple(
@@ -231,14 +240,11 @@ class StageReporter:
         broken = [name for layer in layers for name, value in layer.tensors() if not value.isfinite().all()]
         why = f" ({broken[0]} holds values that are not finite)" if broken else ""
         where = f" in the evaluation after epoch {item.epoch}{why}"
-        cause = NonFiniteLossError(layers[-1].name, loss, where)
-        return StageError(
-            rank=self._rank,
-            stage=self._stage.index,
-            layers=", ".join(self._stage.layer_names),
-            action=f"{self._stage.index}E{item.position}",
-            cause=cause,
-        )
+        return self._failure(f"{self._stage.index}E{item.position}", NonFiniteLossError(layers[-1].name, loss, where))
+
+    def _failure(self, action: str, cause: Exception) -> StageError:
+        layers = ", ".join(self._stage.layer_names)
+        return StageError(rank=self._rank, stage=self._stage.index, layers=layers, action=action, cause=cause)
 
     def _report_step(self, reading: _Reading, sums: Sequence[float]) -> None:
         here = _Base(reading.time, reading.waiting, reading.images, reading.steps, (sums[0], sums[1], sums[2]))

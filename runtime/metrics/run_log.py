@@ -6,7 +6,6 @@ versions of what computed with them.
 """
 
 import csv
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.saving.whole_file import append_line, write_whole
+from unlocked.runtime.saving.whole_file import append_line, json_text, write_json, write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
@@ -78,7 +77,7 @@ class RunLog(MetricsSink):
             "first_position": info.start,
         }
         document = {"settings": _without_secrets(self._config), "run": run, "versions": _versions()}
-        write_whole(self._free_config(), json.dumps(document, indent=2, default=str) + "\n")
+        write_json(self._free_config(), document, indent=2, default=str)
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
@@ -99,7 +98,7 @@ class RunLog(MetricsSink):
         self._line(text)
 
     def on_finish(self, summary: Mapping[str, object]) -> None:
-        self._line("Finished: " + json.dumps(_without_secrets(summary), default=str))
+        self._line("Finished: " + json_text(_without_secrets(summary), default=str))
 
     def _line(self, text: str) -> None:
         append_line(self.path / "train.log", text)

@@ -1,11 +1,10 @@
 """The file of a traced run: every action of every stage on one clock."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unlocked.runtime.saving.whole_file import write_whole
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["write_chrome_trace"]
@@ -39,4 +38,4 @@ def write_chrome_trace(path: Path, timed: Iterable[TimedAction], rows: dict[int,
         }
         for one in timed
     ]
-    write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": _LEGEND}))
+    write_json(path, {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _LEGEND}, indent=None)

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,8 +46,15 @@ def describe_optimizer(factory: OptimizerFactory, parameters: Sequence[nn.Parame
 
 
 def learning_rates(factory: OptimizerFactory, parameters: Sequence[nn.Parameter]) -> list[float]:
-    """The initial learning rate of each of the optimizer's groups."""
-    return [float(group["lr"]) for group in factory(list(parameters)).param_groups] if parameters else []
+    """The initial learning rate of each of the optimizer's groups.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    rates = [float(group["lr"]) for group in factory(list(parameters)).param_groups] if parameters else []
+    if not all(map(isfinite, rates)):
+        raise ValueError(f"the optimizer's learning rate is {rates}; give a finite one")
+    return rates
 
 
 def describe_lr_factor(lr_factor: object, epochs: int) -> str:

@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
-from unlocked.runtime.saving.whole_file import TEMPORARY, whole_file, write_whole
+from unlocked.runtime.saving.whole_file import TEMPORARY, whole_file, write_json
+from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 
 __all__ = [
@@ -58,6 +59,7 @@ class Snapshot:
         steps: training micro-batches done.
         settings: what must be the same in the resumed run.
         test_losses: (epoch, test loss) of the epochs before, where the learning rate depends on them.
+        threads: layer -> intra-op threads of its process; empty: an earlier release did not say.
     """
 
     folder: Path
@@ -65,6 +67,23 @@ class Snapshot:
     steps: int
     settings: Mapping[str, Any]
     test_losses: tuple[tuple[int, float], ...] = ()
+    threads: Mapping[str, int] = field(default_factory=dict)
+
+    def other_threads(self, threads: Mapping[str, int]) -> str | None:
+        """What a user must know where layers have other numbers of threads now; None: they are the same."""
+        changed: dict[tuple[int, int], list[str]] = {}
+        for name, now in threads.items():
+            if (then := self.threads.get(name, now)) != now:
+                changed.setdefault((then, now), []).append(name)
+        if not changed:
+            return None
+        pairs = [
+            f"{now} threads where there were {then} ({', '.join(names)})" for (then, now), names in changed.items()
+        ]
+        return (
+            f"the run that wrote {self.folder} is resumed with {'; '.join(pairs)}: the last bits of its weights may "
+            "differ; --threads sets the number"
+        )
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
@@ -94,8 +113,12 @@ def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
     A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
 
     Raises:
+        NonFiniteWeightsError: there is nothing to go on from. What was saved before stays.
         DiskFullError: there is no room for a file (names it); none of these layers' files is left then.
     """
+    layers = list(layers)
+    for layer in layers:
+        layer.check_weights()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
     written: list[Path] = []
@@ -118,7 +141,8 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
     """Restores the given layers.
 
     Raises:
-        ValueError: a layer's file is missing, damaged or of another network (names it).
+        ValueError: a layer's file is missing, damaged or of another network (names it), or holds weights that are not
+            finite.
     """
     for layer in layers:
         path = snapshot.folder / layer_file_name(layer.info.index, layer.name)
@@ -129,6 +153,10 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
             raise ValueError(missing + _instead_of(snapshot.folder)) from error
         except UNREADABLE as error:
             raise ValueError(damaged(path, error) + _instead_of(snapshot.folder)) from error
+        try:
+            layer.check_weights()
+        except NonFiniteWeightsError as error:
+            raise ValueError(f"can't resume from {snapshot.folder}: {error}") from error
 
 
 def damaged(path: Path, error: Exception) -> str:
@@ -164,6 +192,7 @@ def write_manifest(
     steps: int,
     settings: Mapping[str, Any],
     test_losses: Iterable[tuple[int, float]] = (),
+    threads: Mapping[str, int] | None = None,
 ) -> None:
     """Declares the snapshot after `steps` complete."""
     content = {
@@ -172,8 +201,9 @@ def write_manifest(
         "steps": steps,
         "settings": dict(settings),
         "test_losses": list(test_losses),
+        "threads": dict(threads or {}),
     }
-    write_whole(snapshot_folder(root, steps) / _MANIFEST, json.dumps(content, indent=1))
+    write_json(snapshot_folder(root, steps) / _MANIFEST, content)
 
 
 def find_snapshot(root: Path) -> Snapshot:
@@ -242,12 +272,13 @@ def _read_manifest(folder: Path) -> Snapshot:
         content = json.loads(path.read_text())
         position, steps, settings = int(content["position"]), int(content["steps"]), dict(content["settings"])
         losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
+        threads = {str(name): int(count) for name, count in content.get("threads", {}).items()}
         written = content.get("format")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
     if written != _FORMAT:
         raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
-    return Snapshot(folder, position, steps, settings, losses)
+    return Snapshot(folder, position, steps, settings, losses, threads)
 
 
 def _check_files(snapshot: Snapshot) -> None:

@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
-__all__ = ["TEMPORARY", "DiskFullError", "append_line", "whole_file", "write_whole"]
+__all__ = ["TEMPORARY", "DiskFullError", "append_line", "json_text", "whole_file", "write_json", "write_whole"]
 
 TEMPORARY = ".writing-"
 """How the names of files begin that are being written, or were when their process was killed."""
@@ -30,6 +33,33 @@ def write_whole(path: Path, text: str) -> None:
     """Writes `text` in UTF-8, lines as they are; see `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 1, **options: Any) -> None:
+    """Writes `content` as JSON that every reader takes (`json_text`), and a line's end; see `whole_file`."""
+    write_whole(path, json_text(content, indent=indent, **options) + "\n")
+
+
+def json_text(content: Any, *, indent: int | None = None, **options: Any) -> str:
+    """`content` as JSON in the strict sense: a number that is not finite, for which JSON has no word, is null.
+
+    Python writes NaN and Infinity by default, on which other readers (a browser's, for one) give up.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False, **options)
+    except ValueError:  # rare, so a long trace is not copied for nothing
+        return json.dumps(_finite(content), indent=indent, allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

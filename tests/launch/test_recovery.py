@@ -67,6 +67,10 @@ def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path: Path) -
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert resumed["epoch_results"] == whole["epoch_results"][-len(resumed["epoch_results"]) :]
     assert resumed["steps"] == whole["steps"] == 60
+    assert resumed["epochs"] == whole["epochs"] == 4
+    assert resumed["first_step"] == int(kept[0].removeprefix("step-"))
+    assert resumed["threads"] == [1, 1]
+    assert not any("threads" in text for text in texts), texts
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

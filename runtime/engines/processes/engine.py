@@ -20,7 +20,7 @@ from unlocked.runtime.control.ending import Verdict, end_process, error_line, la
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import steps_before
+from unlocked.runtime.engines.one_process import epochs_before, steps_before
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -89,6 +89,8 @@ class Processes(ProcessesOptions):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     worker = Worker(job, self, world, store, parts, client, device)
                     closing.callback(worker.stage.close)
+                    if hub is not None:
+                        hub.learn_threads(parts, worker.threads)
                     client.wait_started()
             # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker
             # died: this worker must live to say why.
@@ -232,7 +234,10 @@ def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mappi
     return RunResult(
         engine=job.engine,
         stages=names,
+        epochs_done=epochs_before(job.plan, worker.position),
         steps=steps_before(job.plan, worker.position),
+        first_step=steps_before(job.plan, job.start),
+        threads=worker.threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=payload["setup_seconds"],
         weights=unpack_tensors(payload["weights"]),

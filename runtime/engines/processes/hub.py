@@ -11,7 +11,13 @@ from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import complete_snapshot, steps_before, stop_position
+from unlocked.runtime.engines.one_process import (
+    complete_snapshot,
+    epochs_before,
+    steps_before,
+    stop_position,
+    warn_of_threads,
+)
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
@@ -32,6 +38,8 @@ class Hub:
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
+        self._threads: list[int] = []  # of every stage's process
+        self._layer_threads: dict[str, int] = {}
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
@@ -52,7 +60,7 @@ class Hub:
             port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
-            on_snapshot=partial(complete_snapshot, job),
+            on_snapshot=lambda position: complete_snapshot(job, position, self._layer_threads),
             stop_at=partial(stop_position, job),
             start_timeout=options.start_timeout,
             heartbeat_timeout=heartbeat_timeout(job),
@@ -66,6 +74,14 @@ class Hub:
             "costs": [sum(costs[i] for i in part) for part in parts],
             "settings": settings_of(job, options),
         }
+
+    def learn_threads(self, parts: Sequence[range], threads: Sequence[int]) -> None:
+        """Takes the number of threads of every stage's process, and warns of others than before a resume."""
+        self._threads = list(threads)
+        self._layer_threads = {
+            self._job.network.names[i]: n for part, n in zip(parts, threads, strict=True) for i in part
+        }
+        warn_of_threads(self._job, self._layer_threads)
 
     def close_sinks(self, message: str) -> None:
         """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one."""
@@ -88,7 +104,9 @@ class Hub:
             engine=job.engine,
             stages=names,
             epochs=self._coordinator.epochs,
+            epochs_done=epochs_before(job.plan, stages[0]["position"]),
             steps=steps_before(job.plan, stages[0]["position"]),
+            first_step=steps_before(job.plan, job.start),
             train_seconds=seconds,
             setup_seconds=stages[0]["setup_seconds"],
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
@@ -96,6 +114,7 @@ class Hub:
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
             busy_fraction=[payload["busy"] for payload in stages],
+            threads=self._threads,
             stopped_by=client.stopped.signal if client.stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],

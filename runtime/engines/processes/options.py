@@ -46,7 +46,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
         "transport": options.transport,
         "device": job.device.type,
     }
-    return dict(json.loads(json.dumps(settings)))
+    return dict(json.loads(json.dumps(settings, allow_nan=False)))
 
 
 def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -96,12 +96,12 @@ def exchange(
         try:
             content = {"value": produce()}
         except Exception as error:
-            store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}))
+            store.set(key, json.dumps({"error": str(error), "mistake": isinstance(error, ValueError)}, allow_nan=False))
             # This process may be the one that serves the store: the others must have read it before it ends.
             with contextlib.suppress(RuntimeError, TimeoutError):
                 await_keys(store, [f"{key}-seen-{rank}" for rank in range(1, world.size)], _SEEN_SECONDS)
             raise
-        store.set(key, json.dumps(content))
+        store.set(key, json.dumps(content, allow_nan=False))
         return content["value"]
     try:
         await_keys(store, [key], timeout)

@@ -48,7 +48,7 @@ class RollCall:
         self._thread = threading.Thread(target=self._run, name="roll-call", daemon=True)
         host = "127.0.0.1" if world.is_local else world.master_address
         place = {"host": host, "port": self._listener.getsockname()[1], "token": self._token.hex()}
-        store.set(_KEY, json.dumps(place))
+        store.set(_KEY, json.dumps(place, allow_nan=False))
         self._thread.start()
 
     def tell(self, verdict: Verdict) -> None:

@@ -14,7 +14,7 @@ from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.rendezvous import meet
 from unlocked.runtime.job import Job
-from unlocked.runtime.machine import own_cores, peak_memory_bytes
+from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.result import pack_tensors
 from unlocked.runtime.saving.snapshots import load_layers
@@ -72,8 +72,11 @@ class Worker:
         def layout(first_layer: int) -> SlotLayout:
             return SlotLayout(rows, job.network.output_shapes[first_layer - 1], job.storage)
 
+        store.set(f"threads-{world.rank}", str(threads_on(self.cores)))
         # Building a stage takes as long as it takes; the neighbours' time limit is for the run.
         meet(store, world, "stage-built", options.start_timeout)
+        self.threads = [int(store.get(f"threads-{rank}")) for rank in range(world.size)]
+        """Of every stage's process."""
         index, last = world.rank, world.size - 1
         inbox, outbox = link_stages(
             store,
@@ -113,6 +116,7 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
+        self.reporter.check_weights(self.position)
         if (
             self.client.stopped
             and self.job.settings.snapshot_dir

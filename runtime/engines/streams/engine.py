@@ -24,6 +24,8 @@ from unlocked.runtime.engines.one_process import (
     finish_result,
     save_stopped,
     stop_position,
+    threads_of,
+    warn_of_threads,
     write_stage_snapshot,
 )
 from unlocked.runtime.engines.pipeline import PipelineOptions
@@ -113,6 +115,7 @@ class _Run:
         if job.resume is not None:
             for lane in self.lanes:
                 load_layers(job.resume, lane.stage.layers)
+            warn_of_threads(job, threads_of(job))
         self.fan_out = FanOut(make_sinks())
         self.outlet = LocalOutlet(self.fan_out, len(self.lanes), job.lr_factor)
         self.fan_out.on_start(job.run_info(self.parts))
@@ -180,6 +183,8 @@ class _Run:
             raise
         seconds = time.perf_counter() - began
         self._collect(wait=True)
+        for reporter in self.reporters:
+            reporter.check_weights(self._end)
         return seconds
 
     def _run_segment(self, signals: StopSignals) -> None:

@@ -1,5 +1,6 @@
 """Files are written whole: whatever happens in the middle, a reader finds the old file or the new one."""
 
+import json
 import os
 import signal
 import stat
@@ -7,10 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.saving.whole_file import json_text, whole_file, write_json, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -103,3 +107,35 @@ def test_long_names_have_room(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
     write_whole(path, "text")
     assert path.read_text() == "text"
+
+
+_NUMBERS = st.floats() | st.integers() | st.booleans() | st.none() | st.text(max_size=3)
+_CONTENT = st.recursive(
+    _NUMBERS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+)
+
+
+@given(_CONTENT)
+def test_json_is_json_whatever_the_numbers(content: Any) -> None:
+    """The truth: a reader that knows no NaN and no infinity finds each of them null, and everything else as it was."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    def expect(value: Any) -> Any:
+        if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+            return None
+        if isinstance(value, dict):
+            return {name: expect(item) for name, item in value.items()}
+        return [expect(item) for item in value] if isinstance(value, list) else value
+
+    assert json.loads(json_text(content), parse_constant=refuse) == expect(content)
+
+
+def test_a_json_file_ends_in_a_line(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "a.json", {"loss": float("nan"), "where": tmp_path, "rows": (1.5, float("-inf"))}, default=str
+    )
+    text = (tmp_path / "a.json").read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"loss": None, "where": str(tmp_path), "rows": [1.5, None]}
