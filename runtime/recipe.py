@@ -84,6 +84,7 @@ class Recipe(Settings):
     temperature: float = setting(0.5, "the local scores are divided by it")
     label_smoothing: float = setting(0.0, "of the local losses")
     dropout: float = setting(0.0, "between the blocks")
+    drop_last: bool = setting(False, "leave out the last training micro-batch of an epoch where it would be smaller")
     max_steps: int | None = setting(None, "stop after that many training micro-batches")
     no_eval: bool = setting(False, "train only")
     summary: Path | None = setting(None, "write a JSON summary here")
@@ -155,6 +156,7 @@ class Recipe(Settings):
             eval_data=None if self.no_eval else test,
             eval_batch_size=self.test_batch_size,
             max_steps=self.max_steps,
+            drop_last=self.drop_last,
         )
 
 
@@ -272,7 +274,7 @@ _FIGURES = (
     *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
     *("measured_stage_seconds", "stopped_by"),
 )
-_TOLD = ("model", "training_mode", "dataset", "batch_size", "seed", "device", "precision")
+_TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")
 
 
 def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def _plan(request: Request, train: ImageDataset, test: ImageDataset) -> StreamPl
         eval_batch_size=recipe.test_batch_size,
         statistics_batches=recipe.statistics_batches,
         max_steps=recipe.max_steps,
+        drop_last=recipe.drop_last,
     )
 
 

@@ -7,6 +7,7 @@ micro-batches as at the end of its epoch, and a schedule-free optimizer's weight
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -110,15 +111,16 @@ def score_snapshot(
         for key, value in _averaged(network, name, state).items()
     }
     _fill(network, _without_rules(network, tensors))
-    per_epoch = -(-len(train) // settings["batch_size"])
-    plan = StreamPlan(
-        epochs=(snapshot.steps - 1) // per_epoch + 1,
+    one_epoch = StreamPlan(
+        epochs=1,
         train_size=len(train),
         batch_size=settings["batch_size"],
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=settings["statistics_batches"],
+        drop_last=settings.get("drop_last", False),  # there was no such setting once
     )
+    plan = replace(one_epoch, epochs=(snapshot.steps - 1) // one_epoch.steps_per_epoch + 1)
     start = len(plan) - plan.statistics_per_epoch - plan.evaluations_per_epoch
     precision = settings["precision"]
     if whole:
