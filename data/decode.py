@@ -38,8 +38,9 @@ def decode_into(
     """array[row] = the image of each path: uint8 [C, H, W] of an array [N, C, H, W].
 
     Args:
-        resize: scale every image so that its shorter side has this many pixels (bilinear, anti-aliased, as torchvision
-            scales), and cut H x W out of the middle. None: every image must be H x W.
+        resize: scale every image so that its shorter side has this many pixels, or, where H and W differ, so that it
+            just covers H x W (bilinear, anti-aliased, as torchvision scales), and cut H x W out of the middle. None:
+            every image must be H x W.
         example: the file that H x W comes from, for messages.
 
     Raises:
@@ -94,7 +95,12 @@ def _opened(path: Path) -> Any:
 
 
 def _scaled(image: Any, shorter: int, height: int, width: int) -> Any:
-    size = [shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size]
+    if height == width:
+        size = [shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size]
+    elif image.width * height >= image.height * width:
+        size = [image.width * height // image.height, height]
+    else:
+        size = [width, image.height * width // image.width]
     if size != list(image.size):
         image = image.resize(size, _pillow().Resampling.BILINEAR)
     top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)

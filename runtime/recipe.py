@@ -23,6 +23,7 @@ from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
 
@@ -48,7 +49,9 @@ class Recipe(Settings):
         "--dataset-dir)",
     )
     dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts")
-    image_size: int | None = setting(None, "side in pixels that --dataset folder scales its images to")
+    image_size: int | tuple[int, ...] | None = setting(
+        None, "side in pixels, or height and width, that --dataset folder scales its images to, and of synthetic ones"
+    )
     model: str = setting("SmallConv", "with or without the prefix LLS_ or DFA_")
     num_epochs: int = setting(10, "passes over the training data")
     lr: float = setting(0.01, "initial learning rate", above=0)
@@ -123,6 +126,24 @@ class Recipe(Settings):
         """
         sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
         return load_dataset(self.dataset, self.dataset_dir, **sizes)
+
+    def plan(self, train: ImageDataset, test: ImageDataset) -> StreamPlan:
+        """The stream that `fit` makes of the data.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        return StreamPlan(
+            epochs=self.num_epochs,
+            train_size=len(train),
+            batch_size=self.batch_size,
+            eval_size=0 if self.no_eval else len(test),
+            eval_batch_size=self.test_batch_size,
+            statistics_batches=self.statistics_batches,
+            snapshot_every=self.snapshot_every,
+            max_steps=self.max_steps,
+            drop_last=self.drop_last,
+        )
 
     def trainer(self, data: ImageDataset, kind: Callable[..., Trainer] = Trainer, **other: Any) -> Trainer:
         """The trainer for samples like those of `data`.
@@ -219,9 +240,9 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
     name = recipe.model
     if name.startswith("DFA_"):
         name = name.removeprefix("DFA_").removesuffix("MNIST")
-    channels, height, _ = data.image_shape
+    channels, *sides = data.image_shape
     blocks = get_model(
-        name, in_channels=channels, num_classes=data.num_classes, image_size=height, dropout=recipe.dropout
+        name, in_channels=channels, num_classes=data.num_classes, image_size=sides, dropout=recipe.dropout
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)
