@@ -85,7 +85,7 @@ def _close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "cpp", "triton"])
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(case=norm_cases())
 def test_norm_act(name: str, case: dict[str, Any], kernel_device: str) -> None:
     backend = _backend(name, kernel_device)
@@ -137,7 +137,7 @@ def head_cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["torch", "cpp", "triton"])
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(case=head_cases())
 def test_local_head(name: str, case: dict[str, Any], kernel_device: str) -> None:
     backend = _backend(name, kernel_device)
