@@ -57,9 +57,10 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
     model = make_model(recipe, train)
     layers = tuple(block.name for block in model)
     network = build_network(model, input_shape=train.image_shape, num_classes=train.num_classes, seed=recipe.seed)
-    for kind, wanted in (("speed", options.repeats), ("accuracy", options.epochs and options.seeds)):
-        if wanted:
-            check_batch_statistics(network.batch_statistics, _recipe(options, kind).plan(train, test))
+    kinds: list[RunKind] = ["speed"] * bool(options.repeats)
+    kinds += ["accuracy"] * bool(options.epochs and options.seeds)
+    for kind in kinds:
+        check_batch_statistics(network.batch_statistics, _recipe(options, kind).plan(train, test))
     del model, network
     settings = ComparisonSettings(
         command=options.command,

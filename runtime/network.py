@@ -149,7 +149,14 @@ def backpropagation_network(network: Network) -> Network:
         reduced_rank=last.reduced_rank,
         seed=last.seed,
     )
-    return Network([block], [info], [network.output_shapes[-1]], network.input_shape, network.input_dtype)
+    return Network(
+        [block],
+        [info],
+        [network.output_shapes[-1]],
+        network.input_shape,
+        network.input_dtype,
+        network.batch_statistics,
+    )
 
 
 def build_layer(

@@ -21,6 +21,7 @@ from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy
+from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
@@ -231,7 +232,12 @@ def _stage(
     device: str,
     precision: str,
 ) -> Stage:
-    """All layers and the data of the plan's items from `start` on."""
+    """All layers and the data of the plan's items from `start` on.
+
+    Raises:
+        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
+    """
+    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
     check_device(device)
     place = torch.device(device)
     check_precision(precision, place)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
@@ -68,3 +69,13 @@ def test_a_snapshot_of_epochs_without_their_rest(tmp_path: Path) -> None:
     assert fit(drop_last=False, snapshot_dir=tmp_path / "again", resume=manifest.parent).steps == 6
     with pytest.raises(ValueError, match="drop_last is True but was False"):
         fit(snapshot_dir=tmp_path, resume=manifest.parent)
+
+
+def test_an_evaluation_too_small_for_a_layer_without_running_statistics() -> None:
+    _, test = load_synthetic(num_train=1, num_test=5, num_classes=3, image_size=2, seed=2)
+    model = [nn.Flatten(), nn.BatchNorm1d(12, track_running_stats=False), nn.Linear(12, 3)]
+    weights = {"batchnorm1d2.block.body.weight": torch.ones(12), "batchnorm1d2.block.body.bias": torch.zeros(12)}
+    weights |= {"linear3.block.body.weight": torch.ones(3, 12), "linear3.block.body.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"layer batchnorm1d2 .*5 evaluation rows in micro-batches of 4 give one of 1"):
+        score_weights(model, weights, test, batch_size=4)
+    assert score_weights(model, weights, test, batch_size=5).loss > 0
