@@ -185,11 +185,11 @@ class LossCurve(MetricsSink):
 def losses(options: argparse.Namespace) -> dict[str, Any]:
     """Trains one epoch, or `--max-steps` of it, by LLS with Adam."""
     train, _ = load_dataset(options.dataset, options.dataset_dir)
-    channels, height, _ = train.image_shape
+    channels, *sides = train.image_shape
     freq = max(options.max_steps // options.intervals, 1)
     curve = LossCurve(freq * options.batch_size)
     trainer = Trainer(
-        get_model(options.model, in_channels=channels, num_classes=train.num_classes, image_size=height),
+        get_model(options.model, in_channels=channels, num_classes=train.num_classes, image_size=sides),
         rule=LLS(),
         optimizer=partial(torch.optim.Adam, lr=options.lr),
         print_freq=freq,

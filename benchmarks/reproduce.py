@@ -184,9 +184,9 @@ def train_cell(
     from unlocked.rules import get_rule
 
     train, test = data
-    channels, side, _ = train.image_shape
+    channels, *sides = train.image_shape
     trainer = Trainer(
-        get_model(settings["model"], in_channels=channels, num_classes=train.num_classes, image_size=side),
+        get_model(settings["model"], in_channels=channels, num_classes=train.num_classes, image_size=sides),
         rule=get_rule(rule, label_smoothing=0.0, **{key: settings[key] for key in ("temperature", "waveform")}),
         optimizer=partial(optimizer_class(optimizer), lr=settings["lr"]),
         seed=seed,

@@ -177,8 +177,8 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
         contender, _ = _adapt(contender)
     torch.backends.cudnn.benchmark = True  # for all alike: the library times its algorithms in the warm-up
     train, test = _load(options.dataset, options.dataset_dir, options.train_size)
-    channels, height, _ = train.image_shape
-    model = get_model(contender.model, in_channels=channels, num_classes=train.num_classes, image_size=height)
+    channels, *sides = train.image_shape
+    model = get_model(contender.model, in_channels=channels, num_classes=train.num_classes, image_size=sides)
     rule: Any = "BP"
     if contender.rule != "BP":
         rule = get_rule(contender.rule, temperature=0.5, label_smoothing=0.0, waveform="cosine")

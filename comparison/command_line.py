@@ -46,8 +46,8 @@ class CompareOptions:
 
 
 _SHARED = (
-    *("dataset", "dataset_dir", "model", "lr", "batch_size", "test_batch_size", "weight_decay", "momentum"),
-    *("optimizer", "waveform", "temperature", "label_smoothing", "seed", "precision"),
+    *("dataset", "dataset_dir", "image_size", "model", "lr", "batch_size", "drop_last", "test_batch_size"),
+    *("weight_decay", "momentum", "optimizer", "waveform", "temperature", "label_smoothing", "seed", "precision"),
 )
 """The recipe's settings that the command line gives for all contenders, beside the device."""
 

@@ -24,6 +24,8 @@ from unlocked.comparison.results import (
 )
 from unlocked.comparison.rival.forms import forms_to_try
 from unlocked.kernels.precision import check_precision
+from unlocked.runtime.batch_statistics import check_batch_statistics
+from unlocked.runtime.network import build_network
 from unlocked.runtime.recipe import Recipe, make_model, make_optimizer, make_rule
 
 __all__ = ["make_run", "measure"]
@@ -52,7 +54,14 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
     make_optimizer(recipe)
     make_rule(recipe)
     train, test = recipe.load_data()
-    layers = tuple(block.name for block in make_model(recipe, train))
+    model = make_model(recipe, train)
+    layers = tuple(block.name for block in model)
+    network = build_network(model, input_shape=train.image_shape, num_classes=train.num_classes, seed=recipe.seed)
+    kinds: list[RunKind] = ["speed"] * bool(options.repeats)
+    kinds += ["accuracy"] * bool(options.epochs and options.seeds)
+    for kind in kinds:
+        check_batch_statistics(network.batch_statistics, _recipe(options, kind).plan(train, test))
+    del model, network
     settings = ComparisonSettings(
         command=options.command,
         dataset=recipe.dataset,
@@ -219,12 +228,8 @@ class _Session:
         self.announce(f"forms | {entry.spec.name}: {entry.form.chunks} chunks, {stages}: {rates[best]:,.0f} images/s")
 
     def _request(self, entry: _Entry, kind: RunKind, seed: int) -> Request:
-        options = self.options
-        if kind == "speed":
-            recipe = replace(options.recipe, num_epochs=_MANY, max_steps=options.speed_steps, no_eval=True)
-        else:
-            recipe = replace(options.recipe, num_epochs=options.epochs, no_eval=False)
-        return replace(self._message(entry.spec, "train", replace(recipe, seed=seed)), form=entry.form)
+        recipe = replace(_recipe(self.options, kind), seed=seed)
+        return replace(self._message(entry.spec, "train", recipe), form=entry.form)
 
     def _message(self, spec: Spec, task: Task, recipe: Recipe) -> Request:
         return Request(
@@ -244,6 +249,13 @@ class _Session:
     def _fail(self, entry: _Entry, error: Exception) -> None:
         entry.reason = str(error)
         self.announce(f"failed | {entry.spec.name}: {error}")
+
+
+def _recipe(options: CompareOptions, kind: RunKind) -> Recipe:
+    """What all contenders train in a run of this kind."""
+    if kind == "speed":
+        return replace(options.recipe, num_epochs=_MANY, max_steps=options.speed_steps, no_eval=True)
+    return replace(options.recipe, num_epochs=options.epochs, no_eval=False)
 
 
 _WITH_TIMELINE = {("LLS", "processes"), ("BP", "1F1B")}

@@ -52,8 +52,9 @@ def decode_into(
     The first frame of several; the EXIF orientation is not applied, as torchvision's ImageFolder doesn't.
 
     Args:
-        resize: scale every image so that its shorter side has this many pixels (bilinear, anti-aliased, as torchvision
-            scales), and cut H x W out of the middle. None: every image must be H x W.
+        resize: scale every image so that its shorter side has this many pixels, or, where H and W differ, so that it
+            just covers H x W (bilinear, anti-aliased, as torchvision scales), and cut H x W out of the middle. None:
+            every image must be H x W.
         example: the file that H x W comes from, for messages.
 
     Raises:
@@ -77,7 +78,7 @@ def _decode_into(
                     f"image {path} is {image.height} x {image.width} pixels, but {example} is {height} x {width}; give "
                     "image_size (--image-size) to have all images scaled and cropped to one size"
                 )
-            size = image.size if resize is None else _scaled_size(image, resize, path)
+            size = image.size if resize is None else _scaled_size(image, resize, height, width, path)
             try:
                 whole = _eight_bits(image, "L" if channels == 1 else "RGB")
                 pixels = np.asarray(whole if resize is None else _scaled(whole, size, height, width))
@@ -177,17 +178,23 @@ def _eight_bits(image: Any, wanted: str) -> Any:
     return image.convert(wanted)
 
 
-def _scaled_size(image: Any, shorter: int, path: str) -> tuple[int, int]:
-    """(width, height) of the image when its shorter side has `shorter` pixels."""
-    least = min(image.size)
-    width, height = (shorter if side == least else int(shorter * side / least) for side in image.size)
+def _scaled_size(image: Any, shorter: int, height: int, width: int, path: str) -> tuple[int, int]:
+    """(width, height) of the image when its shorter side has `shorter` pixels, or, where H and W differ, when it just
+    covers H x W."""
+    if height == width:
+        least = min(image.size)
+        columns, rows = (shorter if side == least else int(shorter * side / least) for side in image.size)
+    elif image.width * height >= image.height * width:
+        columns, rows = image.width * height // image.height, height
+    else:
+        columns, rows = width, image.height * width // image.width
     limit = pixel_limit()
-    if limit is not None and width * height > limit:
+    if limit is not None and columns * rows > limit:
         raise ValueError(
-            f"image {path} is {image.height} x {image.width} pixels, and {height} x {width} when its shorter side is "
-            f"scaled to {shorter}: more than the limit of {limit} pixels. {_HOW_TO_RAISE}"
+            f"image {path} is {image.height} x {image.width} pixels, and {rows} x {columns} when it is scaled to "
+            f"{height} x {width}: more than the limit of {limit} pixels. {_HOW_TO_RAISE}"
         )
-    return width, height
+    return columns, rows
 
 
 def _scaled(image: Any, size: tuple[int, int], height: int, width: int) -> Any:

@@ -7,6 +7,7 @@ written.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from unlocked.data.dataset import ImageDataset
 from unlocked.data.decode import image_size as size_of
 from unlocked.data.download import Archive, obtain
 from unlocked.data.listing import Listing, class_names, list_by_class
+from unlocked.kernels.images import sides_of
 
 __all__ = ["default_cache_dir", "load_folder", "load_imagenette", "load_imagenette_basic", "load_listings"]
 
@@ -34,7 +36,7 @@ def load_folder(
     *,
     name: str = "folder",
     dataset_dir: Path = Path("datasets"),
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     channels: int = 3,
     cache_dir: Path | None = None,
     workers: int | None = None,
@@ -45,8 +47,9 @@ def load_folder(
     files are read says `unlocked.data.listing`, what they become docs/data.md.
 
     Args:
-        image_size: scale the shorter side to this many pixels and cut the square in the middle out. None: all images
-            must have one size.
+        image_size: scale the shorter side to this many pixels and cut the square in the middle out; or, given height
+            and width, scale until these are just covered, and cut them out of the middle. None: all images must have
+            one size.
         channels: 3 (RGB) or 1 (grey): what images are converted to.
         cache_dir: where decoded images are kept; None: `dataset_dir`/.decoded.
         workers: processes that decode; None: one per CPU.
@@ -56,8 +59,10 @@ def load_folder(
     """
     if channels not in (1, 3):
         raise ValueError(f"dataset {name}: channels is 1 (grey) or 3 (RGB), got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"dataset {name}: image_size is a positive number of pixels, got {image_size}")
+    try:
+        sides = None if image_size is None else sides_of(image_size)
+    except ValueError as error:
+        raise ValueError(f"dataset {name}: {error}") from None
     train_dir = dataset_dir / "train"
     test_dir = next((dataset_dir / word for word in _TEST_FOLDERS if (dataset_dir / word).is_dir()), None)
     if not train_dir.is_dir() or test_dir is None:
@@ -72,8 +77,8 @@ def load_folder(
         list_by_class(train_dir, classes),
         list_by_class(test_dir, classes),
         classes,
-        size=image_size,
-        resize=image_size,
+        size=sides,
+        resize=None if sides is None else min(sides),
         channels=channels,
         cache_dir=cache_dir or default_cache_dir(dataset_dir),
         workers=workers,
@@ -144,7 +149,7 @@ def _imagenette(
         list_by_class(folder / "train", wnids),
         list_by_class(folder / "val", wnids),
         tuple(_IMAGENETTE_CLASSES.values()),
-        size=shorter,
+        size=(shorter, shorter),
         resize=shorter,
         margin=(shorter - _CUT_SIZE) // 2,
         imagenet_statistics=True,
@@ -159,7 +164,7 @@ def load_listings(
     test: Listing,
     classes: tuple[str, ...],
     *,
-    size: int | None,
+    size: tuple[int, int] | None,
     resize: int | None,
     cache_dir: Path,
     margin: int = 0,
@@ -170,13 +175,13 @@ def load_listings(
     """Both splits from their files.
 
     Args:
-        size: side of the square that is kept; None: as the first training image, and all must be like it.
+        size: height and width of what is kept; None: as the first training image, and all must be like it.
         resize, workers: see `unlocked.data.cache`.
         margin: of the datasets, see `ImageDataset`.
         imagenet_statistics: normalise by ImageNet's mean and std instead of the training set's own.
     """
     example = train.root / train.paths[0]
-    height, width = (size, size) if size is not None else size_of(example)
+    height, width = size if size is not None else size_of(example)
     cached = [
         cached_images(
             ImageFiles(

@@ -90,7 +90,7 @@ def load_vww(
         train,
         test,
         classes,
-        size=_VWW_SHORTER,
+        size=(_VWW_SHORTER, _VWW_SHORTER),
         resize=_VWW_SHORTER,
         margin=(_VWW_SHORTER - _VWW_CUT) // 2,
         imagenet_statistics=True,

@@ -4,11 +4,14 @@ An image is a smooth pattern of its class, plus a weaker smooth pattern drawn at
 integer arithmetic on numbers from numpy's Philox bit stream, so every machine makes the same bytes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from unlocked.data.dataset import ImageDataset, channel_statistics
+from unlocked.kernels.images import sides_of
 from unlocked.kernels.philox import Purpose, philox_int
 
 __all__ = ["load_synthetic"]
@@ -31,10 +34,13 @@ def load_synthetic(
     num_test: int = 10_000,
     num_classes: int = 10,
     channels: int = 3,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Training and test split, of CIFAR-10's size by default.
+
+    Args:
+        image_size: side of square images in pixels, or height and width of others.
 
     Raises:
         ValueError: a size is not positive.
@@ -44,12 +50,14 @@ def load_synthetic(
         "num_test": num_test,
         "num_classes": num_classes,
         "channels": channels,
-        "image_size": image_size,
     }
     for word, size in sizes.items():
         if size < 1:
             raise ValueError(f"dataset {name}: {word} is a positive integer, got {size}")
-    shape = (channels, image_size, image_size)
+    try:
+        shape = (channels, *sides_of(image_size))
+    except ValueError as error:
+        raise ValueError(f"dataset {name}: {error}") from None
     patterns = _patterns(_stream(seed, 0), num_classes, shape, _CLASS_RANGE)
     distractors = _patterns(_stream(seed, 1), _DISTRACTORS, shape, _DISTRACTOR_RANGE)
     train_images, train_labels = _draw(_stream(seed, 2), num_train, patterns, distractors)

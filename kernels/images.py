@@ -15,6 +15,7 @@ The order of the steps is that of the usual torchvision pipeline: random crop of
 horizontal flip, normalisation, random erasing with 0.0.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from unlocked.kernels.philox import Purpose, keyed_uniform
 
-__all__ = ["ERASE_BOXES", "check_load_batch", "load_batch", "make_erase_boxes"]
+__all__ = ["ERASE_BOXES", "check_load_batch", "load_batch", "make_erase_boxes", "sides_of"]
 
 ERASE_BOXES = 4096  # boxes in the table: a draw of 24 bits picks each with the same probability
 
@@ -122,6 +123,19 @@ def make_erase_boxes(height: int, width: int, device: torch.device | str = "cpu"
         boxes[fits] = sides[fits]
         missing &= ~fits
     return torch.from_numpy(boxes).to(device)
+
+
+def sides_of(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels of images whose size is one number, for squares, or two.
+
+    Raises:
+        ValueError: anything else, or a side that is not positive.
+    """
+    sides = [image_size] if isinstance(image_size, int) else list(image_size)
+    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side >= 1 for side in sides):
+        given = sides[0] if len(sides) == 1 else tuple(sides)
+        raise ValueError(f"image_size is a positive integer, or two of them (height and width), got {given}")
+    return sides[0], sides[-1]
 
 
 def check_load_batch(

@@ -25,6 +25,7 @@ from unlocked.kernels.images import load_batch
 __all__ = [
     "ABILITIES",
     "HeadResult",
+    "Layout",
     "NormActResult",
     "PoolKind",
     "label_ranks",
@@ -43,6 +44,8 @@ ABILITIES = Abilities(devices=frozenset({"cpu", "cuda"}), closed_form=False, in_
 
 NORM_EPS = 1e-12  # the clamp of torch.nn.functional.normalize, which the authors use
 PoolKind = Literal["none", "max", "average"]
+Layout = Literal["channels_first", "tokens"]
+"""What [B, X, Y] is: C channels of L places [B, C, L], or T tokens of D features [B, T, D]."""
 
 
 def unavailable(device: torch.device | str) -> str:
@@ -85,20 +88,30 @@ def make_basis(rows: int, dim: int, waveform: str = "cosine", device: torch.devi
     return (wave.sign() if waveform == "square" else wave).contiguous().to(device)
 
 
-def pool_latents(activations: Tensor, latent_size: int) -> Tensor:
+def pool_latents(activations: Tensor, latent_size: int, layout: Layout | None = None) -> Tensor:
     """Latents z of activations: averages over adaptive windows, p of them where p is `latent_size`.
 
-    [B, C, H, W] -> [B, C p p]: p x p windows of each channel's plane. [B, T, D] -> [B, D p]: a token sequence is the
-    same in one dimension, p pieces of the sequence for each of its D features (p = 1: the mean token).
-    [B, D] -> [B, p]: windows of neighbouring features.
+    [B, C, H, W] -> [B, C p p]: p x p windows of each channel's plane. [B, C, L] -> [B, C p]: the same in one dimension,
+    and so are tokens [B, T, D] -> [B, D p], p pieces of the sequence for each of its D features (p = 1: the mean
+    token). [B, D] -> [B, p]: windows of neighbouring features.
+
+    Args:
+        layout: which of the two an activation of three dimensions is; of others it says nothing.
+
+    Raises:
+        ValueError: activations of another number of dimensions, or of three and an unknown layout.
     """
     if activations.dim() == 4:
         return F.adaptive_avg_pool2d(activations, latent_size).flatten(1)
-    if activations.dim() == 3:
-        return F.adaptive_avg_pool1d(activations.transpose(1, 2), latent_size).flatten(1)
+    if activations.dim() == 3 and layout is not None:
+        rows = activations if layout == "channels_first" else activations.transpose(1, 2)
+        return F.adaptive_avg_pool1d(rows, latent_size).flatten(1)
     if activations.dim() == 2:
         return F.adaptive_avg_pool1d(activations[:, None], latent_size)[:, 0]
-    raise ValueError(f"latents need activations [B, C, H, W], [B, T, D] or [B, D], got {tuple(activations.shape)}")
+    raise ValueError(
+        "latents need activations [B, C, H, W], [B, D], or [B, C, L] or [B, T, D] with their layout, got "
+        f"{tuple(activations.shape)} with layout {layout}"
+    )
 
 
 def local_head(

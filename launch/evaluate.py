@@ -90,7 +90,7 @@ def _parser() -> LineParser:
     add("--training-mode", help="the run's; decides the activation function of DRTP's networks")
     add("--dataset")
     add("--dataset-dir", type=_path)
-    add("--image-size", type=int, help="side in pixels that the run scaled the images of a folder to")
+    add("--image-size", type=int, nargs="+", help="side, or height and width, of the run's folder or synthetic images")
     add("--test-batch-size", type=int)
     add("--device", default="cpu", help="cpu, cuda or cuda:INDEX")
     add("--summary", type=_path, help="write the figures here, as JSON")

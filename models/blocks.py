@@ -8,10 +8,11 @@ the latents' size, the width of the random feedback, the rows of the reduced bas
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
+from unlocked.kernels.reference import Layout
 from unlocked.models.dropout import KeyedDropout, replace_dropout
 
 __all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "OutputBlock", "Pool", "use_tanh"]
@@ -25,15 +26,18 @@ class Block(nn.Module):
 
     Args:
         name: unique among the blocks of a network; in summaries, snapshots and errors.
-        body: input -> activations [B, C, H, W] or [B, D] that the local rule sees. Owns all parameters.
+        body: input -> activations [B, C, H, W], [B, C, L], [B, T, D] or [B, D] that the local rule sees. Owns all
+            parameters.
         tail: activations -> what the next layer reads. No parameters. None: the activations themselves.
         latent_size: side p of the latents' pooling; for activations [B, D] the number of latents.
         hidden: width of R in the *_Random rules and LocalLosses.
         reduced_rank: rows r of the basis in LLS_MxM_reduced.
         is_output: the activations are the class scores and train on plain cross-entropy.
+        layout: what activations [B, X, Y] are: "channels_first" [B, C, L], as 1-d convolutions give them, or "tokens"
+            [B, T, D]. None: as the operations that make them tell.
 
     Raises:
-        ValueError: an empty name, a size below 1, or parameters in the tail.
+        ValueError: an empty name, a size below 1, an unknown layout, or parameters in the tail.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Block(nn.Module):
         hidden: int | None = None,
         reduced_rank: int | None = None,
         is_output: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         if not name:
@@ -53,6 +58,8 @@ class Block(nn.Module):
         for word, size in {"latent_size": latent_size, "hidden": hidden, "reduced_rank": reduced_rank}.items():
             if size is not None and size < 1:
                 raise ValueError(f"block {name}: {word} is a positive integer or None, got {size}")
+        if layout not in (None, *get_args(Layout)):
+            raise ValueError(f"block {name}: layout {layout!r} is not known; valid: {', '.join(get_args(Layout))}")
         tail = nn.Identity() if tail is None else tail
         if found := [key for key, _ in tail.named_parameters()]:
             raise ValueError(
@@ -65,6 +72,7 @@ class Block(nn.Module):
         self.hidden = hidden
         self.reduced_rank = reduced_rank
         self.is_output = is_output
+        self.layout: Layout | None = layout
         replace_dropout(self)
 
     @staticmethod
@@ -76,10 +84,17 @@ class Block(nn.Module):
         hidden: int | None = None,
         reduced_rank: int | None = None,
         is_output: bool = False,
+        layout: Layout | None = None,
     ) -> "Block":
         """A block of any module: its output is both what the rule sees and what the next layer reads."""
         return Block(
-            name, module, latent_size=latent_size, hidden=hidden, reduced_rank=reduced_rank, is_output=is_output
+            name,
+            module,
+            latent_size=latent_size,
+            hidden=hidden,
+            reduced_rank=reduced_rank,
+            is_output=is_output,
+            layout=layout,
         )
 
     def forward(self, x: Tensor) -> Tensor:

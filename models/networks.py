@@ -4,9 +4,11 @@ What a row says: kind, width, latent size, stride, and whether a 2x2 max pool fo
 block ends in an adaptive average pool; a linear block reads its output flattened.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from unlocked.kernels.images import sides_of
 from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
 
 __all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
@@ -103,14 +105,19 @@ _MOBILENET_V1 = _Network(
 
 
 def small_conv(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int | Sequence[int] = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
 ) -> list[Block]:
     """SmallConv: three convolutional blocks (32, 64, 128), one linear block (512), the output layer.
 
     Args:
-        in_channels: of the images [B, in_channels, image_size, image_size].
+        in_channels: of the images [B, in_channels, height, width].
         num_classes: the output layer's width.
-        image_size: side of the square images in pixels.
+        image_size: side of square images in pixels, or height and width of others.
         dropout: probability, after every pool.
         upsample: the authors' adaptive pools repeat values where they are asked for more than there are (SmallConvL's
             2048 latents of 1024 activations, VGG11's 8 x 8 of 2 x 2 pixels at 32). False: no pool gives more values
@@ -123,7 +130,12 @@ def small_conv(
 
 
 def small_conv_l(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int | Sequence[int] = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
 ) -> list[Block]:
     """SmallConvL: SmallConv with widths 96, 192, 512 and 1024. Arguments and errors as `small_conv`.
 
@@ -134,14 +146,24 @@ def small_conv_l(
 
 
 def vgg8(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int | Sequence[int] = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
 ) -> list[Block]:
     """VGG8: six convolutional blocks and one linear block. Arguments and errors as `small_conv`."""
     return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample)
 
 
 def vgg11(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int | Sequence[int] = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
 ) -> list[Block]:
     """VGG11: eight convolutional blocks and two linear blocks. Arguments and errors as `small_conv`.
 
@@ -154,7 +176,7 @@ def vgg11(
 def mobilenet_v1(
     in_channels: int = 3,
     num_classes: int = 10,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     dropout: float = 0.0,
     *,
     same_padding: bool = False,
@@ -171,7 +193,7 @@ def mobilenet_v1(
 def mobilenet_v1_small(
     in_channels: int = 3,
     num_classes: int = 10,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     dropout: float = 0.0,
     *,
     same_padding: bool = False,
@@ -186,37 +208,38 @@ def _build(
     network: _Network,
     in_channels: int,
     num_classes: int,
-    image_size: int,
+    image_size: int | Sequence[int],
     dropout: float,
     same_padding: bool = False,
     upsample: bool = True,
 ) -> list[Block]:
-    for word, size in {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}.items():
+    for word, size in {"in_channels": in_channels, "num_classes": num_classes}.items():
         if size < 1:
             raise ValueError(f"{word} is a positive integer, got {size}")
+    height, width = sides_of(image_size)
     blocks: list[Block] = []
     counts = {"conv": 0, "depthwise": 0, "linear": 0}
     last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
-    features, side = in_channels, image_size
+    features, sides = in_channels, [height, width]
     for i, row in enumerate(network.rows):
         counts[row.kind] += 1
         name = f"{row.kind}{counts[row.kind]}"
         pool: Pool = "average" if i == last_conv else "max" if row.max_pool else "none"
         if row.kind != "linear":
             padding = row.stride if row.kind == "depthwise" and not same_padding else 1
-            side = (side + 2 * padding - 3) // row.stride + 1
-        if pool == "max" and side < 2:
+            sides = [(side + 2 * padding - 3) // row.stride + 1 for side in sides]
+        if pool == "max" and min(sides) < 2:
             raise ValueError(
-                f"block {name}: a 2x2 max pool needs at least 2 x 2 pixels, got {side} x {side}"
-                f" from images of {image_size} x {image_size}; use larger images or a network with fewer pools"
+                f"block {name}: a 2x2 max pool needs at least 2 x 2 pixels, got {sides[0]} x {sides[1]}"
+                f" from images of {height} x {width}; use larger images or a network with fewer pools"
             )
         if not upsample:
-            most = row.width if row.kind == "linear" else side
+            most = row.width if row.kind == "linear" else min(sides)
             row = row._replace(latent_size=min(row.latent_size, most))
-            network = replace(network, average=min(network.average, side)) if i == last_conv else network
+            network = replace(network, average=min(network.average, *sides)) if i == last_conv else network
         blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
         features = row.width * (network.average**2 if i == last_conv else 1)
-        side //= 2 if pool == "max" else 1
+        sides = [side // 2 for side in sides] if pool == "max" else sides
     blocks.append(OutputBlock(features, num_classes))
     return blocks
 

@@ -1,6 +1,6 @@
 """Networks by the authors' names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from unlocked.models.blocks import Block
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
@@ -22,7 +22,7 @@ def get_model(
     *,
     in_channels: int = 3,
     num_classes: int = 10,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     dropout: float = 0.0,
     same_padding: bool = False,
     upsample: bool = True,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, philox_int
-from unlocked.kernels.reference import HeadResult
+from unlocked.kernels.reference import HeadResult, Layout
 
 __all__ = ["CrossEntropy", "HeadArguments", "LayerInfo", "LocalRule", "Rule"]
 
@@ -35,15 +35,17 @@ class LayerInfo:
     index: int
     """Place in the network, from 0."""
     activation_shape: tuple[int, ...]
-    """Shape of one sample's activations: (C, H, W), (T, D) or (D,)."""
+    """Shape of one sample's activations: (C, H, W), (C, L), (T, D) or (D,)."""
     num_classes: int
     latent_size: int
-    """p, the side of the latents' pooling; for (T, D) the pieces of the sequence, for (D,) the number of latents."""
+    """p, the side of the latents' pooling; for (C, L), (T, D) the pieces of L or T, for (D,) the number of latents."""
     hidden: int
     """Width of the random feedback R of the `*_Random` rules and LocalLosses."""
     reduced_rank: int
     """Rows r of LLS_MxM_reduced's basis."""
     seed: int
+    layout: Layout | None = None
+    """Of two-dimensional activations: "channels_first" (C, L) or "tokens" (T, D). None: nobody knows."""
 
     @property
     def num_features(self) -> int:
@@ -52,10 +54,26 @@ class LayerInfo:
 
     @property
     def num_latents(self) -> int:
-        """Latents of one sample as `pool_latents` makes them: C p p of (C, H, W), D p of (T, D), p of (D,)."""
-        if len(self.activation_shape) == 3:
-            return self.activation_shape[0] * self.latent_size**2
-        return self.latent_size * (1 if len(self.activation_shape) == 1 else self.activation_shape[-1])
+        """Latents of one sample as `pool_latents` makes them: C p p of (C, H, W), C p of (C, L), D p of (T, D), p of
+        (D,).
+
+        Raises:
+            ValueError: activations that have none, or whose layout is not known; says how to declare it.
+        """
+        shape, p = self.activation_shape, self.latent_size
+        if len(shape) == 2 and self.layout is None:
+            raise ValueError(
+                f"nothing tells whether its activations {shape} are (C, L), channels first as a 1-d convolution gives "
+                'them, or (T, D), tokens; say so with Block(..., layout="channels_first") or layout="tokens", or '
+                "Block.wrap(module, name, layout=...)"
+            )
+        if len(shape) > 3:
+            raise ValueError(f"latents are made of (C, H, W), (C, L), (T, D) or (D,), not of {shape}")
+        return (
+            p
+            if len(shape) == 1
+            else shape[-1 if self.layout == "tokens" and len(shape) == 2 else 0] * p ** (len(shape) - 1)
+        )
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator keyed by (seed, layer): the only source of a rule's initial values."""
@@ -80,7 +98,7 @@ class LocalRule(nn.Module):
         """The mean loss over the batch, a scalar that autograd can follow.
 
         Args:
-            activations: [B, C, H, W], [B, T, D] or [B, D], the block's output before any pooling.
+            activations: [B, C, H, W], [B, C, L], [B, T, D] or [B, D], the block's output before any pooling.
             labels: [B], int64.
         """
         raise NotImplementedError

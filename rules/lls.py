@@ -77,7 +77,7 @@ class LLSHead(LocalRule):
 
     def __init__(self, layer: LayerInfo, config: LLSConfig, *, normalize: bool) -> None:
         super().__init__()
-        self.latent_size, self.num_latents = layer.latent_size, layer.num_latents
+        self.latent_size, self.layout, self.num_latents = layer.latent_size, layer.layout, layer.num_latents
         self.temperature, self.label_smoothing = config.temperature, config.label_smoothing
         self.normalize = normalize
         self.register_parameter("feedback", None)
@@ -85,7 +85,7 @@ class LLSHead(LocalRule):
         self.register_buffer("basis", None, persistent=False)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
-        z = pool_latents(activations, self.latent_size)
+        z = pool_latents(activations, self.latent_size, self.layout)
         if self.normalize:
             z = F.normalize(z, dim=1, eps=NORM_EPS)
         raw = z @ self.project_basis().T

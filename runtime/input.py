@@ -15,7 +15,7 @@ from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.reader import LoaderReader
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
-__all__ = ["Data", "as_dataset", "make_source", "probe_sample", "rows_per_batch", "with_classes"]
+__all__ = ["Data", "as_dataset", "check_drop_last", "make_source", "probe_sample", "rows_per_batch", "with_classes"]
 
 Data = Dataset | tuple[Tensor, Tensor] | Iterable[Any]
 """A dataset; or (samples, labels) as two tensors; or an iterable of batches, such as a PyTorch DataLoader."""
@@ -87,6 +87,20 @@ def rows_per_batch(data: Dataset, given: int | None, default: int | None = None)
     if size is None:
         raise ValueError("give batch_size, the rows of a micro-batch")
     return size
+
+
+def check_drop_last(data: Dataset, plan: StreamPlan) -> None:
+    """What a loader yields is what is trained on, so it is the loader that leaves something out.
+
+    Raises:
+        ValueError: a loader with a smaller last batch that was to be left out.
+    """
+    rest = plan.train_size % plan.batch_size
+    if plan.drop_last and rest and isinstance(data, LoaderDataset):
+        raise ValueError(
+            f"drop_last is for data sets; the {data.split} loader ends an epoch in a batch of {rest} rows, so tell the "
+            "loader itself: DataLoader(..., drop_last=True)"
+        )
 
 
 def with_classes(data: Dataset, num_classes: int) -> Dataset:

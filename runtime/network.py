@@ -3,15 +3,17 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise
 from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.runtime.batch_statistics import BatchStatistics
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
@@ -45,6 +47,7 @@ class Network:
         output_shapes: one sample's output of each layer, that is, the next layer's input.
         input_shape: one sample's input of the first layer.
         input_dtype: its type: float32, or int64 where the first layer reads tokens.
+        batch_statistics: every normalisation by the micro-batch's own statistics.
     """
 
     blocks: list[Block]
@@ -52,6 +55,7 @@ class Network:
     output_shapes: list[tuple[int, ...]]
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype = torch.float32
+    batch_statistics: list[BatchStatistics] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +92,7 @@ def build_network(
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True
     sample = torch.zeros(input_shape) if sample is None else sample
-    activations, outputs = follow_shapes(blocks, sample)
+    activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample)
     check_ownership_of_weights(blocks)
     if num_classes is None and len(outputs[-1]) == 1:
         num_classes = outputs[-1][0]
@@ -106,14 +110,15 @@ def build_network(
             index=i,
             activation_shape=activations[i],
             num_classes=num_classes,
-            latent_size=_latent_size(block, activations[i]),
+            latent_size=_latent_size(block, activations[i], layouts[i]),
             hidden=block.hidden or 2048,
             reduced_rank=block.reduced_rank or 20,
             seed=seed,
+            layout=layouts[i],
         )
         for i, block in enumerate(blocks)
     ]
-    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype)
+    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics)
 
 
 def check_rules(network: Network, rules: Rules) -> None:
@@ -157,7 +162,14 @@ def backpropagation_network(network: Network) -> Network:
         reduced_rank=last.reduced_rank,
         seed=last.seed,
     )
-    return Network([block], [info], [network.output_shapes[-1]], network.input_shape, network.input_dtype)
+    return Network(
+        [block],
+        [info],
+        [network.output_shapes[-1]],
+        network.input_shape,
+        network.input_dtype,
+        network.batch_statistics,
+    )
 
 
 def build_layer(
@@ -224,13 +236,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _latent_size(block: Block, activation_shape: tuple[int, ...]) -> int:
-    """The block's own choice; else 2 x 2 latents per channel (as most of the authors' layers), the mean token of a
-    sequence, or all of flat activations."""
+def _latent_size(block: Block, activation_shape: tuple[int, ...], layout: Layout | None) -> int:
+    """The block's own choice; else 2 x 2 latents per channel (as most of the authors' layers), 2 in one dimension, the
+    mean token of a sequence, or all of flat activations."""
     if block.latent_size is not None:
         return int(block.latent_size)
     if len(activation_shape) == 3:
         return min(2, *activation_shape[1:])
+    if layout == "channels_first":
+        return min(2, activation_shape[1])
     return 1 if len(activation_shape) == 2 else int(activation_shape[-1])
 
 

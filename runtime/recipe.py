@@ -25,6 +25,7 @@ from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
 from unlocked.runtime.saving.whole_file import whole_file, write_json
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings, saved, setting, values_of
 from unlocked.runtime.trainer import Trainer
 
@@ -50,7 +51,9 @@ class Recipe(Settings):
         "--dataset-dir)",
     )
     dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts")
-    image_size: int | None = setting(None, "side in pixels that --dataset folder scales its images to")
+    image_size: int | tuple[int, ...] | None = setting(
+        None, "side in pixels, or height and width, that --dataset folder scales its images to, and of synthetic ones"
+    )
     model: str = setting("SmallConv", "with or without the prefix LLS_ or DFA_")
     num_epochs: int = setting(10, "passes over the training data")
     lr: float = setting(0.01, "initial learning rate", above=0)
@@ -86,6 +89,7 @@ class Recipe(Settings):
     temperature: float = setting(0.5, "the local scores are divided by it")
     label_smoothing: float = setting(0.0, "of the local losses")
     dropout: float = setting(0.0, "between the blocks")
+    drop_last: bool = setting(False, "leave out the last training micro-batch of an epoch where it would be smaller")
     max_steps: int | None = setting(None, "stop after that many training micro-batches")
     no_eval: bool = setting(False, "train only")
     summary: Path | None = setting(None, "write a JSON summary here")
@@ -125,6 +129,24 @@ class Recipe(Settings):
         sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
         return load_dataset(self.dataset, self.dataset_dir, **sizes)
 
+    def plan(self, train: ImageDataset, test: ImageDataset) -> StreamPlan:
+        """The stream that `fit` makes of the data.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        return StreamPlan(
+            epochs=self.num_epochs,
+            train_size=len(train),
+            batch_size=self.batch_size,
+            eval_size=0 if self.no_eval else len(test),
+            eval_batch_size=self.test_batch_size,
+            statistics_batches=self.statistics_batches,
+            snapshot_every=self.snapshot_every,
+            max_steps=self.max_steps,
+            drop_last=self.drop_last,
+        )
+
     def trainer(self, data: ImageDataset, kind: Callable[..., Trainer] = Trainer, **other: Any) -> Trainer:
         """The trainer for samples like those of `data`.
 
@@ -157,6 +179,7 @@ class Recipe(Settings):
             eval_data=None if self.no_eval else test,
             eval_batch_size=self.test_batch_size,
             max_steps=self.max_steps,
+            drop_last=self.drop_last,
         )
 
 
@@ -220,9 +243,9 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
     name = recipe.model
     if name.startswith("DFA_"):
         name = name.removeprefix("DFA_").removesuffix("MNIST")
-    channels, height, _ = data.image_shape
+    channels, *sides = data.image_shape
     blocks = get_model(
-        name, in_channels=channels, num_classes=data.num_classes, image_size=height, dropout=recipe.dropout
+        name, in_channels=channels, num_classes=data.num_classes, image_size=sides, dropout=recipe.dropout
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)
@@ -286,7 +309,7 @@ _FIGURES = (
     *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
     *("measured_stage_seconds", "stopped_by"),
 )
-_TOLD = ("model", "training_mode", "dataset", "batch_size", "seed", "device", "precision")
+_TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")
 
 
 def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from unlocked.kernels.reference import Layout
 from unlocked.models import Block, KeyedDropout
 from unlocked.models.errors import first_line
+from unlocked.runtime.batch_statistics import PROBE_ROWS, BatchStatistics, find_batch_statistics
+from unlocked.runtime.layouts import LayoutWatch
 
 __all__ = ["ChainShapes", "check_ownership_of_weights", "follow_shapes"]
 
-_PROBE_ROWS = (2, 3)  # two batch sizes, so that a shape that depends on the batch shows
+
+_Call = tuple[str, nn.Module, tuple[int, ...]]  # a module of a block that was entered, and its input's shape
 
 
 class ChainShapes(NamedTuple):
@@ -20,6 +24,8 @@ class ChainShapes(NamedTuple):
 
     activations: list[tuple[int, ...]]  # what the layer's rule sees
     outputs: list[tuple[int, ...]]  # what the next layer reads
+    layouts: list[Layout | None]  # of the activations, where they have two dimensions and it is known
+    batch_statistics: list[BatchStatistics]  # every normalisation by the micro-batch, of all layers
 
 
 @torch.no_grad()
@@ -34,15 +40,19 @@ def follow_shapes(blocks: Sequence[Block], sample: Tensor) -> ChainShapes:
             float32 tensor [B, ...], or a shape that depends on the batch size.
     """
     modes = [(module, module.training) for block in blocks for module in block.modules()]
-    shapes = ChainShapes([], [])
-    inputs = [sample.expand(rows, *sample.shape).clone() for rows in _PROBE_ROWS]
+    shapes = ChainShapes([], [], [], [])
+    inputs = [sample.expand(rows, *sample.shape).clone() for rows in PROBE_ROWS]
     before = "the data"
+    layouts = LayoutWatch()
     try:
         for block in blocks:
             block.eval()
-            activations, inputs = _follow(block, inputs, before)
+            activations, inputs, calls = _follow(block, inputs, before, layouts)
             shapes.activations.append(tuple(activations.shape[1:]))
             shapes.outputs.append(tuple(inputs[0].shape[1:]))
+            shapes.layouts.append(layouts.layout_of(activations))
+            block.train()
+            shapes.batch_statistics.extend(find_batch_statistics(block.name, calls))
             before = f"layer {block.name}"
     finally:
         for module, training in modes:
@@ -76,27 +86,33 @@ def _belongings(block: Block) -> Iterator[tuple[object, str]]:
             yield id(module), name
 
 
-def _follow(block: Block, inputs: Sequence[Tensor], before: str) -> tuple[Tensor, list[Tensor]]:
-    """The activations of the first input, and the outputs of all."""
-    activations, outputs = [], []
+def _follow(
+    block: Block, inputs: Sequence[Tensor], before: str, layouts: LayoutWatch
+) -> tuple[Tensor, list[Tensor], list[list[_Call]]]:
+    """The activations of the first input, the outputs of all, and which modules each of them entered."""
+    activations, outputs, calls = [], [], []
     for x in inputs:
         with _Watch(block) as watch:
             try:
-                activations.append(_checked(block.body(x), block, "activations", len(x)))
-                outputs.append(_checked(block.tail(activations[-1]), block, "output", len(x)))
+                with layouts:
+                    activations.append(_checked(block.body(x), block, "activations", len(x)))
+                    if block.layout is not None and activations[-1].dim() == 3:
+                        layouts.declare(activations[-1], block.layout)
+                    outputs.append(_checked(block.tail(activations[-1]), block, "output", len(x)))
             except _Unfit as error:
                 raise ValueError(str(error)) from None
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
                 watch.explain(error, before, tuple(x.shape[1:]))
+            calls.append(watch.calls())
     for what, values in (("activations", activations), ("output", outputs)):
         shapes = [tuple(value.shape[1:]) for value in values]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"layer {block.name} gives {what} of {shapes[0]} per sample in a micro-batch of {_PROBE_ROWS[0]} but "
-                f"{shapes[1]} in one of {_PROBE_ROWS[1]}; a sample's shape must not depend on the batch, since edges "
+                f"layer {block.name} gives {what} of {shapes[0]} per sample in a micro-batch of {PROBE_ROWS[0]} but "
+                f"{shapes[1]} in one of {PROBE_ROWS[1]}; a sample's shape must not depend on the batch, since edges "
                 "have fixed sizes"
             )
-    return activations[0], outputs
+    return activations[0], outputs, calls
 
 
 class _Unfit(Exception):
@@ -114,7 +130,8 @@ def _checked(value: Any, block: Block, what: str, rows: int) -> Tensor:
     if value.dim() < 2 or len(value) != rows:
         raise _Unfit(
             f"layer {block.name} gives {what} of shape {tuple(value.shape)} for a micro-batch of {rows}; the first "
-            "dimension must be the batch and at least one must follow, such as [B, D], [B, T, D] or [B, C, H, W]"
+            "dimension must be the batch and at least one must follow, such as [B, D], [B, C, L], [B, T, D] or "
+            "[B, C, H, W]"
         )
     return value
 
@@ -138,6 +155,14 @@ class _Watch:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
+
+    def calls(self) -> list[_Call]:
+        """The modules with an input tensor, in order, and its shape."""
+        return [
+            (name, module, tuple(inputs[0].shape))
+            for name, module, inputs in self._entered
+            if inputs and isinstance(inputs[0], Tensor)
+        ]
 
     def explain(self, error: Exception, before: str, given: tuple[int, ...]) -> NoReturn:
         inner = ""

@@ -12,8 +12,9 @@ import torch
 from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.rules import GLOBAL_RULES
+from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
-from unlocked.runtime.input import Data, as_dataset, probe_sample, rows_per_batch, with_classes
+from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
@@ -114,6 +115,7 @@ class Trainer(Settings):
         eval_batch_size: int | None = None,
         max_steps: int | None = None,
         steps_per_epoch: int | None = None,
+        drop_last: bool = False,
     ) -> RunResult:
         """Trains for `epochs`, evaluating after each where there is `eval_data`.
 
@@ -125,6 +127,8 @@ class Trainer(Settings):
             eval_batch_size: rows of an evaluation micro-batch; default: `batch_size`.
             max_steps: stop after that many training micro-batches.
             steps_per_epoch: batches of a training loader that make an epoch; default: its length.
+            drop_last: leave out an epoch's last training micro-batch where it would be smaller, as a DataLoader does.
+                A loader is told so itself.
 
         Returns:
             Figures and final weights. The model that was passed in holds the trained weights as well, on the engines
@@ -139,7 +143,21 @@ class Trainer(Settings):
         set_threads(self.threads)
         train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch)
         test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
-        job = self._job(train_set, epochs, batch_size, test_set, eval_batch_size, max_steps)
+        batch_size = rows_per_batch(train_set, batch_size)
+        if test_set is not None:
+            eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
+        plan = StreamPlan(
+            epochs=epochs,
+            train_size=len(train_set),
+            batch_size=batch_size,
+            eval_size=0 if test_set is None else len(test_set),
+            eval_batch_size=eval_batch_size or batch_size,
+            statistics_batches=self.statistics_batches,
+            snapshot_every=self.snapshot_every,
+            max_steps=max_steps,
+            drop_last=drop_last,
+        )
+        job = self._job(train_set, test_set, plan)
         prepared = time.perf_counter() - began
         sinks = FanOut()
 
@@ -155,18 +173,8 @@ class Trainer(Settings):
             sinks.on_finish(result.figures())
         return result
 
-    def _job(
-        self,
-        train_set: Dataset,
-        epochs: int,
-        batch_size: int | None,
-        test_set: Dataset | None,
-        eval_batch_size: int | None,
-        max_steps: int | None,
-    ) -> Job:
-        batch_size = rows_per_batch(train_set, batch_size)
-        if test_set is not None:
-            eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
+    def _job(self, train_set: Dataset, test_set: Dataset | None, plan: StreamPlan) -> Job:
+        check_drop_last(train_set, plan)
         if test_set is not None and test_set.image_shape != train_set.image_shape:
             raise ValueError(
                 f"evaluation samples have shape {test_set.image_shape}, training samples {train_set.image_shape}; "
@@ -174,16 +182,6 @@ class Trainer(Settings):
             )
         if test_set is None and isinstance(self.lr_factor, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs the test loss, but there is no evaluation; give evaluation data")
-        plan = StreamPlan(
-            epochs=epochs,
-            train_size=len(train_set),
-            batch_size=batch_size,
-            eval_size=0 if test_set is None else len(test_set),
-            eval_batch_size=eval_batch_size or batch_size,
-            statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
-            max_steps=max_steps,
-        )
         network = build_network(
             self.model,
             input_shape=train_set.image_shape,
@@ -192,6 +190,7 @@ class Trainer(Settings):
             keep_weights=self.keep_weights,
             sample=probe_sample(train_set),
         )
+        check_batch_statistics(network.batch_statistics, plan)
         train_set = with_classes(train_set, network.infos[-1].num_classes)
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_weights(network)
@@ -214,8 +213,8 @@ class Trainer(Settings):
             resume.check(fingerprint)
             if resume.position >= len(plan):
                 raise ValueError(
-                    f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {epochs} epochs has "
-                    "nothing left to do; give more epochs"
+                    f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs "
+                    "has nothing left to do; give more epochs"
                 )
         return Job(
             network=network,
@@ -230,7 +229,7 @@ class Trainer(Settings):
             fingerprint=fingerprint,
             rates={
                 "learning rate": learning_rates(self.optimizer, parameters),
-                "learning-rate schedule": describe_lr_factor(self.lr_factor, epochs),
+                "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
             },
             resume=resume,
             names=self.names or {},

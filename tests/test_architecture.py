@@ -28,8 +28,9 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "settings", "saving.whole_file", "metrics.records"],
-        ["learning_rate", "machine", "shapes", "signals"],
+        ["schedules", "typed", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        ["batch_statistics", "learning_rate", "machine", "signals"],
+        ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving"],
         ["job"],

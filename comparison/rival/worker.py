@@ -42,7 +42,7 @@ def train_pipeline(request: Request) -> RankAnswer:
         began = time.perf_counter()
         prepare_process()
         assert request.form is not None
-        plan = _plan(request, train, test)
+        plan = request.recipe.plan(train, test)
         clock = Clock(dist.get_rank() if request.timeline else None)
         network = _network(request, train)
         pipeline = _pipeline(request, request.form, network, _source(request, train, test, device), clock)
@@ -83,7 +83,7 @@ def try_forms(request: Request) -> RankAnswer:
         train, test = load_data(request.data)
         prepare_process()
         source = _source(request, train, test, device)
-        plan = _plan(request, train, test)
+        plan = request.recipe.plan(train, test)
         steps = [item for item in plan if item.kind == "train" and item.size == plan.batch_size]
         pipelines: dict[Form, BpPipeline] = {}
         reasons: dict[Form, str] = {}
@@ -189,19 +189,6 @@ def _source(request: Request, train: ImageDataset, test: ImageDataset, device: t
         batch_size=request.recipe.batch_size,
         eval_batch_size=request.recipe.test_batch_size,
         load_batch=load_batch,
-    )
-
-
-def _plan(request: Request, train: ImageDataset, test: ImageDataset) -> StreamPlan:
-    recipe = request.recipe
-    return StreamPlan(
-        epochs=recipe.num_epochs,
-        train_size=len(train),
-        batch_size=recipe.batch_size,
-        eval_size=0 if recipe.no_eval else len(test),
-        eval_batch_size=recipe.test_batch_size,
-        statistics_batches=recipe.statistics_batches,
-        max_steps=recipe.max_steps,
     )
 
 

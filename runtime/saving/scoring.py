@@ -7,6 +7,7 @@ micro-batches as at the end of its epoch, and a schedule-free optimizer's weight
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -20,6 +21,7 @@ from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models.errors import first_line
 from unlocked.rules import CrossEntropy
+from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
@@ -110,15 +112,16 @@ def score_snapshot(
         for key, value in _averaged(network, name, state).items()
     }
     _fill(network, _without_rules(network, tensors))
-    per_epoch = -(-len(train) // settings["batch_size"])
-    plan = StreamPlan(
-        epochs=(snapshot.steps - 1) // per_epoch + 1,
+    one_epoch = StreamPlan(
+        epochs=1,
         train_size=len(train),
         batch_size=settings["batch_size"],
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=settings["statistics_batches"],
+        drop_last=settings.get("drop_last", False),  # there was no such setting once
     )
+    plan = replace(one_epoch, epochs=(snapshot.steps - 1) // one_epoch.steps_per_epoch + 1)
     start = len(plan) - plan.statistics_per_epoch - plan.evaluations_per_epoch
     precision = settings["precision"]
     if whole:
@@ -229,7 +232,12 @@ def _stage(
     device: str,
     precision: str,
 ) -> Stage:
-    """All layers and the data of the plan's items from `start` on."""
+    """All layers and the data of the plan's items from `start` on.
+
+    Raises:
+        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
+    """
+    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
     check_device(device)
     place = torch.device(device)
     check_precision(precision, place)

@@ -89,7 +89,7 @@ class Snapshot:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
         wrong = [
             f"{name} is {settings.get(name)!r} but was {value!r}"
-            for name, value in self.settings.items()
+            for name, value in {"drop_last": False, **self.settings}.items()  # there was no such setting once
             if settings.get(name) != value
         ]
         if wrong:

@@ -18,12 +18,14 @@ class StreamPlan:
     """The order of everything that passes through the pipeline, with random access.
 
     `plan[position]` costs O(log epochs) and nothing is stored, so that every stage (or machine) can hold the whole
-    plan, and a resumed run starts at any position. A partial last micro-batch is kept, never dropped or padded.
+    plan, and a resumed run starts at any position. A partial last micro-batch is kept unless `drop_last`, never padded.
 
     Attributes:
         epochs: passes over the training data.
         train_size: rows of training data.
         batch_size: rows of a training or statistics micro-batch; the last of an epoch holds what is left over.
+        drop_last: leave out what is left over, as a PyTorch DataLoader does: of the training and statistics
+            micro-batches; all of the evaluation data is always scored.
         eval_size: rows of evaluation data; 0 = no evaluation (and then no statistics either).
         eval_batch_size: rows of an evaluation micro-batch. More than `eval_size` means one smaller micro-batch.
         statistics_batches: how many of the epoch's micro-batches re-estimate the BatchNorm statistics before each
@@ -44,6 +46,7 @@ class StreamPlan:
     statistics_batches: int = 50
     snapshot_every: int = 0
     max_steps: int | None = None
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "train_size", "batch_size", "eval_batch_size"):
@@ -61,7 +64,8 @@ class StreamPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Training micro-batches of an uncut epoch."""
-        return -(-self.train_size // self.batch_size)
+        whole, rest = divmod(self.train_size, self.batch_size)
+        return whole if self.drop_last else whole + (rest > 0)
 
     @property
     def train_steps(self) -> int:
@@ -88,6 +92,17 @@ class StreamPlan:
     def max_rows(self) -> int:
         """Rows of the largest micro-batch of any kind: what a slot must hold."""
         return max(self.batch_size, min(self.eval_batch_size, self.eval_size))
+
+    def sizes(self, kind: ItemKind) -> set[int]:
+        """The numbers of rows that micro-batches of this kind have in the run."""
+        steps, rows = self.steps_per_epoch, self.train_size
+        if kind == "train":
+            count, batch = min(steps, self.train_steps), self.batch_size
+        elif kind == "statistics":
+            count, batch = self.statistics_per_epoch, self.batch_size
+        else:
+            count, batch, rows = self.evaluations_per_epoch, self.eval_batch_size, self.eval_size
+        return {min(batch, rows - index * batch) for index in (0, count - 1) if count} if kind != "snapshot" else set()
 
     def __len__(self) -> int:
         # The position of the step after the last one, were there one; every epoch entered has its tail by then.
@@ -124,6 +139,7 @@ class StreamPlan:
         return {
             "train_size": self.train_size,
             "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
             "eval_size": self.eval_size,
             "eval_batch_size": self.eval_batch_size,
             "statistics_batches": self.statistics_per_epoch,

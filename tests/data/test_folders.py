@@ -58,7 +58,10 @@ def test_grey_images_and_palettes_become_what_was_asked_for(tmp_path: Path) -> N
     assert load_dataset("folder", tmp_path, channels=1)[0].image_shape == (1, 9, 9)
 
 
-def test_images_of_any_size_are_scaled_and_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("image_size", "high", "wide"), [(20, 20, 20), ((20, 20), 20, 20), ((12, 20), 12, 20), ((20, 9), 20, 9)]
+)
+def test_images_of_any_size_are_scaled_and_cut(image_size: object, high: int, wide: int, tmp_path: Path) -> None:
     """Against torch's own anti-aliased interpolation; and where nothing is to scale, against a slice."""
     sizes = [(40, 60), (64, 48), (32, 32), (33, 35), (20, 47)]
     for split in ("train", "test"):
@@ -67,17 +70,18 @@ def test_images_of_any_size_are_scaled_and_cut(tmp_path: Path) -> None:
             smooth = F.interpolate(torch.rand(1, 3, 5, 5) * 255, (height, width), mode="bicubic").clamp(0, 255)
             pixels = smooth[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
             (tmp_path / split / "a" / f"{i}.png").write_bytes(png(pixels))
-    train, test = load_dataset("folder", tmp_path, image_size=20)
-    assert train.image_shape == test.image_shape == (3, 20, 20)
+    train, test = load_dataset("folder", tmp_path, image_size=image_size)
+    assert train.image_shape == test.image_shape == (3, high, wide)
     for i, (height, width) in enumerate(sizes):
         original = torch.from_numpy(np.asarray(Image.open(tmp_path / "train" / "a" / f"{i}.png")).copy()).permute(
             2, 0, 1
         )
-        scale = 20 / min(height, width)
-        size = (20, int(width * scale)) if height <= width else (int(height * scale), 20)
+        # By whole numbers: the smallest size of the same shape that covers what is cut out.
+        tall = height * wide > width * high
+        size = (height * wide // width, wide) if tall else (high, width * high // height)
         whole = F.interpolate(original[None].float(), size, mode="bilinear", antialias=True)[0]
-        top, left = round((size[0] - 20) / 2), round((size[1] - 20) / 2)
-        difference = (train.images[i].float() - whole[:, top : top + 20, left : left + 20]).abs()
+        top, left = round((size[0] - high) / 2), round((size[1] - wide) / 2)
+        difference = (train.images[i].float() - whole[:, top : top + high, left : left + wide]).abs()
         assert difference.max() <= 1.01, i
         assert size != (height, width) or difference.max() == 0
 

@@ -54,6 +54,10 @@ def test_synthetic_has_the_size_asked_for_and_is_quick() -> None:
     assert (len(train), len(test), train.image_shape, train.num_classes) == (50_000, 10_000, (3, 32, 32), 10)
     small, small_test = load_dataset("synthetic", num_train=30, num_test=7, num_classes=4, channels=1, image_size=5)
     assert (len(small), len(small_test), small.image_shape, small.num_classes) == (30, 7, (1, 5, 5), 4)
+    wide, _ = load_dataset("synthetic", num_train=3, num_test=1, image_size=(2, 9))
+    assert wide.image_shape == (3, 2, 9)
+    with pytest.raises(ValueError, match=r"dataset synthetic: image_size is .* got \(2, 0\)"):
+        load_dataset("synthetic", image_size=(2, 0))
 
 
 def test_synthetic_depends_on_its_seed_alone_and_a_larger_set_has_images_of_the_same_classes() -> None:

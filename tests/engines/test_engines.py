@@ -34,8 +34,9 @@ def test_streams_equal_sequential_for_every_rule(rule: str, kernels: str, stages
 @settings(max_examples=8)
 @given(stages=st.integers(1, 5), depth=st.integers(1, 8), batch=st.integers(2, 40), steps=st.integers(1, 9))
 def test_placement_never_changes_a_result(stages: int, depth: int, batch: int, steps: int) -> None:
-    expected = fit(trainer(), batch_size=batch, max_steps=steps)
-    got = fit(trainer("streams", stages=stages, queue_depth=depth), batch_size=batch, max_steps=steps)
+    plan = {"batch_size": batch, "max_steps": steps, "drop_last": 70 % batch == 1}  # one row has no statistics
+    expected = fit(trainer(), **plan)
+    got = fit(trainer("streams", stages=stages, queue_depth=depth), **plan)
     assert got.weights_sha256 == expected.weights_sha256
     assert figures(got) == figures(expected)
     assert got.steps == expected.steps

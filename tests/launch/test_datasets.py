@@ -42,6 +42,21 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert json.loads(scores.read_text())["test_loss"] == pytest.approx(scaled["test_loss"])
 
 
+def test_images_that_are_no_squares(tmp_path: Path) -> None:
+    """As they are, and scaled to height and width; the weights score without being told either."""
+    write_folder(tmp_path / "images" / "train", {"cat": 9, "dog": 9}, height=12, width=20)
+    write_folder(tmp_path / "images" / "test", {"cat": 3, "dog": 4}, height=12, width=20)
+    flags = ("--dataset", "folder", "--dataset-dir", str(tmp_path / "images"), "--model", "MobileNetV1_small")
+    found = [train(tmp_path, *flags, "--engine", engine)["weights_sha256"] for engine in ("sequential", "streams")]
+    assert found[0] == found[1]
+    saved = ("--save-path", str(tmp_path), "--experiment-name", "wide")
+    wide = train(tmp_path, *flags, "--image-size", "8", "19", *saved)
+    assert wide["weights_sha256"] != found[0]
+    scores = tmp_path / "scores.json"
+    assert evaluate([str(tmp_path / "wide" / "model_final.pt"), "--summary", str(scores)]) == 0
+    assert json.loads(scores.read_text())["test_loss"] == pytest.approx(wide["test_loss"])
+
+
 def test_a_mixed_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "train", {"cat": 2})
     write_folder(tmp_path / "test", {"cat": 1})

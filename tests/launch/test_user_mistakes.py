@@ -47,6 +47,10 @@ SUMMARY_FIELDS = {
         (["--engine", "streams", "--queue-depth", "0"], ["queue_depth is 0", "at least 1"]),
         (["--engine", "processes"], ["RANK", "torchrun"]),
         (["--max-steps", "0"], ["max_steps=0"]),
+        (
+            ["--batch-size", "1437"],
+            ["layer linear1", "BatchNorm1d", "1438 training rows", "--drop-last", "1436", "1438"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +98,9 @@ def test_summary_trace_log_and_best_weights(tmp_path: Path, capsys: pytest.Captu
     assert "--experiment-name" in capsys.readouterr().err
     assert main([*flags, *files, "--num-epochs", "3", "--resume", str(tmp_path / "one"), "--snapshot-every", "20"]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["steps"] == 69
+    assert main([*flags[:2], "--plain", "--drop-last", *files[:2]]) == 0
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert (summary["steps"], summary["drop_last"]) == (44, True)
 
 
 @pytest.mark.alone

@@ -159,15 +159,19 @@ def test_mobilenet_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_size", "channels"), [(28, 1), (33, 3), (45, 2), (64, 3), (96, 3)], ids=lambda value: str(value)
+    ("image_size", "channels"),
+    [(28, 1), (33, 3), (45, 2), (64, 3), (96, 3), ((16, 40), 1), ((64, 17), 3), ((33, 100), 2)],
+    ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("upsample", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_images_of_any_size_and_channels(name: str, upsample: bool, image_size: int, channels: int) -> None:
+def test_images_of_any_size_and_channels(
+    name: str, upsample: bool, image_size: int | tuple[int, int], channels: int
+) -> None:
     """Every layer's local step has what it needs: shapes that chain, and as many latents as the rule is told."""
     with torch.device("meta"):  # shapes alone; VGG11 has 150 million weights
         blocks = get_model(name, in_channels=channels, num_classes=7, image_size=image_size, upsample=upsample)
-        x = torch.zeros(2, channels, image_size, image_size)
+        x = torch.zeros(2, channels, *((image_size,) * 2 if isinstance(image_size, int) else image_size))
         for block in blocks[:-1]:
             activations = block.body(x)
             assert block.latent_size is not None
@@ -210,6 +214,8 @@ def test_the_smallest_image_that_fits(name: str, smallest: int) -> None:
     if smallest > 1:
         with pytest.raises(ValueError, match=f"got 1 x 1 from images of {smallest - 1} x"):
             get_model(name, image_size=smallest - 1)
+        with pytest.raises(ValueError, match=f"got 16 x 1 from images of {8 * smallest} x {smallest - 1};"):
+            get_model(name, image_size=(8 * smallest, smallest - 1))
 
 
 def test_reduced_rank_of_mobilenet_depends_on_the_classes() -> None:
@@ -241,8 +247,22 @@ def test_too_small_an_image_names_the_block_and_the_sizes() -> None:
 
 @pytest.mark.parametrize("word", ["in_channels", "num_classes", "image_size"])
 def test_sizes_are_positive(word: str) -> None:
-    with pytest.raises(ValueError, match=f"{word} is a positive integer, got 0"):
+    with pytest.raises(ValueError, match=f"{word} is a positive integer.*, got 0"):
         get_model("VGG8", **{word: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(32, 0), (32, 32, 3), (), (32.0, 32), -3])
+def test_an_image_has_one_side_or_two(size: object) -> None:
+    with pytest.raises(ValueError, match=r"image_size is a positive integer, or two of them \(height and width\), got"):
+        get_model("VGG8", image_size=size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_square_is_two_equal_sides(name: str) -> None:
+    with torch.device("meta"):
+        one, two = (get_model(name, image_size=size) for size in (64, [64, 64]))
+        assert str(one) == str(two)
+        assert [b.latent_size for b in one] == [b.latent_size for b in two]
 
 
 def test_same_padding_is_for_mobilenets() -> None:

@@ -16,12 +16,28 @@ LAYER = LayerInfo(
 
 
 @pytest.mark.parametrize(
-    ("shape", "latent_size", "features", "latents"),
-    [((6, 8, 8), 2, 384, 24), ((30,), 12, 30, 12), ((5, 16), 1, 80, 16), ((5, 16), 2, 80, 32)],
+    ("shape", "layout", "latent_size", "features", "latents"),
+    [
+        ((6, 8, 8), None, 2, 384, 24),
+        ((30,), None, 12, 30, 12),
+        ((5, 16), "tokens", 1, 80, 16),
+        ((5, 16), "tokens", 2, 80, 32),
+        ((5, 16), "channels_first", 1, 80, 5),
+        ((5, 16), "channels_first", 3, 80, 15),
+    ],
 )
-def test_sizes_of_a_layer(shape: tuple[int, ...], latent_size: int, features: int, latents: int) -> None:
-    layer = replace(LAYER, activation_shape=shape, latent_size=latent_size)
+def test_sizes_of_a_layer(
+    shape: tuple[int, ...], layout: str | None, latent_size: int, features: int, latents: int
+) -> None:
+    layer = replace(LAYER, activation_shape=shape, layout=layout, latent_size=latent_size)  # type: ignore[arg-type]
     assert (layer.num_features, layer.num_latents) == (features, latents)
+
+
+def test_latents_of_what_nobody_knows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"nothing tells .*\(5, 16\) are \(C, L\).*layout="):
+        _ = replace(LAYER, activation_shape=(5, 16)).num_latents
+    with pytest.raises(ValueError, match=r"not of \(6, 8, 8, 8\)"):
+        _ = replace(LAYER, activation_shape=(6, 8, 8, 8)).num_latents
 
 
 def test_a_layers_generator_is_fresh_each_time() -> None:

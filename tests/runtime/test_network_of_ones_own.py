@@ -151,7 +151,7 @@ def test_a_layer_reads_the_same_memory_format_wherever_stages_are_cut(shape: tup
     seen: dict[str, set[tuple[int, ...]]] = {"sequential": set(), "streams": set()}
     for engine, strides in seen.items():
         blocks = [
-            Block("source", Reader(strides)),
+            Block("source", Reader(strides), layout="tokens"),  # which reaches the layers after it
             Block("odd", Reordered(kind)),
             Block("reader", nn.Sequential(Reader(strides), nn.Flatten())),
             Block("output", nn.LazyLinear(4)),

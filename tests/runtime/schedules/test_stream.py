@@ -30,6 +30,8 @@ def naive(plan: StreamPlan) -> list[Item]:
         if steps == plan.max_steps:
             break
         batches = sizes(plan.train_size, plan.batch_size)
+        if plan.drop_last:
+            batches = [size for size in batches if size == plan.batch_size]
         for size in batches:
             if steps == plan.max_steps:
                 break
@@ -58,6 +60,7 @@ def plans(draw: st.DrawFn) -> StreamPlan:
         statistics_batches=draw(st.integers(0, 6)),
         snapshot_every=draw(st.integers(0, 9)),
         max_steps=draw(st.none() | st.integers(1, 160)),
+        drop_last=draw(st.booleans()),
     )
 
 
@@ -68,6 +71,8 @@ def test_plan_is_the_naive_list(plan: StreamPlan) -> None:
     assert len(plan) == len(expected)
     assert list(plan) == expected
     assert [plan[position - len(plan)] for position in range(len(plan))] == expected
+    for kind in ("train", "statistics", "evaluate"):
+        assert plan.sizes(kind) == {item.size for item in expected if item.kind == kind}
 
 
 @settings(max_examples=100, deadline=None)
