@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
+from unlocked.models.initialisation import keyed_generator
 
 __all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
 
@@ -103,7 +104,13 @@ _MOBILENET_V1 = _Network(
 
 
 def small_conv(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """SmallConv: three convolutional blocks (32, 64, 128), one linear block (512), the output layer.
 
@@ -115,40 +122,60 @@ def small_conv(
         upsample: the authors' adaptive pools repeat values where they are asked for more than there are (SmallConvL's
             2048 latents of 1024 activations, VGG11's 8 x 8 of 2 x 2 pixels at 32). False: no pool gives more values
             than it is given, which also makes the layer after it smaller. With True no weight depends on image_size.
+        seed: keys the start values, layer by layer; the global generator is neither asked nor moved. A `Trainer` with
+            another seed draws what is still as it was drawn here by its own.
 
     Raises:
         ValueError: a size is not positive, or the image is too small for a max pool (names the block and sizes).
     """
-    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def small_conv_l(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """SmallConvL: SmallConv with widths 96, 192, 512 and 1024. Arguments and errors as `small_conv`.
 
     The linear block has 1024 activations and 2048 latents: adaptive pooling repeats each of them unless `upsample` is
     False.
     """
-    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def vgg8(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """VGG8: six convolutional blocks and one linear block. Arguments and errors as `small_conv`."""
-    return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def vgg11(
-    in_channels: int = 3, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0, *, upsample: bool = True
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    dropout: float = 0.0,
+    *,
+    upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """VGG11: eight convolutional blocks and two linear blocks. Arguments and errors as `small_conv`.
 
     Made for larger images: at 32 pixels the last convolutional block holds 2 x 2 pixels, which the adaptive pool
     to 8 x 8 repeats (and the first linear block has 134 million weights) unless `upsample` is False.
     """
-    return _build(_VGG11, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_VGG11, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def mobilenet_v1(
@@ -159,13 +186,14 @@ def mobilenet_v1(
     *,
     same_padding: bool = False,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """MobileNetV1: a strided convolution and thirteen depthwise-separable blocks. Arguments and errors as `small_conv`.
 
     `same_padding`: pad depthwise convolutions by 1, where the authors pad by the stride (see `DepthwiseBlock`).
     """
     network = replace(_MOBILENET_V1, reduced_rank=100) if num_classes > 200 else _MOBILENET_V1
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
 def mobilenet_v1_small(
@@ -176,10 +204,11 @@ def mobilenet_v1_small(
     *,
     same_padding: bool = False,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
     network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
 def _build(
@@ -190,6 +219,8 @@ def _build(
     dropout: float,
     same_padding: bool = False,
     upsample: bool = True,
+    *,
+    seed: int,
 ) -> list[Block]:
     for word, size in {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}.items():
         if size < 1:
@@ -214,10 +245,14 @@ def _build(
             most = row.width if row.kind == "linear" else side
             row = row._replace(latent_size=min(row.latent_size, most))
             network = replace(network, average=min(network.average, side)) if i == last_conv else network
-        blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
+        with keyed_generator(seed, i):
+            blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
         features = row.width * (network.average**2 if i == last_conv else 1)
         side //= 2 if pool == "max" else 1
-    blocks.append(OutputBlock(features, num_classes))
+    with keyed_generator(seed, len(blocks)):
+        blocks.append(OutputBlock(features, num_classes))
+    for i, block in enumerate(blocks):
+        block.start_key = (seed, i)
     return blocks
 
 

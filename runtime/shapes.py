@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from unlocked.models import Block, KeyedDropout
+from unlocked.models import Block, KeyedDropout, keyed_generator
 from unlocked.models.errors import first_line
 
 __all__ = ["ChainShapes", "check_ownership_of_weights", "follow_shapes"]
@@ -23,11 +23,13 @@ class ChainShapes(NamedTuple):
 
 
 @torch.no_grad()
-def follow_shapes(blocks: Sequence[Block], sample: Tensor) -> ChainShapes:
+def follow_shapes(blocks: Sequence[Block], sample: Tensor, seed: int = 0) -> ChainShapes:
     """Sends micro-batches of copies of `sample` through all blocks, in eval mode.
 
     Args:
         sample: one sample's input, without the batch dimension.
+        seed: keys, layer by layer, what modules draw that learn their shapes at their first call. The global generator
+            is left as it was.
 
     Raises:
         ValueError: shapes that don't chain (names both blocks and both shapes), a block that gives anything but one
@@ -38,9 +40,10 @@ def follow_shapes(blocks: Sequence[Block], sample: Tensor) -> ChainShapes:
     inputs = [sample.expand(rows, *sample.shape).clone() for rows in _PROBE_ROWS]
     before = "the data"
     try:
-        for block in blocks:
+        for layer, block in enumerate(blocks):
             block.eval()
-            activations, inputs = _follow(block, inputs, before)
+            with keyed_generator(seed, layer):
+                activations, inputs = _follow(block, inputs, before)
             shapes.activations.append(tuple(activations.shape[1:]))
             shapes.outputs.append(tuple(inputs[0].shape[1:]))
             before = f"layer {block.name}"

@@ -29,6 +29,7 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import World, connect, exchange
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
@@ -88,12 +89,14 @@ class Processes(ProcessesOptions):
             _telling(client, world, names[world.rank]),
         ):
             check_same_settings(settings_of(job, self), terms["settings"])
+            agree_on_start_weights(job, store, world, self.start_timeout)
             worker = Worker(job, self, world, store, parts, client, device)
             opened.callback(worker.stage.close)
             client.wait_started()
             if hub is not None:
                 roll_call.release()
             setup = time.perf_counter() - began
+            remember_owners(job, parts[world.rank])
             with occupy_cores(worker.cores):
                 payload = worker.run()
             payload["setup_seconds"] = setup
