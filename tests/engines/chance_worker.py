@@ -22,7 +22,7 @@ from unlocked.models import Block
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
 
-__all__ = ["LINES", "made", "train", "unsettle"]
+__all__ = ["LINES", "made", "model", "train", "trainer", "unsettle"]
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "chance.md"
 LINES = re.findall(r"^\| `(.+)` \| (keyed|refused) \| (.+) \|$", DOCUMENT.read_text(), re.MULTILINE)
@@ -80,10 +80,14 @@ def train(code: str, state: int, **options: Any) -> RunResult:
     layers = model(code)
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(40, 8, 8, generator=generator), torch.randint(0, 4, (40,), generator=generator)
-    optimizer = partial(torch.optim.Adam, lr=1e-2)
-    trainer = Trainer(layers, rule=LLS(), optimizer=optimizer, seed=3, statistics_batches=2, **options)
+    one = trainer(layers, **options)
     unsettle(state)
-    return trainer.fit(data, epochs=2, batch_size=8, eval_data=data)
+    return one.fit(data, epochs=2, batch_size=8, eval_data=data)
+
+
+def trainer(layers: list[nn.Module], **options: Any) -> Trainer:
+    optimizer = partial(torch.optim.Adam, lr=1e-2)
+    return Trainer(layers, rule=LLS(), optimizer=optimizer, seed=3, statistics_batches=2, **options)
 
 
 def main(out: Path) -> None:

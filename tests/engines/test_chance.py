@@ -3,7 +3,7 @@
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from chance_worker import LINES, train
 from ranks import ranks
+from torch import Tensor
 
 from unlocked.runtime import Streams
 
@@ -71,6 +72,27 @@ def test_the_global_generators_are_left_as_they_were(code: str) -> None:
     before = _states()
     train(code, 30)
     assert _states() == before
+
+
+class Drawn:
+    """A loader that draws its samples from the global generator, where it is read ahead in a thread."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(len(self)):
+            yield torch.cat([torch.rand(1, 8, 8) for _ in range(16)]), torch.randint(0, 4, (16,))
+
+
+def test_a_loader_and_a_layer_that_draw_side_by_side_do_not_mix() -> None:
+    def digest(prefetch: int) -> str:
+        layers = chance_worker.model("F.dropout(x.repeat(1, 40, 1), 0.3)[:, :8]")
+        one = chance_worker.trainer(layers, prefetch=prefetch)
+        torch.manual_seed(5)
+        return one.fit(Drawn(), epochs=1).weights_sha256
+
+    assert digest(4) == digest(0)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "streams"])
