@@ -80,7 +80,7 @@ class LayerShape:
 def layers_of(model: str, batch: int) -> list[LayerShape]:
     """The layers with a closed form, each shape once."""
     blocks = get_model(model, in_channels=3, num_classes=CLASSES, image_size=32)
-    network = build_network(blocks, input_shape=(3, 32, 32), num_classes=CLASSES, seed=0, keep_weights=True)
+    network = build_network(blocks, input_shape=(3, 32, 32), num_classes=CLASSES, seed=0)
     found: dict[tuple[Any, ...], LayerShape] = {}
     for block, info in zip(network.blocks, network.infos, strict=True):
         if not isinstance(block, ConvBlock | DepthwiseBlock | LinearBlock):

@@ -105,7 +105,7 @@ def head_work(batch: int, dim: int, rows: int, classes: int, modulation: int) ->
 
 def _network(model: str, options: dict[str, Any]) -> Network:
     blocks = get_model(model, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1], **options)
-    return build_network(blocks, input_shape=IMAGE, num_classes=CLASSES, seed=0, keep_weights=True)
+    return build_network(blocks, input_shape=IMAGE, num_classes=CLASSES, seed=0)
 
 
 def _rule(name: str) -> Any:

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     STATISTICS = 5
     SYNTHETIC = 6
     RULE = 7
+    DRAW = 8
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -56,7 +57,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 def philox_int(seed: int, purpose: Purpose, *counter: int) -> int:
     """One 63-bit integer for (seed, purpose, counter): the seed of a library generator, for instance."""
-    words = [torch.tensor(value & _MASK) for value in (*counter, 0, 0, 0, 0)[:4]]
+    words = [torch.tensor(value & _MASK, device="cpu") for value in (*counter, 0, 0, 0, 0)[:4]]
     low, high, *_ = philox4x32((words[0], words[1], words[2], words[3]), _key(seed, purpose))
     return (int(high) & 0x7FFFFFFF) << 32 | int(low)
 

@@ -2,7 +2,7 @@
 
 from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, use_tanh
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
-from unlocked.models.initialisation import initialise
+from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.registry import MODELS, get_model
 from unlocked.models.splitting import split
@@ -17,6 +17,8 @@ __all__ = [
     "OutputBlock",
     "get_model",
     "initialise",
+    "key_start_values",
+    "keyed_generator",
     "mobilenet_v1",
     "mobilenet_v1_small",
     "replace_dropout",

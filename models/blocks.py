@@ -73,6 +73,8 @@ class Block(nn.Module):
         self.reduced_rank = reduced_rank
         self.is_output = is_output
         self.layout: Layout | None = layout
+        self.start_key: tuple[int, int] | None = None
+        """(seed, layer) that a network of the project drew the weights by; None: they are whoever's built the block."""
         replace_dropout(self)
 
     @staticmethod

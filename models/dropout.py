@@ -12,7 +12,6 @@ __all__ = ["KeyedDropout", "replace_dropout", "set_dropout_keys"]
 # Elements are counted from index * 2**40, so that no two dropouts of a layer share a stream.
 _INDEX_BITS = 40
 _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_UNSUPPORTED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class _Key(NamedTuple):
@@ -78,10 +77,8 @@ def replace_dropout(module: nn.Module) -> nn.Module:
     """Swap torch's dropout modules inside `module` for keyed ones, in place; returns it (or its replacement).
 
     Dropout becomes per element, Dropout1d, 2d and 3d per channel. All keyed dropouts are then numbered in the order
-    of `module.modules()`. Dropout as a function call inside someone's forward() can't be seen here.
-
-    Raises:
-        ValueError: alpha dropout, which has no keyed form.
+    of `module.modules()`. Their subclasses, alpha dropout and function calls inside someone's forward() stay as they
+    are: their draws are keyed around the layer (`unlocked.models.chance`).
     """
     if (keyed := _keyed(module)) is not None:
         return keyed
@@ -106,11 +103,9 @@ def _dropouts(module: nn.Module) -> list[KeyedDropout]:
 
 def _keyed(module: nn.Module) -> KeyedDropout | None:
     """The keyed twin of one of torch's dropout modules, or None for any other module."""
-    if isinstance(module, _UNSUPPORTED):
-        raise ValueError(
-            f"{type(module).__name__} has no keyed form; use torch.nn.Dropout or unlocked.models.KeyedDropout"
-        )
-    if isinstance(module, (nn.Dropout, *_CHANNEL_DROPOUTS)):
-        keyed = KeyedDropout(module.p, per_channel=isinstance(module, _CHANNEL_DROPOUTS))
+    kind = type(module)  # exactly: a subclass may compute something else
+    if kind is nn.Dropout or kind in _CHANNEL_DROPOUTS:
+        assert isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+        keyed = KeyedDropout(module.p, per_channel=kind in _CHANNEL_DROPOUTS)
         return keyed.train(module.training)
     return None

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from unlocked.kernels.images import sides_of
 from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
+from unlocked.models.initialisation import keyed_generator
 
 __all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
 
@@ -111,6 +112,7 @@ def small_conv(
     dropout: float = 0.0,
     *,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """SmallConv: three convolutional blocks (32, 64, 128), one linear block (512), the output layer.
 
@@ -122,11 +124,13 @@ def small_conv(
         upsample: the authors' adaptive pools repeat values where they are asked for more than there are (SmallConvL's
             2048 latents of 1024 activations, VGG11's 8 x 8 of 2 x 2 pixels at 32). False: no pool gives more values
             than it is given, which also makes the layer after it smaller. With True no weight depends on image_size.
+        seed: keys the start values, layer by layer; the global generator is neither asked nor moved. A `Trainer` with
+            another seed draws what is still as it was drawn here by its own.
 
     Raises:
         ValueError: a size is not positive, or the image is too small for a max pool (names the block and sizes).
     """
-    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_SMALL_CONV, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def small_conv_l(
@@ -136,13 +140,14 @@ def small_conv_l(
     dropout: float = 0.0,
     *,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """SmallConvL: SmallConv with widths 96, 192, 512 and 1024. Arguments and errors as `small_conv`.
 
     The linear block has 1024 activations and 2048 latents: adaptive pooling repeats each of them unless `upsample` is
     False.
     """
-    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_SMALL_CONV_L, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def vgg8(
@@ -152,9 +157,10 @@ def vgg8(
     dropout: float = 0.0,
     *,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """VGG8: six convolutional blocks and one linear block. Arguments and errors as `small_conv`."""
-    return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_VGG8, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def vgg11(
@@ -164,13 +170,14 @@ def vgg11(
     dropout: float = 0.0,
     *,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """VGG11: eight convolutional blocks and two linear blocks. Arguments and errors as `small_conv`.
 
     Made for larger images: at 32 pixels the last convolutional block holds 2 x 2 pixels, which the adaptive pool
     to 8 x 8 repeats (and the first linear block has 134 million weights) unless `upsample` is False.
     """
-    return _build(_VGG11, in_channels, num_classes, image_size, dropout, upsample=upsample)
+    return _build(_VGG11, in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
 
 
 def mobilenet_v1(
@@ -181,13 +188,14 @@ def mobilenet_v1(
     *,
     same_padding: bool = False,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """MobileNetV1: a strided convolution and thirteen depthwise-separable blocks. Arguments and errors as `small_conv`.
 
     `same_padding`: pad depthwise convolutions by 1, where the authors pad by the stride (see `DepthwiseBlock`).
     """
     network = replace(_MOBILENET_V1, reduced_rank=100) if num_classes > 200 else _MOBILENET_V1
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
 def mobilenet_v1_small(
@@ -198,10 +206,11 @@ def mobilenet_v1_small(
     *,
     same_padding: bool = False,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
     network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
-    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample)
+    return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
 def _build(
@@ -212,6 +221,8 @@ def _build(
     dropout: float,
     same_padding: bool = False,
     upsample: bool = True,
+    *,
+    seed: int,
 ) -> list[Block]:
     for word, size in {"in_channels": in_channels, "num_classes": num_classes}.items():
         if size < 1:
@@ -237,10 +248,14 @@ def _build(
             most = row.width if row.kind == "linear" else min(sides)
             row = row._replace(latent_size=min(row.latent_size, most))
             network = replace(network, average=min(network.average, *sides)) if i == last_conv else network
-        blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
+        with keyed_generator(seed, i):
+            blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
         features = row.width * (network.average**2 if i == last_conv else 1)
         sides = [side // 2 for side in sides] if pool == "max" else sides
-    blocks.append(OutputBlock(features, num_classes))
+    with keyed_generator(seed, len(blocks)):
+        blocks.append(OutputBlock(features, num_classes))
+    for i, block in enumerate(blocks):
+        block.start_key = (seed, i)
     return blocks
 
 

@@ -26,11 +26,12 @@ def get_model(
     dropout: float = 0.0,
     same_padding: bool = False,
     upsample: bool = True,
+    seed: int = 0,
 ) -> list[Block]:
     """The blocks of the network called `name`, with or without the authors' prefix `LLS_`.
 
     Args:
-        in_channels, num_classes, image_size, dropout, upsample: see `unlocked.models.small_conv`.
+        in_channels, num_classes, image_size, dropout, upsample, seed: see `unlocked.models.small_conv`.
         same_padding: for the MobileNets alone, see `unlocked.models.mobilenet_v1`.
 
     Raises:
@@ -41,7 +42,7 @@ def get_model(
     if factory is None:
         raise ValueError(f"model {name!r} is not known; valid, also with the prefix LLS_: {', '.join(MODELS)}")
     if not same_padding:
-        return factory(in_channels, num_classes, image_size, dropout, upsample=upsample)
+        return factory(in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
     if not plain.startswith("MobileNet"):
         raise ValueError(f"same_padding is for the MobileNets; model {name!r} pads by 1 anyway, so leave it out")
-    return factory(in_channels, num_classes, image_size, dropout, same_padding=True, upsample=upsample)
+    return factory(in_channels, num_classes, image_size, dropout, same_padding=True, upsample=upsample, seed=seed)

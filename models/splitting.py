@@ -96,8 +96,8 @@ def _trace(module: nn.Module, at: Sequence[str]) -> fx.Graph:
     for node in graph.nodes:
         if node.op == "call_function" and "dropout" in getattr(node.target, "__name__", ""):
             raise ValueError(
-                f"{type(module).__name__} calls {node.target.__name__}() as a function, whose masks would depend on "
-                "where a layer runs; use an nn.Dropout module"
+                f"{type(module).__name__} calls {node.target.__name__}() as a function, which the traced layer would "
+                "do in evaluation too, or never; use an nn.Dropout module"
             )
     return graph
 

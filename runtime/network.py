@@ -1,20 +1,27 @@
 """From a user's model to layers: shapes, rules, optimizers, measured costs."""
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from unlocked.kernels.philox import Purpose, philox_int
 from unlocked.kernels.reference import Layout
-from unlocked.models import Block, initialise
+from unlocked.models import Block, initialise, key_start_values
+from unlocked.models.chance import find_draws
 from unlocked.models.errors import first_line
+from unlocked.models.generators import SOURCES, GlobalGenerators
+from unlocked.models.named_draws import named_draws
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
 from unlocked.runtime.batch_statistics import BatchStatistics
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
+from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 
@@ -27,6 +34,7 @@ __all__ = [
     "build_network",
     "check_rules",
     "check_weights",
+    "kept_modes",
     "measure_costs",
 ]
 
@@ -42,12 +50,13 @@ class Network:
     """A model that is ready to be cut into stages.
 
     Attributes:
-        blocks: the layers' networks, initialised; the last one gives the logits.
+        blocks: the layers' networks with their start values; the last one gives the logits.
         infos: what each layer's rule may know of it.
         output_shapes: one sample's output of each layer, that is, the next layer's input.
         input_shape: one sample's input of the first layer.
         input_dtype: its type: float32, or int64 where the first layer reads tokens.
         batch_statistics: every normalisation by the micro-batch's own statistics.
+        draws: the global generators that each layer draws from (`unlocked.models.generators.SOURCES`).
     """
 
     blocks: list[Block]
@@ -56,6 +65,7 @@ class Network:
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype = torch.float32
     batch_statistics: list[BatchStatistics] = field(default_factory=list)
+    draws: list[frozenset[str]] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -68,21 +78,24 @@ def build_network(
     input_shape: tuple[int, ...],
     num_classes: int | None,
     seed: int,
-    keep_weights: bool = False,
+    redraw: bool = False,
     sample: Tensor | None = None,
 ) -> Network:
-    """Names the layers, follows one sample through to learn every shape, and initialises by (seed, layer).
+    """Names the layers, follows one sample through to learn every shape, and settles the start values.
 
     Args:
         model: blocks (`unlocked.models`), or any modules in order; the last one must give [B, num_classes].
         input_shape: one sample's, such as (C, H, W).
         num_classes: of the data; None: whatever the last layer tells apart.
-        keep_weights: leave the parameters as they are instead of drawing them by (seed, layer).
+        seed: draws, by layer, what is still as a network of the project drew it. All other weights are kept.
+        redraw: draw every parameter by (seed, layer) instead.
         sample: one sample to follow through; default: zeros, float32. Tokens are int64.
 
     Raises:
         ValueError: no layers, shapes that don't chain (names both blocks and both shapes), a block that gives anything
-            but one float32 tensor, names or weights that two layers share, or an output that is not [B, num_classes].
+            but one float32 tensor, names or weights that two layers share, or an output that is not [B, num_classes];
+            with `redraw`, parameters that can't be drawn anew (names them); a layer that draws random numbers which no
+            key reaches (names layer and module).
     """
     blocks = _blocks(model)
     names = [block.name for block in blocks]
@@ -92,7 +105,7 @@ def build_network(
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True
     sample = torch.zeros(input_shape) if sample is None else sample
-    activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample)
+    activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample, seed)
     check_ownership_of_weights(blocks)
     if num_classes is None and len(outputs[-1]) == 1:
         num_classes = outputs[-1][0]
@@ -101,9 +114,8 @@ def build_network(
             f"the last layer {names[-1]} gives {outputs[-1]} per sample, but the data has {num_classes or 'some'} "
             f"classes; end the model in a layer with output ({num_classes or 'number of classes'},)"
         )
-    if not keep_weights:
-        for index, block in enumerate(blocks):
-            initialise(block, seed, index)
+    for index, block in enumerate(blocks):
+        (initialise if redraw else key_start_values)(block, seed, index)
     infos = [
         LayerInfo(
             name=block.name,
@@ -118,21 +130,55 @@ def build_network(
         )
         for i, block in enumerate(blocks)
     ]
-    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics)
+    inputs = [sample, *map(torch.zeros, outputs[:-1])]
+    draws = [find_draws(block, partial(_made_up, like, seed)) for block, like in zip(blocks, inputs, strict=True)]
+    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics, draws)
 
 
-def check_rules(network: Network, rules: Rules) -> None:
+def check_rules(network: Network, rules: Rules) -> Network:
     """Builds every layer's rule and asks it for a loss of made-up samples and its gradient, so that what doesn't fit is
-    said before training starts. What is built is thrown away, and the global random state is left as it was.
+    said before training starts. What is built is thrown away, and the global random states are left as they were.
+
+    Returns:
+        The network, whose layers also draw from what their rules were seen to draw from.
 
     Raises:
         ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
             rule and the activations' shape.
     """
-    with torch.random.fork_rng(devices=[]):
-        for index, info in enumerate(network.infos):
-            chosen = _choose_rule(network, index, rules)
-            _try_rule(_make_rule(chosen, info), chosen, info)
+    generators = GlobalGenerators(SOURCES, torch.device("cpu"))
+    draws = []
+    for index, info in enumerate(network.infos):
+        chosen = _choose_rule(network, index, rules)
+        with generators.keyed(info.seed):
+            rule = _make_rule(chosen, info)
+            activations = torch.randn(2, *info.activation_shape, requires_grad=True)
+            before = generators.states()
+            _try_rule(rule, activations, chosen, info)
+            draws.append(network.draws[index] | generators.moved(before))
+    return replace(network, draws=draws)
+
+
+@contextlib.contextmanager
+def kept_modes(network: Network) -> Iterator[None]:
+    """Afterwards every module is in training or eval mode again, as the user left it: what was in eval mode before a
+    run is frozen (`unlocked.workers.layer.frozen_modules`), and a run itself ends in eval mode.
+
+    Raises:
+        ValueError: everything is in eval mode though there is something to train, as `model.eval()` leaves it.
+    """
+    bodies = [module for block in network.blocks for module in block.body.modules()]
+    if not any(m.training for m in bodies) and any(p.requires_grad for m in bodies for p in m.parameters()):
+        raise ValueError(
+            "the whole model is in eval mode, in which nothing but what is frozen stays during training; call train() "
+            "on it, then eval() on the modules that shall keep their statistics and drop nothing"
+        )
+    modes = [(module, module.training) for block in network.blocks for module in block.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def check_weights(network: Network) -> None:
@@ -142,7 +188,7 @@ def check_weights(network: Network) -> None:
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise ValueError(
                     f"layer {block.name} begins with values that are not finite in {name}; give finite weights, or let "
-                    "them be drawn (keep_weights=False)"
+                    "them be drawn (redraw=True)"
                 )
 
 
@@ -169,6 +215,7 @@ def backpropagation_network(network: Network) -> Network:
         network.input_shape,
         network.input_dtype,
         network.batch_statistics,
+        [frozenset[str]().union(*network.draws)],
     )
 
 
@@ -185,7 +232,9 @@ def build_layer(
     """Layer `index`, on its device. The output layer always trains on cross-entropy."""
     info = network.infos[index]
     local_rule = _make_rule(_choose_rule(network, index, rule), info)
-    return Layer(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
+    sources = network.draws[index].union(*map(named_draws, local_rule.modules()), named_draws(optimizer))
+    kind = partial(DrawingLayer, sources=sources) if sources else Layer
+    return kind(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
 
 
 def measure_costs(
@@ -206,16 +255,17 @@ def measure_costs(
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
     costs = []
-    for index, block in enumerate(network.blocks):
-        saved = {name: value.clone() for name, value in block.state_dict().items()}
-        try:
-            seconds, x = _measure(make_layer(index), x, labels, repeats)
-        except (Exception, SystemExit) as error:
-            cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
-            name = network.infos[index].name
-            raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
-        costs.append(seconds)
-        block.load_state_dict(saved)
+    with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
+        for index, block in enumerate(network.blocks):
+            saved = {name: value.clone() for name, value in block.state_dict().items()}
+            try:
+                seconds, x = _measure(make_layer(index), x, labels, repeats)
+            except (Exception, SystemExit) as error:
+                cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
+                name = network.infos[index].name
+                raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
+            costs.append(seconds)
+            block.load_state_dict(saved)
     return costs
 
 
@@ -228,6 +278,14 @@ def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[flo
         layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
         times.append(_now(x.device) - start)
     return median(times[2:]), out.clone()
+
+
+def _made_up(sample: Tensor, seed: int) -> Tensor:
+    """A micro-batch of two samples like this one: tokens as they are, anything else normally distributed."""
+    shape = (2, *sample.shape)
+    if not sample.is_floating_point():
+        return sample.expand(shape).clone()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF))
 
 
 def _now(device: torch.device) -> float:
@@ -291,8 +349,11 @@ def _choose_rule(network: Network, index: int, rules: Rules) -> Rule:
 
 
 def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
+    """Built with a keyed generator, for rules that hold modules with start values."""
+    generators = GlobalGenerators(SOURCES, torch.device("cpu"))
     try:
-        rule = chosen(info)
+        with generators.keyed(philox_int(info.seed, Purpose.RULE, info.index, 1)):
+            rule = chosen(info)
     except (Exception, SystemExit) as error:
         raise _misfit(info, chosen, error) from error
     if not isinstance(rule, LocalRule):
@@ -303,8 +364,7 @@ def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
     return rule
 
 
-def _try_rule(rule: LocalRule, chosen: Rule, info: LayerInfo) -> None:
-    activations = torch.randn(2, *info.activation_shape, requires_grad=True)
+def _try_rule(rule: LocalRule, activations: Tensor, chosen: Rule, info: LayerInfo) -> None:
     depends = False
     try:
         with torch.enable_grad():

@@ -245,7 +245,12 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
         name = name.removeprefix("DFA_").removesuffix("MNIST")
     channels, *sides = data.image_shape
     blocks = get_model(
-        name, in_channels=channels, num_classes=data.num_classes, image_size=sides, dropout=recipe.dropout
+        name,
+        in_channels=channels,
+        num_classes=data.num_classes,
+        image_size=sides,
+        dropout=recipe.dropout,
+        seed=recipe.seed,
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
-from unlocked.models import Block, KeyedDropout
+from unlocked.models import Block, KeyedDropout, keyed_generator
 from unlocked.models.errors import first_line
 from unlocked.runtime.batch_statistics import PROBE_ROWS, BatchStatistics, find_batch_statistics
 from unlocked.runtime.layouts import LayoutWatch
+from unlocked.workers.layer import frozen_modules
 
 __all__ = ["ChainShapes", "check_ownership_of_weights", "follow_shapes"]
 
@@ -29,11 +30,13 @@ class ChainShapes(NamedTuple):
 
 
 @torch.no_grad()
-def follow_shapes(blocks: Sequence[Block], sample: Tensor) -> ChainShapes:
+def follow_shapes(blocks: Sequence[Block], sample: Tensor, seed: int = 0) -> ChainShapes:
     """Sends micro-batches of copies of `sample` through all blocks, in eval mode.
 
     Args:
         sample: one sample's input, without the batch dimension.
+        seed: keys, layer by layer, what modules draw that learn their shapes at their first call. The global generator
+            is left as it was.
 
     Raises:
         ValueError: shapes that don't chain (names both blocks and both shapes), a block that gives anything but one
@@ -45,13 +48,17 @@ def follow_shapes(blocks: Sequence[Block], sample: Tensor) -> ChainShapes:
     before = "the data"
     layouts = LayoutWatch()
     try:
-        for block in blocks:
+        for layer, block in enumerate(blocks):
+            frozen = frozen_modules(block)
             block.eval()
-            activations, inputs, calls = _follow(block, inputs, before, layouts)
+            with keyed_generator(seed, layer):
+                activations, inputs, calls = _follow(block, inputs, before, layouts)
             shapes.activations.append(tuple(activations.shape[1:]))
             shapes.outputs.append(tuple(inputs[0].shape[1:]))
             shapes.layouts.append(layouts.layout_of(activations))
             block.train()
+            for module in frozen:
+                module.training = False
             shapes.batch_statistics.extend(find_batch_statistics(block.name, calls))
             before = f"layer {block.name}"
     finally:

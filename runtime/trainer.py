@@ -20,7 +20,15 @@ from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnP
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
-from unlocked.runtime.network import Model, Rules, backpropagation_network, build_network, check_rules, check_weights
+from unlocked.runtime.network import (
+    Model,
+    Rules,
+    backpropagation_network,
+    build_network,
+    check_rules,
+    check_weights,
+    kept_modes,
+)
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
@@ -45,7 +53,9 @@ class Trainer(Settings):
         optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
         engine: `Sequential()`, `Streams(...)` or `Processes(...)` (under torchrun) with their options, or "sequential",
             "streams" or "processes" for the defaults. All give the same numbers.
-        keep_weights: start from the model's weights instead of drawing them by (seed, layer).
+        redraw: draw every parameter of the model by (seed, layer). Otherwise training starts from the weights that the
+            model holds, so a second `fit` goes on from the first one's (with new optimizers and rules); a network of
+            `unlocked.models` that nobody has loaded, trained or changed is drawn by `seed`.
         lr_factor: epoch -> factor of the initial learning rate; or `unlocked.ReduceLROnPlateau(...)`, which needs
             the test loss: then the pipeline drains at the end of every epoch. May be another one after a resume.
         sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
@@ -61,7 +71,7 @@ class Trainer(Settings):
     rule: Rules | str
     optimizer: OptimizerFactory
     engine: Engine | str = "sequential"
-    keep_weights: bool = False
+    redraw: bool = False
     lr_factor: LrSchedule = constant
     sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = ()
     names: Mapping[str, str] | None = None
@@ -167,7 +177,7 @@ class Trainer(Settings):
                 sinks.add([BestWeights(self.best_dir, job.plan[job.start].epoch)])
             return [sinks]
 
-        with sinks, float32_products(self.precision):
+        with sinks, float32_products(self.precision), kept_modes(job.network):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
@@ -187,7 +197,7 @@ class Trainer(Settings):
             input_shape=train_set.image_shape,
             num_classes=train_set.num_classes,
             seed=self.seed,
-            keep_weights=self.keep_weights,
+            redraw=self.redraw,
             sample=probe_sample(train_set),
         )
         check_batch_statistics(network.batch_statistics, plan)
@@ -199,7 +209,7 @@ class Trainer(Settings):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
         else:
-            check_rules(network, self.rule)
+            network = check_rules(network, self.rule)
         fingerprint = {
             "layers": network.names,
             "rule": describe_rule(self.rule),

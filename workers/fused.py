@@ -38,8 +38,9 @@ def fused_step(backend: ModuleType) -> StepFactory:
 
     def build(layer: Layer) -> Step:
         body = make_body(layer.block, layer.info, backend)
-        # A gradient for every parameter of the block is what the closed form gives: autograd knows of frozen ones.
-        frozen = not all(p.requires_grad for p in layer.block.parameters())
+        # A gradient for every parameter of the block, by the micro-batch's statistics, is what the closed form gives:
+        # autograd knows of frozen ones.
+        frozen = bool(layer.frozen) or not all(p.requires_grad for p in layer.block.parameters())
         closed_form = body is not None and not frozen and layer.rule.head_arguments() is not None
         layer.optimizer = _fuse_optimizer(layer, backend, closed_form=closed_form)
         if body is not None and closed_form:

@@ -18,7 +18,16 @@ from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
 
-__all__ = ["AutogradStep", "Layer", "OptimizerFactory", "Step", "StepFactory", "as_delivered", "count_correct"]
+__all__ = [
+    "AutogradStep",
+    "Layer",
+    "OptimizerFactory",
+    "Step",
+    "StepFactory",
+    "as_delivered",
+    "count_correct",
+    "frozen_modules",
+]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -67,6 +76,8 @@ class Layer:
         self.rule = rule.to(device)
         self.device = device
         self.is_output = block.is_output
+        self.frozen = frozen_modules(block)
+        """What stays in eval mode, also in training and while statistics are re-estimated."""
         self._storage = storage_dtype(precision)
         self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
@@ -102,7 +113,8 @@ class Layer:
         self._pending = steps
 
     def set_mode(self, mode: str) -> None:
-        """`train`, `statistics` (train-mode forward without updates) or `evaluate`; free when nothing changes.
+        """`train`, `statistics` (train-mode forward without updates) or `evaluate`; free when nothing changes. What is
+        `frozen` stays in eval mode.
 
         A schedule-free optimizer holds its weights at another point for training than for evaluation and for the
         statistics that evaluation uses; its `train` and `eval` switch between them.
@@ -111,6 +123,8 @@ class Layer:
             return
         self._mode = mode
         self.block.train(mode != "evaluate")
+        for module in self.frozen:
+            module.training = False
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
         if switch is not None:
             switch()
@@ -138,6 +152,10 @@ class Layer:
             self._pending += steps
         elif on_device:
             self.clock += steps
+
+    def set_clock(self, clock: Tensor) -> None:
+        """From now on the micro-batch is number `clock`, an int64 scalar."""
+        self.clock.copy_(clock)
 
     def _sync_clock(self) -> None:
         """Brings the clock, and the count that BatchNorm keeps of its batches, up to date."""
@@ -220,7 +238,7 @@ class Layer:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.totals.copy_(state["totals"])
-        self.clock.copy_(state["clock"])
+        self.set_clock(state["clock"])
         self._counted.copy_(self.clock)
         self._pending = 0
         self._mode = None  # the optimizer's weights may be at another point now
@@ -268,6 +286,18 @@ class AutogradStep:
 
 
 StepFactory = Callable[[Layer], Step]
+
+
+def frozen_modules(block: nn.Module) -> list[nn.Module]:
+    """What the user has put into eval mode, and the normalisations whose weights all need no gradient: there a frozen
+    BatchNorm keeps its running statistics, and normalises by them."""
+    return [m for m in block.modules() if not m.training or _is_frozen_norm(m)]
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return is_norm and bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def as_delivered(output: Tensor) -> Tensor:

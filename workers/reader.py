@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unlocked.data import LoaderDataset
+from unlocked.models.generators import DRAWING
 from unlocked.workers.actions import Item
 
 __all__ = ["LoaderReader"]
@@ -78,7 +79,8 @@ class LoaderReader:
 
     def _guarded(self, item: Item, call: Callable[[], Any]) -> Any:
         try:
-            return call()
+            with DRAWING:  # what a loader draws in a thread must not come from a layer's keyed generator
+                return call()
         except Exception as error:
             raise RuntimeError(f"{self._where(item)}: the loader failed: {type(error).__name__}: {error}") from error
 

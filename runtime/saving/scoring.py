@@ -128,7 +128,7 @@ def score_snapshot(
         network = backpropagation_network(network)
     stage = _stage(network, train, test, plan, start, device, precision)
     for layer in stage.layers:
-        layer.clock.copy_(states[layer.name]["clock"])  # the key of dropout, which statistics see as training does
+        layer.set_clock(states[layer.name]["clock"])  # the key of what is drawn, which statistics see as training does
     return _evaluate(stage, plan, start, precision)
 
 

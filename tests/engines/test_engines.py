@@ -1,5 +1,6 @@
 """Law 1 inside one process: wherever layers are placed, `streams` computes what `sequential` does."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -104,9 +105,9 @@ def test_a_rule_and_a_network_of_ones_own() -> None:
         nn.Linear(32, 3),
     )
     results = [
-        Trainer(net, rule=[Prototypes, LLS()], optimizer=partial(torch.optim.Adam, lr=1e-2), engine=engine).fit(
-            (x, labels), epochs=10, batch_size=32, eval_data=(x, labels)
-        )
+        Trainer(
+            copy.deepcopy(net), rule=[Prototypes, LLS()], optimizer=partial(torch.optim.Adam, lr=1e-2), engine=engine
+        ).fit((x, labels), epochs=10, batch_size=32, eval_data=(x, labels))
         for engine in ("sequential", "streams")
     ]
     assert results[0].weights_sha256 == results[1].weights_sha256

@@ -54,7 +54,7 @@ class Trajectory:
 def _network(meta: dict[str, Any]) -> Network:
     channels, side, classes = meta["in_channels"], meta["image"], meta["n_classes"]
     blocks = get_model(meta["model"], in_channels=channels, num_classes=classes, image_size=side)
-    network = build_network(blocks, input_shape=(channels, side, side), num_classes=classes, seed=0, keep_weights=True)
+    network = build_network(blocks, input_shape=(channels, side, side), num_classes=classes, seed=0)
     return backpropagation_network(network) if meta["training_mode"] == "BP" else network
 
 

@@ -50,7 +50,6 @@ class SpoiltRule(LocalRule):
 
 def begin(run: dict[str, Any], value: float) -> None:
     run["model"][0][1].weight.data[1, 2] = value
-    run["keep_weights"] = True
 
 
 def pixel(run: dict[str, Any], value: float, where: str = "train") -> None:
@@ -110,7 +109,6 @@ def run(engine: str, way: str, value: float, folder: Path, **options: Any) -> No
         "optimizer": partial(torch.optim.SGD, lr=0.1),
         "train": (samples[:half].clone(), labels[:half]),
         "test": (samples[half:].clone(), labels[half:]),
-        "keep_weights": False,
         "max_steps": None,
     }
     spoil, _ = WAYS[way]

@@ -1,13 +1,23 @@
 """Blocks: what they compute, what others read from them, and start values that depend on their key alone."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.models import Block, ConvBlock, DepthwiseBlock, KeyedDropout, LinearBlock, OutputBlock, initialise
+from unlocked.models import (
+    Block,
+    ConvBlock,
+    DepthwiseBlock,
+    KeyedDropout,
+    LinearBlock,
+    OutputBlock,
+    initialise,
+    keyed_generator,
+)
 
 
 def _bn(x: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
@@ -92,7 +102,7 @@ def test_a_tail_has_no_parameters() -> None:
 
 
 class _Bare(nn.Module):
-    """A parameter without reset_parameters beside a module that has one."""
+    """A parameter made by hand beside a module that has reset_parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,9 +148,10 @@ def test_initialise_is_torchs_default_distribution() -> None:
     assert torch.equal(block.norm.weight.detach(), torch.ones(64))
 
 
-def test_initialise_ignores_the_memory_format_and_leaves_generators_and_bare_parameters_alone() -> None:
+def test_initialise_ignores_the_memory_format_and_leaves_generators_alone() -> None:
     plain = nn.Sequential(ConvBlock(3, 8), _Own())
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parameters = list(plain.parameters())
     state = torch.get_rng_state()
     for block in (plain, last):
         initialise(block, seed=5, layer=0)
@@ -148,9 +159,36 @@ def test_initialise_ignores_the_memory_format_and_leaves_generators_and_bare_par
     for a, b in zip(plain.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)
     assert last[1].weight.is_contiguous(memory_format=torch.channels_last)
-    bare = _Bare()
-    parameters, before = list(bare.parameters()), bare.linear.weight.clone()
-    initialise(bare, seed=5, layer=0)
-    assert torch.equal(bare.scale.detach(), torch.full((3,), 7.0))
-    assert not torch.equal(bare.linear.weight, before)
-    assert all(a is b for a, b in zip(parameters, bare.parameters(), strict=True))
+    assert all(a is b for a, b in zip(parameters, plain.parameters(), strict=True))
+
+
+def test_initialise_refuses_by_name_what_it_cannot_draw() -> None:
+    bare = Block("scaled", _Bare())
+    before = _values(bare)
+    with pytest.raises(ValueError, match=r"layer scaled can't be drawn anew: .* sets scale of its _Bare \(body\)"):
+        initialise(bare, seed=5, layer=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, _values(bare), strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        lambda: nn.Transformer(8, 2, 1, 1, 16),
+        lambda: nn.LSTM(4, 5, num_layers=2),
+        lambda: nn.Embedding(7, 3, padding_idx=2),
+    ],
+    ids=["attention", "encoder", "transformer", "lstm", "embedding"],
+)
+def test_initialise_draws_what_the_constructor_draws(make: Callable[[], nn.Module]) -> None:
+    """In its order too, so that the values themselves are the constructor's under the same generator state."""
+    made = make()
+    initialise(made, seed=3, layer=1)
+    with keyed_generator(3, 1):
+        expected = make()
+    drawn, constructed = made.state_dict(), expected.state_dict()
+    for name, value in constructed.items():
+        assert torch.equal(drawn[name] == 0, value == 0), name  # zeros are zeros, and nothing else is
+    if not any(list(child.children()) for child in made.children()):  # flat ones draw in the constructor's order
+        assert all(torch.equal(drawn[name], value) for name, value in constructed.items())

@@ -114,9 +114,14 @@ def test_replace_dropout_at_every_depth() -> None:
     assert isinstance(replace_dropout(nn.Dropout(0.5)), KeyedDropout)
 
 
-def test_alpha_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match="AlphaDropout has no keyed form"):
-        replace_dropout(nn.Sequential(nn.AlphaDropout()))
+def test_what_computes_something_else_stays() -> None:
+    class Doubled(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.AlphaDropout(), Doubled())
+    kinds = [type(m) for m in model]
+    assert [type(m) for m in replace_dropout(model)] == kinds  # type: ignore[attr-defined]
 
 
 def test_set_dropout_keys_reaches_a_block() -> None:

@@ -65,11 +65,57 @@ def test_start_values_depend_on_seed_and_layer_alone() -> None:
         assert torch.equal(first.blocks[3].state_dict()[name], value)
 
 
-def test_keep_weights_leaves_them_alone() -> None:
-    blocks = small_conv(1, 10, 8)
-    before = copy.deepcopy([value for block in blocks for value in block.state_dict().values()])
-    network = build_network(blocks, input_shape=(1, 8, 8), num_classes=10, seed=3, keep_weights=True)
-    assert all(torch.equal(a, b) for a, b in zip(_state(network), before, strict=True))
+def test_weights_that_were_given_are_kept() -> None:
+    model = [nn.Flatten(), nn.Linear(64, 12), nn.Linear(12, 10)]
+    ours = small_conv(1, 10, 8)
+    with torch.no_grad():
+        ours[1].conv.weight[0, 0, 0, 0] += 1.0
+    for blocks, kept in ((model, range(3)), (ours, [1])):
+        before = copy.deepcopy([block.state_dict() for block in blocks])
+        network = build_network(blocks, input_shape=(1, 8, 8), num_classes=10, seed=3)
+        for index in kept:
+            after = network.blocks[index].state_dict()
+            for name, value in before[index].items():
+                assert torch.equal(after[name if blocks is ours else f"body.{name}"], value)
+
+
+def test_networks_of_ours_are_drawn_by_the_seed_until_someone_sets_their_weights() -> None:
+    """A block that was loaded, trained or run in training mode is someone's; its neighbours are drawn still."""
+    model, fresh = small_conv(1, 10, 8), _small(seed=3)
+    with torch.no_grad():
+        model[1].conv.weight[0, 0, 0, 0] += 1.0
+    model[2](torch.ones(2, 64, 2, 2))  # moves BatchNorm's statistics
+    network = build_network(model, input_shape=(1, 8, 8), num_classes=10, seed=3)
+    equal = [
+        all(torch.equal(a, b) for a, b in zip(x.state_dict().values(), y.state_dict().values(), strict=True))
+        for x, y in zip(network.blocks, fresh.blocks, strict=True)
+    ]
+    assert equal == [True, False, False, True, True]
+
+
+def test_networks_of_ours_neither_ask_nor_move_the_global_generator() -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = small_conv(1, 10, 8, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.randn(3)
+    second, network = small_conv(1, 10, 8, seed=4), _small(seed=4)
+    for a, b, c in zip(first, second, network.blocks, strict=True):
+        values = zip(a.state_dict().values(), b.state_dict().values(), c.state_dict().values(), strict=True)
+        assert all(torch.equal(x, y) and torch.equal(y, z) for x, y, z in values)
+
+
+def test_redrawing_is_by_seed_and_layer_whatever_there_was() -> None:
+    def encoder() -> list[nn.Module]:
+        head = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        return [nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 16, batch_first=True)), head]
+
+    found = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        network = build_network(encoder(), input_shape=(1, 8, 8), num_classes=10, seed=2, redraw=True)
+        found.append(_state(network))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_following_the_shapes_leaves_statistics_and_modes_alone() -> None:

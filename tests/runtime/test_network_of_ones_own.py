@@ -38,6 +38,7 @@ def _fit(
     **settings: object,
 ) -> RunResult:
     rule = rule() if isinstance(rule, type) and issubclass(rule, LLS | LLS_MxM | LocalLosses) else rule
+    torch.manual_seed(1)  # where training starts
     trainer = Trainer(model(), rule=rule, optimizer=SGD, engine=engine, seed=1, **settings)  # type: ignore[arg-type]
     return trainer.fit(data, epochs=epochs, batch_size=batch, eval_data=data)  # type: ignore[arg-type]
 

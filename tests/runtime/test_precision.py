@@ -46,6 +46,7 @@ def test_blocks_of_ones_own_round_their_outputs_in_every_placement() -> None:
             return x.float() * self.factor / 3
 
     def net() -> nn.Sequential:
+        torch.manual_seed(0)
         return nn.Sequential(nn.Sequential(nn.Linear(12, 16), Scale(16)), Scale(16), nn.Linear(16, 3))
 
     generator = torch.Generator().manual_seed(0)

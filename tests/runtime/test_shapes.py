@@ -97,9 +97,11 @@ def test_following_restores_the_mode_also_after_a_failure() -> None:
 
 def test_modules_that_learn_their_shape_at_the_first_call_are_initialised() -> None:
     make = [nn.Flatten(), nn.Sequential(nn.LazyLinear(20), nn.ReLU()), nn.LazyLinear(10)]
+    state = torch.get_rng_state()
     network = build_network(make, input_shape=(1, 8, 8), num_classes=10, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
     plain = [nn.Flatten(), nn.Sequential(nn.Linear(64, 20), nn.ReLU()), nn.Linear(20, 10)]
-    expected = build_network(plain, input_shape=(1, 8, 8), num_classes=10, seed=0)
+    expected = build_network(plain, input_shape=(1, 8, 8), num_classes=10, seed=0, redraw=True)
     for a, b in zip(network.blocks, expected.blocks, strict=True):
         for name, value in b.state_dict().items():
             assert torch.equal(a.state_dict()[name], value)

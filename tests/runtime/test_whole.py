@@ -18,6 +18,7 @@ LR = 0.3
 
 
 def _blocks() -> list[nn.Module]:
+    torch.manual_seed(0)
     return [nn.Sequential(nn.Linear(4, 9), nn.Tanh()), nn.Sequential(nn.Linear(9, 6), nn.Tanh()), nn.Linear(6, 3)]
 
 

@@ -31,6 +31,7 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
@@ -87,6 +88,7 @@ class Processes(ProcessesOptions):
                 client = self._client(job, world, terms["address"], names, set_up)
                 with _telling(client, names):
                     check_same_settings(settings_of(job, self), terms["settings"])
+                    agree_on_start_weights(job, store, world, self.start_timeout)
                     worker = Worker(job, self, world, store, parts, client, device)
                     closing.callback(worker.stage.close)
                     if hub is not None:
@@ -100,6 +102,7 @@ class Processes(ProcessesOptions):
                     roll_call.release()
                 set_up.settle()
                 setup = time.perf_counter() - began
+                remember_owners(job, parts[world.rank])
                 with occupy_cores(worker.cores):
                     payload = worker.run()
                 payload["setup_seconds"] = setup

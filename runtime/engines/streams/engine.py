@@ -41,6 +41,7 @@ from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.settings import Settings, setting
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
+from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
 from unlocked.workers.stamps import DeviceClock, EventStamps
@@ -318,6 +319,15 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
     def _capturable(self) -> bool:
+        drawing = [layer.name for lane in self.lanes for layer in lane.stage.layers if isinstance(layer, DrawingLayer)]
+        if drawing:
+            if self.device.type != "cpu":
+                warnings.warn(
+                    f"streams: no CUDA graphs, because layer {', '.join(drawing)} draws from a global generator, which "
+                    "only the host can seed; nn.Dropout is keyed on the device",
+                    stacklevel=2,
+                )
+            return False
         if self.device.type == "cpu" or all(lane.is_capturable for lane in self.lanes):
             return True
         warnings.warn(
