@@ -16,7 +16,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns every failure into one line and an exit code: 2 for a user's mistake, 1 for a failed run, 130
     and 143 after an orderly stop."""
-    rank = int(os.environ.get("RANK", "0"))
+    told = os.environ.get("RANK", "")
+    rank = int(told) if told.isdecimal() else 0  # what is no number is the engine's to refuse
     try:
         # Imported here, so that an interrupt during these seconds ends in one line as well.
         from unlocked.data.cores import usable_cores

@@ -23,6 +23,7 @@ __all__ = [
     "build_layer",
     "build_network",
     "check_rules",
+    "check_trainable",
     "measure_costs",
 ]
 
@@ -126,6 +127,24 @@ def check_rules(network: Network, rules: Rules) -> None:
         for index, info in enumerate(network.infos):
             chosen = _choose_rule(network, index, rules)
             _try_rule(_make_rule(chosen, info), chosen, info)
+
+
+def check_trainable(network: Network, rules: Rules | str) -> None:
+    """Raises a ValueError that names the layers if none of them has anything to train.
+
+    Args:
+        rules: the local rules, whose own parameters count; or the name of a global one, which has none.
+    """
+    parameters = [p for block in network.blocks for p in block.parameters()]
+    if any(p.requires_grad for p in parameters):
+        return
+    if not isinstance(rules, str):
+        with torch.random.fork_rng(devices=[]):
+            made = [_make_rule(_choose_rule(network, i, rules), info) for i, info in enumerate(network.infos)]
+        if any(p.requires_grad for rule in made for p in rule.parameters()):
+            return
+    problem = "all their parameters are frozen (requires_grad=False)" if parameters else "they have no parameters"
+    raise ValueError(f"no layer has anything to train: {', '.join(network.names)}; {problem}")
 
 
 def backpropagation_network(network: Network) -> Network:

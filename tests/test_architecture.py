@@ -27,11 +27,11 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "settings", "saving.whole_file", "metrics.records"],
+        ["schedules", "typed", "paths", "fields", "settings", "saving.whole_file", "metrics.records"],
         ["learning_rate", "machine", "shapes", "signals"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving"],
-        ["job"],
+        ["job", "arguments"],
         ["saving.scoring", "engines"],
         ["trainer", "recipe"],
     ],

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ __all__ = [
 
 _MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
-UNREADABLE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError)
+UNREADABLE = (
+    *(RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError),
+    *(struct.error, AssertionError, OverflowError, MemoryError),
+)
 """What reading a file that is not what it should be can raise."""
 _FORMAT = 2
 
@@ -170,10 +174,10 @@ def find_snapshot(root: Path) -> Snapshot:
             continue
         try:
             content = json.loads(path.read_text())
-            position, steps, settings = int(content["position"]), int(content["steps"]), content["settings"]
+            position, steps, settings = int(content["position"]), int(content["steps"]), dict(content["settings"])
             losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
             written = content.get("format")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
         if written != _FORMAT:
             raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
