@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.fields import LARGEST, LARGEST_SEED, LONGEST_WAIT, LineParser, add_flags, check, setting
+from unlocked.runtime.job import check_device
 from unlocked.runtime.recipe import Recipe
-from unlocked.runtime.settings import LineParser, add_flags
 
 __all__ = ["CompareOptions", "parse"]
 
@@ -22,27 +23,45 @@ class CompareOptions:
     Attributes:
         recipe: model, data, optimizer and first seed, the same for all contenders.
         queue_depth: of the local rules' pipelines.
-        epochs: of an accuracy run; 0: no accuracy runs.
-        speed_steps: training micro-batches of a speed run.
         trial_steps: of every form of a pipeline that is tried.
-        seeds: accuracy runs of every contender.
-        chunks: of backpropagation's pipelines; None: the usual ones.
+        command: what was typed.
     """
 
     recipe: Recipe
     queue_depth: int
-    epochs: int
-    speed_steps: int
     trial_steps: int
-    repeats: int
-    seeds: int
-    processes: int
-    only: tuple[str, ...]
-    chunks: tuple[int, ...] | None
-    output: Path
-    tensorboard: Path | None
-    timeout: float
     command: str
+    epochs: int = setting(
+        help="of an accuracy run; 0: none (digits: 4, else 10)",
+        flag=("--epochs", "--num-epochs"),
+        at_least=0,
+        at_most=LARGEST,
+    )
+    speed_steps: int = setting(
+        help="training micro-batches of a speed run (digits: 46, else 200)",
+        flag="--max-steps",
+        at_least=1,
+        at_most=LARGEST,
+    )
+    repeats: int = setting(help="speed runs of every contender (3)", at_least=0, at_most=LARGEST)
+    seeds: int = setting(help="accuracy runs of every contender (digits: 3, else 1)", at_least=0, at_most=LARGEST)
+    processes: int = setting(2, "of every pipeline; they share the cores out", at_least=2, at_most=1024)
+    only: tuple[str, ...] = setting((), "contenders, by the beginning of their names")
+    chunks: tuple[int, ...] | None = setting(
+        None, "that backpropagation's pipelines try (1 for GPipe, 2, 4, 8)", at_least=1, at_most=LARGEST
+    )
+    timeout: float = setting(7200.0, "seconds for one run; what takes longer has failed", above=0, at_most=LONGEST_WAIT)
+    output: Path = setting(
+        Path("runs/comparison"), "folder for report.json, report.html and two .csv", place="new folder"
+    )
+    tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder", place="new folder")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.repeats and not (self.seeds and self.epochs):
+            raise ValueError("nothing to run: give --repeats, or --num-epochs and --seeds, of at least 1")
+        if self.recipe.seed + self.seeds > LARGEST_SEED:
+            raise ValueError(f"{self.seeds} seeds from {self.recipe.seed} on go beyond the last one, {LARGEST_SEED}")
 
 
 _SHARED = (
@@ -58,48 +77,28 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
     Raises:
         ValueError: a mistake, in one line.
     """
-    given = _parser().parse_args(arguments)
-    shared = {name: getattr(given, name) for name in (*_SHARED, "device") if hasattr(given, name)}
+    given = vars(_parser().parse_args(arguments))
+    shared = {name: given.pop(name) for name in (*_SHARED, "device") if name in given}
     recipe = Recipe(**shared, plain=True, print_freq=_NEVER)
-    depth = {"queue_depth": given.queue_depth} if hasattr(given, "queue_depth") else {}
-    digits = recipe.dataset == "digits"
-    few = given.quick
-    options = CompareOptions(
+    check_device(recipe.device)
+    depth = {"queue_depth": given.pop("queue_depth")} if "queue_depth" in given else {}
+    digits, few = recipe.dataset == "digits", given.pop("quick")
+    unless_given = {
+        "epochs": 3 if few else 4 if digits else 10,
+        "speed_steps": 30 if few else 46 if digits else 200,
+        "repeats": 1 if few else 3,
+        "seeds": 1 if few else 3 if digits else 1,
+    }
+    return CompareOptions(
         recipe=recipe,
         queue_depth=PipelineOptions(**depth).queue_depth,
-        epochs=_first(given.num_epochs, 3 if few else 4 if digits else 10),
-        speed_steps=_first(given.max_steps, 30 if few else 46 if digits else 200),
         trial_steps=5 if few else 10 if digits else 20,
-        repeats=_first(given.repeats, 1 if few else 3),
-        seeds=_first(given.seeds, 1 if few else 3 if digits else 1),
-        processes=given.processes,
-        only=tuple(given.only),
-        chunks=None if given.chunks is None else tuple(given.chunks),
-        output=given.output,
-        tensorboard=given.tensorboard,
-        timeout=given.timeout,
         command=shlex.join(["python", "launch/compare.py", *arguments]),
+        **unless_given | given,
     )
-    for flag, value, least in (
-        ("--num-epochs", options.epochs, 0),
-        ("--max-steps", options.speed_steps, 1),
-        ("--repeats", options.repeats, 0),
-        ("--seeds", options.seeds, 0),
-        ("--processes", options.processes, 2),
-        *(("--chunks", n, 1) for n in options.chunks or ()),
-    ):
-        if value < least:
-            raise ValueError(f"{flag} is {value}; it must be at least {least}")
-    if not options.repeats and not (options.seeds and options.epochs):
-        raise ValueError("nothing to run: give --repeats, or --num-epochs and --seeds, of at least 1")
-    return options
 
 
 _NEVER = 1_000_000  # training micro-batches between two readings of the losses, which cost time
-
-
-def _first(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,20 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="--study memory and --study stages measure other things; their own --help tells.",
     )
     group = parser.add_argument_group("what is trained, the same for all")
-    add_flags(group, Recipe, _SHARED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add_flags(group, Recipe, (*_SHARED, "device"), {"device": device})
     add_flags(group, PipelineOptions, {"queue_depth"})
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add = parser.add_argument_group("how much").add_argument
-    add("--num-epochs", "--epochs", type=int, help="of an accuracy run; 0: none (digits: 4, else 10)")
-    add("--max-steps", type=int, help="training micro-batches of a speed run (digits: 46, else 200)")
-    add("--repeats", type=int, help="speed runs of every contender (3)")
-    add("--seeds", type=int, help="accuracy runs of every contender (digits: 3, else 1)")
-    add("--processes", type=int, default=2, help="of every pipeline; they share the cores out")
-    add("--only", nargs="*", default=[], metavar="NAME", help="contenders, by the beginning of their names")
-    add("--chunks", type=int, nargs="*", help="that backpropagation's pipelines try (1 for GPipe, 2, 4, 8)")
-    add("--quick", action="store_true", help="once, and little")
-    add("--timeout", type=float, default=7200.0, help="seconds for one run; what takes longer has failed")
-    add = parser.add_argument_group("what is written").add_argument
-    add("--output", type=Path, default=Path("runs/comparison"), help="folder for report.json, report.html and two .csv")
-    add("--tensorboard", type=Path, help="write TensorBoard's event files below this folder")
+    group = parser.add_argument_group("how much, and what is written")
+    add_flags(group, CompareOptions)
+    group.add_argument("--quick", action="store_true", help="once, and little")
     return parser

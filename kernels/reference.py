@@ -24,6 +24,7 @@ from unlocked.kernels.images import load_batch
 
 __all__ = [
     "ABILITIES",
+    "WAVEFORMS",
     "HeadResult",
     "Layout",
     "NormActResult",
@@ -38,6 +39,9 @@ __all__ = [
     "pool_latents",
     "unavailable",
 ]
+
+WAVEFORMS = ("cosine", "square")
+"""Of the fixed basis, see `make_basis`."""
 
 # Autograd on the library's layers is faster than these: they are the truth, not a fast twin.
 ABILITIES = Abilities(devices=frozenset({"cpu", "cuda"}), closed_form=False, in_place=True)
@@ -81,8 +85,8 @@ def make_basis(rows: int, dim: int, waveform: str = "cosine", device: torch.devi
     float32 before the sine, as in the authors' code: a basis made in float64 differs visibly. It is computed on the
     CPU and then moved, so that every device holds the same bits.
     """
-    if waveform not in ("cosine", "square"):
-        raise ValueError(f"waveform {waveform!r} is not known; valid: cosine, square")
+    if waveform not in WAVEFORMS:
+        raise ValueError(f"waveform {waveform!r} is not known; valid: {', '.join(WAVEFORMS)}")
     frequencies = torch.linspace(50, 512, rows)
     wave = torch.sin(frequencies[:, None] * torch.arange(dim, dtype=torch.float32)[None, :])
     return (wave.sign() if waveform == "square" else wave).contiguous().to(device)

@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from unlocked.runtime.engines import ENGINES, engine_class
+from unlocked.runtime.fields import LineParser, add_flags, flag_of, setting_names
 from unlocked.runtime.job import Engine
 from unlocked.runtime.recipe import Recipe
-from unlocked.runtime.settings import LineParser, Settings, add_flags, flag_of, setting_names
+from unlocked.runtime.settings import Settings
 
 __all__ = ["parse"]
 

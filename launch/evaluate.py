@@ -11,26 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from unlocked.launch.output import lasting_output
+from unlocked.models.errors import first_line
+from unlocked.runtime.fields import LineParser, add_flags
+from unlocked.runtime.job import check_device
+from unlocked.runtime.paths import checked_path
+from unlocked.runtime.recipe import Recipe, make_model
+from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
+from unlocked.runtime.saving.snapshots import find_snapshot
 from unlocked.runtime.saving.whole_file import write_json
-from unlocked.runtime.settings import LineParser
 
 __all__ = ["main", "score"]
 
-# What of a run's settings its weights, and their scores, depend on.
-_TOLD = (
-    *("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout"),
-    "precision",
-)
+_TOLD = ("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout", "precision")
+"""What of a run's settings its weights, and their scores, depend on."""
+_FLAGS = ("model", "training_mode", "dataset", "dataset_dir", "image_size", "test_batch_size", "device", "summary")
+_UNREAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
+"""What a file that is not the run's can raise once it has been read, beside a ValueError."""
 
 
 @lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints loss and accuracies. A mistake ends in one line on standard error and exit code 2."""
     try:
-        options = vars(_parser().parse_args(arguments))
-        figures = score(options)
-        if options["summary"] is not None:
-            write_json(options["summary"], figures)
+        given = vars(_parser().parse_args(arguments))
+        path = checked_path("weights", given.pop("weights"), "")
+        figures = score(path, given)
+        if (summary := Recipe(**given).summary) is not None:
+            summary.parent.mkdir(parents=True, exist_ok=True)
+            write_json(summary, figures)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
@@ -41,19 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of the weights at `options["weights"]`, as JSON values.
+def score(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the weights at `path`, as JSON values.
+
+    Args:
+        given: settings of a `Recipe` that go before the run's own, from the config.json beside its weights.
 
     Raises:
         ValueError: no such weights, or they don't fit model and data.
     """
-    from unlocked.runtime.recipe import Recipe, make_model
-    from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
-    from unlocked.runtime.saving.snapshots import find_snapshot
-
-    path: Path = options["weights"]
-    given = {key: options[key] for key in (*_TOLD, "device") if options.get(key) is not None}
-    recipe = Recipe(**{**_config(path), **given})
+    recipe = Recipe(**_config(path) | dict(given))
+    check_device(recipe.device)
     weights = snapshot = None
     if path.is_dir():
         snapshot = find_snapshot(path / "snapshots" if (path / "snapshots").is_dir() else path)
@@ -62,11 +68,16 @@ def score(options: Mapping[str, Any]) -> dict[str, Any]:
     train, test = recipe.load_data()
     model = make_model(recipe, train)
     how: dict[str, Any] = {"batch_size": recipe.test_batch_size, "device": recipe.device}
-    if snapshot is not None:
-        scores = score_snapshot(model, snapshot, train, test, **how)
-    else:
-        assert weights is not None
-        scores = score_weights(model, weights, test, precision=recipe.precision, **how)
+    try:
+        if snapshot is not None:
+            scores = score_snapshot(model, snapshot, train, test, **how)
+        else:
+            assert weights is not None
+            scores = score_weights(model, weights, test, precision=recipe.precision, **how)
+    except _UNREAD as error:
+        raise ValueError(
+            f"{path} can't be scored as {recipe.model} on {recipe.dataset}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return {
         "weights": str(path if snapshot is None else snapshot.folder),
         "model": recipe.model,
@@ -84,34 +95,28 @@ def _parser() -> LineParser:
         description="Scores saved weights on the test data.",
         epilog="Model, data and batch size are the run's own, from the config.json beside its weights, unless given.",
     )
-    add = parser.add_argument
-    add("weights", type=_path, help="a model_final.pt, a model_best.pt, a snapshot, or a folder of snapshots")
-    add("--model", help="with or without the prefix LLS_ or DFA_")
-    add("--training-mode", help="the run's; decides the activation function of DRTP's networks")
-    add("--dataset")
-    add("--dataset-dir", type=_path)
-    add("--image-size", type=int, nargs="+", help="side, or height and width, of the run's folder or synthetic images")
-    add("--test-batch-size", type=int)
-    add("--device", default="cpu", help="cpu, cuda or cuda:INDEX")
-    add("--summary", type=_path, help="write the figures here, as JSON")
+    parser.add_argument("weights", help="a model_final.pt, a model_best.pt, a snapshot, or a folder of snapshots")
+    add_flags(parser.add_argument_group("the run's own unless given, but for the device"), Recipe, _FLAGS)
     return parser
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def _config(path: Path) -> dict[str, Any]:
-    """The settings of the run that wrote `path`: the nearest config.json above it, if there is one."""
+    """The settings of the run that wrote `path`: the nearest config.json above it, if there is one.
+
+    Raises:
+        ValueError: it is no run's, or a setting in it is not valid; names the file.
+    """
     for folder in (path, *path.absolute().parents[:3]):
         file = folder / "config.json"
         if not file.is_file():
             continue
         try:
-            settings = json.loads(file.read_text())["settings"]
-            return {key: settings[key] for key in _TOLD if settings.get(key) is not None}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            told = {key: settings[key] for key in _TOLD if settings.get(key) is not None}
+            Recipe(**told)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is not a run's config.json, or is damaged: {error}") from error
+        return told
     return {}
 
 

@@ -20,7 +20,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, and turns every failure into one line and an exit code: 2 for a user's mistake, 1 for a failed run, 130
     and 143 after an orderly stop."""
-    rank = int(os.environ.get("RANK", "0"))
+    told = os.environ.get("RANK", "")
+    rank = int(told) if told.isdecimal() else 0  # what is no number is the engine's to refuse
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     set_up = None
     try:

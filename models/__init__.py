@@ -4,7 +4,7 @@ from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
-from unlocked.models.registry import MODELS, get_model
+from unlocked.models.registry import MODELS, find_model, get_model
 from unlocked.models.splitting import split
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "KeyedDropout",
     "LinearBlock",
     "OutputBlock",
+    "find_model",
     "get_model",
     "initialise",
     "key_start_values",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from unlocked.models.blocks import Block
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 
-__all__ = ["MODELS", "get_model"]
+__all__ = ["MODELS", "find_model", "get_model"]
 
 MODELS: dict[str, Callable[..., list[Block]]] = {
     "SmallConv": small_conv,
@@ -15,6 +15,18 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
     "MobileNetV1": mobilenet_v1,
     "MobileNetV1_small": mobilenet_v1_small,
 }
+
+
+def find_model(name: str) -> Callable[..., list[Block]]:
+    """What makes the network called `name`, with or without the authors' prefix `LLS_`.
+
+    Raises:
+        ValueError: the name is not known (lists those that are).
+    """
+    factory = MODELS.get(name.removeprefix("LLS_"))
+    if factory is None:
+        raise ValueError(f"model {name!r} is not known; valid, also with the prefix LLS_: {', '.join(MODELS)}")
+    return factory
 
 
 def get_model(
@@ -37,12 +49,9 @@ def get_model(
     Raises:
         ValueError: the name is not known (lists those that are), or a size does not fit the network.
     """
-    plain = name.removeprefix("LLS_")
-    factory = MODELS.get(plain)
-    if factory is None:
-        raise ValueError(f"model {name!r} is not known; valid, also with the prefix LLS_: {', '.join(MODELS)}")
+    factory = find_model(name)
     if not same_padding:
         return factory(in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
-    if not plain.startswith("MobileNet"):
+    if not name.removeprefix("LLS_").startswith("MobileNet"):
         raise ValueError(f"same_padding is for the MobileNets; model {name!r} pads by 1 anyway, so leave it out")
     return factory(in_channels, num_classes, image_size, dropout, same_padding=True, upsample=upsample, seed=seed)

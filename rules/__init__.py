@@ -13,13 +13,14 @@ from unlocked.rules.lls import (
     LLSConfig,
     LocalLosses,
 )
-from unlocked.rules.registry import GLOBAL_RULES, RULES, TRAINING_MODES, get_rule
+from unlocked.rules.registry import GLOBAL_RULES, LOCAL_RULES, RULES, TRAINING_MODES, get_rule
 
 __all__ = [
     "DRTP",
     "GLOBAL_RULES",
     "LLS",
     "LLS_M",
+    "LOCAL_RULES",
     "RULES",
     "TRAINING_MODES",
     "CrossEntropy",

@@ -17,12 +17,14 @@ are the modulation of z QT written above.
 """
 
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import NORM_EPS, HeadResult, make_basis, pool_latents
+from unlocked.kernels.reference import NORM_EPS, WAVEFORMS, HeadResult, make_basis, pool_latents
 from unlocked.rules.base import HeadArguments, LayerInfo, LocalRule
 
 __all__ = [
@@ -53,15 +55,19 @@ class LLSConfig:
     """"cosine" (a sine, under the authors' name) or "square" (its sign). Not used by the random rules."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be positive")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
-        if self.waveform not in ("cosine", "square"):
-            raise ValueError(f"waveform {self.waveform!r} is not known; valid: cosine, square")
+        if not (_is_number(self.temperature) and 0 < self.temperature < inf):
+            raise ValueError(f"temperature is {self.temperature!r}; it must be positive and finite")
+        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
+            raise ValueError(f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 1)")
+        if self.waveform not in WAVEFORMS:
+            raise ValueError(f"waveform {self.waveform!r} is not known; valid: {', '.join(WAVEFORMS)}")
 
     def __call__(self, layer: LayerInfo) -> LocalRule:
         raise NotImplementedError
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class LLSHead(LocalRule):

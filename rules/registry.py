@@ -14,7 +14,7 @@ from unlocked.rules.lls import (
     LocalLosses,
 )
 
-__all__ = ["GLOBAL_RULES", "RULES", "TRAINING_MODES", "get_rule"]
+__all__ = ["GLOBAL_RULES", "LOCAL_RULES", "RULES", "TRAINING_MODES", "get_rule"]
 
 RULES: dict[str, type[LLSConfig]] = {
     rule.__name__: rule
@@ -23,7 +23,9 @@ RULES: dict[str, type[LLSConfig]] = {
 """The LLS family, whose members all take a temperature, a label smoothing and a waveform."""
 GLOBAL_RULES = ("BP", "DFA")
 """Not local, so there is no rule of a layer to build: `Trainer(rule="BP")`, in one stage only."""
-TRAINING_MODES = (*RULES, "DRTP", *GLOBAL_RULES)
+LOCAL_RULES = (*RULES, "DRTP")
+"""Every name of a rule that a layer can train by on its own."""
+TRAINING_MODES = (*LOCAL_RULES, *GLOBAL_RULES)
 """Every value of --training-mode."""
 
 

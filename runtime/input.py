@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
+from unlocked.data.conversion import convert
 from unlocked.kernels.images import load_batch as host_load_batch
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
@@ -25,24 +27,33 @@ _DEVICE_SHARE = 0.5  # of a GPU's free memory that resident data may take: the r
 
 
 def as_dataset(
-    data: Data, split: str, *, num_classes: int | None = None, steps_per_epoch: int | None = None
+    data: Data,
+    split: str,
+    *,
+    num_classes: int | None = None,
+    steps_per_epoch: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> Dataset:
     """What `Trainer.fit` was given, with its sizes.
 
     Args:
         num_classes: None: for tensors, as many as the labels show; for a loader, as many as the model tells apart.
         steps_per_epoch: batches of a loader that make an epoch.
+        batch_size: rows of a micro-batch of an indexable PyTorch Dataset.
+        seed: keys the order in which such a Dataset is read; None: one after the other.
 
     Raises:
         ValueError: data that can't be read.
     """
+    rows = "batch_size" if split == "train" else "eval_batch_size"
+    for name, count in ((rows, batch_size), ("steps_per_epoch", steps_per_epoch)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+            raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
+    data = convert(data, split, batch_size=batch_size, seed=seed)
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         samples, labels = data
-        if labels.numel() == 0:
-            raise ValueError(f"the {split} data is empty: labels {list(labels.shape)}")
-        # Labels of any other type are refused by the dataset; of them there may be no largest integer.
-        largest = int(labels.max()) if labels.dtype == torch.int64 else 0
-        data = ImageDataset.from_tensors(samples, labels, num_classes or largest + 1, split=split)
+        data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
     elif not isinstance(data, ImageDataset | LoaderDataset):
         if not isinstance(data, Iterable):
             raise ValueError(

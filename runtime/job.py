@@ -1,6 +1,6 @@
 """What an engine is given: the network, the data, the plan of the stream and the settings; and how a stage is built."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
 from unlocked.workers.stage import Stage
 
-__all__ = ["Engine", "Job", "SinkMaker", "check_device", "prepare_process"]
+__all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +65,17 @@ class Job:
         """What activations are stored in between two layers."""
         return storage_dtype(self.settings.precision)
 
-    def segments(self) -> list[tuple[int, int]]:
+    def segments(self) -> Iterator[tuple[int, int]]:
         """The parts of the stream, as (first, stop) positions, between which the pipeline must drain: the whole of it,
         or its epochs where the learning rate of one depends on the test loss of the one before."""
         if not self.lr_factor.needs_losses:
-            return [(self.start, len(self.plan))]
-        ends = [self.plan.end_of_epoch(epoch) for epoch in range(self.plan.num_epochs)]
-        later = [end for end in ends if end > self.start]
-        return list(zip([self.start, *later], later, strict=False))
+            yield self.start, len(self.plan)
+            return
+        first = self.start
+        for epoch in range(self.plan[first].epoch, self.plan.num_epochs):
+            end = self.plan.end_of_epoch(epoch)
+            yield first, end
+            first = end
 
     def layer(self, index: int, device: torch.device | None = None) -> Layer:
         device = device or self.device
@@ -180,6 +183,15 @@ def check_device(name: str) -> None:
         raise ValueError(f"device {name!r} is not supported; valid: cpu, cuda, cuda:INDEX")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+
+
+def check_compile(backend: bool | str) -> None:
+    """Raises a ValueError if torch.compile has no backend of that name."""
+    if not isinstance(backend, str):
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"compile {backend!r} is no backend of torch.compile; valid: {', '.join(known)}")
 
 
 def prepare_process() -> None:

@@ -7,6 +7,8 @@ rate of an epoch is not known before the evaluation of the one before, so a pipe
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 __all__ = [
     "LR_SCHEDULES",
@@ -36,10 +38,11 @@ class MultiStepLR:
     gamma: float
 
     def __post_init__(self) -> None:
-        if any(m < 0 for m in self.milestones):
-            raise ValueError(f"milestones are epochs from 0, got {list(self.milestones)}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma is {self.gamma}; it must be at least 0")
+        if not isinstance(self.milestones, tuple | list) or not all(map(_is_count, self.milestones)):
+            shown = list(self.milestones) if isinstance(self.milestones, tuple) else self.milestones
+            raise ValueError(f"milestones are epochs from 0, got {shown!r}")
+        if not _is_factor(self.gamma):
+            raise ValueError(f"gamma is {self.gamma!r}; it must be a finite number of at least 0")
 
     def __call__(self, epoch: int) -> float:
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
@@ -50,6 +53,10 @@ class CosineAnnealingLR:
     """Half a cosine from the initial rate to 0 over `epochs`, as torch's (Loshchilov and Hutter 2017)."""
 
     epochs: int
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.epochs) or self.epochs < 1:
+            raise ValueError(f"CosineAnnealingLR has epochs {self.epochs!r}; it must be a whole number of at least 1")
 
     def __call__(self, epoch: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
@@ -75,13 +82,18 @@ class ReduceLROnPlateau:
     """A reduction by less than this share of the initial rate is left out."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.factor < 1:
-            raise ValueError(f"the factor of ReduceLROnPlateau is {self.factor}; it must lie in [0, 1)")
-        if self.patience < 0 or self.cooldown < 0:
+        if not _is_factor(self.factor) or self.factor >= 1:
+            raise ValueError(f"the factor of ReduceLROnPlateau is {self.factor!r}; it must lie in [0, 1)")
+        if not (_is_count(self.patience) and _is_count(self.cooldown)):
             raise ValueError(
-                f"ReduceLROnPlateau has patience {self.patience} and cooldown {self.cooldown}; both count epochs and "
-                "must be at least 0"
+                f"ReduceLROnPlateau has patience {self.patience!r} and cooldown {self.cooldown!r}; both count epochs "
+                "and must be at least 0"
             )
+        for name in ("threshold", "min_factor", "eps"):
+            if not _is_factor(getattr(self, name)):
+                raise ValueError(
+                    f"ReduceLROnPlateau has {name} {getattr(self, name)!r}; it must be a finite number of at least 0"
+                )
 
     def __call__(self, losses: Sequence[float]) -> float:
         """The factor of the epoch that follows those with these test losses."""
@@ -121,9 +133,25 @@ class LearningRate:
         return isinstance(self.schedule, ReduceLROnPlateau)
 
     def __call__(self, epoch: int) -> float:
+        """The factor of `epoch`.
+
+        Raises:
+            ValueError: the schedule fails, or gives no finite number of at least 0; names the epoch and what it gave.
+        """
         if isinstance(self.schedule, ReduceLROnPlateau):
             return self.schedule([loss for _, loss in self.losses_before(epoch)])
-        return self.schedule(epoch)
+        try:
+            factor = self.schedule(epoch)
+        except OverflowError:
+            factor = math.inf
+        except Exception as error:
+            raise ValueError(f"the learning-rate schedule fails for epoch {epoch}: {error!r}") from error
+        if not _is_factor(factor):
+            raise ValueError(
+                f"the learning-rate schedule gives {factor!r} for epoch {epoch}; a factor of the initial rate is a "
+                "finite number of at least 0"
+            )
+        return factor
 
     def observe(self, epoch: int, loss: float) -> str | None:
         """Takes the test loss of `epoch`. Returns a line for the user if the rate changes after it."""
@@ -139,6 +167,16 @@ class LearningRate:
     def losses_before(self, epoch: int) -> list[tuple[int, float]]:
         """(epoch, test loss) of the epochs before `epoch`: the schedule's whole state, for snapshots."""
         return sorted((e, loss) for e, loss in self._losses.items() if e < epoch)
+
+
+def _is_factor(value: object) -> bool:
+    number: Any = value
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 <= number < math.inf)
+
+
+def _is_count(value: object) -> bool:
+    number: Any = value
+    return isinstance(value, Integral) and not isinstance(value, bool) and bool(number >= 0)
 
 
 def lr_schedule(
@@ -163,5 +201,6 @@ def lr_schedule(
     if name == "CosineAnnealingLR":
         return CosineAnnealingLR(epochs)
     if name == "ReduceLROnPlateau":
-        return ReduceLROnPlateau(factor=gamma, patience=patience, eps=SMALLEST_CHANGE / lr)
+        # A reduction is by less than 1, so 1 leaves as many out as anything above it.
+        return ReduceLROnPlateau(factor=gamma, patience=patience, eps=min(SMALLEST_CHANGE / lr, 1.0))
     raise ValueError(f"lr scheduler {name!r} is not known; valid: {', '.join(LR_SCHEDULES)}")

@@ -33,6 +33,7 @@ __all__ = [
     "build_layer",
     "build_network",
     "check_rules",
+    "check_trainable",
     "check_weights",
     "kept_modes",
     "measure_costs",
@@ -190,6 +191,24 @@ def check_weights(network: Network) -> None:
                     f"layer {block.name} begins with values that are not finite in {name}; give finite weights, or let "
                     "them be drawn (redraw=True)"
                 )
+
+
+def check_trainable(network: Network, rules: Rules | str) -> None:
+    """Raises a ValueError that names the layers if none of them has anything to train.
+
+    Args:
+        rules: the local rules, whose own parameters count; or the name of a global one, which has none.
+    """
+    parameters = [p for block in network.blocks for p in block.parameters()]
+    if any(p.requires_grad for p in parameters):
+        return
+    if not isinstance(rules, str):
+        with torch.random.fork_rng(devices=[]):
+            made = [_make_rule(_choose_rule(network, i, rules), info) for i, info in enumerate(network.infos)]
+        if any(p.requires_grad for rule in made for p in rule.parameters()):
+            return
+    problem = "all their parameters are frozen (requires_grad=False)" if parameters else "they have no parameters"
+    raise ValueError(f"no layer has anything to train: {', '.join(network.names)}; {problem}")
 
 
 def backpropagation_network(network: Network) -> Network:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from unlocked.data import ImageDataset, load_dataset
+from unlocked.data import DATASETS, ImageDataset, load_dataset
+from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
-from unlocked.models import Block, get_model, use_tanh
+from unlocked.models import Block, find_model, get_model, use_tanh
 from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
+from unlocked.runtime.fields import LARGEST, saved, setting, values_of
 from unlocked.runtime.job import Engine
 from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
 from unlocked.runtime.metrics.dashboard import Dashboard
@@ -26,12 +28,14 @@ from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
 from unlocked.runtime.saving.whole_file import whole_file, write_json
 from unlocked.runtime.schedules.stream import StreamPlan
-from unlocked.runtime.settings import Settings, saved, setting, values_of
+from unlocked.runtime.settings import Settings
 from unlocked.runtime.trainer import Trainer
 
 __all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "run", "summary"]
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "AdamWScheduleFree", "SGDSF")
+_LARGEST_SIDE = 16384  # of an image, in pixels: four times what any dataset here has
+_LARGEST_FACTOR = 1e6  # of rates, decays and temperatures: beyond it float32 overflows within a step or two
 _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milestones
 
 
@@ -49,21 +53,25 @@ class Recipe(Settings):
         "digits, synthetic, MNIST, FashionMNIST, CIFAR10, CIFAR10AUG, CIFAR100, CIFAR100AUG, IMAGENETTE, "
         "IMAGENETTE_BASIC, TinyIMAGENET, VWW, or folder (images in DIR/train/CLASS and DIR/test/CLASS, DIR being "
         "--dataset-dir)",
+        choices=tuple(DATASETS),
     )
-    dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts")
+    dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts", place="folder")
     image_size: int | tuple[int, ...] | None = setting(
-        None, "side in pixels, or height and width, that --dataset folder scales its images to, and of synthetic ones"
+        None,
+        "side in pixels, or height and width, that --dataset folder scales its images to, and of synthetic ones",
+        at_least=1,
+        at_most=_LARGEST_SIDE,
     )
     model: str = setting("SmallConv", "with or without the prefix LLS_ or DFA_")
-    num_epochs: int = setting(10, "passes over the training data")
-    lr: float = setting(0.01, "initial learning rate", above=0)
+    num_epochs: int = setting(10, "passes over the training data", at_least=1, at_most=LARGEST)
+    lr: float = setting(0.01, "initial learning rate", above=0, at_most=_LARGEST_FACTOR)
     training_mode: str = setting(
         "LLS", "the local rule; or BP or DFA, for comparison (in one stage)", choices=TRAINING_MODES
     )
-    waveform: str = setting("cosine", "of the fixed basis: cosine or square")
-    batch_size: int = setting(64, "rows of a training micro-batch")
-    test_batch_size: int = setting(128, "rows of an evaluation micro-batch")
-    weight_decay: float = setting(0.0, "of the optimizer", at_least=0)
+    waveform: str = setting("cosine", "of the fixed basis: cosine or square", choices=WAVEFORMS)
+    batch_size: int = setting(64, "rows of a training micro-batch", at_least=1, at_most=LARGEST)
+    test_batch_size: int = setting(128, "rows of an evaluation micro-batch", at_least=1, at_most=LARGEST)
+    weight_decay: float = setting(0.0, "of the optimizer", at_least=0, at_most=_LARGEST_FACTOR)
     momentum: float = setting(0.9, "of SGD", at_least=0, below=1)
     optimizer: str = setting(
         "Adam",
@@ -74,8 +82,15 @@ class Recipe(Settings):
         (),
         "epochs at which MultiStepLR multiplies by --gamma (unless given: 50 80 120 180)",
         flag=("-m", "--milestone"),
+        at_least=0,
+        at_most=LARGEST,
     )
-    gamma: float = setting(0.3, "of MultiStepLR and ReduceLROnPlateau")
+    gamma: float = setting(
+        0.3,
+        "of MultiStepLR, and below 1 of ReduceLROnPlateau",
+        at_least=0,
+        at_most=_LARGEST_FACTOR,
+    )
     lr_scheduler: str = setting(
         "",
         "none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau (drains the pipeline at the end of each epoch); "
@@ -83,17 +98,19 @@ class Recipe(Settings):
         choices=("", *LR_SCHEDULES),
     )
     experiment_name: str | None = setting(None, "folder below --save-path")
-    save_path: Path | None = setting(None, "where log, metrics, config, snapshots and weights go")
+    save_path: Path | None = setting(None, "where log, metrics, config, snapshots and weights go", place="new folder")
     save_best_model: bool = setting(False, "keep the weights of the best test accuracy")
-    patience: int = setting(10, "epochs that ReduceLROnPlateau waits for a lower test loss")
-    temperature: float = setting(0.5, "the local scores are divided by it")
-    label_smoothing: float = setting(0.0, "of the local losses")
-    dropout: float = setting(0.0, "between the blocks")
+    patience: int = setting(
+        10, "epochs that ReduceLROnPlateau waits for a lower test loss", at_least=0, at_most=LARGEST
+    )
+    temperature: float = setting(0.5, "the local scores are divided by it", above=0, at_most=_LARGEST_FACTOR)
+    label_smoothing: float = setting(0.0, "of the local losses", at_least=0, below=1)
+    dropout: float = setting(0.0, "between the blocks", at_least=0, below=1)
     drop_last: bool = setting(False, "leave out the last training micro-batch of an epoch where it would be smaller")
-    max_steps: int | None = setting(None, "stop after that many training micro-batches")
+    max_steps: int | None = setting(None, "stop after that many training micro-batches", at_least=1, at_most=LARGEST)
     no_eval: bool = setting(False, "train only")
-    summary: Path | None = setting(None, "write a JSON summary here")
-    tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder")
+    summary: Path | None = setting(None, "write a JSON summary here", place="new file")
+    tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder", place="new folder")
     plain: bool = setting(False, "lines instead of the dashboard")
     engine: Engine | str = "sequential"
     """As `Trainer` takes it."""
@@ -101,6 +118,8 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "engine", as_engine(self.engine))
+        find_model(_network_of(self.model))
+        _check_experiment_name(self.experiment_name)
         if not self.lr_scheduler:
             object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
         object.__setattr__(self, "milestone", self.milestone or _MILESTONES)
@@ -194,8 +213,6 @@ def run(recipe: Recipe) -> RunResult:
         raise ValueError("--snapshot-every and --save-best-model need --save-path, the folder to write to")
     if recipe.tensorboard is not None:
         require_tensorboard()
-    for flag, path in (("--summary", recipe.summary), ("--trace", recipe.trace)):
-        _check_writable(flag, path)
     ready: dict[str, Any] = {
         "rule": make_rule(recipe),
         "optimizer": make_optimizer(recipe),
@@ -234,18 +251,14 @@ def make_rule(recipe: Recipe) -> Rule | str:
 def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
     """The network that the recipe names, for images like those of `data`.
 
-    The authors call the networks of their DFA runs DFA_SmallConvL and DFA_SmallConvLMNIST; both are SmallConvL. For
-    DRTP they take tanh, as its inventors do, where the other rules have LeakyReLU.
+    For DRTP the authors take tanh, as its inventors do, where the other rules have LeakyReLU.
 
     Raises:
         ValueError: the name is not known, or the images don't fit.
     """
-    name = recipe.model
-    if name.startswith("DFA_"):
-        name = name.removeprefix("DFA_").removesuffix("MNIST")
     channels, *sides = data.image_shape
     blocks = get_model(
-        name,
+        _network_of(recipe.model),
         in_channels=channels,
         num_classes=data.num_classes,
         image_size=sides,
@@ -351,17 +364,17 @@ def _make_sinks(recipe: Recipe, held: contextlib.ExitStack) -> list[MetricsSink]
     return made
 
 
-def _check_writable(flag: str, path: Path | None) -> None:
-    """What is written when all is done must not fail then."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        problem = "is a folder" if path.is_dir() else "" if os.access(path.parent, os.W_OK) else "can't be written"
-    except OSError as error:
-        problem = f"can't be written ({error})"
-    if problem:
-        raise ValueError(f"{flag} {path} {problem}; give a file in a folder of yours")
+def _check_experiment_name(name: str | None) -> None:
+    """It is one folder's name, so that all of a run's files lie below its own folder."""
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255):
+        raise ValueError(
+            f"experiment_name is {name!r}; it must be the name of one folder, which is made below --save-path"
+        )
+
+
+def _network_of(model: str) -> str:
+    """The authors call the networks of their DFA runs DFA_SmallConvL and DFA_SmallConvLMNIST; both are SmallConvL."""
+    return model.removeprefix("DFA_").removesuffix("MNIST") if model.startswith("DFA_") else model
 
 
 def _snapshots_of(path: Path | None) -> Path | None:

@@ -11,11 +11,20 @@ import torch
 
 from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
-from unlocked.rules import GLOBAL_RULES
+from unlocked.runtime.arguments import (
+    check_lr_factor,
+    check_model,
+    check_names,
+    check_optimizer,
+    check_rule,
+    check_sinks,
+    try_optimizer,
+)
 from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
+from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
-from unlocked.runtime.job import Engine, Job, check_device
+from unlocked.runtime.job import Engine, Job, check_compile, check_device
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
@@ -26,6 +35,7 @@ from unlocked.runtime.network import (
     backpropagation_network,
     build_network,
     check_rules,
+    check_trainable,
     check_weights,
     kept_modes,
 )
@@ -33,7 +43,7 @@ from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
-from unlocked.runtime.settings import Settings, values_of
+from unlocked.runtime.settings import Settings
 from unlocked.runtime.whole import feedback_alignment_network
 from unlocked.workers.layer import OptimizerFactory
 
@@ -86,16 +96,20 @@ class Trainer(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.rule, str) and self.rule not in GLOBAL_RULES:
-            valid = " or ".join(map(repr, GLOBAL_RULES))
-            raise ValueError(
-                f"rule {self.rule!r}: give a rule such as LLS(), or {valid}; names: unlocked.rules.get_rule"
-            )
+        check_model(self.model)
+        check_rule(self.rule)
+        check_optimizer(self.optimizer)
+        check_lr_factor(self.lr_factor)
+        check_sinks(self.sinks)
+        check_names(self.names)
+        if not isinstance(self.redraw, bool):
+            raise ValueError(f"redraw is {self.redraw!r}; it must be True or False")
         if self.snapshot_every and self.snapshot_dir is None:
             raise ValueError(f"snapshot_every is {self.snapshot_every}, but there is no snapshot_dir to write to")
         engine = as_engine(self.engine)
         engine.check(self.settings, self.rule if isinstance(self.rule, str) else None)
         check_device(self.device)
+        check_compile(self.compile)
         check_precision(self.precision, torch.device(self.device))
         object.__setattr__(self, "_engine", engine)
         object.__setattr__(self, "_resume", self._find_resume())
@@ -132,7 +146,8 @@ class Trainer(Settings):
         Args:
             train: an `ImageDataset`; or (samples [N, ...], labels [N] int64); or a PyTorch DataLoader, or any iterable
                 of batches (samples [B, ...] float or uint8, labels [B]), whose batches are the micro-batches: see
-                `unlocked.data.LoaderDataset`.
+                `unlocked.data.LoaderDataset`. NumPy arrays, other number types, a TensorDataset and any indexable
+                PyTorch Dataset are converted, with a warning where that changes a type.
             batch_size: rows of a micro-batch; the last of an epoch may be smaller. A loader brings its own.
             eval_batch_size: rows of an evaluation micro-batch; default: `batch_size`.
             max_steps: stop after that many training micro-batches.
@@ -151,8 +166,11 @@ class Trainer(Settings):
         """
         began = time.perf_counter()
         set_threads(self.threads)
-        train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch)
-        test_set = None if eval_data is None else as_dataset(eval_data, "test", num_classes=train_set.num_classes)
+        train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch, batch_size=batch_size, seed=self.seed)
+        test_set = None
+        if eval_data is not None:
+            rows = rows_per_batch(train_set, batch_size) if eval_batch_size is None else eval_batch_size
+            test_set = as_dataset(eval_data, "test", num_classes=train_set.num_classes, batch_size=rows)
         batch_size = rows_per_batch(train_set, batch_size)
         if test_set is not None:
             eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
@@ -161,7 +179,7 @@ class Trainer(Settings):
             train_size=len(train_set),
             batch_size=batch_size,
             eval_size=0 if test_set is None else len(test_set),
-            eval_batch_size=eval_batch_size or batch_size,
+            eval_batch_size=batch_size if eval_batch_size is None else eval_batch_size,
             statistics_batches=self.statistics_batches,
             snapshot_every=self.snapshot_every,
             max_steps=max_steps,
@@ -203,8 +221,10 @@ class Trainer(Settings):
         check_batch_statistics(network.batch_statistics, plan)
         train_set = with_classes(train_set, network.infos[-1].num_classes)
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
+        check_trainable(network, self.rule)
         check_weights(network)
-        parameters = list(network.blocks[-1].parameters())
+        parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
+        try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
@@ -220,12 +240,7 @@ class Trainer(Settings):
         }
         resume = self._resume
         if resume is not None:
-            resume.check(fingerprint)
-            if resume.position >= len(plan):
-                raise ValueError(
-                    f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs "
-                    "has nothing left to do; give more epochs"
-                )
+            _check_resume(resume, fingerprint, plan)
         return Job(
             network=network,
             rule=[] if isinstance(self.rule, str) else self.rule,
@@ -243,6 +258,16 @@ class Trainer(Settings):
             },
             resume=resume,
             names=self.names or {},
+        )
+
+
+def _check_resume(resume: Snapshot, fingerprint: Mapping[str, Any], plan: StreamPlan) -> None:
+    """Raises a ValueError if the snapshot is another run's, or lies beyond this run's end."""
+    resume.check(fingerprint)
+    if resume.position >= len(plan):
+        raise ValueError(
+            f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs has "
+            "nothing left to do; give more epochs"
         )
 
 

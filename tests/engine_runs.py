@@ -11,8 +11,8 @@ from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.engines import engine_class
+from unlocked.runtime.fields import setting_names
 from unlocked.runtime.job import Engine
-from unlocked.runtime.settings import setting_names
 
 
 def dataset(count: int, split: str = "train", *, augment: bool = True) -> ImageDataset:

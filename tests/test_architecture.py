@@ -28,12 +28,12 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
         ["batch_statistics", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving"],
-        ["job"],
+        ["job", "arguments"],
         ["saving.scoring", "engines"],
         ["trainer", "recipe"],
     ],

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from unlocked.comparison.reading import read_record
+from unlocked.kernels.dispatch import BACKENDS
+from unlocked.runtime.fields import LARGEST, LARGEST_SEED, check, setting
 from unlocked.runtime.typed import from_plain, to_plain
 
 __all__ = ["BP", "CHECKPOINTED", "ChainSettings", "MemoryPoint", "MemoryStudy"]
@@ -18,22 +20,17 @@ CHECKPOINTED: Final = "BP, checkpointed"
 class ChainSettings:
     """The network and how it trains: equal 3x3 convolutional blocks, then an output layer."""
 
-    channels: int = 16
-    image_size: int = 16
-    batch_size: int = 16
-    num_classes: int = 10
-    steps: int = 3
-    """Training steps; the first one builds the optimizer's states."""
-    device: str = "cpu"
-    kernels: str = "auto"
-    seed: int = 0
+    channels: int = setting(16, "of every block", at_least=1, at_most=65536)
+    image_size: int = setting(16, "side of the images in pixels", at_least=1, at_most=16384)
+    batch_size: int = setting(16, "rows of a micro-batch", at_least=1, at_most=LARGEST)
+    num_classes: int = setting(10, "of the output layer", at_least=1, at_most=LARGEST)
+    steps: int = setting(3, "training steps; the first one builds the optimizer's states", at_least=2, at_most=LARGEST)
+    device: str = setting("cpu", "cpu, cuda or cuda:INDEX")
+    kernels: str = setting("auto", "auto, torch, cpp (CPU), triton or cuda (GPU)", choices=BACKENDS)
+    seed: int = setting(0, "of weights and images", at_least=0, at_most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
-        for name in ("channels", "image_size", "batch_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not valid. Give at least 1.")
-        if self.steps < 2:
-            raise ValueError(f"steps={self.steps} is not valid. Give at least 2: the first one only warms up.")
+        check(self)
 
     @property
     def activation_bytes(self) -> int:

@@ -10,9 +10,8 @@ backpropagation frees before its forward pass here, in its favour). The rest, at
 intermediate results of a step.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +22,14 @@ from unlocked.comparison.memory.page import memory_section
 from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
 from unlocked.comparison.report.figures import require_plotting
 from unlocked.comparison.report.sections import Headline, render
+from unlocked.rules import LOCAL_RULES
+from unlocked.runtime.fields import LineParser, add_flags, check, setting
+from unlocked.runtime.job import check_device
 from unlocked.runtime.saving.whole_file import write_json, write_whole
-from unlocked.runtime.settings import LineParser
 from unlocked.workers.actions import Item
+from unlocked.workers.fused import choose_step
 
-__all__ = ["main", "measure", "run_memory_study", "write_memory_study"]
+__all__ = ["MemoryOptions", "main", "measure", "parse", "run_memory_study", "write_memory_study"]
 
 
 def measure(method: str, depth: int, settings: ChainSettings) -> MemoryPoint:
@@ -93,40 +95,54 @@ def describe_growth(study: MemoryStudy) -> str:
     return f"From {first} blocks to {last}, {', '.join(parts[:-1])} and {parts[-1]}."
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What the study is told."""
+
+    chain: ChainSettings
+    depths: tuple[int, ...] = setting(
+        (4, 8, 16, 32, 64, 128, 256), "blocks of the chains: two numbers or more", at_least=1, at_most=65536
+    )
+    training_mode: tuple[str, ...] = setting(
+        ("LLS",), "local rules, beside BP with and without checkpoints", choices=LOCAL_RULES
+    )
+    output: Path = setting(Path("runs/comparison"), "folder for memory.json, .csv and .html", place="new folder")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if len(set(self.depths)) < 2:
+            raise ValueError(f"depths are {', '.join(map(str, self.depths))}; give at least two different depths")
+
+
+_CHAIN = ("channels", "image_size", "batch_size", "device", "kernels")
+"""The chains' settings that the command line gives."""
+
+
+def parse(arguments: Sequence[str] | None) -> MemoryOptions:
+    """Reads the study's command line.
+
+    Raises:
+        ValueError: a mistake, in one line.
+    """
+    parser = LineParser(
+        prog="unlocked compare --study memory", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    group = parser.add_argument_group("what is measured")
+    add_flags(group, MemoryOptions)
+    add_flags(group, ChainSettings, _CHAIN)
+    given = vars(parser.parse_args(arguments))
+    settings = ChainSettings(**{name: given.pop(name) for name in _CHAIN if name in given})
+    check_device(settings.device)
+    choose_step(settings.kernels, torch.device(settings.device))
+    return MemoryOptions(chain=settings, **given)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: a table, the slopes, and a page."""
-    parser = LineParser(
-        prog="unlocked compare --study memory",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256], help="blocks of the chains")
-    add("--training-mode", nargs="+", default=["LLS"], help="local rules, beside BP with and without checkpoints")
-    add("--channels", type=int, default=16)
-    add("--image-size", type=int, default=16)
-    add("--batch-size", type=int, default=16)
-    add("--device", default="cpu")
-    add("--kernels", default="auto")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/comparison"),
-        help="folder for memory.json, .csv and .html",
-    )
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     require_plotting()
-    if min(options.depths) < 1 or len(set(options.depths)) < 2:
-        raise ValueError(f"--depths {options.depths} is not valid. Give at least two different depths of 1 or more.")
-    settings = ChainSettings(
-        channels=options.channels,
-        image_size=options.image_size,
-        batch_size=options.batch_size,
-        device=options.device,
-        kernels=options.kernels,
-    )
     methods = [BP, CHECKPOINTED, *options.training_mode]
-    study = run_memory_study(settings, sorted(set(options.depths)), methods)
+    study = run_memory_study(options.chain, sorted(set(options.depths)), methods)
     print(*describe_slopes(study), sep="\n")
     write_memory_study(study, options.output)
     print(f"wrote {options.output / 'memory.html'}, memory.json and memory.csv")

@@ -9,7 +9,6 @@ to N processes of one thread. A cost model is fitted to all but the last, and th
 zero-bubble (ZB-H1) with it; the measured pipelines test it. More processes than cores share them and are marked so.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +30,37 @@ from unlocked.comparison.report.sections import Headline, render
 from unlocked.comparison.stages.hops import measure_hops
 from unlocked.comparison.stages.page import stages_section
 from unlocked.comparison.stages.results import MeasuredStages, StagesSettings, StagesStudy
-from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Link, Prediction, predict, stage_factors
+from unlocked.comparison.stages.scaling_model import LOCAL, CostModel, Line, Link, Prediction, predict
 from unlocked.comparison.stages.worker import train_chain
 from unlocked.data.cores import usable_cores
+from unlocked.rules import LOCAL_RULES
+from unlocked.runtime.fields import LARGEST, LONGEST_WAIT, LineParser, add_flags, check, setting
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.saving.whole_file import json_text, write_json, write_whole
 from unlocked.runtime.schedules.backpropagation import SCHEDULES
 from unlocked.runtime.schedules.simulate import transfer_seconds
-from unlocked.runtime.settings import LineParser
+from unlocked.workers.fused import choose_step
 
-__all__ = ["StagesStudy", "fit_cost_model", "main", "measure_stages", "run_predictions", "write_stages_study"]
+__all__ = [
+    "StagesOptions",
+    "StagesStudy",
+    "fit_cost_model",
+    "main",
+    "measure_stages",
+    "parse",
+    "run_predictions",
+    "write_stages_study",
+]
 
 _HOP_WIDTHS = (16, 256, 2048, 8192)  # floats per sample
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: what was measured and fitted, a table, and a page."""
-    options = _parse(arguments)
+    options = parse(arguments)
     require_plotting()
     settings = StagesSettings(
-        chain=ChainSettings(
-            channels=options.channels,
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            kernels=options.kernels,
-        ),
+        chain=options.chain,
         blocks_per_stage=options.blocks_per_stage,
         rule=options.training_mode,
         cores=usable_cores(),
@@ -183,54 +188,58 @@ def write_stages_study(study: StagesStudy, folder: Path) -> None:
     write_whole(folder / "stages.html", render("Throughput against stages", what, [stages_section(study)]))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class StagesOptions:
+    """What the study is told."""
+
+    chain: ChainSettings
+    max_stages: int | None = setting(
+        None, "most processes to measure (default: twice the cores)", at_least=1, at_most=1024
+    )
+    predict: int = setting(1024, "most stages to predict", at_least=1, at_most=65536)
+    blocks_per_stage: int = setting(2, "of the network, which grows with the pipeline", at_least=1, at_most=65536)
+    training_mode: str = setting("LLS", "the local rule", choices=LOCAL_RULES)
+    repeats: int = setting(3, "runs of every measured pipeline", at_least=1, at_most=LARGEST)
+    run_seconds: float = setting(3.0, "of a measured pipeline, about", above=0, at_most=LONGEST_WAIT)
+    microbatches: int = setting(
+        32, "of one step of backpropagation, whatever the number of stages", at_least=1, at_most=LARGEST
+    )
+    spread: float = setting(0.1, "of the stages' speeds: standard deviation of the logarithm", at_least=0, at_most=10)
+    compute_speed: float = setting(1.0, "of a stage; this machine's core is 1", above=0, at_most=1e9)
+    link_latency: float | None = setting(
+        None, "microseconds; with --link-bandwidth instead of the measured hop", at_least=0, at_most=1e9
+    )
+    link_bandwidth: float | None = setting(None, "GB/s", above=0, at_most=1e9)
+    output: Path = setting(Path("runs/comparison"), "folder for stages.json, .csv and .html", place="new folder")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if (self.link_latency is None) != (self.link_bandwidth is None):
+            raise ValueError(
+                "--link-latency and --link-bandwidth belong together. Give both, or neither for the measured hop."
+            )
+
+
+_CHAIN = ("channels", "image_size", "batch_size", "kernels")
+"""The chains' settings that the command line gives."""
+
+
+def parse(arguments: Sequence[str] | None) -> StagesOptions:
+    """Reads the study's command line.
+
+    Raises:
+        ValueError: a mistake, in one line.
+    """
     parser = LineParser(
-        prog="unlocked compare --study stages",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="unlocked compare --study stages", description=__doc__.splitlines()[0] if __doc__ else None
     )
-    add = parser.add_argument
-    add("--max-stages", type=int, default=None, help="most processes to measure (default: twice the cores)")
-    add("--predict", type=int, default=1024, help="most stages to predict")
-    add("--blocks-per-stage", type=int, default=2)
-    add("--channels", type=int, default=32)
-    add("--image-size", type=int, default=16)
-    add("--batch-size", type=int, default=32, help="rows of a micro-batch")
-    add("--training-mode", default="LLS", help="the local rule")
-    add("--kernels", default="auto")
-    add("--repeats", type=int, default=3)
-    add("--run-seconds", type=float, default=3.0, help="of a measured pipeline, about")
-    add("--microbatches", type=int, default=32, help="of one step of backpropagation, whatever the number of stages")
-    add("--spread", type=float, default=0.1, help="of the stages' speeds: standard deviation of the logarithm")
-    add("--compute-speed", type=float, default=1.0, help="of a stage; this machine's core is 1")
-    add(
-        "--link-latency",
-        type=float,
-        default=None,
-        help="microseconds; with --link-bandwidth instead of the measured hop",
-    )
-    add("--link-bandwidth", type=float, default=None, help="GB/s")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/comparison"),
-        help="folder for stages.json, .csv and .html",
-    )
-    options = parser.parse_args(arguments)
-    for flag in ("max_stages", "predict", "blocks_per_stage", "repeats", "microbatches"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is not valid. Give at least 1.")
-    for flag in ("compute_speed", "link_bandwidth", "run_seconds"):
-        value = getattr(options, flag)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is not valid. Give more than 0.")
-    stage_factors(1, options.spread)  # says now what is wrong with a spread
-    if (options.link_latency is None) != (options.link_bandwidth is None):
-        raise ValueError(
-            "--link-latency and --link-bandwidth belong together. Give both, or neither for the measured hop."
-        )
-    return options
+    group = parser.add_argument_group("what is measured and predicted")
+    add_flags(group, StagesOptions)
+    add_flags(group, ChainSettings, _CHAIN, {"channels": 32, "batch_size": 32})
+    given = vars(parser.parse_args(arguments))
+    chain = ChainSettings(**{name: given.pop(name) for name in _CHAIN if name in given})
+    choose_step(chain.kernels, torch.device(chain.device))
+    return StagesOptions(chain=chain, **given)
 
 
 def _link(settings: StagesSettings, model: CostModel) -> Link:

@@ -7,14 +7,14 @@ read from the compiled binary by `cuobjdump --dump-resource-usage`, which ships 
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from unlocked.kernels.triton.aot_spec import AotSpec
 
@@ -64,11 +64,18 @@ def compile_ahead(spec: AotSpec, arch: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="unlocked.kernels.triton.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    parser.add_argument("--match", default="", metavar="PATTERN", help="only kernels whose name has this regex in it")
+    """Prints the table. A mistake is one line and exit code 2."""
+    parser = _Parser(prog="unlocked.kernels.triton.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the table as JSON")
+    parser.add_argument(
+        "--match", type=_pattern, default="", metavar="PATTERN", help="only kernels whose name has this regex in it"
+    )
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("the package triton is not installed")
     specs = [spec for spec in all_specs() if re.search(options.match, spec.name)]
+    if not specs:
+        parser.error(f"no kernel's name has {options.match!r} in it")
     rows = [compile_ahead(spec, arch) for spec in specs for arch in ARCHITECTURES]
     print(f"{'kernel':<44} {'arch':<6} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>7} {'binary':>7}")
     for row in rows:
@@ -82,6 +89,31 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"error: {message}\n")
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    try:
+        fits = path.parent.is_dir() and (path.is_file() or not path.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written ({error.strerror})") from error
+    if not fits:
+        raise argparse.ArgumentTypeError(f"{text} can't be written; give a file in a folder that is there")
+    return path
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from error
+    return text
 
 
 def _typed_arguments(spec: AotSpec) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:

@@ -1,7 +1,7 @@
 """How far ahead the stages may run: enough that none starves, little enough that an orderly stop is quick."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from unlocked.runtime.learning_rate import LearningRate
 
@@ -61,23 +61,24 @@ class EpochGate:
     By then every stage has completed the epoch, so one factor is right for all of them at any time.
 
     Args:
-        ends: for each epoch of the run, the position after its last item.
+        end_of: an epoch of the run -> the position after its last item.
+        epochs: of the run.
         epoch: the first one to run.
     """
 
-    def __init__(self, rate: LearningRate, ends: Sequence[int], epoch: int) -> None:
-        self._rate, self._ends = rate, list(ends)
+    def __init__(self, rate: LearningRate, end_of: Callable[[int], int], epochs: int, epoch: int) -> None:
+        self._rate, self._end_of, self._epochs = rate, end_of, epochs
         self._open(epoch)
 
     def observe(self, epoch: int, loss: float) -> str | None:
         """Takes the test loss of `epoch` and opens the next one; a line for the user if the rate changes."""
         text = self._rate.observe(epoch, loss)
-        if epoch + 1 < len(self._ends):
+        if epoch + 1 < self._epochs:
             self._open(epoch + 1)
         return text
 
     def _open(self, epoch: int) -> None:
-        self.limit = self._ends[epoch]
+        self.limit = self._end_of(epoch)
         """Where the stream is held back now."""
         self.factor = self._rate(epoch)
         """Of the learning rate, in the epoch that ends there."""

@@ -3,8 +3,11 @@
 import os
 from dataclasses import dataclass
 
+from unlocked.runtime.fields import from_environment, setting
+
 __all__ = ["World", "attempt", "launched_by_torchrun"]
 
+_MOST_PROCESSES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -12,12 +15,16 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class World:
     """This process's place among all of them."""
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    master_address: str
-    master_port: int
+    rank: int = setting(help="of this process, from 0", variable="RANK", at_least=0, at_most=_MOST_PROCESSES - 1)
+    size: int = setting(help="number of all processes", variable="WORLD_SIZE", at_least=1, at_most=_MOST_PROCESSES)
+    local_rank: int = setting(
+        help="among the processes of this machine", variable="LOCAL_RANK", at_least=0, at_most=_MOST_PROCESSES - 1
+    )
+    local_size: int = setting(
+        help="number of this machine's processes", variable="LOCAL_WORLD_SIZE", at_least=1, at_most=_MOST_PROCESSES
+    )
+    master_address: str = setting(help="the machine of rank 0", variable="MASTER_ADDR")
+    master_port: int = setting(help="of rank 0's store", variable="MASTER_PORT", at_least=1, at_most=65535)
 
     @property
     def is_local(self) -> bool:
@@ -29,24 +36,25 @@ class World:
         """Reads what torchrun (or another launcher) has set.
 
         Raises:
-            ValueError: a variable is missing or no number.
+            ValueError: a variable is missing, no number, or out of its range.
         """
-        env = os.environ
+        set_ = os.environ
+        default_size = set_.get("WORLD_SIZE", "") if set_.get("MASTER_ADDR") in _LOOPBACK else "1"
+        default = {"LOCAL_RANK": set_.get("RANK", ""), "LOCAL_WORLD_SIZE": default_size}
         try:
-            rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-            address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-            local_rank = int(env.get("LOCAL_RANK", rank))
-            local_size = int(env.get("LOCAL_WORLD_SIZE", size if address in _LOOPBACK else 1))
+            world = from_environment(cls, {**default, **set_})
         except KeyError as error:
             raise ValueError(
                 f"the processes engine needs a launcher, but {error.args[0]} is not set; start it with "
                 "'torchrun --standalone --nproc-per-node=N launch/pipeline.py ...', or use --engine sequential"
             ) from None
-        except ValueError as error:
-            raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers: {error}") from None
-        if not 0 <= rank < size:
-            raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks run from 0 to {size - 1}")
-        return cls(rank, size, local_rank, local_size, address, port)
+        pairs = [("RANK", world.rank, "WORLD_SIZE", world.size)]
+        if default.keys() <= set_.keys():
+            pairs.append(("LOCAL_RANK", world.local_rank, "LOCAL_WORLD_SIZE", world.local_size))
+        for name, rank, total, size in pairs:
+            if rank >= size:
+                raise ValueError(f"{name} is {rank}, but {total} is {size}; ranks run from 0 to {size - 1}")
+        return world
 
 
 def launched_by_torchrun() -> bool:

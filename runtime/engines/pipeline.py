@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from unlocked.runtime.settings import check, setting
+from unlocked.runtime.fields import check, setting
 
 __all__ = ["PipelineOptions"]
 
@@ -12,9 +12,12 @@ class PipelineOptions:
     """Options of every engine that has stages and edges between them."""
 
     stages: int | str | None = setting(
-        None, 'number of stages, or a list such as "0-1,2,3-4"; unless given: one per layer, or per process', at_least=1
+        None,
+        'number of stages, or a list such as "0-1,2,3-4"; unless given: one per layer, or per process',
+        at_least=1,
+        at_most=1024,
     )
-    queue_depth: int = setting(4, "micro-batches that a stage may run ahead of the next one", at_least=1)
+    queue_depth: int = setting(4, "micro-batches that a stage may run ahead of the next one", at_least=1, at_most=1024)
 
     def __post_init__(self) -> None:
         check(self)

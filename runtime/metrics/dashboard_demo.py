@@ -3,10 +3,13 @@
 `python -m unlocked.runtime.metrics.dashboard_demo [--stages N] [--seconds S] [--plain]` shows it.
 """
 
-import argparse
 import math
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from unlocked.runtime.fields import LONGEST_WAIT, LineParser, add_flags, check, setting
 from unlocked.runtime.metrics.dashboard import Dashboard
 from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StageProgress, StepResult
 
@@ -79,15 +82,30 @@ def _epoch(epoch: int, names: tuple[tuple[str, ...], ...], seconds: float) -> Ep
     )
 
 
-def main() -> None:
-    """Plays the demo on standard output."""
-    parser = argparse.ArgumentParser(description="Shows the dashboard with made-up numbers.")
-    parser.add_argument("--stages", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--plain", action="store_true", help="lines instead of a live table")
-    options = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo shows."""
+
+    stages: int = setting(3, "of the made-up pipeline", at_least=1, at_most=1024)
+    seconds: float = setting(6.0, "that the demo takes", above=0, at_most=LONGEST_WAIT)
+    plain: bool = setting(False, "lines instead of a live table")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plays the demo on standard output. A mistake is one line and exit code 2."""
+    parser = LineParser(description="Shows the dashboard with made-up numbers.")
+    add_flags(parser.add_argument_group("what is shown"), DemoOptions)
+    try:
+        options = DemoOptions(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     play(Dashboard(plain=options.plain or None, plain_seconds=1.0), stages=options.stages, seconds=options.seconds)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

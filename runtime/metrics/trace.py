@@ -38,4 +38,5 @@ def write_chrome_trace(path: Path, timed: Iterable[TimedAction], rows: dict[int,
         }
         for one in timed
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _LEGEND}, indent=None)

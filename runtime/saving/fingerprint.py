@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unlocked.runtime.learning_rate import LearningRate
 from unlocked.workers.layer import OptimizerFactory
 
 __all__ = ["describe_lr_factor", "describe_optimizer", "describe_rule", "learning_rates"]
@@ -19,6 +20,8 @@ _NO_SETTING = {
     *("params", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"),
     *("train_mode", "k", "weight_sum", "lr_max", "scheduled_lr"),
 }
+
+_FIRST_EPOCHS = 1000  # whose factors are all looked at
 
 
 def describe_rule(rule: object) -> str | list[str] | dict[str, str]:
@@ -58,10 +61,17 @@ def learning_rates(factory: OptimizerFactory, parameters: Sequence[nn.Parameter]
 
 
 def describe_lr_factor(lr_factor: object, epochs: int) -> str:
-    """The schedule's name and settings; of any other function its name and a checksum of its values."""
+    """The schedule's name and settings; of any other function its name and a checksum of its values: of all of them, or
+    of the first and of some that are spread over the others where there are many epochs.
+
+    Raises:
+        ValueError: a value is no factor; names the epoch.
+    """
     if is_dataclass(lr_factor) or not callable(lr_factor):
         return repr(lr_factor)
-    values = repr([float(lr_factor(epoch)) for epoch in range(epochs)])
+    factor = LearningRate(lr_factor)
+    spread = range(_FIRST_EPOCHS, epochs, max(1, epochs // _FIRST_EPOCHS))
+    values = repr([float(factor(epoch)) for epoch in (*range(min(epochs, _FIRST_EPOCHS)), *spread)])
     return f"{_name(lr_factor)} with values of checksum {zlib.crc32(values.encode()):08x}"
 
 

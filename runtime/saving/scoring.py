@@ -47,8 +47,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a file of weights, or is damaged: {first_line(error)}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds {type(content).__name__} data where tensors by name are due")
+    if strange := [name for name, value in content.items() if not _is_plain(value)]:
+        raise ValueError(
+            f"{path} holds {'; '.join(_listed('sparse, quantised, complex or empty tensors', strange))}; weights are "
+            "dense tensors of real numbers"
+        )
     return content
 
 
@@ -180,10 +186,16 @@ def _fill(network: Network, weights: Mapping[str, Tensor]) -> None:
         for name, value in expected.items()
         if name in weights and weights[name].shape != value.shape
     ]
+    types = [
+        f"{name} is {weights[name].dtype}, the model's {value.dtype}"
+        for name, value in expected.items()
+        if name in weights and weights[name].dtype != value.dtype
+    ]
     problems = [
         *_listed("missing", [name for name in expected if name not in weights]),
         *_listed("unexpected", [name for name in weights if name not in expected]),
         *_listed("other shapes", shapes),
+        *_listed("other types", types),
     ]
     if problems:
         raise ValueError(
@@ -192,6 +204,11 @@ def _fill(network: Network, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in expected.items():
             value.copy_(weights[name])
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Dense, with values, of real numbers or truth values: what `copy_` takes over as it is."""
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,10 @@ __all__ = [
 
 _MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
-UNREADABLE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError)
+UNREADABLE = (
+    *(RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError),
+    *(struct.error, AssertionError, OverflowError, MemoryError),
+)
 """What reading a file that is not what it should be can raise."""
 _FORMAT = 2
 
@@ -274,7 +278,7 @@ def _read_manifest(folder: Path) -> Snapshot:
         losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
         threads = {str(name): int(count) for name, count in content.get("threads", {}).items()}
         written = content.get("format")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
     if written != _FORMAT:
         raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")

@@ -12,7 +12,6 @@ No stage chooses between actions, and every queue is first in, first out, so the
 earlier ones alone. The events are therefore worked out stage by stage, as far as each gets, and need no ordered agenda.
 """
 
-import argparse
 import math
 import sys
 from collections import deque
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NoReturn
 
+from unlocked.runtime.fields import LARGEST, LineParser, add_flags, check, setting
 from unlocked.runtime.schedules.schedule import Schedule, build_schedule, format_grid
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.schedules.timeline import Edge, Timeline, format_timeline
@@ -270,28 +270,39 @@ class _Stage:
         return edge.target, f"stage {edge.target} to free a slot for micro-batch {edge.order[-1]}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """What is simulated on the command line."""
+
+    stages: int = setting(4, "of the pipeline", at_least=1, at_most=65536)
+    microbatches: int = setting(8, "training micro-batches", at_least=1, at_most=LARGEST)
+    queue_depth: int = setting(2, "receiving slots of every edge", at_least=1, at_most=LARGEST)
+    forward: float = setting(1.0, "seconds of F", at_least=0, at_most=1e9)
+    update: float = setting(2.0, "seconds of U", at_least=0, at_most=1e9)
+    transfer: float = setting(0.0, "seconds from one stage to the next", at_least=0, at_most=1e9)
+    scale: str | None = setting(None, "each stage's factor on its costs, such as 1,1,2,1")
+    width: int = setting(100, "characters of the timeline", at_least=1, at_most=65536)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Show the local schedule of a pipeline, its timeline and its bubbles."""
-    parser = argparse.ArgumentParser(prog="unlocked simulate", description=main.__doc__)
-    parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--microbatches", type=int, default=8, help="training micro-batches")
-    parser.add_argument("--queue-depth", type=int, default=2, help="receiving slots of every edge")
-    parser.add_argument("--forward", type=float, default=1.0, help="seconds of F")
-    parser.add_argument("--update", type=float, default=2.0, help="seconds of U")
-    parser.add_argument("--transfer", type=float, default=0.0, help="seconds from one stage to the next")
-    parser.add_argument("--scale", help="each stage's factor on its costs, such as 1,1,2,1")
-    parser.add_argument("--width", type=int, default=100, help="characters of the timeline")
-    options = parser.parse_args(arguments)
+    """Show the local schedule of a pipeline, its timeline and its bubbles. A mistake is one line and exit code 2."""
+    parser = LineParser(
+        prog="unlocked simulate",
+        description="Shows the local schedule of a pipeline, its timeline and its bubbles.",
+    )
+    add_flags(parser.add_argument_group("what is simulated"), SimulateOptions)
     try:
-        print(_report(options))
+        print(_report(SimulateOptions(**vars(parser.parse_args(arguments)))))
     except ValueError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _report(options: argparse.Namespace) -> str:
-    if options.microbatches < 1:
-        raise ValueError(f"--microbatches {options.microbatches} is not valid. Give at least 1.")
+def _report(options: SimulateOptions) -> str:
     plan = StreamPlan(epochs=1, train_size=options.microbatches, batch_size=1)
     scale = None if options.scale is None else _parse_scale(options.scale)
     schedule = build_schedule(options.stages, plan)

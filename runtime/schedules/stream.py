@@ -4,13 +4,17 @@ An epoch is: its training micro-batches, with a snapshot mark after every `snaps
 then the statistics micro-batches; then the evaluation micro-batches. Epochs follow each other without a seam.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from unlocked.runtime.fields import LARGEST, check, setting
 from unlocked.workers.actions import Item, ItemKind
 
 __all__ = ["StreamPlan"]
+
+_LARGEST_SIZE = 2**40  # rows of a dataset, which a loader may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +42,22 @@ class StreamPlan:
         ValueError: a number out of its range, or a micro-batch larger than the training data.
     """
 
-    epochs: int
-    train_size: int
-    batch_size: int
-    eval_size: int = 0
-    eval_batch_size: int = 1000
-    statistics_batches: int = 50
-    snapshot_every: int = 0
-    max_steps: int | None = None
-    drop_last: bool = False
+    epochs: int = setting(help="of training", at_least=1, at_most=LARGEST)
+    train_size: int = setting(help="rows of training data", at_least=1, at_most=_LARGEST_SIZE)
+    batch_size: int = setting(help="rows of a micro-batch", at_least=1, at_most=LARGEST)
+    eval_size: int = setting(0, "rows of evaluation data", at_least=0, at_most=_LARGEST_SIZE)
+    eval_batch_size: int = setting(1000, "rows of an evaluation micro-batch", at_least=1, at_most=LARGEST)
+    statistics_batches: int = setting(50, "before each evaluation", at_least=0, at_most=LARGEST)
+    snapshot_every: int = setting(0, "training micro-batches", at_least=0, at_most=LARGEST)
+    max_steps: int | None = setting(None, "None: train for all epochs", at_least=1, at_most=LARGEST)
+    drop_last: bool = setting(False, "leave out an epoch's last training micro-batch where it would be smaller")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "train_size", "batch_size", "eval_batch_size"):
-            _require(name, getattr(self, name), minimum=1)
-        for name in ("eval_size", "statistics_batches", "snapshot_every"):
-            _require(name, getattr(self, name), minimum=0)
-        if self.max_steps is not None:
-            _require("max_steps", self.max_steps, minimum=1, hint=" (or None to train for all epochs)")
+        check(self)
+        if self._marked(self.train_steps) + self.num_epochs * self._tail > sys.maxsize:
+            raise ValueError(
+                f"{self.epochs} epochs of {self.steps_per_epoch} micro-batches are more than can be counted"
+            )
         if self.batch_size > self.train_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than the training data, which has {self.train_size} rows. "
@@ -224,8 +227,3 @@ class StreamPlan:
     @staticmethod
     def _data_item(position: int, kind: ItemKind, epoch: int, index: int, count: int, batch: int, rows: int) -> Item:
         return Item(position, kind, epoch, index, min(batch, rows - index * batch), index == count - 1)
-
-
-def _require(name: str, value: int, *, minimum: int, hint: str = "") -> None:
-    if value < minimum:
-        raise ValueError(f"{name}={value} is not valid. Give {name} of at least {minimum}{hint}.")

@@ -108,9 +108,74 @@ def _damaged_snapshot(runs: Path, folder: Path) -> Path:
     return folder
 
 
+def _changed(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path, Path], Path]:
+    """The run's weights with another kind of tensor in the place of the first layer's."""
+
+    def make(runs: Path, folder: Path) -> Path:
+        weights = torch.load(runs / "LLS_M" / "model_final.pt", weights_only=True)
+        name = "conv1.block.body.conv.weight"
+        torch.save({**weights, name: change(weights[name])}, folder / "changed.pt")
+        return folder / "changed.pt"
+
+    return make
+
+
+def _configured(text: str) -> Callable[[Path, Path], Path]:
+    """The run's weights beside another config.json."""
+
+    def make(runs: Path, folder: Path) -> Path:
+        shutil.copy(runs / "LLS_M" / "model_final.pt", folder / "weights.pt")
+        (folder / "config.json").write_text(text)
+        return folder / "weights.pt"
+
+    return make
+
+
+def _with_manifest(text: str) -> Callable[[Path, Path], Path]:
+    """A snapshot with another manifest."""
+
+    def make(runs: Path, folder: Path) -> Path:
+        shutil.copytree(runs / "LLS_M" / "snapshots" / "step-00000024", folder / "step-00000024")
+        (folder / "step-00000024" / "manifest.json").write_text(text)
+        return folder
+
+    return make
+
+
+def _cut_old_format(runs: Path, folder: Path) -> Path:
+    """What torch wrote before 2020 and still reads, cut in its middle."""
+    path = folder / "old.pt"
+    torch.save({"a": torch.ones(9)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-20])
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "flags", "words"),
     [
+        (lambda runs, folder: Path("/etc/passwd"), [], ["/etc/passwd is not a file of weights"]),
+        (lambda runs, folder: Path("~nosuchuser"), [], ["weights is ~nosuchuser", "no such user"]),
+        (_cut_old_format, [], ["old.pt is not a file of weights"]),
+        (_changed(lambda w: w.to_sparse()), [], ["conv1.block.body.conv.weight", "dense"]),
+        (_changed(lambda w: w.to("meta")), [], ["conv1.block.body.conv.weight", "dense"]),
+        (_changed(lambda w: w.to(torch.complex64)), [], ["conv1.block.body.conv.weight", "real numbers"]),
+        (_changed(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), [], ["changed.pt", "weights"]),
+        (_changed(lambda w: w.double()), [], ["conv1.block.body.conv.weight is torch.float64"]),
+        (_changed(lambda w: w * torch.inf), [], ["finite"]),
+        (_configured("[]"), [], ["config.json is not a run's"]),
+        (_configured("[" * 100_000), [], ["config.json is not a run's"]),
+        (_configured('{"settings": {"test_batch_size": 1e400}}'), [], ["config.json", "test_batch_size is inf"]),
+        (_configured('{"settings": {"model": ["x"]}}'), [], ["config.json", "model is ['x']"]),
+        (_configured('{"settings": {"dropout": 1}}'), [], ["config.json", "dropout is 1; it must be"]),
+        (_with_manifest('{"position": 1e400}'), ["--dataset", "digits"], ["manifest.json is damaged"]),
+        (_with_manifest('{"format": 2, "position": 1, "steps": 1, "settings": 3}'), [], ["manifest.json is damaged"]),
+        (
+            _with_manifest('{"format": 2, "position": 1, "steps": 1, "settings": {"train_size": 1438}}'),
+            ["--dataset", "digits"],
+            ["can't be scored as SmallConv on digits", "KeyError"],
+        ),
+        (_other_run, ["--training-mode", "abc"], ["training_mode 'abc' is not known"]),
+        (_other_run, ["--summary", "/"], ["summary / is a folder"]),
         (lambda runs, folder: folder / "nowhere.pt", [], ["nowhere.pt", "model_final.pt"]),
         (lambda runs, folder: folder, [], ["no complete snapshot below"]),
         (_other_run, ["--model", "SmallConvL"], ["other shapes: conv1.block.body.conv.weight has shape (32, 1, 3, 3)"]),

@@ -14,8 +14,8 @@ from unlocked import Processes, Sequential, Streams
 from unlocked.launch.command_line import parse
 from unlocked.launch.pipeline import main
 from unlocked.runtime.engines import ENGINES, engine_class
+from unlocked.runtime.fields import flag_of
 from unlocked.runtime.recipe import Recipe, make_rule, run
-from unlocked.runtime.settings import flag_of
 
 VALUES = {"stages": "2", "transport": "group", "green_contexts": "off"}  # of options that take no small number
 

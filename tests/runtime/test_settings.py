@@ -15,17 +15,8 @@ from engine_runs import fit, trainer
 from unlocked import LLS, Processes, Sequential, Streams, Trainer
 from unlocked.models import small_conv
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
-from unlocked.runtime.settings import (
-    LineParser,
-    Settings,
-    add_flags,
-    check,
-    flag_of,
-    saved,
-    setting,
-    setting_names,
-    values_of,
-)
+from unlocked.runtime.fields import LineParser, add_flags, check, flag_of, saved, setting, setting_names, values_of
+from unlocked.runtime.settings import Settings
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

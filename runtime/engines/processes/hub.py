@@ -124,5 +124,5 @@ class Hub:
 def _gate(job: Job) -> EpochGate | None:
     if not job.lr_factor.needs_losses:
         return None
-    ends = [job.plan.end_of_epoch(epoch) for epoch in range(job.plan.num_epochs)]
-    return EpochGate(job.lr_factor, ends, job.plan[job.start].epoch)
+    plan = job.plan
+    return EpochGate(job.lr_factor, plan.end_of_epoch, plan.num_epochs, plan[job.start].epoch)

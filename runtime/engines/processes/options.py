@@ -7,8 +7,8 @@ from typing import Any
 
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.processes.links import TRANSPORTS
+from unlocked.runtime.fields import LONGEST_WAIT, setting
 from unlocked.runtime.job import Job
-from unlocked.runtime.settings import setting
 
 __all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "settings_of"]
 
@@ -28,7 +28,10 @@ class ProcessesOptions(PipelineOptions):
         off="let processes of one machine share its cores freely",
     )
     start_timeout: float = setting(
-        120.0, "seconds that all processes may take to appear, build their stages and connect", above=0
+        120.0,
+        "seconds that all processes may take to appear, build their stages and connect",
+        above=0,
+        at_most=LONGEST_WAIT,
     )
     coordinator_port: int = setting(
         0, "port of the coordinator, in rank 0 (0: any free one)", at_least=0, at_most=65535

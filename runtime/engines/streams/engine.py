@@ -31,6 +31,7 @@ from unlocked.runtime.engines.one_process import (
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
+from unlocked.runtime.fields import setting
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
@@ -38,7 +39,7 @@ from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
-from unlocked.runtime.settings import Settings, setting
+from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item
 from unlocked.workers.drawing import DrawingLayer
@@ -66,6 +67,7 @@ class Streams(PipelineOptions):
         "micro-batches of every stage in one CUDA graph, rounded up to a multiple of the queue depth (0: a graph per "
         "stage and micro-batch)",
         at_least=0,
+        at_most=4096,
     )
     """Long enough to hide a launch, short enough for an orderly stop."""
     green_contexts: str = setting(

@@ -72,8 +72,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("flags", "message"),
     [
         (["--depths", "4"], "two different depths"),
-        (["--depths", "0", "4"], "1 or more"),
-        (["--channels", "0"], "channels=0"),
+        (["--depths", "0", "4"], "depths is 0; it must be at least 1"),
+        (["--channels", "0"], "channels is 0"),
         (["--training-mode", "nonsense"], "nonsense"),
     ],
 )

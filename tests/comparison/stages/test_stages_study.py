@@ -33,10 +33,10 @@ def test_results_are_plain_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--predict", "0"], "--predict 0"),
-        (["--compute-speed", "0"], "--compute-speed 0.0"),
+        (["--predict", "0"], "predict is 0"),
+        (["--compute-speed", "0"], "compute_speed is 0.0"),
         (["--link-latency", "5"], "belong together"),
-        (["--spread", "-1"], "spread=-1"),
+        (["--spread", "-1"], "spread is -1"),
         (["--training-mode", "nonsense"], "nonsense"),
     ],
 )

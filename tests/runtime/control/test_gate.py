@@ -14,7 +14,7 @@ LOSSES = [1.0, 2.0, 0.5]  # the second one is no better than the first
 
 
 def _gate(epoch: int = 0) -> EpochGate:
-    return EpochGate(LearningRate(ReduceLROnPlateau(factor=0.5, patience=0)), ENDS, epoch)
+    return EpochGate(LearningRate(ReduceLROnPlateau(factor=0.5, patience=0)), ENDS.__getitem__, len(ENDS), epoch)
 
 
 def test_all_stages_wait_and_get_the_rate_with_the_epoch() -> None:
@@ -61,7 +61,7 @@ def test_all_stages_wait_and_get_the_rate_with_the_epoch() -> None:
 
 def test_a_resumed_gate_begins_with_its_epoch() -> None:
     rate = LearningRate(ReduceLROnPlateau(factor=0.5, patience=0), {0: 1.0, 1: 2.0})
-    gate = EpochGate(rate, ENDS, 2)
+    gate = EpochGate(rate, ENDS.__getitem__, len(ENDS), 2)
     assert (gate.limit, gate.factor) == (50, 0.5)
     assert gate.observe(2, 0.1) is None
     assert gate.limit == 50  # the last one's end is the run's

@@ -156,7 +156,7 @@ def test_micro_batch_larger_than_the_data_names_both() -> None:
 )
 def test_numbers_out_of_range_are_named(name: str, value: int) -> None:
     good = {"epochs": 2, "train_size": 10, "batch_size": 5}
-    with pytest.raises(ValueError, match=f"{name}={value} "):
+    with pytest.raises(ValueError, match=f"{name} is {value}; "):
         StreamPlan(**{**good, name: value})
 
 

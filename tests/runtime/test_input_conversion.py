@@ -1,0 +1,115 @@
+"""Data in other forms trains to the bits of the same numbers as two tensors, and says so where a type changes."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from unlocked.models import small_conv
+from unlocked.rules import LLS
+from unlocked.runtime import Trainer
+
+SAMPLES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(2))
+
+
+class Indexed(Dataset[Any]):
+    """What torchvision's datasets are: no tensors, a sample for each index."""
+
+    def __init__(self, size: int = 40) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return SAMPLES[index], int(LABELS[index])
+
+
+def _fit(train: Any, test: Any = None, epochs: int = 2) -> Any:
+    made = Trainer(
+        small_conv(1, 4, 8),
+        rule=LLS(),
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        seed=3,
+        statistics_batches=0,
+    )
+    return made.fit(train, epochs=epochs, batch_size=16, eval_data=test, eval_batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x, y: (x.numpy(), y.numpy()), None),
+        (lambda x, y: [x, y], None),
+        (lambda x, y: TensorDataset(x, y), None),
+        (lambda x, y: (x.double(), y), "float64 samples are read as float32"),
+        (lambda x, y: (x.double().numpy(), y), "float64 samples are read as float32"),
+        (lambda x, y: (x.numpy().astype(">f4"), y.numpy().astype(">i8")), None),
+        (lambda x, y: (x.flip(0).numpy()[::-1], y), None),
+        (lambda x, y: (x, y.int()), "int32 labels are read as int64"),
+        (lambda x, y: (x, y.numpy().astype(np.uint8)), "uint8 labels are read as int64"),
+        (lambda x, y: (x, y[:, None]), r"labels \[40, 1\] are read as \[40\]"),
+        (lambda x, y: Indexed(), r"\(Indexed\) is read through a DataLoader, in an order keyed by seed and epoch"),
+    ],
+)
+def test_another_form_of_the_data_gives_the_same_weights(
+    make: Callable[[Tensor, Tensor], Any], words: str | None
+) -> None:
+    expected = _fit((SAMPLES, LABELS), (SAMPLES, LABELS))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = _fit(make(SAMPLES, LABELS), make(SAMPLES, LABELS))
+    assert found.weights_sha256 == expected.weights_sha256
+    assert found.test_loss == expected.test_loss
+    ours = [one for one in told if "data" in str(one.message)]
+    assert len(ours) == (0 if words is None else 2)
+    for one in ours:
+        assert one.filename == __file__
+        assert len(str(one.message).splitlines()) == 1
+    if words is not None:
+        with pytest.warns(UserWarning, match=f"the train data.*{words}"):
+            _fit(make(SAMPLES, LABELS), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            (SAMPLES, LABELS.float()),
+            "labels are int64 numbers of classes, got torch.float32; convert them with .long()",
+        ),
+        ((SAMPLES, LABELS - 9), "labels go down to -9"),
+        ((SAMPLES, LABELS + 10**12), "end the model in a layer with output"),
+        ((SAMPLES.double() * 1e300, LABELS), "samples go beyond float32"),
+        ((SAMPLES.to_sparse(), LABELS), "give a dense one"),
+        ((SAMPLES.to("meta"), LABELS), "give a dense one"),
+        ((SAMPLES.to(torch.complex64), LABELS), "give a dense one"),
+        ((np.array([None] * 40), LABELS), "an array of object; give one of numbers"),
+        ((np.array(["a"] * 40), LABELS), "give one of numbers"),
+        ((SAMPLES[:0], LABELS[:0]), "is empty"),
+        (TensorDataset(SAMPLES), "TensorDataset of 1 tensors"),
+        ((Indexed(), Indexed()), "two datasets; give the first alone"),
+        (Indexed(0), r"\(Indexed\) is empty"),
+        (SAMPLES, "the train data is a Tensor; give a dataset"),
+        ("digits", "the train data is a str"),
+        ({"x": SAMPLES}, "the train data is a dict"),
+    ],
+)
+def test_what_can_not_be_converted_is_one_line(data: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        _fit(data)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_loader_is_left_as_it_is() -> None:
+    loader = DataLoader(Indexed(), batch_size=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _fit(loader).steps == 6
