@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import DTYPES, EPS, MOMENTUM, ROUNDING, SLOPE, assert_near, needs_gpu, norm_act_inputs
+from cuda_on_cpu import emulation
 
 from unlocked.kernels import cuda, reference
 from unlocked.kernels.cuda import norm_act_geometry
@@ -122,6 +123,22 @@ def test_no_bias_of_the_convolution(channels_last: bool, cuda_device: str) -> No
     inputs = norm_act_inputs((3, 40, 4, 4), torch.float32, channels_last, cuda_device)
     del inputs["conv_bias"]
     _check_norm_act((3, 40, 4, 4), {"latent_size": 2, "pool": "max"}, inputs)
+
+
+@pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "it can")
+def test_a_thread_loses_nothing_over_thousands_of_terms() -> None:
+    """As 512 channels do at batch 2048: a thread of the full sums adds 4096 terms. All are equal, so that the roundings
+    of a plain sum point in one direction."""
+    shape = (64, 4, 64, 64)
+    conv, grad = (torch.full(shape, x).to(memory_format=torch.channels_last) for x in (1.0, 0.1))
+    mean, rstd, weight, bias = (torch.full((4,), x) for x in (0.3, 1.1, 0.5, 1.0))
+    given = (grad, conv, mean, rstd, weight, bias)
+    with emulation.emulated(1):
+        actual = cuda.norm_act_backward_full(*given)
+    expected = reference.norm_act_backward_full(*(tensor.double() for tensor in given))
+    for got, want in zip(actual[1:], expected[1:], strict=True):
+        # Besides the thread's sum, three roundings of a term and those of the sums over 64 threads.
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0.0)
 
 
 def test_strided_and_unaligned_memory(cuda_device: str) -> None:
