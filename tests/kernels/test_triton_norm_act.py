@@ -197,6 +197,25 @@ def test_many_partial_results_are_merged(kernel_device: str) -> None:
         _check_backward(inputs, truth, 2, full=False)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("pool", ["none", "max", "average"])
+def test_several_tiles_per_program(kernel_device: str, pool: reference.PoolKind, channels_last: bool) -> None:
+    """As of 1056 programs on: each walks over several tiles, the last of them not full."""
+    with _launch_geometry(WHOLE_ROWS=0, TILE=128, PROGRAMS=3):
+        shape = norm_act_geometry.Shape(11, 5, 8, 8, channels_last, 4)
+        for geometry in (
+            norm_act_geometry.forward_geometry(shape, 2, pool, 2),
+            norm_act_geometry.backward_geometry(shape, 2),
+            norm_act_geometry.backward_geometry(shape, 0),
+        ):
+            last = geometry.passes[-1]
+            assert last.num_tiles > 2 * last.grid[0]
+        inputs = _inputs((11, 5, 8, 8), kernel_device, torch.float32, channels_last)
+        truth = _check_forward(inputs, latent_size=2, pool=pool, pool_size=2)
+        _check_backward(inputs, truth, 2, full=True)
+        _check_backward(inputs, truth, 2, full=False)
+
+
 @contextmanager
 def _launch_geometry(**changed: int) -> Iterator[None]:
     """Other thresholds, so that small tensors take the ways of large ones."""
