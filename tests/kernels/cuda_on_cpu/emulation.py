@@ -5,9 +5,7 @@ tensors of the CPU. What emulator.cpp finds wrong is the RuntimeError of a faile
 """
 
 import ctypes
-import hashlib
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,17 +21,17 @@ from torch.overrides import TorchFunctionMode
 
 from unlocked.kernels.cpp.bindings import find_compiler
 from unlocked.kernels.cuda import bindings, build, head, images, norm_act
-from unlocked.kernels.native import _compiler_version, _locked, cache_directory
+from unlocked.kernels.native import build_once
 
 __all__ = ["build_kernels", "emulated", "kernel_sources", "load", "unavailable"]
 
 _HERE = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-w")
 # Contracted as nvcc contracts, where the machine has the instruction.
 _INFO = Path("/proc/cpuinfo")
 _FUSED = ("-mfma",) if _INFO.exists() and re.search(r"^flags\b.* fma ", _INFO.read_text(), re.M) else ()
 _WATCHED = (
-    *("-O1", "-ffp-contract=fast", *_FUSED, "-fsanitize=thread"),
+    *("-xc++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-w"),
+    *("-ffp-contract=fast", *_FUSED, "-fsanitize=thread"),
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
     *(flag for flag in build._FLAGS if flag.startswith("-D")),
 )
@@ -78,7 +76,7 @@ def emulated(multiprocessors: int, *, seed: int = 0, kernels: Path | None = None
         seed: of the order in which blocks and threads run.
         kernels: what `build_kernels` gave, default: of the sources as they are.
     """
-    library, emulator = load(kernels or build_kernels())
+    library, emulator = load(kernels or _kernels_as_they_are())
 
     def launch(name: str, device: torch.device, *arguments: object) -> None:
         error = getattr(library, name)(0, None, *arguments)
@@ -87,6 +85,7 @@ def emulated(multiprocessors: int, *, seed: int = 0, kernels: Path | None = None
 
     emulator.emulator_reset(multiprocessors, seed, library.shared_begin(), library.shared_end())
     limits = library.unlocked_multiprocessors(0), library.unlocked_shared_memory(0)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills what nobody has written with NaN
     try:
         with pytest.MonkeyPatch.context() as patch, _Watching(emulator):
@@ -97,7 +96,7 @@ def emulated(multiprocessors: int, *, seed: int = 0, kernels: Path | None = None
                     patch.setattr(module, "device_limits", lambda index: limits)
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 class _Watching(TorchFunctionMode):
@@ -123,29 +122,42 @@ def build_kernels(sources: Mapping[str, str] | None = None) -> Path:
     Raises:
         RuntimeError: the compiler fails.
     """
-    texts = {name: _translate(text) for name, text in (sources or kernel_sources()).items()}
-    headers = {name: text for name, text in texts.items() if name.endswith(".cuh")}
-    headers |= {path.name: path.read_text() for path in (_HERE / "shim").iterdir()}
-    units = {name: text for name, text in texts.items() if name.endswith(".cu")}
-    emulator = _emulator()
-    with _locked(emulator.with_suffix(".lock")), ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda unit: _compile(*unit, headers, _WATCHED), units.items()))
-        objects.append(_compile("also.cc", _ALSO, headers, ("-O1",)))
-        return _link("kernels", (*objects, emulator))
+    compiler = find_compiler()
+    assert compiler is not None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for shim in (_HERE / "shim").iterdir():
+            (folder / shim.name).write_text(shim.read_text())
+        for file, text in {**(sources or kernel_sources()), "also.cu": _ALSO}.items():
+            (folder / file).write_text(_translate(text))
+        headers = [*folder.glob("*.cuh"), *folder.glob("*.h")]
+
+        def compile_unit(unit: Path) -> Path:  # to an object file, whatever its suffix says
+            return build_once(f"emulated-{unit.stem}", compiler, (*_WATCHED, "-c"), [unit], headers)
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_unit, sorted(folder.glob("*.cu"))))
+    # A library of its own for the emulator: what it keeps must not lie in the kernels' shared memory.
+    return build_once("emulated-kernels", compiler, ("-shared",), [*objects, _emulator(compiler)])
 
 
 @lru_cache
-def _emulator() -> Path:
-    path = _HERE / "emulator.cpp"
-    text = path.read_text().replace('"shim/cuda_runtime.h"', '"cuda_runtime.h"')
-    headers = {"cuda_runtime.h": (_HERE / "shim" / "cuda_runtime.h").read_text()}
-    return _link("emulator", (_compile("emulator.cc", text, headers, ("-O2",)),))
+def _kernels_as_they_are() -> Path:
+    return build_kernels()
+
+
+@lru_cache
+def _emulator(compiler: Path) -> Path:
+    flags = ("-std=c++17", "-O2", "-fPIC", "-shared")
+    return build_once("emulator", compiler, flags, [_HERE / "emulator.cpp"], (_HERE / "shim").iterdir())
 
 
 @lru_cache
 def load(path: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """(the kernels that `build_kernels` gave, the emulator)."""
-    emulator = ctypes.CDLL(str(_emulator()), mode=ctypes.RTLD_GLOBAL)
+    compiler = find_compiler()
+    assert compiler is not None
+    emulator = ctypes.CDLL(str(_emulator(compiler)), mode=ctypes.RTLD_GLOBAL)
     emulator.emulator_tensor.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     emulator.emulator_reset.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p]
     library = bindings.load_library(str(path))
@@ -158,6 +170,7 @@ def _translate(text: str) -> str:
     text = re.sub(
         r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(::emulator::dynamic_shared());", text
     )
+    text = re.sub(r"#include <(cuda\w*\.h)>", r'#include "\1"', text)
     while (at := text.find("<<<")) >= 0:
         begin, middle = _callee(text, at), text.index(">>>", at)
         opening = text.index("(", middle)
@@ -175,40 +188,3 @@ def _callee(text: str, end: int) -> int:
         end -= 1
         depth += {">": 1, "<": -1}.get(text[end], 0)
     return end
-
-
-def _compile(name: str, text: str, headers: Mapping[str, str], flags: tuple[str, ...]) -> Path:
-    compiler = find_compiler()
-    assert compiler is not None
-    everything = repr((name, text, sorted(headers.items()), flags, _compiler_version(compiler)))
-    target = _cached(everything, ".o")
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            for file, content in {**headers, name: text}.items():
-                Path(folder, file).write_text(content)
-            made = Path(folder, "made.o")
-            _run(compiler, *_FLAGS, *flags, f"-I{folder}", "-x", "c++", "-c", str(Path(folder, name)), "-o", str(made))
-            made.replace(target)
-    return target
-
-
-def _link(name: str, parts: tuple[Path, ...]) -> Path:
-    target = _cached(f"{name} {parts}", ".so")
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder, "made.so")
-            _run(find_compiler(), "-shared", "-o", str(made), *map(str, parts))
-            made.replace(target)
-    return target
-
-
-def _cached(key: str, suffix: str) -> Path:
-    folder = cache_directory() / "cuda-on-cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / (hashlib.sha256(key.encode()).hexdigest()[:20] + suffix)
-
-
-def _run(*command: object) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
