@@ -3,9 +3,10 @@
     python benchmarks/cpu_step.py                                          # synthetic data of CIFAR-10's size
     python benchmarks/cpu_step.py --dataset CIFAR10 --dataset-dir datasets --json cpu_step.json
 
-Five tables, of SmallConv at batch 64 unless they say otherwise:
+Six tables, of SmallConv at batch 64 unless they say otherwise:
   engines      images/s in processes of their own that take turns: plain PyTorch (benchmarks/plain_lls.py), eager
                backpropagation (channels last, fused Adam), LLS by one and two threads and by two processes
+  optimizers   images/s of LLS by one thread with Adam, the authors' AdamWSF and the library's newest, taking turns
   ladder       milliseconds of each kept improvement on top of the one before, taking turns in this process
   operations   where a step's time goes now: bytes, operations, and the share of what the machine reaches
   hops         an edge between two processes (benchmarks/pipeline_scaling.py)
@@ -18,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def main() -> int:
     report: dict[str, Any] = {"environment": to_plain(environment()), "options": settings}
     tables: dict[str, Callable[[argparse.Namespace], Any]] = {
         "engines": show_engines,
+        "optimizers": show_optimizers,
         "ladder": show_ladder,
         "operations": show_operations,
         "hops": lambda options: show_hops(options.hop_batches),
@@ -64,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps of a round in the ladder and per operation")
     parser.add_argument("--hop-batches", type=int, default=1000)
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--only", nargs="*", choices=("engines", "ladder", "operations", "hops", "memory"))
+    parser.add_argument(
+        "--only", nargs="*", choices=("engines", "optimizers", "ladder", "operations", "hops", "memory")
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -84,15 +88,32 @@ def show_engines(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.repeats):
         for name, run in contenders.items():
             runs[name].append(run())
-    print(f"{'engines':<32}{'images/s':>10}{'min':>9}{'max':>9}")
+    plain_name, bp, one, two, processes = runs
+    pairs = ((two, plain_name), (two, bp), (processes, two), (two, one), (processes, one))
+    print_runs("engines", runs, pairs)
+    return runs
+
+
+def show_optimizers(options: argparse.Namespace) -> dict[str, Any]:
+    """The schedule-free optimizers at the authors' batch size, beside the same run with Adam."""
+    flags = ["--batch-size", "128", "--lr", "5e-3", "--optimizer"]
+    runs: Runs = {name: [] for name in ("Adam", "AdamWSF", "AdamWScheduleFree")}
+    for _ in range(options.repeats):
+        for name, values in runs.items():
+            values.append(rate(train(options, "sequential", 1, 1, [*flags, name])))
+    print_runs("optimizers", runs, (("AdamWSF", "AdamWScheduleFree"), ("AdamWSF", "Adam")))
+    return runs
+
+
+def print_runs(title: str, runs: Runs, pairs: Iterable[tuple[str, str]]) -> None:
+    """Images/s of each contender, then the ratio of each pair: of the medians and, in brackets, turn by turn."""
+    print(f"{title:<32}{'images/s':>10}{'min':>9}{'max':>9}")
     for name, values in runs.items():
         print(f"{name:<32}{statistics.median(values):>10.0f}{min(values):>9.0f}{max(values):>9.0f}")
-    plain_name, bp, one, two, processes = runs
-    for above, below in ((two, plain_name), (two, bp), (processes, two), (two, one), (processes, one)):
+    for above, below in pairs:
         turns = [a / b for a, b in zip(runs[above], runs[below], strict=True)]
         ratio = statistics.median(runs[above]) / statistics.median(runs[below])
         print(f"  {above} / {below}: {ratio:.2f} ({min(turns):.2f} to {max(turns):.2f})")
-    return runs
 
 
 def show_ladder(options: argparse.Namespace) -> Runs:

@@ -2,10 +2,14 @@
 
     python benchmarks/pipeline_scaling.py                                   # synthetic data of CIFAR-10's size
     python benchmarks/pipeline_scaling.py --dataset CIFAR10 --dataset-dir datasets --json scaling.json
+    python benchmarks/pipeline_scaling.py --models SmallConv:5:150 VGG8:8:32 MobileNetV1:16:48    # on many cores
 
 Runs take turns, `--repeats` times: `sequential` with one thread and with two, and two processes of one thread, each
 training SmallConv by LLS for `--max-steps` micro-batches of 64 without evaluation. Set-up is not in the times. The hop
 is an edge between two processes whose stages do nothing: seconds per micro-batch, sent and received in a row.
+
+With `--models` instead: each network by 1, 2, 4, ... processes of one thread up to a number (a small one: each up to
+it), as far as there are layers and cores, and by one process with as many threads.
 """
 
 import argparse
@@ -21,6 +25,8 @@ from typing import Any
 
 from unlocked.comparison.environment import environment
 from unlocked.comparison.stages.hops import measure_hops
+from unlocked.data.cores import usable_cores
+from unlocked.models import get_model
 from unlocked.runtime.typed import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +48,11 @@ PLACEMENTS = {
 
 def main() -> int:
     options = parse()
+    return scale(options) if options.models else compare(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Two processes beside one, taking turns, and the hops."""
     contenders = {
         "sequential, 1 thread": ("sequential", 1, 1),
         "sequential, 2 threads": ("sequential", 1, 2),
@@ -77,15 +88,64 @@ def main() -> int:
     return 0 if same == 1 else 1
 
 
+def scale(options: argparse.Namespace) -> int:
+    """Every network by more and more processes. Results are written after each run; 1 if a digest differs."""
+    report: dict[str, Any] = {"environment": to_plain(environment()), "runs": []}
+    report["options"] = {k: str(v) for k, v in vars(options).items()}
+    print(f"LLS, {options.dataset}, batch 64\n{environment().line}\n")
+    print(f"{'network':<13}{'processes':>10}{'threads':>9}{'images/s':>10}{'x 1':>7}  busy share of each stage")
+    different = 0
+    for word in options.models:
+        model, most, steps = parse_model(word)
+        base: dict[str, Any] = {}
+        for processes, threads in placements(model, most):
+            engine = "sequential" if processes == 1 else "processes"
+            flags = ["--model", model, "--max-steps", str(steps)]
+            runs = [train(options, engine, processes, threads, flags) for _ in range(options.repeats)]
+            rate = statistics.median(run["images_per_second"] for run in runs)
+            base = base or {"rate": rate, "digest": runs[0]["weights_sha256"]}
+            same = threads > 1 or all(run["weights_sha256"] == base["digest"] for run in runs)
+            different += not same
+            busy = ", ".join(f"{share:.2f}" for share in runs[-1]["busy_fraction"])
+            print(
+                f"{model:<13}{processes:>10}{threads:>9}{rate:>10.0f}{rate / base['rate']:>7.2f}  {busy}"
+                f"{'' if same else '  DIFFERENT WEIGHTS'}",
+                flush=True,
+            )
+            report["runs"].append({"model": model, "processes": processes, "threads": threads, "summaries": runs})
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1))
+    return 1 if different else 0
+
+
+def parse_model(word: str) -> tuple[str, int, int]:
+    """Name, most processes and micro-batches of "VGG8:8:32"."""
+    try:
+        name, most, steps = word.split(":")
+        return name, int(most), int(steps)
+    except ValueError:
+        raise SystemExit(f"pipeline_scaling: --models {word} is not NAME:PROCESSES:MICRO-BATCHES") from None
+
+
+def placements(model: str, most: int) -> list[tuple[int, int]]:
+    """(processes, threads of each): one, more and more, then one with the threads of the most."""
+    limit = min(most, len(get_model(model, in_channels=3, num_classes=10, image_size=32)), usable_cores())
+    counts = range(1, limit + 1) if limit <= 5 else sorted({1, 2, 4, 8, limit} & set(range(limit + 1)))
+    return [(count, 1) for count in counts] + ([(1, limit)] if limit > 1 else [])
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--dataset-dir", default="datasets")
-    parser.add_argument("--max-steps", type=int, default=400)
+    parser.add_argument("--max-steps", type=int, default=400, help="micro-batches of a run, where --models says none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--placement", action="store_true", help="also without cores of one's own, and reading ahead")
     parser.add_argument("--hop-batches", type=int, default=2000)
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME:PROCESSES:MICRO-BATCHES", help="the table of many processes"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

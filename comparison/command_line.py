@@ -104,7 +104,7 @@ def _first(value: int | None, otherwise: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(
-        prog="compare.py",
+        prog="unlocked compare",
         description="Compares local learning with backpropagation on this machine. Every contender trains in processes "
         "of its own: speed runs without evaluation, interleaved, and accuracy runs with it.",
         epilog="--study memory and --study stages measure other things; their own --help tells.",

@@ -32,7 +32,7 @@ from unlocked.data.download import only_one
 
 __all__ = ["CachedImages", "ImageFiles", "cached_images"]
 
-_FORMAT = 1
+_FORMAT = 2  # of the decoded values: another number makes them anew
 _FILES_PER_WORKER = 200  # fewer are decoded in the time that a further process takes to start
 _STATISTICS_ROWS = 4096
 
@@ -140,8 +140,9 @@ def _decode_in_processes(part: Path, files: ImageFiles, paths: list[str], count:
                 task = {"array": str(part), "rows": rows, "paths": paths[i::count], "resize": files.resize}
                 assert process.stdin is not None
                 assert process.stdout is not None
+                task |= {"example": files.example, "pixel_limit": decode.pixel_limit()}
                 with suppress(BrokenPipeError), process.stdin:  # one that died at once is met below
-                    json.dump(task | {"example": files.example}, process.stdin)
+                    json.dump(task, process.stdin)
                 selector.register(process.stdout, selectors.EVENT_READ, i)
             while selector.get_map():
                 for key, _ in selector.select():
@@ -207,6 +208,8 @@ def _fingerprint(files: ImageFiles) -> str:
             status = (files.root / path).stat()
         except OSError as error:
             raise ValueError(f"image {files.root / path} can't be read: {error.strerror}") from error
+        if kind := decode.kind_of_file(status.st_mode):
+            raise ValueError(f"image {files.root / path} can't be read: it is {kind}, no regular file")
         digest.update(f"\n{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:24]
 

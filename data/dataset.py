@@ -49,7 +49,7 @@ class ImageDataset:
     labels: Tensor
     """int64 [N], in [0, num_classes)."""
     num_classes: int
-    classes: tuple[str, ...] = ()
+    classes: Sequence[str] = ()
     """The classes' names; empty: their numbers."""
     mean: tuple[float, ...] = ()
     """Of each channel, where 255 counts as 1; empty: 0."""
@@ -64,8 +64,8 @@ class ImageDataset:
     same."""
 
     def __post_init__(self) -> None:
-        if not self.classes:
-            object.__setattr__(self, "classes", tuple(str(i) for i in range(self.num_classes)))
+        if not self.classes or isinstance(self.classes, _Numbers):
+            object.__setattr__(self, "classes", _Numbers(max(self.num_classes, 0)))
         problem = self._shape_problem() or self._label_problem() or self._statistics_problem()
         if problem:
             raise ValueError(f"dataset {self.name} ({self.split}): {problem}")
@@ -178,7 +178,7 @@ class ImageDataset:
         return None
 
     def _label_problem(self) -> str | None:
-        if self.num_classes < 1 or len(self.classes) != self.num_classes:
+        if self.num_classes < 1 or (not isinstance(self.classes, _Numbers) and len(self.classes) != self.num_classes):
             return f"num_classes is {self.num_classes}, but there are {len(self.classes)} class names"
         low, high = (int(bound) for bound in torch.aminmax(self.labels))
         if low < 0 or high >= self.num_classes:
@@ -203,6 +203,26 @@ class ImageDataset:
         if self.augmentation.crop_padding or self.augmentation.erase_probability:
             return "float images can only be flipped; pass uint8 images to crop and erase"
         return None
+
+
+class _Numbers(Sequence[str]):
+    """The names "0", "1" and so on, made when they are asked for: the number of classes of a user's labels may be wrong
+    by as much as an int64 allows."""
+
+    def __init__(self, count: int) -> None:
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._numbers[index]
+        return str(found) if isinstance(found, int) else tuple(map(str, found))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _Numbers):
+            return self._numbers == other._numbers
+        return isinstance(other, tuple) and len(self) == len(other) and tuple(self) == other
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

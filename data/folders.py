@@ -7,7 +7,6 @@ written.
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,35 +16,18 @@ from unlocked.data.cache import ImageFiles, cached_images
 from unlocked.data.dataset import ImageDataset
 from unlocked.data.decode import image_size as size_of
 from unlocked.data.download import Archive, obtain
+from unlocked.data.listing import Listing, class_names, list_by_class
 
-__all__ = [
-    "Listing",
-    "default_cache_dir",
-    "list_by_class",
-    "load_folder",
-    "load_imagenette",
-    "load_imagenette_basic",
-    "load_listings",
-]
+__all__ = ["default_cache_dir", "load_folder", "load_imagenette", "load_imagenette_basic", "load_listings"]
 
 Splits = tuple[ImageDataset, ImageDataset]
 
 # Of ImageNet's training images, in common use (torchvision's models); the authors' choice for all of these datasets.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-EXTENSIONS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _RESIDENT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4  # larger sets are streamed
 _TEST_FOLDERS = ("test", "val", "validation")
 _CUT_SIZE = 128  # side of what a network reads of Imagenette and Visual Wake Words, in the authors' experiments
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The images of one split: paths below `root`, and their labels."""
-
-    root: Path
-    paths: list[str]
-    labels: list[int]
 
 
 def load_folder(
@@ -59,7 +41,8 @@ def load_folder(
 ) -> Splits:
     """The images in `dataset_dir`/train/CLASS and `dataset_dir`/test/CLASS (or val/CLASS), in folders of any depth.
 
-    Classes are numbered in the order of their names. Values are normalised by the training set's own statistics.
+    Classes are numbered in the order of their names. Values are normalised by the training set's own statistics. Which
+    files are read says `unlocked.data.listing`, what they become docs/data.md.
 
     Args:
         image_size: scale the shorter side to this many pixels and cut the square in the middle out. None: all images
@@ -83,7 +66,7 @@ def load_folder(
             f"dataset {name}: no folder {lacking} in {dataset_dir}; images by class lie in DIR/train/CLASS and "
             "DIR/test/CLASS (or val), DIR being --dataset-dir"
         )
-    classes = _class_folders(train_dir)
+    classes = class_names(train_dir)
     return load_listings(
         name,
         list_by_class(train_dir, classes),
@@ -170,29 +153,6 @@ def _imagenette(
     )
 
 
-def list_by_class(root: Path, classes: tuple[str, ...]) -> Listing:
-    """The images below `root`/CLASS, class by class, sorted by path.
-
-    Raises:
-        ValueError: a class without images, or a folder of no known class.
-    """
-    if not root.is_dir():
-        raise ValueError(f"there is no folder {root}; expected one folder of images per class in it")
-    if unknown := sorted(set(_class_folders(root)) - set(classes)):
-        raise ValueError(
-            f"{root} has folders of unknown classes: {', '.join(unknown[:5])}; the {len(classes)} classes are "
-            f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-        )
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(_images_below(root / name))
-        if not found:
-            raise ValueError(f"class {name!r} has no images: looked for {_extensions()} in {root / name}")
-        paths += [str(path.relative_to(root)) for path in found]
-        labels += [label] * len(found)
-    return Listing(root, paths, labels)
-
-
 def load_listings(
     name: str,
     train: Listing,
@@ -259,23 +219,3 @@ def default_cache_dir(folder: Path) -> Path:
         return folder / ".decoded"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "unlocked" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-
-
-def _class_folders(root: Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise ValueError(f"{root} has no folders; expected one folder of images per class in it")
-    return tuple(names)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return [
-        Path(where) / file
-        for where, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-    ]
-
-
-def _extensions() -> str:
-    return ", ".join(sorted(EXTENSIONS))

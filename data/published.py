@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from unlocked.data.dataset import ImageDataset
+from unlocked.data.decode import kind_of_file
 from unlocked.data.download import Archive, obtain
-from unlocked.data.folders import Listing, default_cache_dir, list_by_class, load_listings
+from unlocked.data.folders import default_cache_dir, load_listings
+from unlocked.data.listing import Listing, class_names, list_by_class
 
 __all__ = ["load_tiny_imagenet", "load_vww"]
 
@@ -31,7 +33,8 @@ def load_tiny_imagenet(
     """200 classes of ImageNet at 64 x 64 pixels (Stanford CS231n) from `dataset_dir`/tiny-imagenet-200.
 
     Training images lie in train/WNID/images, the test set is the published validation set: val/images, with labels in
-    val/val_annotations.txt. Classes are the lines of wnids.txt, in the order of their names; words.txt names them.
+    val/val_annotations.txt; or, as many scripts sort it, val/WNID/images or val/WNID. Classes are the lines of
+    wnids.txt, in the order of their names; words.txt names them.
 
     Raises:
         ValueError: files are missing, damaged, or contradict each other.
@@ -97,6 +100,14 @@ def load_vww(
 
 
 def _tiny_validation(folder: Path, wnids: tuple[str, ...]) -> Listing:
+    unsorted = folder / "images"
+    if folder.is_dir() and (sorted_into := sorted(set(class_names(folder)) & set(wnids))):
+        if unsorted.is_dir() and any(not one.name.startswith(".") for one in unsorted.iterdir()):
+            raise ValueError(
+                f"{folder} holds images both in images and sorted by class, in {sorted_into[0]} for one; leave the one "
+                "or the other there"
+            )
+        return list_by_class(folder, wnids, besides=("images",))
     annotations = folder / "val_annotations.txt"
     numbers = {wnid: label for label, wnid in enumerate(wnids)}
     paths, labels = [], []
@@ -113,7 +124,7 @@ def _tiny_validation(folder: Path, wnids: tuple[str, ...]) -> Listing:
 
 def _wake_words(images: Path, annotations: Path) -> Listing:
     try:
-        content: Any = json.loads(annotations.read_text())
+        content: Any = json.loads(_text(annotations))
         with_person = {one["image_id"] for one in content["annotations"] if one["category_id"] == 1}
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,6 +142,13 @@ def _wake_words(images: Path, annotations: Path) -> Listing:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in _text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """Of a regular file: reading a pipe might never end."""
+    if kind := kind_of_file(path.stat().st_mode):
+        raise OSError(f"it is {kind}, no regular file")
+    return path.read_text()

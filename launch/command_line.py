@@ -18,15 +18,16 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str) -> Recipe:
 
     Args:
         arguments: without the program's name; None: those of this process.
-        default_engine: "processes" under a launcher, else "sequential".
+        default_engine: where neither --engine nor --stages is given.
 
     Raises:
         ValueError: a mistake, in one line.
     """
     parser = LineParser(
-        prog="pipeline.py",
+        prog="unlocked train",
         description="Trains a network by local learning rules, in one process or as a pipeline of processes.",
-        epilog="As a pipeline: torchrun --standalone --nproc-per-node=2 launch/pipeline.py --dataset CIFAR10 ...",
+        epilog="As a pipeline on this machine: unlocked train --stages 2 --dataset CIFAR10 ... On a cluster: torchrun "
+        "--nnodes=... --nproc-per-node=... -m unlocked.launch.pipeline --dataset CIFAR10 ...",
     )
     training = parser.add_argument_group("training (the authors' flags, and more)")
     add_flags(training, Recipe, setting_names(Recipe) - setting_names(Settings))
@@ -37,15 +38,15 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str) -> Recipe:
     running = parser.add_argument_group("running")
     running.add_argument(
         "--engine",
-        default=default_engine,
-        help="sequential, streams or processes (the default under torchrun); default here: %(default)s",
+        help="sequential, streams or processes; default: processes under torchrun and where --stages is given, else "
+        "sequential",
     )
     add_flags(running, Settings)
     _add_engine_flags(parser)
     given = vars(parser.parse_args(arguments))
     for flag in ("pool", "record_gpu_mem"):
         del given[flag]
-    name = given.pop("engine")
+    name = given.pop("engine") or ("processes" if "stages" in given else default_engine)
     options = {option: given.pop(option) for option in list(given) if option in _owners()}
     return Recipe(engine=_make_engine(name, options), **given)
 

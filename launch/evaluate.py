@@ -78,7 +78,7 @@ def score(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parser() -> LineParser:
     parser = LineParser(
-        prog="evaluate.py",
+        prog="unlocked evaluate",
         description="Scores saved weights on the test data.",
         epilog="Model, data and batch size are the run's own, from the config.json beside its weights, unless given.",
     )

@@ -1,4 +1,5 @@
-"""Trains by the command line's wishes: `torchrun ... launch/pipeline.py FLAGS` or `python launch/pipeline.py FLAGS`."""
+"""Trains by the command line's wishes: `unlocked train FLAGS`, `torchrun ... launch/pipeline.py FLAGS` or
+`python launch/pipeline.py FLAGS`."""
 
 import os
 import sys
@@ -18,11 +19,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         # Imported here, so that an interrupt during these seconds ends in one line as well.
+        from unlocked.data.cores import usable_cores
         from unlocked.launch.command_line import parse
+        from unlocked.launch.own_workers import start_workers
+        from unlocked.runtime import Processes
         from unlocked.runtime.recipe import run
 
-        under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        return _tell(run(parse(arguments, default_engine="processes" if under_launcher else "sequential")))
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        recipe = parse(given, default_engine="processes" if launched else "sequential")
+        if not launched and isinstance(recipe.engine, Processes):
+            count = _number_of_processes(recipe.engine.stages)
+            threads = max(1, usable_cores() // count)
+            return start_workers(count, "unlocked.launch.pipeline", given, threads=threads)
+        return _tell(run(recipe))
     except ValueError as error:
         return _complain(rank, error, 2)
     except KeyboardInterrupt:
@@ -34,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(cause, ValueError | LinkLostError | NonFiniteLossError) and not _was_told(error):
             traceback.print_exc()
         return _complain(rank, error, 1)
+
+
+def _number_of_processes(stages: int | str | None) -> int:
+    """One for each stage that was asked for."""
+    if stages is None:
+        raise ValueError(
+            "engine processes without a launcher starts a process per stage, but their number is not given; "
+            "give --stages N, or start it by 'torchrun --standalone --nproc-per-node=N'"
+        )
+    return stages if isinstance(stages, int) else stages.count(",") + 1
 
 
 def _tell(result: "RunResult") -> int:
@@ -69,15 +89,13 @@ def _was_told(error: BaseException) -> bool:
 def _complain(rank: int, error: object, code: int) -> int:
     """One line on standard error, at once."""
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"error: {text}" if rank == 0 else f"error [rank {rank}]: {text}", file=sys.stderr, flush=True)
+    # In one write: several workers share the terminal.
+    sys.stderr.write(f"error: {text}\n" if rank == 0 else f"error [rank {rank}]: {text}\n")
+    sys.stderr.flush()
     return code
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Native threads of a broken process group may never end; everything of ours is closed or lost by now.
-    if code == 0 or "WORLD_SIZE" not in os.environ:
-        sys.exit(code)
-    os._exit(code)
+    from unlocked.launch.console import leave
+
+    leave(main())

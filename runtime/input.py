@@ -40,7 +40,9 @@ def as_dataset(
         samples, labels = data
         if labels.numel() == 0:
             raise ValueError(f"the {split} data is empty: labels {list(labels.shape)}")
-        data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
+        # Labels of any other type are refused by the dataset; of them there may be no largest integer.
+        largest = int(labels.max()) if labels.dtype == torch.int64 else 0
+        data = ImageDataset.from_tensors(samples, labels, num_classes or largest + 1, split=split)
     elif not isinstance(data, ImageDataset | LoaderDataset):
         if not isinstance(data, Iterable):
             raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["draw", "idx", "mnist_pixels", "png", "ppm", "write_folder", "write_mnist"]
+__all__ = ["draw", "idx", "mnist_pixels", "png", "png_of", "ppm", "tiff", "write_folder", "write_mnist"]
 
 NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -37,15 +37,30 @@ def write_mnist(folder: Path, *, zipped: bool = False, sizes: tuple[int, int] = 
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """An RGB image [H, W, 3] by the definition of PNG."""
+    """An RGB image [H, W, 3]."""
+    return png_of(2, 8, pixels.tobytes(), pixels.shape[:2])
+
+
+def png_of(kind: int, bits: int, values: bytes, size: tuple[int, ...]) -> bytes:
+    """PNG of any colour type, of big-endian rows (PNG specification, section 11.2.2); `size`: height, width."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    height, width = size
+    step = len(values) // height
+    rows = b"".join(b"\0" + values[i * step : (i + 1) * step] for i in range(height))
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(bits: int, photometric: int, values: bytes, size: tuple[int, int]) -> bytes:
+    """Grey, little-endian, one strip: by TIFF 6.0, sections 2 and 4; `size`: height, width."""
+    height, width = size
+    fields = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric)]
+    fields += [(273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, height), (279, len(values))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + struct.pack("<I", 0) + values
 
 
 def ppm(pixels: np.ndarray) -> bytes:

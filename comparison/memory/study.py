@@ -97,7 +97,7 @@ def describe_growth(study: MemoryStudy) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: a table, the slopes, and a page."""
     parser = LineParser(
-        prog="compare.py --study memory",
+        prog="unlocked compare --study memory",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

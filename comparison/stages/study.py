@@ -185,7 +185,7 @@ def write_stages_study(study: StagesStudy, folder: Path) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = LineParser(
-        prog="compare.py --study stages",
+        prog="unlocked compare --study stages",
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """The CPU backend in C++: the functions of `unlocked.kernels.reference` in as few passes as the statistics allow.
 
-It covers float32 in channels-last memory (and [B, C]); whatever else it is given goes to the reference. Results do
-not depend on the number of threads. Compiled on first use with the system's C++ compiler.
+It covers float32 and bfloat16 in channels-last memory (and [B, C]); whatever else it is given goes to the reference.
+Results do not depend on the number of threads. Compiled on first use with the system's C++ compiler.
 """
 
 from unlocked.kernels.abilities import Abilities

@@ -59,7 +59,7 @@ def load_kernels() -> ctypes.CDLL:
         raise ValueError("the C++ kernels need a compiler, found none of $CXX, c++, g++, clang++; install g++ or clang")
     # Machines that share a home may differ in their instructions, which -march=native is about.
     flags = [*_FLAGS, *_threading(), f"-DUNLOCKED_MACHINE=0x{_processor()}"]
-    path = build_once("cpu", compiler, flags, sorted(_SOURCES.glob("*.cpp")))
+    path = build_once("cpu", compiler, flags, sorted(_SOURCES.glob("*.cpp")), sorted(_SOURCES.glob("*.h")))
     loaded = ctypes.CDLL(str(path))
     for name in dir(_Signatures):
         if not name.startswith("_"):
@@ -74,13 +74,13 @@ _P, _I, _F, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_d
 class _Signatures:
     """Argument types in the order of the sources."""
 
-    batch_statistics = (_P, _I, _I, _I, _I, _P, _P, _P, _F, _F, _P, _P, _P, _N)
+    batch_statistics = (_N, _P, _I, _I, _I, _I, _P, _P, _P, _F, _F, _P, _P, _P, _N)
     norm_act_forward = (
-        *(_P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _I, _N, _I),
+        *(_N, _P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _I, _N, _I),
         *(_P, _P, _P, _P, _I, _I, _I, _I, _P, _N),
     )
-    norm_act_backward = (_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _F, _I, _P, _P, _P, _P, _N)
-    norm_act_backward_full = (_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N)
+    norm_act_backward = (_N, _P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _F, _I, _P, _P, _P, _P, _N)
+    norm_act_backward_full = (_N, _P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N)
     local_head = (_P, _P, _P, _P, _N, _I, _I, _I, _I, _I, _I, _N, _F, _F, _P, _P, _P, _P)
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)

@@ -27,7 +27,11 @@ def local_head(
     """See `kernels.reference.local_head`: one call, where the head is small enough for one thread."""
     batch, dim = latents.shape
     rows = dim if basis is None else basis.shape[0]
-    fits = latents.dtype == torch.float32 and latents.is_contiguous() and (basis is None or basis.is_contiguous())
+    fits = (
+        latents.dtype in (torch.float32, torch.bfloat16)
+        and latents.is_contiguous()
+        and (basis is None or basis.is_contiguous())
+    )
     if not fits or batch * rows * (dim if basis is not None else 1) > _HEAD_LIMIT:
         return reference.local_head(
             latents,
@@ -42,6 +46,7 @@ def local_head(
         )
     kind = 0 if modulation is None else modulation.dim()
     classes = rows if modulation is None else modulation.shape[-1]
+    given, latents = latents.dtype, latents.float()  # small beside what made them
     latents_grad = torch.empty_like(latents)
     modulation_grad = None if modulation is None else latents.new_zeros(modulation.shape)
     basis_grad = torch.zeros_like(basis) if basis_gradient and basis is not None else None
@@ -68,4 +73,4 @@ def local_head(
     )
     if totals is not None:
         totals += sums[: totals.shape[0]]
-    return HeadResult(sums[0].float(), sums[1].long(), latents_grad, modulation_grad, basis_grad)
+    return HeadResult(sums[0].float(), sums[1].long(), latents_grad.to(given), modulation_grad, basis_grad)

@@ -1,4 +1,5 @@
-// BatchNorm + LeakyReLU + latents + the next layer's input, and back, for float32 images in channels-last memory.
+// BatchNorm + LeakyReLU + latents + the next layer's input, and back, for images in channels-last memory, stored in
+// float32 or bfloat16 (T below). All arithmetic is float32; what is stored is rounded once.
 //
 // An image is H x W pixels of C channels that lie together, so every inner loop runs over channels and vectorises.
 // Work is split by image, and what is summed over images is summed in their order, so results depend neither on the
@@ -9,6 +10,8 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "lanes.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -33,31 +36,6 @@ struct Shape {
 
 enum Pool { kNone = 0, kMax = 1, kAverage = 2 };
 
-// Sixteen channels at a time: what stays the same from pixel to pixel (statistics, sums) stays in registers, which
-// compilers do not manage for an inner loop over a run-time number of channels. A last, narrower group of channels
-// takes the same code on a padded copy.
-constexpr int64_t kLanes = 16;
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-Vector load(const float* from, int64_t lanes) {
-  Vector v = {};
-  if (lanes == kLanes)
-    std::memcpy(&v, from, sizeof(v));
-  else
-    std::memcpy(&v, from, lanes * sizeof(float));
-  return v;
-}
-
-void store(float* to, Vector v, int64_t lanes) {
-  if (lanes == kLanes)
-    std::memcpy(to, &v, sizeof(v));
-  else
-    std::memcpy(to, &v, lanes * sizeof(float));
-}
-
-Vector broadcast(float value) { return value - Vector{}; }
-
 // 1 where value > 0, else the LeakyReLU's slope.
 Vector slope_mask(Vector value, Vector slope) {
   const Mask positive = value > Vector{};
@@ -71,16 +49,9 @@ struct Affine {
       : mean(load(m + c, lanes)), rstd(load(r + c, lanes)), weight(load(w + c, lanes)), bias(load(b + c, lanes)) {}
 };
 
-// Calls body(first channel, lanes) for every group, with a compile-time 16 for the full ones.
-template <typename Body>
-void for_groups(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) body(c, std::integral_constant<int64_t, kLanes>{});
-  if (c < channels) body(c, channels - c);
-}
-
 // Sums of (x - shift) and its square over one image, per channel.
-void image_moments(const float* x, const float* shift, const Shape& s, float* sum, float* square) {
+template <typename T>
+void image_moments(const T* x, const T* shift, const Shape& s, float* sum, float* square) {
   for_groups(s.channels, [&](int64_t c, auto lanes) {
     const Vector origin = load(shift + c, lanes);
     Vector total = {}, squares = {};
@@ -95,8 +66,8 @@ void image_moments(const float* x, const float* shift, const Shape& s, float* su
 }
 
 // Activations of one row segment [first, last) of pixels that share a window, and the window's sums where wanted.
-template <bool kSums, typename Lanes>
-void activate(const float* x, float* act, int64_t channels, int64_t first, int64_t last, const Affine& k, Vector slope,
+template <bool kSums, typename T, typename Lanes>
+void activate(const T* x, float* act, int64_t channels, int64_t first, int64_t last, const Affine& k, Vector slope,
               int64_t c, Lanes lanes, float* sum_act, float* sum_mask, float* sum_xhat) {
   Vector total = {}, masks = {}, masked_xhat = {};
   for (int64_t pixel = first; pixel < last; ++pixel) {
@@ -119,8 +90,9 @@ void activate(const float* x, float* act, int64_t channels, int64_t first, int64
 }
 
 // Writes the pooled activations of one image. `out` has strides in elements for channel, row and column.
-void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, float* out, int64_t stride_c,
-                int64_t stride_y, int64_t stride_x) {
+template <typename T>
+void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, T* out, int64_t stride_c, int64_t stride_y,
+                int64_t stride_x) {
   const int64_t channels = s.channels;
   const int64_t out_h = pool == kMax ? s.height / 2 : pool == kAverage ? size : s.height;
   const int64_t out_w = pool == kMax ? s.width / 2 : pool == kAverage ? size : s.width;
@@ -128,8 +100,13 @@ void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, float
   std::vector<float> line(channels);
   for (int64_t y = 0; y < out_h; ++y) {
     for (int64_t x = 0; x < out_w; ++x) {
-      float* target = out + y * stride_y + x * stride_x;
-      float* value = stride_c == 1 ? target : line.data();
+      T* target = out + y * stride_y + x * stride_x;
+      float* value = line.data();
+      bool in_place = false;
+      if constexpr (std::is_same_v<T, float>) {
+        in_place = stride_c == 1;
+        if (in_place) value = target;
+      }
       const float* first = act + ((y * step_y) * s.width + x * step_x) * channels;
       if (pool == kMax) {
         const float* right = first + channels;
@@ -152,25 +129,24 @@ void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, float
       } else {
         std::memcpy(value, first, channels * sizeof(float));
       }
-      if (stride_c != 1)
-        for (int64_t c = 0; c < channels; ++c) target[c * stride_c] = value[c];
+      if (stride_c == 1 && !in_place)
+        for_groups(channels, [&](int64_t c, auto lanes) { store(target + c, load(value + c, lanes), lanes); });
+      else if (!in_place)
+        for (int64_t c = 0; c < channels; ++c) target[c * stride_c] = from_float<T>(value[c]);
     }
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // Batch statistics: mean and 1 / sqrt(biased variance + eps) per channel, and the running statistics in place.
 // `scratch` holds 2 * batch * channels floats.
-void unlocked_batch_statistics(const float* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+template <typename T>
+void batch_statistics(const T* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
                                const float* conv_bias, float* running_mean, float* running_var, float momentum,
                                float eps, float* mean, float* rstd, float* scratch, int threads) {
   const Shape s{batch, channels, height, width};
   float* sums = scratch;
   float* squares = scratch + batch * channels;
-  const float* shift = x;  // the first pixel: takes a large common offset out of the squares
+  const T* shift = x;  // the first pixel: takes a large common offset out of the squares
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t b = 0; b < batch; ++b)
     image_moments(x + b * s.image(), shift, s, sums + b * channels, squares + b * channels);
@@ -183,7 +159,7 @@ void unlocked_batch_statistics(const float* x, int64_t batch, int64_t channels, 
     }
     const double offset = sum / count;
     const double variance = std::max(square / count - offset * offset, 0.0);
-    const double centre = shift[c] + offset;
+    const double centre = to_float(shift[c]) + offset;
     mean[c] = static_cast<float>(centre);
     rstd[c] = static_cast<float>(1.0 / __builtin_sqrt(variance + eps));
     const double bias = conv_bias ? conv_bias[c] : 0.0;
@@ -195,10 +171,11 @@ void unlocked_batch_statistics(const float* x, int64_t batch, int64_t channels, 
 
 // One pass: activations, their pooled copy in `out`, latents and window sums [batch, channels * side * side].
 // side 0: no latents. `scratch` holds threads * (image + 3 * side * side * channels) floats.
-void unlocked_norm_act_forward(const float* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+template <typename T>
+void norm_act_forward(const T* x, int64_t batch, int64_t channels, int64_t height, int64_t width,
                                const float* mean, const float* rstd, const float* weight, const float* bias,
-                               float slope, int64_t side, int pool, int64_t pool_size, float* latents, float* mask_sums,
-                               float* mask_xhat_sums, float* out, int64_t out_b, int64_t out_c, int64_t out_y,
+                               float slope, int64_t side, int pool, int64_t pool_size, T* latents, float* mask_sums,
+                               float* mask_xhat_sums, T* out, int64_t out_b, int64_t out_c, int64_t out_y,
                                int64_t out_x, float* scratch, int threads) {
   const Shape s{batch, channels, height, width};
   const int64_t windows = side * side, cells = windows * channels;
@@ -212,7 +189,7 @@ void unlocked_norm_act_forward(const float* x, int64_t batch, int64_t channels, 
     float* sums = act + s.image();
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < batch; ++b) {
-      const float* image = x + b * s.image();
+      const T* image = x + b * s.image();
       std::fill(sums, sums + 3 * cells, 0.0f);
       const int64_t columns = side ? side : 1;
       for_groups(channels, [&](int64_t c, auto lanes) {
@@ -233,7 +210,7 @@ void unlocked_norm_act_forward(const float* x, int64_t batch, int64_t channels, 
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t w = 0; w < windows; ++w) {
           const int64_t from = w * channels + c, to = b * cells + c * windows + w;
-          latents[to] = sums[from] / area;
+          latents[to] = from_float<T>(sums[from] / area);
           mask_sums[to] = sums[cells + from];
           mask_xhat_sums[to] = sums[2 * cells + from];
         }
@@ -243,10 +220,11 @@ void unlocked_norm_act_forward(const float* x, int64_t batch, int64_t channels, 
 
 // From the latents' gradient to the convolution's output gradient. `scratch` holds 2 * batch * channels floats plus
 // threads * side * side * channels.
-void unlocked_norm_act_backward(const float* latents_grad, const float* x, int64_t batch, int64_t channels,
+template <typename T>
+void norm_act_backward(const T* latents_grad, const T* x, int64_t batch, int64_t channels,
                                 int64_t height, int64_t width, const float* mean, const float* rstd,
                                 const float* weight, const float* bias, const float* mask_sums,
-                                const float* mask_xhat_sums, float slope, int64_t side, float* x_grad,
+                                const float* mask_xhat_sums, float slope, int64_t side, T* x_grad,
                                 float* weight_grad, float* bias_grad, float* scratch, int threads) {
   const Shape s{batch, channels, height, width};
   const int64_t windows = side * side, cells = windows * channels;
@@ -257,7 +235,7 @@ void unlocked_norm_act_backward(const float* latents_grad, const float* x, int64
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t w = 0; w < windows; ++w) {
         const int64_t at = b * cells + c * windows + w;
-        const float grad = latents_grad[at] / area;
+        const float grad = to_float(latents_grad[at]) / area;
         sum += static_cast<double>(grad) * mask_sums[at];
         sum_xhat += static_cast<double>(grad) * mask_xhat_sums[at];
       }
@@ -280,9 +258,9 @@ void unlocked_norm_act_backward(const float* latents_grad, const float* x, int64
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t w = 0; w < windows; ++w)
-          grid[w * channels + c] = latents_grad[b * cells + c * windows + w] / area * scale[c];
-      const float* image = x + b * s.image();
-      float* target = x_grad + b * s.image();
+          grid[w * channels + c] = to_float(latents_grad[b * cells + c * windows + w]) / area * scale[c];
+      const T* image = x + b * s.image();
+      T* target = x_grad + b * s.image();
       for_groups(channels, [&](int64_t c, auto lanes) {
         const Affine k(mean, rstd, weight, bias, c, lanes);
         const Vector constant_c = load(constant.data() + c, lanes), slant_c = load(slant.data() + c, lanes);
@@ -302,9 +280,10 @@ void unlocked_norm_act_backward(const float* latents_grad, const float* x, int64
 }
 
 // The same from a gradient at every activation. `scratch` holds 2 * batch * channels floats.
-void unlocked_norm_act_backward_full(const float* act_grad, const float* x, int64_t batch, int64_t channels,
+template <typename T>
+void norm_act_backward_full(const T* act_grad, const T* x, int64_t batch, int64_t channels,
                                      int64_t height, int64_t width, const float* mean, const float* rstd,
-                                     const float* weight, const float* bias, float slope, float* x_grad,
+                                     const float* weight, const float* bias, float slope, T* x_grad,
                                      float* weight_grad, float* bias_grad, float* scratch, int threads) {
   const Shape s{batch, channels, height, width};
   float* sums = scratch;
@@ -316,12 +295,12 @@ void unlocked_norm_act_backward_full(const float* act_grad, const float* x, int6
     std::fill(sum, sum + channels, 0.0f);
     std::fill(sum_xhat, sum_xhat + channels, 0.0f);
     for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
-      const float* in = x + b * s.image() + pixel * channels;
-      const float* grad = act_grad + b * s.image() + pixel * channels;
+      const T* in = x + b * s.image() + pixel * channels;
+      const T* grad = act_grad + b * s.image() + pixel * channels;
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
-        const float xhat = (in[c] - mean[c]) * rstd[c];
-        const float masked = grad[c] * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
+        const float xhat = (to_float(in[c]) - mean[c]) * rstd[c];
+        const float masked = to_float(grad[c]) * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
         sum[c] += masked;
         sum_xhat[c] += masked * xhat;
       }
@@ -341,16 +320,73 @@ void unlocked_norm_act_backward_full(const float* act_grad, const float* x, int6
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
       const int64_t at = b * s.image() + pixel * channels;
-      const float* in = x + at;
-      const float* grad = act_grad + at;
-      float* target = x_grad + at;
+      const T* in = x + at;
+      const T* grad = act_grad + at;
+      T* target = x_grad + at;
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
-        const float xhat = (in[c] - mean[c]) * rstd[c];
-        const float masked = grad[c] * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
-        target[c] = weight[c] * rstd[c] * (masked - (bias_grad[c] + xhat * weight_grad[c]) * inverse);
+        const float xhat = (to_float(in[c]) - mean[c]) * rstd[c];
+        const float masked = to_float(grad[c]) * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
+        target[c] = from_float<T>(weight[c] * rstd[c] * (masked - (bias_grad[c] + xhat * weight_grad[c]) * inverse));
       }
     }
+}
+
+}  // namespace
+
+// `bfloat16`: what the images, the latents and their gradients are stored in (1), or float32 (0).
+extern "C" {
+
+void unlocked_batch_statistics(int bfloat16, const void* x, int64_t batch, int64_t channels, int64_t height,
+                               int64_t width, const float* conv_bias, float* running_mean, float* running_var,
+                               float momentum, float eps, float* mean, float* rstd, float* scratch, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    batch_statistics(static_cast<const T*>(x), batch, channels, height, width, conv_bias, running_mean, running_var, momentum, eps,
+                     mean, rstd, scratch, threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(0.0f);
+}
+
+void unlocked_norm_act_forward(int bfloat16, const void* x, int64_t batch, int64_t channels, int64_t height,
+                               int64_t width, const float* mean, const float* rstd, const float* weight,
+                               const float* bias, float slope, int64_t side, int pool, int64_t pool_size, void* latents,
+                               float* mask_sums, float* mask_xhat_sums, void* out, int64_t out_b, int64_t out_c,
+                               int64_t out_y, int64_t out_x, float* scratch, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    norm_act_forward(static_cast<const T*>(x), batch, channels, height, width, mean, rstd, weight, bias, slope, side,
+                     pool, pool_size, static_cast<T*>(latents), mask_sums, mask_xhat_sums, static_cast<T*>(out), out_b,
+                     out_c, out_y, out_x, scratch, threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(0.0f);
+}
+
+void unlocked_norm_act_backward(int bfloat16, const void* latents_grad, const void* x, int64_t batch, int64_t channels,
+                                int64_t height, int64_t width, const float* mean, const float* rstd,
+                                const float* weight, const float* bias, const float* mask_sums,
+                                const float* mask_xhat_sums, float slope, int64_t side, void* x_grad,
+                                float* weight_grad, float* bias_grad, float* scratch, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    norm_act_backward(static_cast<const T*>(latents_grad), static_cast<const T*>(x), batch, channels, height, width,
+                      mean, rstd, weight, bias, mask_sums, mask_xhat_sums, slope, side, static_cast<T*>(x_grad),
+                      weight_grad, bias_grad, scratch, threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(0.0f);
+}
+
+void unlocked_norm_act_backward_full(int bfloat16, const void* act_grad, const void* x, int64_t batch, int64_t channels,
+                                     int64_t height, int64_t width, const float* mean, const float* rstd,
+                                     const float* weight, const float* bias, float slope, void* x_grad,
+                                     float* weight_grad, float* bias_grad, float* scratch, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    norm_act_backward_full(static_cast<const T*>(act_grad), static_cast<const T*>(x), batch, channels, height, width,
+                           mean, rstd, weight, bias, slope, static_cast<T*>(x_grad), weight_grad, bias_grad, scratch,
+                           threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(0.0f);
 }
 
 }  // extern "C"

@@ -1,5 +1,5 @@
-"""BatchNorm + LeakyReLU + pooling and its way back: the functions of reference.py over the C++ kernels, float32 in
-channels-last memory (and [B, C]); everything else goes to the reference."""
+"""BatchNorm + LeakyReLU + pooling and its way back: the functions of reference.py over the C++ kernels, float32 or
+bfloat16 in channels-last memory (and [B, C]); everything else goes to the reference."""
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def norm_act_forward(
     """See `kernels.reference.norm_act_forward`: two passes over `conv`, one for the statistics, one for the rest."""
     shape = _shape(conv, latent_size)
     fits = shape is not None and _pools(shape, pool, pool_size) and all(map(_is_vector, (weight, bias, running_mean)))
+    fits = fits and (out is None or out.dtype == conv.dtype)
     if shape is None or not fits:
         return reference.norm_act_forward(
             conv,
@@ -51,15 +52,18 @@ def norm_act_forward(
     batch, channels, height, width, side = shape
     threads = min(torch.get_num_threads(), batch)
     cells = channels * side * side
-    mean, rstd = conv.new_empty(channels), conv.new_empty(channels)
-    latents, mask_sums, mask_xhat_sums = (conv.new_empty(batch, cells) if side else conv.new_empty(0) for _ in range(3))
-    scratch = conv.new_empty(max(2 * batch * channels, threads * (height * width * channels + 3 * cells)))
+    mean, rstd = _floats(channels), _floats(channels)
+    of_latents = (batch, cells) if side else (0,)
+    latents, mask_sums, mask_xhat_sums = conv.new_empty(of_latents), _floats(*of_latents), _floats(*of_latents)
+    scratch = _floats(max(2 * batch * channels, threads * (height * width * channels + 3 * cells)))
     if out is None:
         out = _output_like(conv, pool, pool_size)
     strides = (out.stride(0), out.stride(1), *(out.stride()[2:] if out.dim() == 4 else (0, 0)))
     compiled = load_kernels()
     dims = (batch, channels, height, width)
+    half = int(conv.dtype == torch.bfloat16)
     compiled.unlocked_batch_statistics(
+        half,
         conv.data_ptr(),
         *dims,
         None if conv_bias is None else conv_bias.data_ptr(),
@@ -73,6 +77,7 @@ def norm_act_forward(
         threads,
     )
     compiled.unlocked_norm_act_forward(
+        half,
         conv.data_ptr(),
         *dims,
         *(t.data_ptr() for t in (mean, rstd, weight, bias)),
@@ -104,7 +109,8 @@ def norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.reference.norm_act_backward`: one pass."""
     shape = _shape(conv, latent_size)
-    if shape is None or not latent_size or (out is not None and out.stride() != conv.stride()):
+    alike = latents_grad.dtype == conv.dtype and (out is None or out.stride() == conv.stride())
+    if shape is None or not latent_size or not alike:
         return reference.norm_act_backward(
             latents_grad,
             conv,
@@ -122,8 +128,9 @@ def norm_act_backward(
     threads = min(torch.get_num_threads(), batch)
     conv_grad = torch.empty_like(conv) if out is None else out
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
-    scratch = conv.new_empty(threads * side * side * channels)
+    scratch = _floats(threads * side * side * channels)
     load_kernels().unlocked_norm_act_backward(
+        int(conv.dtype == torch.bfloat16),
         latents_grad.contiguous().data_ptr(),
         conv.data_ptr(),
         batch,
@@ -160,8 +167,9 @@ def norm_act_backward_full(
     batch, channels, height, width, _ = shape
     conv_grad = torch.empty_like(conv) if out is None else out
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
-    scratch = conv.new_empty(2 * batch * channels)
+    scratch = _floats(2 * batch * channels)
     load_kernels().unlocked_norm_act_backward_full(
+        int(conv.dtype == torch.bfloat16),
         activations_grad.data_ptr(),
         conv.data_ptr(),
         batch,
@@ -178,7 +186,7 @@ def norm_act_backward_full(
 
 def _shape(conv: Tensor, side: int) -> tuple[int, int, int, int, int] | None:
     """(B, C, H, W, p) where the compiled kernels can take `conv`, else None."""
-    if conv.dtype != torch.float32:
+    if conv.dtype not in (torch.float32, torch.bfloat16):
         return None
     if conv.dim() == 2:
         fits = conv.is_contiguous() and side in (0, conv.shape[1])
@@ -194,6 +202,10 @@ def _pools(shape: tuple[int, int, int, int, int], pool: str, size: int) -> bool:
     if pool == "average":
         return height % size == 0 and width % size == 0
     return pool == "none" or (height >= 2 and width >= 2)
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def _is_vector(tensor: Tensor) -> bool:

@@ -272,7 +272,7 @@ class _Stage:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the local schedule of a pipeline, its timeline and its bubbles."""
-    parser = argparse.ArgumentParser(prog="python -m unlocked.runtime.schedules.simulate", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="unlocked simulate", description=main.__doc__)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8, help="training micro-batches")
     parser.add_argument("--queue-depth", type=int, default=2, help="receiving slots of every edge")

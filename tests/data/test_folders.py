@@ -1,6 +1,7 @@
 """Folders of images, with files written here byte by byte; and the published datasets in their layouts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,40 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         load_dataset("TinyIMAGENET", tmp_path, download=False)
     (home / "val" / "val_annotations.txt").write_text(lines[0])
     with pytest.raises(ValueError, match=r"class 'n01443537' has no images in .*val_annotations.txt"):
+        load_dataset("TinyIMAGENET", tmp_path, download=False)
+
+
+@pytest.mark.parametrize("below", ["images", "."])
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "images"])
+def test_tiny_imagenet_with_sorted_validation_images(below: str, left: str, tmp_path: Path) -> None:
+    """Labels are those of the folders; the annotations may be there still."""
+    home = tmp_path / "tiny-imagenet-200"
+    wnids = ["n03444034", "n01443537", "n02085620"]
+    for i, wnid in enumerate(wnids):
+        plain(home / "train" / wnid / "images" / f"{wnid}_0.JPEG", 10 + i, 64, 64)
+        plain(home / "val" / wnid / below / f"val_{i}.JPEG", 20 + i, 64, 64)
+    (home / "wnids.txt").write_text("\n".join(wnids))
+    (home / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\n")
+    (home / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{wnids[0]}\t0\t32\t44\t62\n")
+    if left != "nothing":
+        (home / "val" / "images").mkdir()
+        (home / "val" / "images" / ".DS_Store").touch()
+    if left == "images":
+        plain(home / "val" / "images" / "val_9.JPEG", 30, 64, 64)
+        message = r"/val holds images both in images and sorted by class, in n01443537 for one; leave the one"
+        with pytest.raises(ValueError, match=message):
+            load_dataset("TinyIMAGENET", tmp_path, download=False)
+        return
+    train, test = load_dataset("TinyIMAGENET", tmp_path, download=False)
+    assert train.classes == test.classes == ("goldfish", "n02085620", "n03444034")
+    assert (_numbered(test), test.labels.tolist()) == ([21, 22, 20], [0, 1, 2])
+
+
+def test_lists_are_read_from_regular_files(tmp_path: Path) -> None:
+    home = tmp_path / "tiny-imagenet-200"
+    home.mkdir()
+    os.mkfifo(home / "wnids.txt")
+    with pytest.raises(ValueError, match=r"wnids.txt is missing or damaged: it is a pipe \(FIFO\), no regular file"):
         load_dataset("TinyIMAGENET", tmp_path, download=False)
 
 

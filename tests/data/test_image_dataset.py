@@ -1,16 +1,26 @@
 """ImageDataset and the order of an epoch."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 
 from unlocked.data import Augmentation, ImageDataset, epoch_order
 from unlocked.data.dataset import channel_statistics
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.philox import Purpose, keyed_uniform, philox4x32
+from unlocked.rules import LLS
+from unlocked.runtime import Trainer
+from unlocked.runtime.input import as_dataset
 
 
 def _dataset(**changes: Any) -> ImageDataset:
@@ -29,6 +39,47 @@ def _dataset(**changes: Any) -> ImageDataset:
 def test_sizes_and_names() -> None:
     data = _dataset()
     assert (len(data), data.image_shape, data.classes) == (6, (2, 8, 8), ("0", "1", "2"))
+
+
+def test_names_of_classes_are_numbers_unless_they_are_given() -> None:
+    names = _dataset(num_classes=4).classes
+    assert (names, names[-1], names[1:3], len(names)) == (("0", "1", "2", "3"), "3", ("1", "2"), 4)
+    assert names == _dataset(num_classes=4).classes != _dataset().classes
+    assert names != ("0", "1", "2", "4")
+    assert replace(_dataset(), num_classes=5).classes == ("0", "1", "2", "3", "4")
+    assert replace(_dataset(classes=("a", "b", "c")), name="other").classes == ("a", "b", "c")
+
+
+def test_a_large_label_takes_no_memory() -> None:
+    labels = torch.tensor([0, 2**40])
+    with at_most(2**30):
+        data = ImageDataset.from_tensors(torch.zeros(2, 3), labels, 2**40 + 1)
+        assert (len(data.classes), data.classes[2**40]) == (2**40 + 1, str(2**40))
+        assert (as_dataset((torch.zeros(2, 3), labels), "train")).num_classes == 2**40 + 1
+        most = torch.tensor([0, 2**63 - 1])
+        trainer = Trainer([nn.Linear(3, 10)], rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1))
+        with pytest.raises(ValueError, match=r"gives \(10,\) per sample, but the data has 9223372036854775808 classes"):
+            trainer.fit((torch.zeros(2, 3), most), epochs=1, batch_size=2)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.0, float("nan")]), torch.tensor([True, False])])
+def test_labels_of_another_type_are_refused(labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"labels are int64 .*, got {labels.dtype}"):
+        as_dataset((torch.zeros(2, 3), labels), "train")
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """A limit on how many bytes more this process may take, where its size can be asked (Linux)."""
+    statm = Path("/proc/self/statm")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if statm.exists():
+        pages = int(statm.read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_batch_made_with_its_options_is_normalised() -> None:

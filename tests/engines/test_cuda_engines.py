@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from engine_runs import dataset, figures, trainer
 
@@ -69,6 +68,7 @@ def test_backpropagation_in_a_graph_equals_plain_launches(options: dict[str, Any
 
 
 def test_a_schedule_free_optimizer_survives_the_warm_up() -> None:
+    schedulefree = pytest.importorskip("schedulefree")
     options: dict[str, Any] = {"optimizer": partial(schedulefree.AdamWScheduleFree, lr=1e-2)}
     assert fit(**STREAMS, **options).weights_sha256 == fit(**options).weights_sha256
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import schedulefree
 import torch
 from golden import Golden, golden_batches, golden_files, golden_parameters, load_golden
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ from unlocked.workers.actions import Item
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer, StepFactory
 from unlocked.workers.stage import Stage
+
+schedulefree = pytest.importorskip("schedulefree")
 
 CPU = torch.device("cpu")
 LOCAL = [path for path in golden_files() if "-BP-" not in path.stem]

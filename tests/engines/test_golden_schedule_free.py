@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schedulefree
 import test_golden
 import torch
 from golden import SCHEDULE_FREE_DIR, Golden, golden_files, load_golden
@@ -21,6 +20,8 @@ from test_golden import Trajectory, check_parameters, check_steps, distance, run
 from unlocked.kernels import cpp, reference
 from unlocked.workers.fused import fused_step
 from unlocked.workers.layer import StepFactory
+
+schedulefree = pytest.importorskip("schedulefree")
 
 FILES = golden_files(folder=SCHEDULE_FREE_DIR)
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ from unlocked.rules import DRTP, LLS, LLS_MxM, LocalLosses
 from unlocked.runtime import RunResult, Sequential, Trainer
 from unlocked.runtime.learning_rate import MultiStepLR
 from unlocked.runtime.network import build_network
+
+schedulefree = pytest.importorskip("schedulefree")
 
 SEED, DROPOUT, CLASSES, SIDE = 11, 0.3, 4, 8
 TRAIN, TEST = load_synthetic(num_train=27, num_test=13, num_classes=CLASSES, image_size=SIDE, seed=1)

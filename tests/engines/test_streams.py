@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from engine_runs import dataset, figures, trainer
 from hypothesis import given, settings
@@ -26,6 +25,8 @@ from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.errors import StageError
 from unlocked.workers.lane import Lane
+
+schedulefree = pytest.importorskip("schedulefree")
 
 TRAIN, TEST = dataset(100), dataset(20, "test", augment=False)
 SHORT = {"epochs": 2, "batch_size": 8, "eval_batch_size": 16}  # 12 full micro-batches and one of 4 rows an epoch

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -12,6 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from unlocked.kernels import cpp
 from unlocked.kernels.optim import kind_of
 from unlocked.kernels.schedule_free import AdamWSF
+
+schedulefree = pytest.importorskip("schedulefree")
 
 # The CUDA backend's optimizers are Triton's.
 BACKENDS = ["triton", pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp.unavailable("cpu")), reason="no C++"))]

@@ -1,0 +1,93 @@
+// Sixteen channels in a register, whether memory holds them as float32 or as bfloat16.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+// Sixteen channels at a time: what stays the same from pixel to pixel (statistics, sums) stays in registers, which
+// compilers do not manage for an inner loop over a run-time number of channels. A last, narrower group of channels
+// takes the same code on a padded copy.
+constexpr int64_t kLanes = 16;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+Vector load(const float* from, int64_t lanes) {
+  Vector v = {};
+  if (lanes == kLanes)
+    std::memcpy(&v, from, sizeof(v));
+  else
+    std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+void store(float* to, Vector v, int64_t lanes) {
+  if (lanes == kLanes)
+    std::memcpy(to, &v, sizeof(v));
+  else
+    std::memcpy(to, &v, lanes * sizeof(float));
+}
+
+// A bfloat16 is the upper half of a float32. Conversions are integer arithmetic, so that all processors agree: some
+// units for it flush small numbers to zero.
+struct Bfloat16 {
+  uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+Vector load(const Bfloat16* from, int64_t lanes) {
+  Halves halves = {};
+  std::memcpy(&halves, from, (lanes == kLanes ? kLanes : lanes) * sizeof(Bfloat16));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Vector v;
+  std::memcpy(&v, &words, sizeof(v));
+  return v;
+}
+
+// To the nearest, ties to even; a NaN stays one, whatever its payload.
+void store(Bfloat16* to, Vector v, int64_t lanes) {
+  Words words;
+  std::memcpy(&words, &v, sizeof(v));
+  const Words rounded = (words + 0x7FFFu + ((words >> 16) & 1u)) >> 16;
+  const Words quiet = (words >> 16) | 0x40u;
+  const Mask is_nan = v != v;
+  const Halves halves = __builtin_convertvector(is_nan ? quiet : rounded, Halves);
+  std::memcpy(to, &halves, (lanes == kLanes ? kLanes : lanes) * sizeof(Bfloat16));
+}
+
+float to_float(float value) { return value; }
+
+float to_float(Bfloat16 value) {
+  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof(result));
+  return result;
+}
+
+template <typename T>
+T from_float(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof(word));
+    const uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>(value != value ? (word >> 16) | 0x40u : rounded)};
+  }
+}
+
+Vector broadcast(float value) { return value - Vector{}; }
+
+// Calls body(first channel, lanes) for every group, with a compile-time 16 for the full ones.
+template <typename Body>
+void for_groups(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(c, std::integral_constant<int64_t, kLanes>{});
+  if (c < channels) body(c, channels - c);
+}
+
+}  // namespace

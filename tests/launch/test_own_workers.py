@@ -1,0 +1,50 @@
+"""`unlocked train --stages N`: the command starts the processes itself, and takes them along when it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.alone
+
+
+def start(*flags: str, folder: Path) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "unlocked", "train", "--dataset", "digits", "--plain", *flags]
+    return subprocess.Popen(command, cwd=folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupt_ends_in_order_and_without_a_traceback(tmp_path: Path) -> None:
+    running = start("--stages", "2", "--num-epochs", "100000", "--summary", "summary.json", folder=tmp_path)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    running.send_signal(signal.SIGINT)
+    told, complaints = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert re.search(r"^stopped by signal 2 after \d+ training micro-batches$", told, re.MULTILINE), told
+    assert not complaints, complaints
+    assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--engine", "processes"), r"error: .* give --stages N"),
+        (("--stages", "6"), r"error.*: 6 processes for the 5 layers of the network; .* at most 5"),
+        (("--stages", "2", "--model", "VGG9"), r"error.*: .*VGG9"),
+    ],
+)
+def test_a_mistake_is_told_in_lines_of_ours(flags: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    running = start(*flags, folder=tmp_path)
+    output, complaints = running.communicate(timeout=60)
+    assert running.returncode == 2, complaints
+    assert not output
+    lines = complaints.splitlines()
+    assert lines
+    assert all(re.match(told, line) for line in lines), complaints
