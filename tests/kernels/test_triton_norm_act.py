@@ -141,9 +141,13 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "latent_size"), [((20, 5, 8, 8), 2), ((9, 6), 6)])
-def test_half_precision(kernel_device: str, dtype: torch.dtype, shape: tuple[int, ...], latent_size: int) -> None:
-    inputs = _inputs(shape, kernel_device, dtype, channels_last=True)
+@pytest.mark.parametrize(
+    ("shape", "latent_size", "channels_last"), [((20, 5, 8, 8), 2, True), ((20, 5, 8, 8), 2, False), ((9, 6), 6, True)]
+)
+def test_half_precision(
+    kernel_device: str, dtype: torch.dtype, shape: tuple[int, ...], latent_size: int, channels_last: bool
+) -> None:
+    inputs = _inputs(shape, kernel_device, dtype, channels_last)
     truth = _check_forward(inputs, latent_size=latent_size, pool="max" if len(shape) == 4 else "none")
     _check_backward(inputs, truth, latent_size, full=False)
     _check_backward(inputs, truth, latent_size, full=True)
