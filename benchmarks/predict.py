@@ -239,7 +239,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": _heads,
     "spills": _spills,
     "aot-triton": lambda: _ahead(
-        "aot_triton", r"^(?!.*bf16).*(64x|local_head|batch_product|load_batch|optimizer)", ("sm_90", "sm_80")
+        "aot_triton",
+        r"^(?!.*(bf16|fp16|2048)).*(64x|local_head|batch_product|load_batch|optimizer)",
+        ("sm_90", "sm_80"),
     ),
     "aot-nvcc": lambda: _ahead("aot_nvcc", r"^(?!.*(half|bfloat)).*(<float|head_sums|load_batch)", ("sm_90a", "sm_80")),
 }

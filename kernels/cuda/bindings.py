@@ -56,8 +56,8 @@ _TYPES = {
 
 
 def unavailable(device: torch.device | str) -> str:
-    """Why the kernels can't run on `device`; "" if they can. They need a CUDA device of compute capability 7.0 or
-    newer and, to be compiled on first use, nvcc.
+    """Why the kernels can't run on `device`; "" if they can. They need a CUDA device of compute capability 7.5 or
+    newer, the oldest that nvcc 13 compiles for, and, to be compiled on first use, nvcc.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -67,8 +67,9 @@ def unavailable(device: torch.device | str) -> str:
     if device.index is not None and device.index >= torch.cuda.device_count():
         return f"there are {torch.cuda.device_count()} CUDA devices"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 0):
-        return f"CUDA kernels need compute capability 7.0 or newer, the device has {capability[0]}.{capability[1]}"
+    if capability < build.OLDEST:
+        needed, has = (f"{major}.{minor}" for major, minor in (build.OLDEST, capability))
+        return f"CUDA kernels need compute capability {needed} or newer, the device has {has}"
     if build.find_compiler() is None:
         return "nvcc is found in none of $CUDA_HOME/bin, PATH, /usr/local/cuda/bin; install the CUDA toolkit"
     return ""

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from unlocked.kernels.native import build_once
 
-__all__ = ["CHUNK", "HEAD_THREADS", "REDUCE_THREADS", "THREADS", "architecture", "build_library", "find_compiler"]
+__all__ = [
+    "CHUNK",
+    "HEAD_THREADS",
+    "OLDEST",
+    "REDUCE_THREADS",
+    "THREADS",
+    "architecture",
+    "build_library",
+    "find_compiler",
+]
+
+OLDEST = (7, 5)  # compute capability; nvcc 13 has given up those before it
 
 # Launch constants that both sides need; the sources get them as macros.
 THREADS = 256  # per block, kernels that write full tensors: three or two blocks per SM at 80 to 120 registers

@@ -54,6 +54,19 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (column < columns && lane % fold == 0) partials[blockIdx.y * (columns / fold) + column / fold] = sums;
 }
 
+// A sum in float32 whose roundings are carried along and given back (Kahan, "Further remarks on reducing truncation
+// errors", 1965). A thread adds up to some thousand terms in a row; plainly, each would cost half a unit of the sum.
+template <int VEC>
+struct CompensatedSum {
+  float sum[VEC] = {}, excess[VEC] = {}; // excess: what rounding has put into the sum
+
+  __device__ __forceinline__ void add(int e, float term) {
+    const float wanted = term - excess[e], next = sum[e] + wanted;
+    excess[e] = (next - sum[e]) - wanted;
+    sum[e] = next;
+  }
+};
+
 // Sums over rows (pixels) of grad * slope and grad * slope * xhat, for a gradient at every activation.
 template <typename T, int VEC, bool CL>
 __global__ void __launch_bounds__(kReduceThreads)
@@ -70,7 +83,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int64_t begin = blockIdx.x * g.group_rows;
   const int64_t end = begin + g.group_rows < rows ? begin + g.group_rows : rows;
 
-  float dy_sum[VEC] = {}, dy_xhat_sum[VEC] = {};
+  CompensatedSum<VEC> dy_total, dy_xhat_total;
   if (channel < channels) {
     float mean_r[VEC], rstd_r[VEC], weight_r[VEC], bias_r[VEC];
 #pragma unroll
@@ -98,13 +111,14 @@ __global__ void __launch_bounds__(kReduceThreads)
           for (int e = 0; e < VEC; ++e) {
             const Activation y = activate(x[u].get(e), mean_r[e], rstd_r[e], weight_r[e], bias_r[e], slope);
             const float masked = dy[u].get(e) * y.slope;
-            dy_sum[e] += masked;
-            dy_xhat_sum[e] = fmaf(masked, y.xhat, dy_xhat_sum[e]);
+            dy_total.add(e, masked);
+            dy_xhat_total.add(e, masked * y.xhat);
           }
         }
       }
     }
   }
+  float(&dy_sum)[VEC] = dy_total.sum, (&dy_xhat_sum)[VEC] = dy_xhat_total.sum;
 #pragma unroll
   for (int step = L::across; step < kWarp; step <<= 1) {
 #pragma unroll

@@ -10,7 +10,9 @@ __all__ = ["backward_geometry", "forward_geometries", "full_backward_geometry", 
 
 WARP = 32
 _COLUMN_ROWS = REDUCE_THREADS // WARP  # images that a block of window_sums_kernel reads at a time
-_LIMIT = 2**31
+# The kernels count windows and a plane's values in 32 bits, and a loop's counter goes one step beyond its end. No step
+# is above 2**20: the longest is all blocks' teams (6 per SM of at most 256 teams: 600 SMs), or 4 loads of 256 teams.
+_LIMIT = 2**31 - 2**20
 # Enough threads to hide the latency of their loads without making each one's share tiny: 8192 windows' teams of
 # SmallConv's first layer at batch 64 get eight loads per thread.
 _THREADS_PER_SM = 384
@@ -97,8 +99,8 @@ def _geometry(
     lanes, slots, chunks = _teams(shape, channels_last, width, THREADS)
     if channels * plane >= _LIMIT or windows >= _LIMIT or chunks > 65535:
         raise ValueError(
-            f"the CUDA kernels take images of less than 2**31 values, less than 2**31 windows and at most 65535 "
-            f"groups of channels, got {list(shape)}; use --kernels torch"
+            f"the CUDA kernels take images of less than 2**31 - 2**20 values, less than 2**31 - 2**20 windows and at "
+            f"most 65535 groups of channels, got {list(shape)}; use --kernels torch"
         )
     cells = (window[0] // cell[0]) * (window[1] // cell[1])
     most, splits = min(slots, _power_of_two_up_to(cells)), 1

@@ -182,6 +182,8 @@ def _geometry(
     features_at = raw_grad_at + rows
     # One row per program keeps all SMs busy at small batches; at large ones it would only reload the basis.
     rows_per_program = 4 if batch >= _MANY_ROWS else 1
+    if rows_per_program > 1 and modulation_dims == 2 and has_basis and tile == block_rows:
+        warps = max(warps, 8)  # over four rows, the basis and a matrix's tiles are too much for four warps' registers
     constants = {
         "LATENTS": pieces.latents if normalize else identity,
         "LATENTS_BACKWARD": pieces.latents_backward if normalize else identity_backward,
@@ -284,9 +286,10 @@ def _describe(tensor: Tensor) -> str:
 def _head_spec(
     name: str, pieces: HeadPieces, dim: int, rows: int, classes: int, dims: int = 0, dtype: str = "fp32", **options: Any
 ) -> AotSpec:
-    """A specialisation of the head kernel as a call at batch 64 compiles it."""
+    """A specialisation of the head kernel as a call compiles it; `batch` is 64 unless given."""
     has_basis, trained_basis = options.get("has_basis", True), options.get("trained_basis", False)
-    constants = dict(_geometry(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, 64).constants)
+    batch = options.get("batch", 64)
+    constants = dict(_geometry(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, batch).constants)
     warps = constants.pop("num_warps")
     constants["COUNT_FIVE"] = not has_basis  # as the output layer's totals
     float_pointers = ("basis", "modulation", "loss_sum", "modulation_grad", "scratch")
@@ -316,6 +319,7 @@ AOT_SPECS = [
     _head_spec("SmallConv LLS 512", LLS_PLAIN, 512, 10, 10),
     _head_spec("SmallConv LLS_M 256 bf16", LLS_VECTOR, 256, 10, 10, 1, "bf16"),
     _head_spec("SmallConv LLS_MxM_reduced 512", LLS_MATRIX, 512, 20, 10, 2),
+    _head_spec("SmallConv LLS_MxM 512 at batch 2048", LLS_MATRIX, 512, 10, 10, 2, batch=2048),
     _head_spec("SmallConv LocalLosses 512", LLS_PLAIN, 512, 10, 10, trained_basis=True),
     _head_spec("SmallConv output layer", LLS_PLAIN, 10, 10, 10, has_basis=False),
     AotSpec("batch_product SmallConv basis", batch_product_kernel, _PRODUCT_TYPES, _PRODUCT_SIZES),

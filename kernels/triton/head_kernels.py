@@ -7,6 +7,13 @@ the batch goes through `scratch`: each program writes its rows' share, then coun
 arrives last sums all shares in the order of the rows. Which program that is depends on the race, the sum does not.
 The last one also sets the counter back to zero for the next launch.
 
+[Note: other programs' stores] The last program reads what others wrote on other SMs, whose stores its first-level cache
+does not see. What makes that right is the order alone: every program's barrier and release come before its count, and
+the acquire of the last one, which forgets the lines of L1 (CCTL.IVALL), and the barrier behind it come before its
+loads. The loads' `.cg` is a hint that the memory model knows nothing of, and the pipeliner drops it: in a loop with
+tl.dot the loads become cp.async.ca, which go through L1 (cp.async.cg moves 16 bytes and no less). They still come after
+the barrier. tests/kernels/test_triton_compiled.py looks for all of this in the binary.
+
 `scratch` (float32) is laid out as losses [B], hits [B] (1 for a row that counts as correct, and 2 more for a label
 among the first five scores), then, where asked for, weight rows [B, N], raw scores [B, R], gradients of the raw scores
 [B, R] and features [B, D].
@@ -197,7 +204,7 @@ def _project_back(
 
 @triton.jit
 def _sum_losses(scratch, num_rows, loss_sum, correct_sum, totals, COUNT_FIVE: tl.constexpr):
-    """The last program's sums of losses and hits. Loads bypass L1, which is not coherent between SMs."""
+    """The last program's sums of losses and hits. See [Note: other programs' stores]."""
     index = tl.arange(0, _SUM_CHUNK)
     losses = tl.zeros([_SUM_CHUNK], tl.float32)
     corrects, fives = tl.zeros([_SUM_CHUNK], tl.int32), tl.zeros([_SUM_CHUNK], tl.int32)
@@ -259,7 +266,10 @@ def _batch_product(
     TILE_LEFT: tl.constexpr,
     TILE_RIGHT: tl.constexpr,
 ):
-    """One tile of leftᵀ right, summed over the batch in exact float32 products (no tf32)."""
+    """One tile of leftᵀ right, summed over the batch in exact float32 products (no tf32).
+
+    See [Note: other programs' stores] for what the compiler makes of the loads.
+    """
     steps = tl.arange(0, _PRODUCT_CHUNK)
     left_index, right_index = start_left + tl.arange(0, TILE_LEFT), start_right + tl.arange(0, TILE_RIGHT)
     tile = tl.zeros([TILE_LEFT, TILE_RIGHT], tl.float32)

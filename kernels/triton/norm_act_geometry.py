@@ -106,7 +106,7 @@ def forward_geometry(shape: Shape, latent_size: int, pool: str, pool_size: int) 
         else:
             wanted.append((_Windows(shape.height, 1, 1, shape.width), False, output))
     whole = shape.rows <= WHOLE_ROWS
-    reduction = None if whole else _row_reduction(shape)
+    reduction = None if whole else _row_reduction(shape, 8192)
     passes = []
     for index, (windows, latents, pooling) in enumerate(wanted):
         statistics = STATISTICS_READ if index else STATISTICS_WHOLE if whole else STATISTICS_MERGE
@@ -122,7 +122,8 @@ def backward_geometry(shape: Shape, latent_size: int) -> Geometry:
     summed = shape.batch * latent_size * latent_size if latent_size else shape.rows
     reduction = None
     if shape.rows > WHOLE_ROWS:
-        reduction = _window_reduction(shape, latent_size * latent_size) if latent_size else _row_reduction(shape)
+        # The full gradient is loaded beside `conv`: a block of half the size, or registers are spilled.
+        reduction = _window_reduction(shape, latent_size * latent_size) if latent_size else _row_reduction(shape, 4096)
     statistics = STATISTICS_MERGE if reduction else STATISTICS_WHOLE
     extra = {"STATISTICS": statistics.value, "FULL": latent_size == 0}
     return Geometry(reduction, (_pass(shape, windows, reduction, summed, extra),))
@@ -135,7 +136,10 @@ def _pass(
     grid_h, grid_w, win_h, win_w, step = windows
     num_windows = shape.batch * grid_h * grid_w
     pixels = (win_h // step) * (win_w // step)
-    elements = TILE // 2 if step == 2 else TILE  # four corners of half the size are loaded together
+    # Four corners of half the size are loaded together; and small windows of 16-bit values, where a thread's values lie
+    # in several lines of the plane, spill registers on the way back.
+    scattered = "FULL" in extra and not shape.channels_last and shape.itemsize == 2 and pixels <= 16
+    elements = TILE // 2 if step == 2 or scattered else TILE
     whole = extra["STATISTICS"] == STATISTICS_WHOLE.value
     channels = _power_of_2(shape.channels)
     if shape.channels_last:
@@ -160,16 +164,16 @@ def _pass(
     return Pass((programs, channel_blocks), 4, num_windows, num_tiles, constants | extra)
 
 
-def _row_reduction(shape: Shape) -> Reduction:
-    """A reduction over all pixels of the batch. Small tensors are cut into sectors of channels: as many programs, with
-    fewer partial results for each channel."""
+def _row_reduction(shape: Shape, elements: int) -> Reduction:
+    """A reduction over all pixels of the batch, `elements` at a time. Small tensors are cut into sectors of channels:
+    as many programs, with fewer partial results for each channel."""
     large = shape.rows * shape.channels >= LARGE
     block_c = 1
     if shape.channels_last:
         block_c = min(32 if large else SECTOR // shape.itemsize, _power_of_2(shape.channels))
     most = PARTIALS_LARGE if large else PARTIALS_SMALL
     constants = {"H": shape.height, "W": shape.width}
-    return _reduction(shape.rows, shape.channels, block_c, 8192 // block_c, most, max(1, 512 // block_c), constants)
+    return _reduction(shape.rows, shape.channels, block_c, elements // block_c, most, max(1, 512 // block_c), constants)
 
 
 def _window_reduction(shape: Shape, cells: int) -> Reduction:

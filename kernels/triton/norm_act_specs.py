@@ -20,13 +20,15 @@ _CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
     ((2048, 32, 32, 32), 4, "max"),
     ((64, 48, 12, 12), 4, "max"),
 )
+# Type, whether channels-last, and what the name of the specialisation says of it.
+_LAYOUTS = ((torch.float32, True, ""), (torch.bfloat16, True, "_bf16"), (torch.float16, False, "_fp16_contiguous"))
 
 
 def _specs() -> Iterator[AotSpec]:
     for shape, latent_size, pool in _CASES:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, channels_last, suffix in _LAYOUTS:
             conv = torch.empty(shape, dtype=dtype, device="meta")
-            if conv.dim() == 4:
+            if conv.dim() == 4 and channels_last:
                 conv = conv.to(memory_format=torch.channels_last)
             vector = torch.empty(shape[1], device="meta")
             result, launches = forward_launches(
@@ -36,7 +38,7 @@ def _specs() -> Iterator[AotSpec]:
             sums = (result.mask_sums, result.mask_xhat_sums)
             launches += backward_launches(result.latents, conv, vector, vector, vector, vector, sums, side, 0.01)[1]
             launches += backward_launches(conv, conv, vector, vector, vector, vector, None, 0, 0.01)[1]
-            name = "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "_bf16")
+            name = "x".join(map(str, shape)) + suffix
             yield from (_spec(launch, name) for launch in launches)
 
 

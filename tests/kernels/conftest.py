@@ -1,10 +1,27 @@
-"""Kernel tests run on the GPU where there is one, otherwise in Triton's interpreter on the CPU."""
+"""Kernel tests run on the GPU where there is one; otherwise Triton's in its interpreter, and CUDA's emulated."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_on_cpu import emulation
 
 
 @pytest.fixture(scope="session")
 def kernel_device() -> str:
     """The device that kernels under test run on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu), "2 multiprocessors", "132 multiprocessors"])
+def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the tensors of the CUDA kernels lie: on the GPU, or on the CPU, where devices of two sizes are emulated."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield "cuda"
+        return
+    if reason := emulation.unavailable():
+        pytest.skip(reason)
+    with emulation.emulated(int(request.param.split()[0])):
+        yield "cpu"

@@ -2,28 +2,30 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 __all__ = [
-    "DEVICE",
     "DTYPES",
     "EPS",
     "MOMENTUM",
     "ROUNDING",
     "SLOPE",
     "assert_near",
+    "needs_gpu",
     "norm_act_inputs",
     "resident_images",
 ]
 
-DEVICE = "cuda"
+# What only a device can show, or what takes an emulated one too long.
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = tuple(ROUNDING)
 SLOPE, MOMENTUM, EPS = 0.2, 0.3, 1e-3
 
 
-def norm_act_inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
+def norm_act_inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(sum(shape))
     channels = shape[1]
     vectors = {name: torch.randn(channels, generator=generator) for name in ("bias", "running_mean", "conv_bias")}
@@ -39,7 +41,7 @@ def norm_act_inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: b
     conv = torch.where(y.abs() < 1e-4, conv + 0.0625, conv)
     if channels_last and conv.dim() == 4:
         conv = conv.to(memory_format=torch.channels_last)
-    return {name: tensor.to(DEVICE) for name, tensor in {"conv": conv, **vectors}.items()}
+    return {name: tensor.to(device) for name, tensor in {"conv": conv, **vectors}.items()}
 
 
 def assert_near(name: str, actual: Tensor, expected: Tensor, rounding: float, share: float) -> None:

@@ -1,6 +1,7 @@
 """The CUDA backend where no GPU is needed: that it builds, what it caches, and the checks at its boundary."""
 
 import re
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unlocked.kernels import cuda, native
 from unlocked.kernels.cuda import bindings, build, norm_act_geometry
@@ -53,6 +56,15 @@ def test_no_kernel_spills_registers(compiled: Any) -> None:
         assert len(registers) > 40
         assert max(registers) <= 128  # two blocks of 256 threads, or one of 512, fit an SM
         assert spilled.count(0) == len(spilled) >= 2 * len(registers)
+
+
+@needs_nvcc
+def test_the_oldest_promised_device_can_be_built_for() -> None:
+    major, minor = build.OLDEST
+    command = [str(build.find_compiler()), "--list-gpu-arch"]
+    assert (
+        f"compute_{major}{minor}" in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 @needs_nvcc
@@ -159,8 +171,28 @@ def test_boundary(function: Callable[..., object], arguments: dict[str, Any], te
         function(**arguments)
 
 
+@given(
+    batch=st.integers(1, 2**31) | st.integers(2**31 - 2**21, 2**31),
+    channels=st.sampled_from([1, 2, 33, 4096]),
+    plane=st.integers(1, 2**31) | st.integers(2**31 - 2**21, 2**31) | st.just(1),
+    channels_last=st.booleans(),
+    sms=st.sampled_from([1, 132, 600]),
+)
+def test_no_index_of_32_bits_overflows(batch: int, channels: int, plane: int, channels_last: bool, sms: int) -> None:
+    """What is not refused leaves room for the last step of each loop, in which a counter goes beyond its end."""
+    try:
+        geometry = norm_act_geometry.full_backward_geometry((batch, channels, 1, plane), channels_last, 1, sms)
+    except ValueError:
+        return
+    slots = build.THREADS // (build.CHUNK if channels_last else 1)
+    step = geometry.blocks * (slots // geometry.splits)
+    assert batch * geometry.grid_h * geometry.grid_w + step < 2**31
+    assert channels * plane < 2**31
+    assert geometry.window_h * geometry.window_w + 4 * geometry.splits < 2**31
+
+
 def test_limits_of_the_geometry() -> None:
-    with pytest.raises(ValueError, match=r"less than 2\*\*31 values"):
+    with pytest.raises(ValueError, match=r"less than 2\*\*31 - 2\*\*20 values"):
         norm_act_geometry.full_backward_geometry((1, 2, 2**15, 2**15), True, 1, 132)
     with pytest.raises(ValueError, match="shared memory"):
         _block(1, 60000, 10, 10, False, 132, 227 * 1024)

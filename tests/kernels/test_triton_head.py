@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402
 
 from unlocked.kernels import reference  # noqa: E402
 from unlocked.kernels.triton import head as head_module  # noqa: E402
+from unlocked.kernels.triton import head_kernels  # noqa: E402
 from unlocked.kernels.triton.head import HeadPieces, local_head, make_head  # noqa: E402
 from unlocked.kernels.triton.pieces import first_maximum_is  # noqa: E402
 
@@ -131,6 +132,18 @@ def test_several_rows_per_program(kernel_device: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(head_module, "_MANY_ROWS", 9)
     _check(_case(9, 21, 5, "matrix"), kernel_device, basis_gradient=True)
     _check(_case(9, 521, 40, "vector"), kernel_device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels keep their constants")
+@pytest.mark.parametrize("kind", ["vector", "matrix"])
+def test_sums_in_several_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at batch 2049, which takes the interpreter half a minute: four rows per program, the last with one, and every
+    loop over the batch goes round several times, the last time not full."""
+    monkeypatch.setattr(head_module, "_MANY_ROWS", 33)
+    for name, steps in (("_SUM_CHUNK", 8), ("_VECTOR_CHUNK", 64), ("_PRODUCT_CHUNK", 16)):
+        assert getattr(head_kernels, name).value > steps
+        monkeypatch.setattr(head_kernels, name, tl.constexpr(steps))
+    _check(_case(33, 4, 3, kind), "cpu", basis_gradient=True)
 
 
 @pytest.mark.parametrize("classes", [3, 17])

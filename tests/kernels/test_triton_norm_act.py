@@ -141,9 +141,13 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "latent_size"), [((20, 5, 8, 8), 2), ((9, 6), 6)])
-def test_half_precision(kernel_device: str, dtype: torch.dtype, shape: tuple[int, ...], latent_size: int) -> None:
-    inputs = _inputs(shape, kernel_device, dtype, channels_last=True)
+@pytest.mark.parametrize(
+    ("shape", "latent_size", "channels_last"), [((20, 5, 8, 8), 2, True), ((20, 5, 8, 8), 2, False), ((9, 6), 6, True)]
+)
+def test_half_precision(
+    kernel_device: str, dtype: torch.dtype, shape: tuple[int, ...], latent_size: int, channels_last: bool
+) -> None:
+    inputs = _inputs(shape, kernel_device, dtype, channels_last)
     truth = _check_forward(inputs, latent_size=latent_size, pool="max" if len(shape) == 4 else "none")
     _check_backward(inputs, truth, latent_size, full=False)
     _check_backward(inputs, truth, latent_size, full=True)
@@ -193,6 +197,25 @@ def test_many_partial_results_are_merged(kernel_device: str) -> None:
         assert geometry.reduction is not None
         assert geometry.reduction.grid == (9, 2)
         truth = _check_forward(inputs, latent_size=2, pool="max")
+        _check_backward(inputs, truth, 2, full=True)
+        _check_backward(inputs, truth, 2, full=False)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("pool", ["none", "max", "average"])
+def test_several_tiles_per_program(kernel_device: str, pool: reference.PoolKind, channels_last: bool) -> None:
+    """As of 1056 programs on: each walks over several tiles, the last of them not full."""
+    with _launch_geometry(WHOLE_ROWS=0, TILE=128, PROGRAMS=3):
+        shape = norm_act_geometry.Shape(11, 5, 8, 8, channels_last, 4)
+        for geometry in (
+            norm_act_geometry.forward_geometry(shape, 2, pool, 2),
+            norm_act_geometry.backward_geometry(shape, 2),
+            norm_act_geometry.backward_geometry(shape, 0),
+        ):
+            last = geometry.passes[-1]
+            assert last.num_tiles > 2 * last.grid[0]
+        inputs = _inputs((11, 5, 8, 8), kernel_device, torch.float32, channels_last)
+        truth = _check_forward(inputs, latent_size=2, pool=pool, pool_size=2)
         _check_backward(inputs, truth, 2, full=True)
         _check_backward(inputs, truth, 2, full=False)
 

@@ -168,21 +168,27 @@ def test_a_loaded_state_continues_identically(make: Maker, kernel_device: str) -
     torch.testing.assert_close(twin_params, params, **TOLERANCE)
 
 
-def test_missing_gradients_empty_tensors_and_many_tensors(kernel_device: str) -> None:
-    """More tensors than a launch takes; one is empty, and one gets its gradient every other step only."""
-    shapes = [(3,)] * 40 + [(0,)]
+@pytest.mark.parametrize(("most", "count"), [(32, 40), (3, 7), (2, 7), (2, 6)])
+def test_missing_gradients_empty_tensors_and_many_tensors(
+    kernel_device: str, most: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tensors than a launch takes; one is empty, one has two chunks, and one gets its gradient every other step
+    only, which moves those behind it to other launches."""
+    monkeypatch.setattr(optim, "_MAX_TENSORS", most)
+    late = count - 5
+    shapes = [(3,), (1300,)] + [(3,)] * (count - 2) + [(0,)]
     expected, actual = _params(kernel_device, shapes), _params(kernel_device, shapes)
     library, fused = torch.optim.Adam(expected, lr=0.01), optim.FusedOptimizer(actual, "adam", lr=0.01)
     for step in range(4):
         gradients: list[Tensor | None] = list(_gradients(expected, step))
         if step % 2:
-            gradients[35] = None
+            gradients[late] = None
         for p, g in zip(expected, gradients, strict=True):
             p.grad = g
         library.step()
         fused.step(gradients)
     torch.testing.assert_close(actual, expected, **TOLERANCE)
-    assert [fused.state_dict()["state"][i]["step"].item() for i in (34, 35, 36)] == [4, 2, 4]
+    assert [fused.state_dict()["state"][i]["step"].item() for i in (late - 1, late, late + 1)] == [4, 2, 4]
 
 
 def test_a_gradient_in_another_memory_layout_is_understood(kernel_device: str) -> None:
