@@ -15,6 +15,7 @@ from unlocked.workers.shared_edges import SharedListener, SharedOutEdge
 __all__ = ["TRANSPORTS", "link_stages"]
 
 TRANSPORTS = ("auto", "shared", "group")
+_PATIENCE = 4  # times the edges' own time limit
 
 
 def link_stages(
@@ -47,12 +48,14 @@ def link_stages(
         raise ValueError("transport 'shared' needs all processes on the CPUs of one machine; use 'group' or 'auto'")
     if one_machine and transport != "group":
         return _share_memory(store, world, incoming, outgoing, depth, timeout, names)
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=timeout),
+        # NCCL ends the process without a word when its own time is up: the edges, which name the neighbour, come first.
+        timeout=timedelta(seconds=timeout * (_PATIENCE if on_gpu else 1)),
     )
     return make_edges(incoming, outgoing, rank=world.rank, depth=depth, device=device, timeout=timeout)
 
