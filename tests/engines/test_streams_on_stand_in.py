@@ -164,12 +164,14 @@ def test_the_host_is_held_back_by_what_bounds_it() -> None:
 def test_a_failure_in_a_capture_comes_out_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not as what the capture's end, or the putting back of all state, then fails with."""
     with cuda_stand_in():
-        stream, other = torch.cuda.Stream(), torch.cuda.Stream()
+        stream, other, sums = torch.cuda.Stream(), torch.cuda.Stream(), torch.zeros(2, device="cuda")
 
         def work() -> None:
             fork = torch.cuda.Event()
             fork.record(stream)
-            other.wait_event(fork)  # is never joined: the capture can't end
+            other.wait_event(fork)
+            with torch.cuda.stream(other):
+                sums.add_(1)  # is never joined: the capture can't end
             raise ValueError("the first cause")
 
         with pytest.raises(ValueError, match=r"^the first cause$"):

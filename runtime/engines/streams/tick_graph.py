@@ -295,7 +295,7 @@ def _runs(plan: StreamPlan, stages: int, queue_depth: int, graph_ticks: int) -> 
     ticks = -(-graph_ticks // depth) * depth
     tail = -(-ticks // _TAIL_SHARE // depth) * depth
     full = plan.train_size // plan.batch_size
-    found = [("train", plan.batch_size, ticks, full)]
+    found: list[tuple[ItemKind, int, int, int]] = [("train", plan.batch_size, ticks, full)]
     if plan.eval_size:
         rows = min(plan.eval_batch_size, plan.eval_size)
         found.append(("statistics", plan.batch_size, tail, min(full, plan.statistics_per_epoch)))

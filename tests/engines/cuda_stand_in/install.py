@@ -43,14 +43,18 @@ def _modes(device: Device) -> Iterator[None]:
 
 
 def _interface(device: Device) -> dict[Any, dict[str, Any]]:
-    @contextlib.contextmanager
-    def on(stream: Stream | None) -> Iterator[None]:
-        before = device.current
-        device.current = stream or before
-        try:
-            yield
-        finally:
-            device.current = before
+    class On:
+        """A class, as torch's: a generator that is never resumed selects its stream again when it is collected."""
+
+        def __init__(self, stream: Stream | None) -> None:
+            self._stream = stream
+
+        def __enter__(self) -> None:
+            self._before = device.current
+            device.current = self._stream or self._before
+
+        def __exit__(self, *_: object) -> None:
+            device.current = self._before
 
     run = threading.Thread.run
 
@@ -79,7 +83,7 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
         "Stream": BoundStream,
         "Event": BoundEvent,
         "CUDAGraph": BoundGraph,
-        "stream": on,
+        "stream": On,
         "current_stream": lambda *_: device.current,
         "default_stream": lambda *_: device.default,
         "synchronize": lambda *_: device.synchronize(),
