@@ -14,7 +14,7 @@ What is what, in every engine:
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,15 +47,46 @@ def storage_dtype(precision: str) -> torch.dtype:
 def float32_products(precision: str) -> Iterator[None]:
     """Inside, the library's float32 convolutions and products run in tf32 if `precision` is tf32, else in float32.
 
-    Both must be said: by default torch takes tf32 for convolutions and float32 for matrix products.
+    Both must be said: by default torch takes tf32 for convolutions and float32 for matrix products. And both of torch's
+    ways to say it: who reads by the older one (torch.compile does) raises where only the newer was told.
     """
-    cudnn: Any = torch.backends.cudnn
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [setting.fp32_precision for setting in settings]
+    before, tf32 = _Flags.read(), precision == "tf32"
     try:
-        for setting in settings:
-            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        for place in _places():
+            place.fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        before.write()
+
+
+class _Flags(NamedTuple):
+    """Torch's switches for tf32, by its older ways to say it and by the newer."""
+
+    convolutions: bool | None  # None: at odds with the newer one, so that it can't be read
+    products: str | None
+    newer: tuple[str, ...]
+
+    @classmethod
+    def read(cls) -> "_Flags":
+        convolutions = products = None
+        with contextlib.suppress(RuntimeError):
+            convolutions = torch.backends.cudnn.allow_tf32
+        with contextlib.suppress(RuntimeError):
+            products = torch.get_float32_matmul_precision()
+        return cls(convolutions, products, tuple(place.fp32_precision for place in _places()))
+
+    def write(self) -> None:
+        # The older ones also write the newer, so they come first.
+        if self.convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = self.convolutions
+        if self.products is not None and self.products != torch.get_float32_matmul_precision():
+            torch.set_float32_matmul_precision(self.products)
+        for place, word in zip(_places(), self.newer, strict=True):
+            place.fp32_precision = word
+
+
+def _places() -> tuple[Any, ...]:
+    """Where the newer way says it: for products, convolutions and recurrent layers."""
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn

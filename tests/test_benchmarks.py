@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     "two_checkouts",
+    "host_per_tick",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
     *("reproduce", "single_gpu"),
 )
@@ -68,6 +69,14 @@ def test_without_a_gpu_one_line_says_so(script: str) -> None:
     assert result.returncode == 1
     assert "needs a CUDA device" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_host_time_of_the_streams_engine_is_measured(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    small = ["--stages", "2", "--graph-ticks", "4", "--steps", "20", "420", "--repeats", "1"]
+    assert load("host_per_tick").main([*small, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["microseconds_per_micro_batch"]
+    assert 0 < found["skip"] < found["all"]
 
 
 SMALL = ("--device", "cpu", "--max-steps", "2", "--train-size", "12", "--compile-backend", "eager")

@@ -28,9 +28,7 @@ class Captured:
         self._work, self._graph = work, None
         if stream is not None:
             self._graph = torch.cuda.CUDAGraph()
-            # Capturing is local to this thread: CUDA calls of others (a dashboard's, a data reader's) don't break it.
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                work()
+            _capture(self._graph, work, stream, pool)
 
     def launch(self) -> None:
         """On the current stream."""
@@ -38,6 +36,27 @@ class Captured:
             self._graph.replay()
         else:
             self._work()
+
+
+def _capture(graph: torch.cuda.CUDAGraph, work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> None:
+    """Waits for the device, then captures. Whatever `work` raises comes out as it is."""
+    failure: BaseException | None = None
+    try:
+        # The outer context puts the current stream back should the capture fail to end. Capturing is local to this
+        # thread: CUDA calls of others (a dashboard's, a data reader's) don't break it.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            try:
+                work()
+            except BaseException as error:
+                failure = error
+    except RuntimeError:
+        if failure is None:  # else it is why the capture can't end well
+            raise
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager

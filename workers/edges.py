@@ -19,6 +19,7 @@ from torch import Tensor
 from unlocked.models.errors import first_line
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import LinkLostError
+from unlocked.workers.lead import HostLead
 
 __all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "SlotLayout", "make_edges"]
 
@@ -104,13 +105,14 @@ def make_edges(
     device: torch.device,
     timeout: float,
 ) -> "tuple[InEdge | None, OutEdge | None]":
-    """The edges of stage `rank` to its neighbours; None at the ends of the pipeline.
+    """The edges of stage `rank` to its neighbours, connected; None at the ends of the pipeline. Every rank calls this.
 
     Args:
         incoming, outgoing: what travels on the edge from rank - 1 and on the one to rank + 1.
         depth: slots of the receiving end.
         timeout: seconds to wait for a neighbour.
     """
+    _connect(rank, incoming is not None, outgoing is not None, device, timeout)
     inbox = outbox = None
     if incoming is not None:
         inbox = ProcessInEdge(incoming, source_rank=rank - 1, depth=depth, device=device, timeout=timeout)
@@ -125,7 +127,8 @@ class ProcessInEdge:
     def __init__(
         self, layout: SlotLayout, *, source_rank: int, depth: int, device: torch.device, timeout: float
     ) -> None:
-        self._layout, self._rank, self._timeout = layout, source_rank, timedelta(seconds=timeout)
+        self._layout, self._rank, self._device, self._timeout = layout, source_rank, device, timedelta(seconds=timeout)
+        self._lead = HostLead(device, timeout, f"stage {source_rank}")
         self._free = deque(layout.allocate(device) for _ in range(depth))
         self._expected: deque[Item] = deque()
         self._posted: deque[tuple[Item, Tensor, dist.Work]] = deque()
@@ -138,13 +141,14 @@ class ProcessInEdge:
     def receive(self, item: Item) -> tuple[Tensor, Tensor]:
         expected, slot, work = self._posted.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
-        _wait(work, self._timeout, f"stage {self._rank}")
+        _wait(work, self._device, self._timeout, f"stage {self._rank}")
         self._held.append(slot)
         return self._layout.views(slot, item.size)
 
     def release(self) -> None:
         self._free.append(self._held.popleft())
         self._post()
+        self._lead.count()
 
     def _post(self) -> None:
         while self._free and self._expected:
@@ -159,7 +163,8 @@ class ProcessOutEdge:
     """The sending end between two ranks."""
 
     def __init__(self, layout: SlotLayout, *, target_rank: int, device: torch.device, timeout: float) -> None:
-        self._layout, self._rank, self._timeout = layout, target_rank, timedelta(seconds=timeout)
+        self._layout, self._rank, self._device, self._timeout = layout, target_rank, device, timedelta(seconds=timeout)
+        self._lead = HostLead(device, timeout, f"stage {target_rank}")
         self._slot, self._leaving = layout.allocate(device), layout.allocate(device)
         self._work: dist.Work | None = None
 
@@ -167,15 +172,44 @@ class ProcessOutEdge:
         return self._layout.views(self._slot, item.size)
 
     def send(self, item: Item) -> None:
-        self.flush()
+        self._wait_for_last()
         self._slot, self._leaving = self._leaving, self._slot
         with _link(f"stage {self._rank}"):
             self._work = dist.isend(self._layout.message(self._leaving, item.size), dst=self._rank)
+        self._lead.count()
 
     def flush(self) -> None:
+        self._wait_for_last()
+        self._lead.wait()
+
+    def _wait_for_last(self) -> None:
         if self._work is not None:
-            _wait(self._work, self._timeout, f"stage {self._rank}")
+            _wait(self._work, self._device, self._timeout, f"stage {self._rank}")
             self._work = None
+
+
+def _connect(rank: int, has_source: bool, has_target: bool, device: torch.device, timeout: float) -> None:
+    """Sends one byte over each edge: NCCL makes a pair's communicator, which takes seconds, with its first message.
+
+    Even ranks send first, odd ones receive first, so that all pairs connect in two rounds and nobody waits in a circle.
+    """
+
+    def receive() -> None:
+        with _link(f"stage {rank - 1}"):
+            work = dist.irecv(torch.empty(1, dtype=torch.uint8, device=device), src=rank - 1)
+        assert work is not None
+        _wait(work, device, timedelta(seconds=timeout), f"stage {rank - 1}")
+
+    def send() -> None:
+        with _link(f"stage {rank + 1}"):
+            work = dist.isend(torch.zeros(1, dtype=torch.uint8, device=device), dst=rank + 1)
+        assert work is not None
+        _wait(work, device, timedelta(seconds=timeout), f"stage {rank + 1}")
+
+    for step, wanted in [(receive, has_source), (send, has_target)][:: 1 if rank % 2 else -1]:
+        if wanted:
+            step()
+    HostLead(device, timeout, "the neighbours").wait()
 
 
 class _link:
@@ -192,6 +226,10 @@ class _link:
             raise LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})") from error
 
 
-def _wait(work: dist.Work, timeout: timedelta, neighbour: str) -> None:
+def _wait(work: dist.Work, device: torch.device, timeout: timedelta, neighbour: str) -> None:
+    """On a GPU the current stream waits, and the host goes on: how far, `HostLead` says."""
     with _link(neighbour):
-        work.wait(timeout)
+        if device.type == "cuda":
+            work.wait()
+        else:
+            work.wait(timeout)

@@ -74,12 +74,13 @@ class Stage:
         for layer in self.layers:
             layer.set_lr_factor(factor)
 
-    def count(self, item: Item) -> None:
-        """Tells the stage that `item` is done: how many images its sums hold is known without asking the device."""
+    def count(self, item: Item, items: int = 1) -> None:
+        """Tells the stage that `item` is done, or so many like it: how many images its sums hold is known without
+        asking the device."""
         if item.kind == "train":
-            self.images_this_epoch += item.size
+            self.images_this_epoch += items * item.size
         elif item.kind == "evaluate":
-            self.images_evaluated += item.size
+            self.images_evaluated += items * item.size
 
     @torch.no_grad()
     def read_sums(self) -> Tensor:

@@ -93,13 +93,10 @@ class EventStamps:
             self._closed.append(self._open)
             self._open = []
 
-    def collect(self, *, wait: bool = False) -> None:
-        """Hands the windows that have happened to the clock; with `wait`, all."""
+    def collect(self) -> None:
+        """Hands the windows that have happened to the clock."""
         while self._closed:
             last = {stamp.stage: stamp.event for stamp in self._closed[0]}
-            if wait:
-                for event in last.values():
-                    event.synchronize()
-            elif not all(event.query() for event in last.values()):
+            if not all(event.query() for event in last.values()):
                 return
             self._clock.add(self._closed.popleft())

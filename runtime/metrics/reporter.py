@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -120,7 +121,7 @@ class StageReporter:
         if ends and item.kind == "evaluate" and self._best_dir is not None:
             save_candidate(self._best_dir, item.epoch, self._stage.layers)
         if ends or (item.kind == "train" and ((item.index + 1) % self._print_freq == 0 or item.last)):
-            self._read(item, ends)
+            self.read(item, ends)
         if ends and self._waits_for_losses:
             self.poll(wait=True)
         now = time.perf_counter()
@@ -128,18 +129,50 @@ class StageReporter:
             self._progress_at = now
             self._outlet.progress(self.progress(item.position + 1, item.epoch))
 
-    def skip(self, items: Sequence[Item]) -> None:
-        """Like `after` for training items of one epoch that one launched graph has done together."""
-        for item in items:
-            self._stage.count(item)
-            self.images += item.size
-        self._steps += len(items)
-        if (items[-1].index + 1) // self._print_freq > items[0].index // self._print_freq:
-            self._read(items[-1], False)
+    def skip(self, first: Item, count: int) -> Item | None:
+        """Like `after` for `count` items that one launched graph has done together: `first` and those that follow it,
+        all of its kind, size and epoch, and none of them the epoch's last.
+
+        Returns:
+            Where the sums are to be read now (`read`, on the stage's stream), if they are.
+        """
+        self._stage.count(first, count)
+        due = False
+        if first.kind == "train":
+            self.images += count * first.size
+            self._steps += count
+            due = (first.index + count) // self._print_freq > first.index // self._print_freq
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS:
             self._progress_at = now
-            self._outlet.progress(self.progress(items[-1].position + 1, items[-1].epoch))
+            self._outlet.progress(self.progress(first.position + count, first.epoch))
+        if not due:
+            return None
+        return replace(first, position=first.position + count - 1, index=first.index + count - 1)
+
+    def read(self, item: Item, ends_epoch: bool = False) -> None:
+        """Begins to read the sums as they are after `item`, on the current stream."""
+        sums, event = self._stage.read_sums(), None
+        if self._device.type == "cuda":
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            sums = host.copy_(sums, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        stage = self._stage
+        self._readings.append(
+            _Reading(
+                sums,
+                event,
+                item,
+                ends_epoch,
+                stage.images_this_epoch,
+                stage.images_evaluated,
+                self._steps,
+                time.perf_counter(),
+                self._stopwatch.waiting,
+            )
+        )
+        self.poll()
 
     def poll(self, wait: bool = False) -> None:
         """Looks at the readings that have arrived; with `wait`, at all.
@@ -192,29 +225,6 @@ class StageReporter:
             sums = (loss, correct, correct5)
         self._steps = 0
         self._recent = self._epoch_base = _Base(time.perf_counter(), self._stopwatch.waiting, seen, 0, sums)
-
-    def _read(self, item: Item, ends_epoch: bool) -> None:
-        sums, event = self._stage.read_sums(), None
-        if self._device.type == "cuda":
-            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-            sums = host.copy_(sums, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        stage = self._stage
-        self._readings.append(
-            _Reading(
-                sums,
-                event,
-                item,
-                ends_epoch,
-                stage.images_this_epoch,
-                stage.images_evaluated,
-                self._steps,
-                time.perf_counter(),
-                self._stopwatch.waiting,
-            )
-        )
-        self.poll()
 
     def _resolve(self, reading: _Reading) -> None:
         rows = reading.sums.tolist()

@@ -171,16 +171,38 @@ def test_an_unknown_or_impossible_precision_is_refused() -> None:
 
 @pytest.mark.parametrize(("precision", "inside"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
 def test_what_float32_products_mean_is_said_and_put_back(precision: str, inside: str) -> None:
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [setting.fp32_precision for setting in settings]
+    """By torch's newer switches and by its older ones, which raise where the two do not agree."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+
+    def older() -> tuple[str, bool, bool]:
+        products = torch.get_float32_matmul_precision()
+        return products, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before, before_older = [setting.fp32_precision for setting in settings], older()
 
     def fail() -> None:
-        assert [setting.fp32_precision for setting in settings] == [inside, inside]
+        tf32 = inside == "tf32"
+        assert [setting.fp32_precision for setting in settings] == [inside] * 3
+        assert older() == ("high" if tf32 else "highest", tf32, tf32)
         raise KeyError
 
     with pytest.raises(KeyError), float32_products(precision):
         fail()
     assert [setting.fp32_precision for setting in settings] == before
+    assert older() == before_older
+
+
+def test_switches_that_disagree_already_are_put_back_as_they_were() -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"  # which the older switches can't tell
+    try:
+        with float32_products("fp32"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_backend_of_this_test_is_compiled() -> None:

@@ -157,7 +157,8 @@ def _device(job: Job, world: World) -> torch.device:
                 "found); start one process per GPU, or use --engine streams on one GPU"
             )
         device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else events and messages would go to the first one
     return device
 
 

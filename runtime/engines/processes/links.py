@@ -19,6 +19,7 @@ from unlocked.workers.shared_edges import SharedListener, SharedOutEdge
 __all__ = ["TRANSPORTS", "SharedRefusal", "link_stages"]
 
 TRANSPORTS = ("auto", "shared", "group")
+_PATIENCE = 4  # times the edges' own time limit
 
 
 class SharedRefusal(ValueError):
@@ -63,12 +64,14 @@ def link_stages(
             raise SharedRefusal(f"transport 'shared' is not possible: {problem}; use 'group' or 'auto'")
         if world.rank == 0:
             print(f"edges go through a process group, which is slower than memory: {problem}", file=sys.stderr)
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=timeout),
+        # NCCL ends the process without a word when its own time is up: the edges, which name the neighbour, come first.
+        timeout=timedelta(seconds=timeout * (_PATIENCE if on_gpu else 1)),
     )
     return make_edges(incoming, outgoing, rank=world.rank, depth=depth, device=device, timeout=timeout)
 

@@ -3,15 +3,17 @@
 In tick t stage k works on the micro-batch at stream position t - k. Ticks are the order in which the host issues work;
 on the GPU only the true dependences order it (a slot is written before it is read, and read before it is written
 again), so stages drift within the rings' depth. What a stage does is the schedule's list, executed by the loop that
-every engine runs. A run of uniform training ticks is launched as one captured piece; what lies between (a partial
-micro-batch, evaluation, the seam of an epoch) is issued stage by stage, from captured pieces of each kind. Captured
-work is a CUDA graph; on a CPU it is the calls themselves, made again in the same order, one after the other.
+every engine runs. A run of uniform ticks, all of one kind, is launched as one captured piece; what lies between (a
+partial micro-batch, the seams between kinds and epochs) is issued stage by stage, from captured pieces of each kind.
+Captured work is a CUDA graph; on a CPU it is the calls themselves, made again in the same order, one after the other.
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -41,7 +43,7 @@ from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
-from unlocked.workers.actions import Item
+from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
@@ -97,6 +99,10 @@ class Streams(PipelineOptions):
             run = _Run(job, make_sinks, self)
             stack.callback(run.close)
             run.prepare()
+            if not gc.get_freeze_count():
+                # Else a collection during the run walks all that was made before, for tenths of a second.
+                gc.freeze()
+                stack.callback(gc.unfreeze)
             setup = time.perf_counter() - began
             with StopSignals() as signals:
                 seconds = run.train(signals)
@@ -137,7 +143,7 @@ class _Run:
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
         self.captures = options.graphs and self._capturable()
-        self.graph: TickGraph | None = None
+        self.graphs: Mapping[ItemKind, TickGraph] = {}
         self.clock: DeviceClock | None = None
         self.events: EventStamps | None = None
         self._issued: deque[torch.cuda.Event] = deque()
@@ -160,7 +166,7 @@ class _Run:
         """Captures after a warm-up whose effects are undone, and waits for everything that was begun."""
         if self.captures:
             depth, ticks = self.options.queue_depth, self.options.graph_ticks
-            self.graph = capture(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
+            self.graphs = capture(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
 
@@ -185,7 +191,9 @@ class _Run:
                 self._synchronize()
             raise
         seconds = time.perf_counter() - began
-        self._collect(wait=True)
+        if self.events is not None:
+            self.events.cut()
+        self._collect()  # all of them: the device is done
         for reporter in self.reporters:
             reporter.check_weights(self._end)
         return seconds
@@ -199,13 +207,11 @@ class _Run:
                 self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
                     break
-            ticks = self._uniform_ticks(tick)
-            if ticks:
-                self._launch_ticks(tick)
-            else:
+            graph = self._launch_ticks(tick)
+            if graph is None:
                 self._sample(tick)
                 self._issue(tick)
-            tick += ticks or 1
+            tick += graph.ticks if graph else 1
             for reporter in self.reporters:
                 reporter.poll()
         for reporter in self.reporters:  # what the next segment's learning rate may depend on
@@ -251,28 +257,37 @@ class _Run:
     def _snapshot(self, stage: int, item: Item) -> None:
         write_stage_snapshot(self.job, self.lanes[stage].stage, item, last=stage == len(self.lanes) - 1)
 
-    def _uniform_ticks(self, tick: int) -> int:
-        """The tick graph's ticks if all of its micro-batches are full ones of one epoch, past its first and before its
-        last (where there are sums to begin and to report); else 0."""
-        graph = self.graph
-        if graph is None or tick % graph.alignment:
-            return 0
-        first, last = tick - len(self.lanes) + 1, tick + graph.ticks - 1
-        if first <= self._first or last >= self._end:
-            return 0  # every stage's first micro-batch here is issued by itself: its learning rate is set before it
-        a, b = self.plan[first], self.plan[last]
-        uniform = a.kind == b.kind == "train" and a.epoch == b.epoch and a.index > 0 and not b.last
-        return graph.ticks if uniform and b.index - a.index == last - first and b.size == self.plan.batch_size else 0
+    def _launch_ticks(self, tick: int) -> TickGraph | None:
+        """Launches the tick graph that begins here, if there is one: all of its micro-batches are full ones of one kind
+        and epoch, past its first and before its last (where there are sums to begin and to report)."""
+        lag = len(self.lanes) - 1
+        if tick - lag <= self._first or tick >= self._end:
+            return None  # every stage's first micro-batch here is issued by itself: its learning rate is set before it
+        oldest = self.plan[tick - lag]  # the last stage's first
+        graph = self.graphs.get(oldest.kind)
+        if graph is None or tick % graph.alignment or oldest.index == 0 or tick + graph.ticks > self._end:
+            return None
+        newest = self.plan[tick + graph.ticks - 1]
+        if newest.kind != oldest.kind or newest.last or not oldest.size == newest.size == graph.rows:
+            return None
+        if newest.epoch != oldest.epoch or newest.index - oldest.index != lag + graph.ticks - 1:
+            return None
+        self._launch(graph, oldest, lag)
+        return graph
 
-    def _launch_ticks(self, tick: int) -> None:
-        graph = self.graph
-        assert graph is not None
+    def _launch(self, graph: TickGraph, oldest: Item, lag: int) -> None:
         if self.events is not None:
             self.events.cut()
-        graph.launch(self.plan[tick])
-        for k, (lane, reporter) in enumerate(zip(self.lanes, self.reporters, strict=True)):
-            with lane.on_stream():
-                reporter.skip(list(self.plan.items(tick - k, tick - k + graph.ticks)))
+        firsts = [
+            Item(oldest.position + n, oldest.kind, oldest.epoch, oldest.index + n, oldest.size, False)
+            for n in range(lag, -1, -1)
+        ]
+        graph.launch(firsts[0])
+        for lane, reporter, first in zip(self.lanes, self.reporters, firsts, strict=True):
+            due = reporter.skip(first, graph.ticks)
+            if due is not None:
+                with lane.on_stream():
+                    reporter.read(due)
         self._collect()
         if graph.stream is not None:
             event = torch.cuda.Event()
@@ -287,9 +302,9 @@ class _Run:
         if self.device.type == "cpu":
             return
         self.clock = DeviceClock(self.stopwatches, whole=self.traced)
-        if self.graph is not None:
-            self.graph.clock = self.clock
-        if self.traced or self.graph is None:
+        for graph in self.graphs.values():
+            graph.clock = self.clock
+        if self.traced or "train" not in self.graphs:
             self.events = EventStamps([stream for stream in self.streams if stream is not None], self.clock)
         if self.traced:
             for lane in self.lanes:
@@ -307,14 +322,13 @@ class _Run:
         for lane in self.lanes:
             lane.stamp = self.events if timed else None
 
-    def _collect(self, *, wait: bool = False) -> None:
+    def _collect(self) -> None:
         """Takes in the times that have come from the device."""
-        if self.clock is not None and self.graph is not None:
-            self.graph.collect(wait=wait)
+        if self.clock is not None:
+            for graph in self.graphs.values():
+                graph.collect()
         if self.events is not None:
-            if wait:
-                self.events.cut()
-            self.events.collect(wait=wait)
+            self.events.collect()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

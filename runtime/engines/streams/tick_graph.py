@@ -1,19 +1,20 @@
 """What the streams engine captures before it runs: every kind of micro-batch of each stage, and graphs of many ticks.
 
-A tick graph takes every stage through many full training micro-batches, with the data flow's dependences and no others:
-on a GPU one CUDA graph, in which the stages run side by side.
+A tick graph takes every stage through many full micro-batches of one kind, with the data flow's dependences and no
+others: on a GPU one CUDA graph, in which the stages run side by side.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unlocked.runtime.job import Job
 from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.captured import Captured, no_collection
 from unlocked.workers.lane import Lane
@@ -24,9 +25,13 @@ __all__ = ["TickGraph", "capture"]
 
 _WARM_UPS = 3  # of every kind of micro-batch before a capture, as torch's own capturing helpers make
 _SAMPLE = 16  # of so many launches one is timed, where not all are
+# An epoch has fewer micro-batches of the other kinds: their graphs have a part of the ticks, so that most fit in.
+_TAIL_SHARE = 4
 
 
-def capture(job: Job, lanes: Sequence[Lane], *, queue_depth: int, graph_ticks: int, timed: bool) -> "TickGraph | None":
+def capture(
+    job: Job, lanes: Sequence[Lane], *, queue_depth: int, graph_ticks: int, timed: bool
+) -> "Mapping[ItemKind, TickGraph]":
     """Warms up, captures every kind of item that the stream has, and puts all state back as it was.
 
     Args:
@@ -34,17 +39,16 @@ def capture(job: Job, lanes: Sequence[Lane], *, queue_depth: int, graph_ticks: i
         timed: every launch is to be timed, for a trace; else a sample.
 
     Returns:
-        The tick graph, or None if the run is too short for one, or if its data is not where captured work can read it.
+        The tick graphs: none of a kind of which an epoch has too few for one, nor where the data is not where captured
+        work can read it.
     """
     items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
     shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
-    ticks, alignment = _ticks(job, len(lanes), queue_depth, graph_ticks)
     source = lanes[0].stage.source
+    runs: list[_Run] = []
     if isinstance(source, BatchSource):
-        source.reserve(max(ticks, 1))
-    else:
-        ticks = 0
-    _synchronize(lanes)
+        runs = _runs(job.plan, len(lanes), queue_depth, graph_ticks)
+        source.reserve(max([run.ticks for run in runs], default=1))
     on_device = lanes[0].stream is not None
     with _Restored(lanes), no_collection() if on_device else nullcontext():
         _warm_up(lanes, shapes)
@@ -52,47 +56,63 @@ def capture(job: Job, lanes: Sequence[Lane], *, queue_depth: int, graph_ticks: i
             with lane.on_stream():
                 for kind, size in shapes:
                     lane.capture(kind, size)
-        graph = TickGraph(job, lanes, ticks, alignment, timed=timed) if ticks else None
+        place = _Place.on(job.device)
+        graphs = {run.kind: TickGraph(lanes, run, place, timed=timed) for run in runs}
         if on_device:
             for lane in lanes:
                 with lane.on_stream():
                     lane.try_captured()
                 _synchronize([lane])  # stages share slots, and nothing orders these launches
-            _synchronize(lanes)
-            if graph is not None:
+            for graph in graphs.values():
                 graph.try_captured()
     for lane in lanes:
         lane.launches = True
-    return graph
+    return graphs
+
+
+class _Run(NamedTuple):
+    """What a tick graph takes every stage through."""
+
+    kind: ItemKind
+    rows: int
+    """Of every micro-batch."""
+    ticks: int
+    alignment: int
+    """The ticks at which a launch may begin are its multiples; there the rings' slots are those captured."""
+
+
+class _Place(NamedTuple):
+    """Where tick graphs are captured and launched: one after the other, so that they share their memory."""
+
+    stream: torch.cuda.Stream | None
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> "_Place":
+        if device.type != "cuda":
+            return cls(None, None)
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
 class TickGraph:
-    """Captured work of `ticks` full training micro-batches of every stage.
+    """Captured work of many full micro-batches of every stage.
 
     Before a launch the micro-batches of the tick before it lie in the rings, so every stage has work from the first
-    tick on. On a GPU a second copy also records the time of every action, and is launched now and then; for a trace
-    there are two such copies and no other, so that one is read while the other runs.
-
-    Args:
-        alignment: the ticks at which a launch may begin are its multiples; there the rings' slots are those captured.
+    tick on. On a GPU a second copy of the training graph also records the time of every action, and is launched now and
+    then; for a trace there are two such copies of every graph and no other, so that one is read while the other runs.
     """
 
-    def __init__(self, job: Job, lanes: Sequence[Lane], ticks: int, alignment: int, *, timed: bool) -> None:
-        self.ticks, self.alignment = ticks, alignment
-        self._plan, self._lanes = job.plan, list(lanes)
+    def __init__(self, lanes: Sequence[Lane], run: _Run, place: _Place, *, timed: bool) -> None:
+        self.kind, self.rows, self.ticks, self.alignment = run
+        self._lanes = list(lanes)
         self._launches = 0
         self.clock: DeviceClock | None = None
         """Gets the times of timed launches, on a GPU."""
-        self.stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
-        pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
-        for lane in lanes:
-            with lane.on_stream():
-                for layer in lane.stage.layers:
-                    layer.set_mode("train")
-        copies = 0 if self.stream is None else 2 if timed else 1
-        # One pool: no two of these ever run at the same time.
-        self._timed = [_TimedCopy(self, pool) for _ in range(copies)]
-        self._plain = None if timed and self._timed else self._capture(pool)
+        self.stream = place.stream
+        self._set_mode()
+        copies = 0 if self.stream is None else 2 if timed else self.kind == "train"
+        self._timed = [_TimedCopy(self, place.pool) for _ in range(copies)]
+        self._plain = None if timed and self._timed else self._capture(place.pool)
 
     def launch(self, first: Item) -> None:
         """Runs the ticks whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
@@ -105,50 +125,56 @@ class TickGraph:
                 self._plain.launch()
         else:
             self._launch_on_device(source, first)
-        for lane in self._lanes:
-            lane.advance(self.ticks)
+        if self.kind == "train":
+            for lane in self._lanes:
+                lane.advance(self.ticks)
 
-    def collect(self, *, wait: bool = False) -> None:
-        """Hands the times of timed launches that have happened to the clock; with `wait`, all."""
+    def collect(self) -> None:
+        """Hands the times of timed launches that have happened to the clock."""
         assert self.clock is not None
         for copy in self._timed:
-            copy.collect(self.clock, wait=wait)
+            copy.collect(self.clock)
 
     def try_captured(self) -> None:
         """Launches each copy once; see `Lane.try_captured`."""
-        assert self.stream is not None
-        for captured in [*([self._plain] if self._plain else []), *(copy.captured for copy in self._timed)]:
-            with torch.cuda.stream(self.stream):
+        self._set_mode()
+        with self._between_lanes():
+            for captured in [*([self._plain] if self._plain else []), *(copy.captured for copy in self._timed)]:
                 captured.launch()
-            self.stream.synchronize()
 
     def _launch_on_device(self, source: BatchSource, first: Item) -> None:
-        assert self.stream is not None
         captured, copy = self._plain, None
-        if captured is None or self._launches % _SAMPLE == 1:
+        if captured is None or (self._timed and self._launches % _SAMPLE == 1):
             copy = self._timed[self._launches % len(self._timed)]
             captured = copy.captured
             assert self.clock is not None
             copy.collect(self.clock, wait=True)  # before its events are recorded anew
         self._launches += 1
-        for lane in self._lanes:
-            assert lane.stream is not None
-            self.stream.wait_stream(lane.stream)
-        with torch.cuda.stream(self.stream):
+        with self._between_lanes():
             source.seek(first, self.ticks)
             captured.launch()
             if copy is not None:
                 copy.started(first.position)
         for lane in self._lanes:
+            lane.entry.forget_events()
+
+    @contextmanager
+    def _between_lanes(self) -> Iterator[None]:
+        """What is issued inside comes after all that the lanes have, and before all that they get next."""
+        assert self.stream is not None
+        for lane in self._lanes:
+            assert lane.stream is not None
+            self.stream.wait_stream(lane.stream)
+        with torch.cuda.stream(self.stream):
+            yield
+        for lane in self._lanes:
             assert lane.stream is not None
             lane.stream.wait_stream(self.stream)
-            lane.entry.forget_events()
 
     def _capture(self, pool: Any) -> Captured:
         """One copy. What is captured waits for nothing outside, and nothing outside for what is in it."""
-        _synchronize(self._lanes)
         for lane in self._lanes:
-            lane.entry.forget_events()
+            lane.entry.forget_events()  # a capture begins by waiting for the device
         with self._uncounted(), self._lanes_over_many_ticks(None):
             captured = Captured(self._work, self.stream, pool)
         for lane in self._lanes:
@@ -168,13 +194,19 @@ class TickGraph:
                 for lane in reversed(self._lanes):
                     k = lane.stage.index
                     # Stage k is k micro-batches behind: its slot is that of the position tick - k.
-                    item = Item(tick - k, "train", 0, 0, self._plan.batch_size, False)
+                    item = Item(tick - k, self.kind, 0, 0, self.rows, False)
                     with lane.on_stream():
                         lane.work(item, stage_actions(k, len(self._lanes), [item]))
         if self.stream is not None:  # join
             for lane in self._lanes:
                 assert lane.stream is not None
                 self.stream.wait_stream(lane.stream)
+
+    def _set_mode(self) -> None:
+        for lane in self._lanes:
+            with lane.on_stream():
+                for layer in lane.stage.layers:
+                    layer.set_mode(self.kind)
 
     def _uncounted(self) -> ExitStack:
         stack = ExitStack()
@@ -219,7 +251,7 @@ class _TimedCopy:
         done.record()
         self._running = (position, done)
 
-    def collect(self, clock: DeviceClock, *, wait: bool) -> None:
+    def collect(self, clock: DeviceClock, *, wait: bool = False) -> None:
         if self._running is None:
             return
         position, done = self._running
@@ -248,20 +280,27 @@ class _Restored:
         self._saved = [(_clone(layer.state_dict()), layer.eval_totals.clone()) for layer in self._layers]
         _synchronize(self._lanes)
 
-    def __exit__(self, *_: object) -> None:
-        _synchronize(self._lanes)
-        for layer, (state, eval_totals) in zip(self._layers, self._saved, strict=True):
-            layer.load_state_dict(state)
-            layer.eval_totals.copy_(eval_totals)
-        _synchronize(self._lanes)
+    def __exit__(self, kind: object, *_: object) -> None:
+        # After a failure the device may be in no state to be restored; then that failure is the news.
+        with suppress(RuntimeError) if kind is not None else nullcontext():
+            _synchronize(self._lanes)
+            for layer, (state, eval_totals) in zip(self._layers, self._saved, strict=True):
+                layer.load_state_dict(state)
+                layer.eval_totals.copy_(eval_totals)
 
 
-def _ticks(job: Job, stages: int, queue_depth: int, graph_ticks: int) -> tuple[int, int]:
-    """(ticks of a tick graph, their alignment); (0, 1) where there is none."""
+def _runs(plan: StreamPlan, stages: int, queue_depth: int, graph_ticks: int) -> list[_Run]:
+    """Of every kind of which an epoch has enough full micro-batches."""
     depth = queue_depth if stages > 1 else 1
     ticks = -(-graph_ticks // depth) * depth
-    too_short = job.plan.train_size // job.plan.batch_size < ticks + stages
-    return (0, 1) if too_short else (ticks, depth)
+    tail = -(-ticks // _TAIL_SHARE // depth) * depth
+    full = plan.train_size // plan.batch_size
+    found: list[tuple[ItemKind, int, int, int]] = [("train", plan.batch_size, ticks, full)]
+    if plan.eval_size:
+        rows = min(plan.eval_batch_size, plan.eval_size)
+        found.append(("statistics", plan.batch_size, tail, min(full, plan.statistics_per_epoch)))
+        found.append(("evaluate", rows, tail, plan.eval_size // rows))
+    return [_Run(kind, rows, ticks, depth) for kind, rows, ticks, count in found if ticks and count >= ticks + stages]
 
 
 def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[ItemKind, int]]) -> None:
@@ -272,7 +311,6 @@ def _warm_up(lanes: Sequence[Lane], shapes: Sequence[tuple[ItemKind, int]]) -> N
                 item = Item(0, kind, 0, 0, size, False)
                 with lane.on_stream():
                     lane.warm_up(item, list(stage_actions(lane.stage.index, len(lanes), [item])))
-                _synchronize([lane])  # the next stage reads what this one wrote
 
 
 def _synchronize(lanes: Sequence[Lane]) -> None:

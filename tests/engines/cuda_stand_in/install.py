@@ -1,0 +1,106 @@
+"""Puts the stand-in where torch's CUDA interface is."""
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cuda_stand_in.device import Device, Event, Stream
+from cuda_stand_in.graphs import Graph
+from cuda_stand_in.operations import Functions, Operations
+
+__all__ = ["cuda_stand_in"]
+
+_MEMORY_BYTES = 80 << 30
+
+
+@contextlib.contextmanager
+def cuda_stand_in(removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False) -> Iterator[Device]:
+    """Inside, `device="cuda"` runs on tensors of the CPU, in this thread and in those that it starts.
+
+    Args:
+        removed: waits to leave out, by names as `Device.waits` has them.
+        idle: graphs do nothing when they are launched: for who wants to know the host's time alone.
+        strict: what is out of order is an `OutOfOrderError` at once, not a line in `Order.unordered`.
+    """
+    device = Device(removed, strict=strict, idle=idle)
+    with contextlib.ExitStack() as stack:
+        for place, names in _interface(device).items():
+            for name, value in names.items():
+                stack.enter_context(patch.object(place, name, value, create=True))
+        stack.enter_context(_modes(device))
+        yield device
+
+
+@contextlib.contextmanager
+def _modes(device: Device) -> Iterator[None]:
+    operations = Operations(device)
+    with Functions(device, operations), operations:
+        yield
+
+
+def _interface(device: Device) -> dict[Any, dict[str, Any]]:
+    class On:
+        """A class, as torch's: a generator that is never resumed selects its stream again when it is collected."""
+
+        def __init__(self, stream: Stream | None) -> None:
+            self._stream = stream
+
+        def __enter__(self) -> None:
+            self._before = device.current
+            device.current = self._stream or self._before
+
+        def __exit__(self, *_: object) -> None:
+            device.current = self._before
+
+    run = threading.Thread.run
+
+    def run_with_modes(thread: threading.Thread) -> None:
+        with _modes(device):
+            run(thread)
+
+    class BoundStream(Stream):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(device, f"stream {len(device.streams)}")
+
+    class BoundEvent(Event):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(device, **options)
+
+    class BoundGraph(Graph):
+        def __init__(self, keep_graph: bool = False) -> None:
+            super().__init__(device, keep_graph)
+
+    autocast = torch.autocast
+
+    def autocast_on_cpu(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    cuda = {
+        "Stream": BoundStream,
+        "Event": BoundEvent,
+        "CUDAGraph": BoundGraph,
+        "stream": On,
+        "current_stream": lambda *_: device.current,
+        "default_stream": lambda *_: device.default,
+        "synchronize": lambda *_: device.synchronize(),
+        "device": lambda *_: contextlib.nullcontext(),
+        "set_device": device.select,
+        "current_device": lambda: device.selected,
+        "device_count": lambda: 2,
+        "graph_pool_handle": device.new_pool,
+        "reset_peak_memory_stats": lambda *_: None,
+        "max_memory_allocated": lambda *_: device.memory.used,
+        "mem_get_info": lambda *_: (_MEMORY_BYTES, _MEMORY_BYTES),
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132),
+    }
+    return {
+        torch.cuda: cuda,
+        torch._C: {"_host_emptyCache": lambda: None},
+        torch: {"autocast": autocast_on_cpu},
+        threading.Thread: {"run": run_with_modes},
+    }
