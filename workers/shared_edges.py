@@ -234,7 +234,7 @@ def _memory_folders() -> list[str]:
         return [*folders, temporary]
     kinds = {line.split()[1]: line.split()[2] for line in mounts.read_text().splitlines()}  # the latest mount counts
     home = next(str(p) for p in (Path(temporary).resolve(), *Path(temporary).resolve().parents) if str(p) in kinds)
-    return [*folders, temporary] if kinds[home] in ("tmpfs", "ramfs") else folders
+    return list(dict.fromkeys([*folders, temporary])) if kinds[home] in ("tmpfs", "ramfs") else folders
 
 
 def _count_bytes(link: socket.socket, neighbour: str, timeout: float) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 
+from unlocked.runtime.control.world import stage_name
 from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
 from unlocked.runtime.typed import from_plain, to_plain
 
@@ -59,11 +60,6 @@ class VersionError(MessageError):
 
 class RunFailed(RuntimeError):
     """The run was aborted; the text is the first cause."""
-
-
-def stage_name(stage: int, rank: int | None = None, layers: Sequence[str] = ()) -> str:
-    """How errors name a stage: `stage 1 (rank 1: conv3, linear1)`."""
-    return f"stage {stage} (rank {stage if rank is None else rank}: {', '.join(layers) or 'layers unknown'})"
 
 
 # --- from a worker to the coordinator

@@ -16,9 +16,8 @@ from typing import Any, ClassVar, NoReturn
 
 from unlocked.runtime.control.ending import Verdict, end_process, error_line
 from unlocked.runtime.control.launcher import follow_launcher
-from unlocked.runtime.control.messages import stage_name
 from unlocked.runtime.control.presence import Presence, lost_in_set_up
-from unlocked.runtime.control.world import World
+from unlocked.runtime.control.world import World, stage_name
 
 __all__ = ["SetUp", "pack_verdict", "unpack_verdict"]
 

@@ -1,11 +1,15 @@
-"""A process's place among all those of a run, as launchers tell it by the environment."""
+"""A process's place among all those of a run, as launchers tell it by the environment.
+
+A process comes here in its first line, so nothing is imported that takes long.
+"""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unlocked.runtime.fields import from_environment, setting
 
-__all__ = ["World", "attempt", "launched_by_torchrun"]
+__all__ = ["World", "attempt", "launched_by_torchrun", "stage_name"]
 
 _MOST_PROCESSES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -65,3 +69,8 @@ def launched_by_torchrun() -> bool:
 def attempt() -> str:
     """Which of the launcher's attempts at this run it is; "0" is the first."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def stage_name(stage: int, rank: int | None = None, layers: Sequence[str] = ()) -> str:
+    """How errors name a stage: `stage 1 (rank 1: conv3, linear1)`."""
+    return f"stage {stage} (rank {stage if rank is None else rank}: {', '.join(layers) or 'layers unknown'})"

@@ -33,7 +33,7 @@ def test_auto_trains_without_enough_shared_memory(size: str, words: list[str], d
     prefix = on_small_disks({"/dev/shm": size})
     environment = {"TMPDIR": "/dev/shm"}
     with ranks(2, [str(PIPELINE), *FLAGS, "--summary", str(file)], prefix=prefix, environment=environment) as started:
-        texts = [process.communicate(timeout=120)[1] for process in started]
+        texts = [process.communicate(timeout=240)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], texts
     assert all(word in texts[0] for word in ["through a process group", *words]), texts
     assert json.loads(file.read_text())["weights_sha256"] == digest
@@ -43,7 +43,7 @@ def test_shared_refuses_in_one_line_with_what_is_needed_and_free(tmp_path: Path)
     prefix = on_small_disks({"/dev/shm": "128k"})
     command = [str(PIPELINE), *FLAGS, "--transport", "shared"]
     with ranks(2, command, prefix=prefix, environment={"TMPDIR": "/dev/shm"}) as started:
-        texts = [process.communicate(timeout=120)[1] for process in started]
+        texts = [process.communicate(timeout=240)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], texts
     for text in texts:
         assert "stage 1 (rank 1: " in first_error(text)
