@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         conditions = {"stages": options.stages, "graph_ticks": options.graph_ticks, "repeats": options.repeats}
         result = {"environment": to_plain(environment()), **conditions, "microseconds_per_micro_batch": per_tick}
-        options.json.write_text(json.dumps(result | {"seconds": seconds}, indent=1))
+        options.json.write_text(json.dumps(result | {"seconds": seconds}, indent=1, allow_nan=False))
     return 0
 
 

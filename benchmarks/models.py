@@ -22,8 +22,9 @@ from unlocked.data import load_dataset
 from unlocked.models import MODELS, Block, get_model
 from unlocked.rules import LLS, LayerInfo
 from unlocked.runtime import MetricsSink, Trainer
+from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.metrics.records import StageProgress
-from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
+from unlocked.runtime.network import Network, build_layer, build_network
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.schedules.partition import partition
 from unlocked.runtime.typed import to_plain

@@ -13,9 +13,10 @@ from unlocked.comparison.meter import MeasuredTrainer, Meter, reset_peak_memory
 from unlocked.comparison.request import LayerCosts, RankAnswer, Request, load_data
 from unlocked.comparison.results import EpochFigures, SpanKind, TimelineSpan
 from unlocked.comparison.rival.worker import backpropagation_costs, train_pipeline, try_forms
+from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.job import prepare_process
 from unlocked.runtime.machine import peak_memory_bytes
-from unlocked.runtime.network import Network, build_layer, build_network, measure_costs
+from unlocked.runtime.network import Network, build_layer, build_network
 from unlocked.runtime.recipe import make_model, make_optimizer, make_rule
 from unlocked.runtime.result import RunResult
 from unlocked.workers.actions import Action

@@ -1,12 +1,10 @@
-"""From a user's model to layers: shapes, rules, optimizers, measured costs."""
+"""From a user's model to layers: shapes, rules, optimizers."""
 
 import contextlib
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +34,6 @@ __all__ = [
     "check_trainable",
     "check_weights",
     "kept_modes",
-    "measure_costs",
 ]
 
 Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
@@ -256,61 +253,12 @@ def build_layer(
     return kind(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
 
 
-def measure_costs(
-    make_layer: Callable[[int], Layer], network: Network, *, batch_size: int, device: torch.device, repeats: int = 5
-) -> list[float]:
-    """Seconds of one local step of every layer, the median of `repeats` after two warm-ups.
-
-    `make_layer` builds throw-away layers; the network's own weights are put back afterwards.
-
-    Raises:
-        RuntimeError: a layer or its rule fails; names the layer.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
-    if not network.input_dtype.is_floating_point:
-        x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
-    costs = []
-    with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
-        for index, block in enumerate(network.blocks):
-            saved = {name: value.clone() for name, value in block.state_dict().items()}
-            try:
-                seconds, x = _measure(make_layer(index), x, labels, repeats)
-            except (Exception, SystemExit) as error:
-                cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
-                name = network.infos[index].name
-                raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
-            costs.append(seconds)
-            block.load_state_dict(saved)
-    return costs
-
-
-def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[float, Tensor]:
-    """The median of the seconds that a step takes, and the layer's output."""
-    times = []
-    for _ in range(repeats + 2):
-        start = _now(x.device)
-        out = layer.forward(x)
-        layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
-        times.append(_now(x.device) - start)
-    return median(times[2:]), out.clone()
-
-
 def _made_up(sample: Tensor, seed: int) -> Tensor:
     """A micro-batch of two samples like this one: tokens as they are, anything else normally distributed."""
     shape = (2, *sample.shape)
     if not sample.is_floating_point():
         return sample.expand(shape).clone()
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _latent_size(block: Block, activation_shape: tuple[int, ...], layout: Layout | None) -> int:

@@ -32,7 +32,7 @@ LAYERS = {
         ["batch_statistics", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
-        ["saving"],
+        ["saving", "costs"],
         ["job", "arguments"],
         ["saving.scoring", "engines"],
         ["trainer", "recipe"],

@@ -100,7 +100,7 @@ class Presence:
         atexit.register(self._remove)
 
     def _write(self, content: dict[str, object]) -> None:
-        os.write(self._descriptor, (json.dumps(content) + "\n").encode())
+        os.write(self._descriptor, (json.dumps(content, allow_nan=False) + "\n").encode())
 
     def _meet(self, path: Path) -> None:
         rank = int(path.name.removeprefix("rank-"))

@@ -198,7 +198,7 @@ STARTED = b"started\n"
 
 def pack_verdict(verdict: Verdict) -> bytes:
     """One line, for a connection."""
-    return (json.dumps({"message": verdict.message, "code": verdict.code}) + "\n").encode()
+    return (json.dumps({"message": verdict.message, "code": verdict.code}, allow_nan=False) + "\n").encode()
 
 
 def unpack_verdict(data: bytes) -> Verdict | None:

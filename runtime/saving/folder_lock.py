@@ -38,7 +38,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        os.pwrite(descriptor, json.dumps(owner, allow_nan=False).encode(), 0)
         yield
     finally:
         _held.discard(folder)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from unlocked.models import Block, initialise, small_conv
 from unlocked.rules import LLS, CrossEntropy, LayerInfo, LLS_Random, LocalRule
+from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.network import (
     Network,
     backpropagation_network,
     build_layer,
     build_network,
-    measure_costs,
 )
 from unlocked.workers.layer import Layer
 

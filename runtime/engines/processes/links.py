@@ -106,7 +106,7 @@ class _SharedLinks:
                 if listener is not None:
                     stack.callback(listener.close)
                     stack.enter_context(last_act(lambda _: listener.close()))
-                self._store.set(f"edge-{self._world.rank}", json.dumps(offer))
+                self._store.set(f"edge-{self._world.rank}", json.dumps(offer, allow_nan=False))
             if self._outgoing is not None:
                 self._store.set(f"link-{self._world.rank}", self._reach(self._outgoing) or "")
             keys = [f"link-{rank}" for rank in range(self._world.size - 1)]

@@ -70,7 +70,7 @@ def _send(block: Block, key: str, store: dist.Store) -> None:
     chunks = [data[start : start + _CHUNK_BYTES] for start in range(0, len(data), _CHUNK_BYTES)]
     for number, chunk in enumerate(chunks):
         store.set(f"{key}-{number}", chunk)
-    store.set(key, json.dumps(len(chunks)))
+    store.set(key, json.dumps(len(chunks), allow_nan=False))
 
 
 def _receive(block: Block, key: str, store: dist.Store, world: World, timeout: float) -> None:

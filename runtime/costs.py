@@ -1,0 +1,65 @@
+"""What a step of each layer costs, measured: the stages are cut by it."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from unlocked.models.errors import first_line
+from unlocked.models.generators import SOURCES, GlobalGenerators
+from unlocked.runtime.network import Network
+from unlocked.workers.errors import CalledExitError
+from unlocked.workers.layer import Layer
+
+__all__ = ["measure_costs"]
+
+
+def measure_costs(
+    make_layer: Callable[[int], Layer], network: Network, *, batch_size: int, device: torch.device, repeats: int = 5
+) -> list[float]:
+    """Seconds of one local step of every layer, the median of `repeats` after two warm-ups.
+
+    `make_layer` builds throw-away layers; the network's own weights are put back afterwards.
+
+    Raises:
+        RuntimeError: a layer or its rule fails; names the layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
+    if not network.input_dtype.is_floating_point:
+        x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
+    costs = []
+    with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
+        for index, block in enumerate(network.blocks):
+            saved = {name: value.clone() for name, value in block.state_dict().items()}
+            try:
+                seconds, x = _measure(make_layer(index), x, labels, repeats)
+            except (Exception, SystemExit) as error:
+                cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
+                name = network.infos[index].name
+                raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
+            costs.append(seconds)
+            block.load_state_dict(saved)
+    return costs
+
+
+def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[float, Tensor]:
+    """The median of the seconds that a step takes, and the layer's output."""
+    times = []
+    for _ in range(repeats + 2):
+        start = _now(x.device)
+        out = layer.forward(x)
+        layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
+        times.append(_now(x.device) - start)
+    return median(times[2:]), out.clone()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
