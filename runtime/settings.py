@@ -1,5 +1,7 @@
 """How a run is executed, on any engine: the settings that belong to no engine and no dataset."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,24 @@ def _backends() -> Sequence[str]:
 def _precisions() -> Sequence[str]:
     from unlocked.kernels.precision import PRECISIONS
 
-    return PRECISIONS
+    return (*PRECISIONS, "auto")
+
+
+def _tried_precision(device: str) -> str:
+    """The precision that `auto` stands for; rank 0 says why. A device that is not there is refused elsewhere."""
+    from unlocked.kernels.trial import PAYS, bfloat16_gain
+
+    try:
+        gain = bfloat16_gain(device)
+    except (RuntimeError, AssertionError):
+        return "fp32"
+    chosen = "bf16" if gain >= PAYS else "fp32"
+    if os.environ.get("RANK", "0") == "0":
+        told = (
+            f"precision auto is {chosen}: a matrix product on {device} is {gain:.2f} times as fast in bf16 as in fp32"
+        )
+        print(told, file=sys.stderr, flush=True)
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +49,10 @@ class Settings:
     device: str = setting("cpu", "cpu, cuda or cuda:INDEX")
     kernels: str = setting("auto", "auto, torch, cpp (CPU), triton or cuda (GPU)", choices=_backends)
     precision: str = setting(
-        "fp32", "fp32, tf32 (GPU) or bf16; weights, optimizer and statistics stay float32", choices=_precisions
+        "fp32",
+        "fp32, tf32 (GPU) or bf16, in which weights, optimizer and statistics stay float32; auto: bf16 where a trial "
+        "product on the device is faster in it, else fp32",
+        choices=_precisions,
     )
     compile: bool | str = setting(
         False, "torch.compile for what trains through autograd (all of BP); in Python a string names its backend"
@@ -79,6 +101,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", _tried_precision(self.device))
 
     @property
     def resumes_by_itself(self) -> bool:

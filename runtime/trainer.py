@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
+from unlocked.kernels.trial import bfloat16_gain
 from unlocked.runtime.arguments import (
     check_lr_factor,
     check_model,
@@ -111,6 +113,7 @@ class Trainer(Settings):
         check_device(self.device)
         check_compile(self.compile)
         check_precision(self.precision, torch.device(self.device))
+        _warn_of_slow_precision(self.precision, self.device)
         object.__setattr__(self, "_engine", engine)
         object.__setattr__(self, "_resume", self._find_resume())
 
@@ -258,6 +261,15 @@ class Trainer(Settings):
             },
             resume=resume,
             names=self.names or {},
+        )
+
+
+def _warn_of_slow_precision(precision: str, device: str) -> None:
+    if precision == "bf16" and torch.device(device).type == "cpu" and (gain := bfloat16_gain(device)) < 1:
+        warnings.warn(
+            f"precision bf16 is slower than fp32 on this processor, which has no unit for it: a matrix product takes "
+            f"{1 / gain:.1f} times as long; take fp32, or auto",
+            stacklevel=2,
         )
 
 
