@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from unlocked.data.cores import usable_cores
         from unlocked.launch.command_line import parse
         from unlocked.launch.own_workers import start_workers
+        from unlocked.rules import GLOBAL_RULES
         from unlocked.runtime import Processes
         from unlocked.runtime.recipe import run
 
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = parse(given, default_engine="processes" if under_launcher else "sequential")
         if isinstance(recipe.engine, Processes):
             if not under_launcher:
+                rule = recipe.training_mode
+                recipe.engine.check(recipe, rule if rule in GLOBAL_RULES else None)
                 count = _number_of_processes(recipe.engine.stages)
                 threads = max(1, usable_cores() // count)
                 return start_workers(count, "unlocked.launch.pipeline", given, threads=threads)

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def build_network(
         )
         for i, block in enumerate(blocks)
     ]
-    inputs = [sample, *map(torch.zeros, outputs[:-1])]
+    inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
     draws = [find_draws(block, partial(_made_up, like, seed)) for block, like in zip(blocks, inputs, strict=True)]
     return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics, draws)
 

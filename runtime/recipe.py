@@ -35,7 +35,8 @@ __all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimiz
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "AdamWScheduleFree", "SGDSF")
 _LARGEST_SIDE = 16384  # of an image, in pixels: four times what any dataset here has
-_LARGEST_FACTOR = 1e6  # of rates, decays and temperatures: beyond it float32 overflows within a step or two
+_LARGEST_RATE = 3.4e38  # float32's largest number: how large a rate a network bears is for the run to find out
+_LARGEST_FACTOR = 1e6  # of decays and temperatures: beyond it float32 overflows within a step or two
 _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milestones
 
 
@@ -64,7 +65,7 @@ class Recipe(Settings):
     )
     model: str = setting("SmallConv", "with or without the prefix LLS_ or DFA_")
     num_epochs: int = setting(10, "passes over the training data", at_least=1, at_most=LARGEST)
-    lr: float = setting(0.01, "initial learning rate", above=0, at_most=_LARGEST_FACTOR)
+    lr: float = setting(0.01, "initial learning rate", above=0, at_most=_LARGEST_RATE)
     training_mode: str = setting(
         "LLS", "the local rule; or BP or DFA, for comparison (in one stage)", choices=TRAINING_MODES
     )

@@ -77,6 +77,7 @@ class Settings:
         None,
         "go on from the newest snapshot in this folder, on any engine and number of stages; rule, optimizer, seed and "
         "batch sizes must be the run's; auto: from the newest whole one of this run's own folder, or anew",
+        place="folder",
     )
     trace: Path | None = setting(None, "write a Chrome trace of every action here", place="new file")
     timeout: float = setting(

@@ -39,8 +39,10 @@ def measure(method: str, depth: int, settings: ChainSettings) -> MemoryPoint:
         method: "BP", "BP, checkpointed" (every sqrt(depth) blocks keep their input only and compute again), or a rule.
     """
     device = torch.device(settings.device)
+    # Before the counting begins: what building tries out is no part of training.
+    stage, x, labels = build_chain(method, depth, settings, device)
+    built = bytes_of(persistent_tensors(stage, x, labels), device)
     with count_allocations(device) as counted:
-        stage, x, labels = build_chain(method, depth, settings, device)
         item = Item(0, "train", 0, 0, settings.batch_size, False)
         for _ in range(settings.steps):
             stage.forward(item, x, labels)
@@ -49,12 +51,13 @@ def measure(method: str, depth: int, settings: ChainSettings) -> MemoryPoint:
                 # Backpropagation makes all gradients anew while activations go: none needs to be there at its peak.
                 stage.layers[0].optimizer.zero_grad(set_to_none=True)
         persistent = bytes_of(persistent_tensors(stage, x, labels), device)
+    grown = persistent - built
     return MemoryPoint(
         method=method,
         depth=depth,
-        activation_bytes=counted.peak - persistent,
+        activation_bytes=counted.peak - grown,
         persistent_bytes=persistent,
-        held_bytes=counted.now - persistent,
+        held_bytes=counted.now - grown,
     )
 
 

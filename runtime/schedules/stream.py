@@ -54,14 +54,14 @@ class StreamPlan:
 
     def __post_init__(self) -> None:
         check(self)
-        if self._marked(self.train_steps) + self.num_epochs * self._tail > sys.maxsize:
-            raise ValueError(
-                f"{self.epochs} epochs of {self.steps_per_epoch} micro-batches are more than can be counted"
-            )
         if self.batch_size > self.train_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than the training data, which has {self.train_size} rows. "
                 f"Choose a batch_size of at most {self.train_size}."
+            )
+        if self._marked(self.train_steps) + self.num_epochs * self._tail > sys.maxsize:
+            raise ValueError(
+                f"{self.epochs} epochs of {self.steps_per_epoch} micro-batches are more than can be counted"
             )
 
     @property

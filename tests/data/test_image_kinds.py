@@ -250,7 +250,10 @@ def _large(size: tuple[int, int]) -> Callable[[Path], Case]:
 
 def _long(folder: Path) -> Case:
     (folder / "long.ppm").write_bytes(ppm(draw(1, 2, 20_000)))
-    return folder / "long.ppm", "is 2 x 20000 pixels, and 100 x 1000000 when .* scaled to 100: more than the limit of"
+    return (
+        folder / "long.ppm",
+        "is 2 x 20000 pixels, and 100 x 1000000 when it is scaled to 100 x 100: more than the limit of",
+    )
 
 
 def _cut_off(folder: Path) -> Case:

@@ -56,6 +56,7 @@ class Case:
     bytes: bool
 
     def blocks(self) -> list[Block]:
+        torch.manual_seed(0)  # every run of the case starts from the same weights
         made: list[Block] = []
         for i, (kind, options) in enumerate(self.layers):
             name, width = f"{kind}{i}", options["width"]

@@ -39,15 +39,23 @@ CASES: dict[str, dict[str, Any]] = {
         for depth, ticks, more in [
             (1, 0, {}),
             (1, 3, {"test": 21}),
-            (2, 2, {"train": 31, "test": 21, "print_freq": 3, "epochs": 1}),
+            (2, 2, {"train": 47, "batch_size": 3, "test": 21, "print_freq": 3, "epochs": 1}),
             (2, 32, LONG),
             (3, 0, {}),
-            (3, 3, {"train": 31, "test": 21}),
+            (3, 3, {"train": 47, "batch_size": 3, "test": 21}),
             (3, 32, {**LONG, "layers": 3, "print_freq": 7}),
         ]
     },
-    "three stages": {"stages": 3, "queue_depth": 2, "graph_ticks": 4, "train": 31},
-    "traced": {"stages": 3, "queue_depth": 2, "graph_ticks": 2, "train": 31, "epochs": 1, "trace": "trace.json"},
+    "three stages": {"stages": 3, "queue_depth": 2, "graph_ticks": 4, "train": 47, "batch_size": 3},
+    "traced": {
+        "stages": 3,
+        "queue_depth": 2,
+        "graph_ticks": 2,
+        "train": 47,
+        "batch_size": 3,
+        "epochs": 1,
+        "trace": "trace.json",
+    },
     "traced without graphs": {"graphs": False, "trace": "trace.json"},
     "no graphs": {"graphs": False, "queue_depth": 1},
     "backpropagation in one stage": {"stages": 1, "rule": "BP", "autograd": True, "graph_ticks": 3},
@@ -60,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "streamed data": {"train": batches, "batch_size": None, "prefetch": 1},
     "no evaluation": {"test": 0, "queue_depth": 2, "graph_ticks": 2},
     "augmented, with dropout": {"augment": True, "dropout": 0.3, "queue_depth": 2, "graph_ticks": 2, "epochs": 1},
-    "longer evaluation": {"test": 61, "queue_depth": 2, "graph_ticks": 8, "statistics_batches": 12, "train": 41},
+    "longer evaluation": {"test": 61, "queue_depth": 2, "graph_ticks": 8, "statistics_batches": 12, "train": 42},
 }
 
 

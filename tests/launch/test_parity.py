@@ -72,11 +72,11 @@ def test_the_home_folder_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--milestone ten", ["--milestone", "'ten'"]),
         ("--lr-scheduler StepLR", ["'StepLR'", "none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau"]),
         ("--lr-scheduler ReduceLROnPlateau --gamma 1", ["factor of ReduceLROnPlateau is 1.0"]),
-        ("--lr-scheduler ReduceLROnPlateau --patience -1", ["patience -1"]),
+        ("--lr-scheduler ReduceLROnPlateau --patience -1", ["patience is -1"]),
         ("--lr-scheduler ReduceLROnPlateau --no-eval", ["ReduceLROnPlateau needs the test loss"]),
         ("--training-mode DFA --engine processes", ["DFA is not local", "engine sequential"]),
         ("--optimizer SGDSF --momentum 0", ["omentum"]),
-        ("--model VGG8 --training-mode LLS_MxM_reduced --batch-size 0", ["batch_size=0"]),
+        ("--model VGG8 --training-mode LLS_MxM_reduced --batch-size 0", ["batch_size is 0"]),
     ],
 )
 def test_other_values_are_one_line(flags: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,7 @@ def _net(latent_size: int | None = None) -> list[Block]:
     def body(inputs: int, outputs: int) -> nn.Module:
         return nn.Sequential(nn.Conv1d(inputs, outputs, 3, padding=1), nn.BatchNorm1d(outputs), nn.LeakyReLU())
 
+    torch.manual_seed(0)  # every network of these starts from the same weights
     return [
         Block("conv1", body(2, 5), nn.MaxPool1d(2), latent_size=latent_size),
         Block("conv2", body(5, 7), nn.AdaptiveAvgPool1d(1), latent_size=latent_size),
@@ -168,6 +169,7 @@ def test_one_dimensional_convolutions_are_those_of_images_of_one_column() -> Non
                 nn.Conv2d(inputs, outputs, (3, 1), padding=(1, 0)), nn.BatchNorm2d(outputs), nn.LeakyReLU()
             )
 
+        torch.manual_seed(0)
         return [
             Block("conv1", body(2, 5), nn.MaxPool2d((2, 1)), latent_size=1),
             Block("conv2", body(5, 7), nn.AdaptiveAvgPool2d(1), latent_size=1),

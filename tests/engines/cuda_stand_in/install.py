@@ -89,6 +89,8 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
         "synchronize": lambda *_: device.synchronize(),
         "device": lambda *_: contextlib.nullcontext(),
         "set_device": device.select,
+        "init": lambda: None,
+        "default_generators": (torch.Generator(), torch.Generator()),
         "current_device": lambda: device.selected,
         "device_count": lambda: 2,
         "graph_pool_handle": device.new_pool,
