@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings
-from unlocked.models import Block, ConvBlock, OutputBlock
+from unlocked.models import Block, ConvBlock, OutputBlock, keyed_generator
+from unlocked.models.blocks import Pool
 from unlocked.rules import Rule, get_rule
 from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
 from unlocked.workers.fused import choose_step
@@ -19,15 +20,18 @@ __all__ = ["build_chain", "chain"]
 
 
 def chain(depth: int, settings: ChainSettings) -> list[Block]:
-    """`depth` equal convolutional blocks [B, channels, image_size, image_size], and an output layer."""
+    """`depth` equal convolutional blocks [B, channels, image_size, image_size], and an output layer, drawn by the
+    settings' seed: each process of a pipeline builds its own."""
     c = settings.channels
     last = depth - 1
-    # The last block pools to 2 x 2, so that the output layer is small whatever the image.
-    blocks: list[Block] = [
-        ConvBlock(c, c, name=f"conv{i + 1}", pool="average" if i == last else "none", pool_size=2 if i == last else 1)
-        for i in range(depth)
-    ]
-    return [*blocks, OutputBlock(4 * c, settings.num_classes)]
+    blocks: list[Block] = []
+    for i in range(depth):
+        # The last block pools to 2 x 2, so that the output layer is small whatever the image.
+        pool: Pool = "average" if i == last else "none"
+        with keyed_generator(settings.seed, i):
+            blocks.append(ConvBlock(c, c, name=f"conv{i + 1}", pool=pool, pool_size=2 if i == last else 1))
+    with keyed_generator(settings.seed, depth):
+        return [*blocks, OutputBlock(4 * c, settings.num_classes)]
 
 
 def build_chain(method: str, depth: int, settings: ChainSettings, device: torch.device) -> tuple[Stage, Tensor, Tensor]:

@@ -69,7 +69,8 @@ def test_processes_train_from_there_twice_and_compare_their_start(expected: dict
     out = tmp_path / "out.json"
     with ranks(2, [kept_weights_worker.__file__, str(out)]) as started:
         texts = [process.communicate(timeout=300)[1] for process in started]
-        assert [process.returncode for process in started] == [1, 1], texts
+        # 1: by the exception itself; 2: a user's mistake in another rank, heard of in set-up
+        assert {process.returncode for process in started} <= {1, 2}, texts
     assert json.loads(out.read_text()) == {name: [list(pair) for pair in pairs] for name, pairs in expected.items()}
     for text in texts:
         assert "the start values of layer sequential2 are other ones here than in rank 0; build the model" in text

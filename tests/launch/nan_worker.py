@@ -99,6 +99,7 @@ def run(engine: str, way: str, value: float, folder: Path, **options: Any) -> No
     generator = torch.Generator().manual_seed(1)
     samples, labels = torch.randn(2 * ROWS * STEPS, 12, generator=generator), torch.arange(2 * ROWS * STEPS) % 3
     half = ROWS * STEPS
+    torch.manual_seed(3)  # all ranks build the same model
     given: dict[str, Any] = {
         "model": nn.Sequential(
             nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU()),

@@ -120,7 +120,7 @@ def test_all_schedules_compute_the_same_and_two_have_timelines(tmp_path: Path) -
     [
         (["--study", "nothing"], ["study 'nothing'", "memory, stages"]),
         (["--only", "nobody"], ["--only 'nobody'", "BP, 1 thread"]),
-        (["--repeats", "-1"], ["--repeats is -1", "at least 0"]),
+        (["--repeats", "-1"], ["repeats is -1", "at least 0"]),
         (["--repeats", "0", "--seeds", "0"], ["nothing to run"]),
         (["--lr", "0"], ["lr is 0.0", "must be positive"]),
         (["--model", "nothing"], ["nothing"]),
