@@ -139,6 +139,8 @@ class Driver:
         self.rows = [{"name": s.name, "state": "not begun", "limit": s.limit, "checks": s.checks} for s in steps]
         (self.folder / f"{self.name}.log").write_bytes(b"")
         self._write()
+        # A shell's background job ignores SIGINT, and so would its children: here it is heard, and theirs to hear.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             for step, row in zip(steps, self.rows, strict=True):
                 self._run(step, row)
@@ -148,6 +150,7 @@ class Driver:
             return 130
         finally:
             self._write()
+            signal.signal(signal.SIGINT, before)
         failed = [row["checks"] for row in self.rows if row["state"] != "ok"]
         return 0 if not failed else 1 if any(failed) else 2
 
