@@ -1,4 +1,4 @@
-"""Starting the workers of a pipeline on this machine, where no launcher has: what torchrun does, on loopback alone."""
+"""Starting the workers of a pipeline on this machine, where no launcher has: what torchrun does."""
 
 import logging
 import os
@@ -11,7 +11,9 @@ __all__ = ["start_workers"]
 
 
 def start_workers(count: int, module: str, arguments: Sequence[str], *, threads: int) -> int:
-    """Runs `python -m module arguments` in `count` processes of torch's elastic agent, whose store listens on loopback.
+    """Runs `python -m module arguments` in `count` processes of torch's elastic agent.
+
+    Workers meet at the loopback address; the agent's two stores listen on every interface, as torchrun's do.
 
     Args:
         threads: intra-op threads of each worker, where OMP_NUM_THREADS says nothing else.
