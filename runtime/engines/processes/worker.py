@@ -9,7 +9,7 @@ import torch.distributed as dist
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import stage_name
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import save_stage
+from unlocked.runtime.engines.one_process import save_stage, saves_stop
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.rendezvous import meet
@@ -117,11 +117,7 @@ class Worker:
         self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
         self.reporter.check_weights(self.position)
-        if (
-            self.client.stopped
-            and self.job.settings.snapshot_dir
-            and self.job.start < self.position < len(self.job.plan)
-        ):
+        if self.client.stopped and saves_stop(self.job, self.position):
             self._save(self.position)
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
