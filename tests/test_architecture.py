@@ -28,13 +28,24 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
-        ["batch_statistics", "learning_rate", "machine", "signals"],
+        [
+            "schedules",
+            "typed",
+            "paths",
+            "fields",
+            "settings",
+            "layouts",
+            "saving.whole_file",
+            "metrics.records",
+            "tensors",
+        ],
+        ["batch_statistics", "learning_rate", "machine", "signals", "saving.model_file", "metrics.html", "exporting"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
-        ["job", "arguments"],
+        ["job", "arguments", "keeping"],
         ["saving.scoring", "engines"],
+        ["prediction"],
         ["trainer", "recipe"],
     ],
     "runtime.engines": [

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from unlocked.models.errors import first_line
-from unlocked.runtime.result import tensor_bytes
 from unlocked.runtime.saving.whole_file import TEMPORARY, whole_file, write_json
+from unlocked.runtime.tensors import tensor_bytes
 from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 

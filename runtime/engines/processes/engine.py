@@ -36,9 +36,10 @@ from unlocked.runtime.engines.processes.start_weights import agree_on_start_weig
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
-from unlocked.runtime.result import RunResult, unpack_tensors
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
 
 __all__ = ["Processes"]
