@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,19 @@ class _MissingPackage(Exception):
     """An optional package is not installed; its name."""
 
 
-def _program(module: nn.Module, samples: Tensor) -> torch.export.ExportedProgram:
+def _program(module: nn.Module, samples: Tensor) -> Any:
     batch = torch.export.Dim("batch")
     with torch.no_grad():
         return torch.export.export(module, (samples,), dynamic_shapes=({0: batch},))
 
 
-def _pt2(program: torch.export.ExportedProgram) -> bytes:
+def _pt2(program: Any) -> bytes:
     with io.BytesIO() as buffer:
         torch.export.save(program, buffer)
         return buffer.getvalue()
 
 
-def _onnx(program: torch.export.ExportedProgram) -> bytes:
+def _onnx(program: Any) -> bytes:
     for name in ("onnx", "onnxscript"):
         try:
             __import__(name)
