@@ -128,7 +128,10 @@ def _pack(content: Any, parts: Mapping[str, Any]) -> bytes:
 
 
 def _unsendable(name: str, part: Any, reason: Exception) -> str:
-    kind = type(getattr(part, "loader", part)).__name__
+    content = getattr(part, "loader", part)
+    kind = type(content).__name__
+    if type(content).__module__.startswith("unlocked.data"):
+        kind = "an iterator"  # which is kept in a class of ours, together with the batch that was looked at
     return (
         f"{name} ({kind}) can't be sent to the worker processes: {first_line(reason)}; leave out of it what lives in "
         "one process alone (open files, locks, generators, connections), or use engine 'streams' or 'sequential', "
