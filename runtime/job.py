@@ -47,6 +47,8 @@ class Job:
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
     """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    run: str
+    """The run's id, which its snapshots carry; a resumed run keeps it."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -39,6 +39,7 @@ LAYERS = {
     ],
     "runtime.engines": [
         ["one_process", "pipeline"],
+        ["saver"],
         ["processes", "streams"],
         ["sequential"],
     ],

@@ -154,9 +154,14 @@ class CoordinatorClient:
         """Reports this stage's part of an epoch's result; reliable."""
         self._mailbox.put(m.Epoch(part=part))
 
-    def snapshot_done(self, position: int) -> None:
-        """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
-        self._mailbox.put(m.SnapshotDone(position=position))
+    def snapshot_done(self, position: int, files: Mapping[str, tuple[int, str]]) -> None:
+        """This stage's part of the snapshot from which a run goes on at `position` is on the disk; reliable. From any
+        thread.
+
+        Args:
+            files: each of its layers' size and checksum.
+        """
+        self._mailbox.put(m.SnapshotDone(position=position, files={k: (v[0], v[1]) for k, v in files.items()}))
 
     def request_stop(self, signal: int | None = None) -> None:
         """Asks for an orderly stop of all stages. Returns at once; safe in a signal handler."""

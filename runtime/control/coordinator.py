@@ -39,8 +39,8 @@ class Coordinator:
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
-        on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
-            exception in it fails the run.
+        on_snapshot: called in that thread with a position, and with size and checksum of every layer's file, once
+            every stage has reported its snapshot of it. An exception in it fails the run.
         stop_at: from the position that is granted to the one at which an orderly stop takes effect, in the same epoch.
         start_timeout: seconds for all workers to say hello.
         heartbeat_timeout: seconds of silence after which a connected worker counts as lost.
@@ -61,7 +61,7 @@ class Coordinator:
         advertise: str | None = None,
         gate: EpochGate | None = None,
         sink: MetricsSink | None = None,
-        on_snapshot: Callable[[int], None] | None = None,
+        on_snapshot: Callable[[int, m.Files], None] | None = None,
         stop_at: Callable[[int], int] | None = None,
         start_timeout: float = 120.0,
         heartbeat_timeout: float = 30.0,
@@ -76,10 +76,10 @@ class Coordinator:
         self._gate = gate
         self._policy.limit = total if gate is None else gate.limit
         self._sink = sink or FanOut()
-        self._on_snapshot, self._stop_at = on_snapshot, stop_at or (lambda position: position)
+        self._on_snapshot, self._stop_at = on_snapshot or (lambda *_: None), stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
-        self._snapshots: dict[int, set[int]] = {}
+        self._snapshots: dict[int, dict[int, m.Files]] = {}
         self._members: dict[int, Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
@@ -305,12 +305,12 @@ class Coordinator:
             self._extend()
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
-        done = self._snapshots.setdefault(message.position, set())
-        done.add(member.hello.stage)
+        done = self._snapshots.setdefault(message.position, {})
+        done[member.hello.stage] = message.files
         if len(done) == len(self._stages):
+            files = {name: file for part in done.values() for name, file in part.items()}
             del self._snapshots[message.position]
-            if self._on_snapshot is not None:
-                self._callbacks.post(self._on_snapshot, message.position, important=True)
+            self._callbacks.post(self._on_snapshot, message.position, files, important=True)
 
     def _chunk(self, member: Member, chunk: m.Chunk) -> None:
         if member.finished or chunk.index != len(member.chunks):

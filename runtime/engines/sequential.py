@@ -3,6 +3,7 @@
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,12 +11,11 @@ import torch
 from unlocked.runtime.engines.one_process import (
     LocalOutlet,
     finish_result,
-    save_stopped,
     stop_position,
     threads_of,
     warn_of_threads,
-    write_stage_snapshot,
 )
+from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
@@ -75,11 +75,12 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         best_dir=job.settings.best_dir,
     )
     position = job.start
-    with StopSignals() as signals:
+    with StopSignals() as signals, contextlib.closing(RunSaver(job)) as saver:
 
         def after(item: Item) -> None:
             nonlocal position
             reporter.after(item)
+            saver.check()
             position = item.position + 1
             if signals.received is not None and stop_position(job, position) == position:
                 raise StopRun
@@ -89,7 +90,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
             rank=0,
             inbox=None,
             outbox=None,
-            snapshot=lambda item: write_stage_snapshot(job, stage, item, last=True),
+            snapshot=partial(saver.mark, stage),
             before_item=reporter.before,
             after_item=after,
             stopwatch=stopwatch,
@@ -102,9 +103,10 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
                 items = list(job.plan.items(start, min(start + _WINDOW, len(job.plan))))
                 loop.run(items, stage_actions(0, 1, items))
         except StopRun:
-            save_stopped(job, [stage], position)
+            saver.save_stopped([stage], position)
         finally:
             stage.close()
+        saver.finish()
     if job.device.type == "cuda":
         torch.cuda.synchronize(job.device)
     reporter.poll(wait=True)

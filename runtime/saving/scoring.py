@@ -26,7 +26,8 @@ from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
-from unlocked.runtime.saving.snapshots import UNREADABLE, Snapshot, damaged, layer_file_name, read_layer
+from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
+from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 
@@ -125,7 +126,7 @@ def score_snapshot(
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=settings["statistics_batches"],
-        drop_last=settings.get("drop_last", False),  # there was no such setting once
+        drop_last=settings["drop_last"],
     )
     plan = replace(one_epoch, epochs=(snapshot.steps - 1) // one_epoch.steps_per_epoch + 1)
     start = len(plan) - plan.statistics_per_epoch - plan.evaluations_per_epoch
@@ -148,16 +149,13 @@ def _read_states(snapshot: Snapshot, names: Sequence[str]) -> dict[str, dict[str
     """Each layer's state, by name."""
     states = {}
     for index, name in enumerate(names):
-        path = snapshot.folder / layer_file_name(index, name)
         try:
-            states[name] = read_layer(path, torch.device("cpu"))
+            states[name] = snapshot.read(index, name, torch.device("cpu"))
         except FileNotFoundError as error:
             raise ValueError(
-                f"snapshot {snapshot.folder} has no file {path.name}: it is of another network, with the layers "
-                f"{', '.join(snapshot.settings['layers'])}"
+                f"snapshot {snapshot.folder} has no file {layer_file_name(index, name)}: it is of another network, "
+                f"with the layers {', '.join(snapshot.settings['layers'])}"
             ) from error
-        except UNREADABLE as error:
-            raise ValueError(damaged(path, error)) from error
     return states
 
 

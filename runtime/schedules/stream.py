@@ -146,7 +146,6 @@ class StreamPlan:
             "eval_size": self.eval_size,
             "eval_batch_size": self.eval_batch_size,
             "statistics_batches": self.statistics_per_epoch,
-            "snapshot_every": self.snapshot_every,
         }
 
     def position_of_epoch(self, epoch: int) -> int:

@@ -8,7 +8,7 @@ same window of the stream.
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -83,6 +83,7 @@ class Processes(ProcessesOptions):
                 device = _device(job, world)
                 publish = partial(hub.publish, device) if hub else None
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
+                job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 names = [[job.network.names[i] for i in part] for part in parts]
                 client = self._client(job, world, terms["address"], names, set_up)
@@ -90,7 +91,7 @@ class Processes(ProcessesOptions):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     agree_on_start_weights(job, store, world, self.start_timeout)
                     worker = Worker(job, self, world, store, parts, client, device)
-                    closing.callback(worker.stage.close)
+                    closing.callback(worker.close)
                     if hub is not None:
                         hub.learn_threads(parts, worker.threads)
                     client.wait_started()

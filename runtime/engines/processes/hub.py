@@ -12,13 +12,13 @@ from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import (
-    complete_snapshot,
     epochs_before,
     steps_before,
     stop_position,
     warn_of_threads,
 )
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
+from unlocked.runtime.engines.saver import complete_snapshot
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
@@ -60,7 +60,7 @@ class Hub:
             port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
-            on_snapshot=lambda position: complete_snapshot(job, position, self._layer_threads),
+            on_snapshot=lambda position, files: complete_snapshot(job, position, self._layer_threads, files),
             stop_at=partial(stop_position, job),
             start_timeout=options.start_timeout,
             heartbeat_timeout=heartbeat_timeout(job),
@@ -73,6 +73,7 @@ class Hub:
             "address": coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
             "settings": settings_of(job, options),
+            "run": job.run,
         }
 
     def learn_threads(self, parts: Sequence[range], threads: Sequence[int]) -> None:
