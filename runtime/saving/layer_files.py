@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.result import tensor_bytes
+from unlocked.runtime.saving.tensor_file import load_tensors
 from unlocked.runtime.saving.whole_file import whole_file
 
 __all__ = [
@@ -92,12 +93,9 @@ def read_layer(
             does not have the checksum that was written with it.
         Others: the file can't be read as a file of tensors (`UNREADABLE`).
     """
-    size = path.stat().st_size
-    if written is not None and size != written.size:
+    if written is not None and (size := path.stat().st_size) != written.size:
         raise ValueError(f"it has {size} bytes where {written.size} were written")
-    _check_archive(path, size)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    _check_extent(state, size)
+    state = load_tensors(path)
     digest = state.pop(_CHECKSUM)
     owner = {name: state[name] for name in _OWNER}
     if state_digest(state) != digest:
@@ -122,41 +120,6 @@ def state_digest(state: object) -> str:
     digest = hashlib.sha256()
     _feed(digest, state)
     return digest.hexdigest()
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Raises a ValueError if the archive's entries would take more memory than the file has bytes."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or _sum(entries) > size:
-        raise ValueError(f"its {size} bytes claim to hold {_sum(entries)}")
-
-
-def _sum(entries: list[zipfile.ZipInfo]) -> int:
-    return sum(entry.file_size for entry in entries)
-
-
-def _check_extent(state: object, size: int) -> None:
-    """Raises a ValueError if a tensor claims more than its storage holds, or the storages more than the file."""
-    storages = {}
-    for tensor in _tensors(state):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        if tensor.numel() * tensor.element_size() > storage.nbytes():
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} claims more than its {storage.nbytes()} bytes")
-    if sum(storages.values()) > size:
-        raise ValueError(f"its {size} bytes claim to hold {sum(storages.values())}")
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

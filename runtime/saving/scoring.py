@@ -28,6 +28,7 @@ from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
 from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
 from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.saving.tensor_file import check_weights, load_tensors
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 
@@ -40,12 +41,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a `model_final.pt` or `model_best.pt`, by name. Nothing in the file is executed.
 
     Raises:
-        ValueError: there is no such file, or it holds something else (names it).
+        ValueError: there is no such file, it holds something else, or not what was written there (names it).
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a model_final.pt, a model_best.pt or a folder of snapshots")
+    check_weights(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a file of weights, or is damaged: {first_line(error)}") from error
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import stat
+import subprocess
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,9 @@ from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.saving.layer_files import read_layer, state_digest, write_layer
+from unlocked.runtime.saving.scoring import load_weights
 from unlocked.runtime.saving.snapshots import find_snapshot, newest_whole
+from unlocked.runtime.saving.tensor_file import save_weights
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
 FILE = "layer-002-conv3.pt"
@@ -189,6 +192,21 @@ def test_a_digest_covers_the_owner(tmp_path: Path) -> None:
     torch.save({**content, "position": 4}, path)
     with pytest.raises(ValueError, match="checksum"):
         read_layer(path, CPU)
+
+
+def test_weights_have_their_checksum_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "model_final.pt"
+    for value in (1.0, 2.0):
+        save_weights(path, {"w": torch.full((50,), value)})
+        subprocess.run(["sha256sum", "--check", "--strict", f"{path.name}.sha256"], cwd=tmp_path, check=True)
+        assert load_weights(path)["w"][0] == value
+    content = path.read_bytes()
+    at = content.index(torch.full((50,), 2.0).numpy().tobytes())
+    path.write_bytes(content[:at] + b"\1" + content[at + 1 :])
+    with pytest.raises(ValueError, match=r"model_final\.pt is damaged or was exchanged: .*model_final\.pt\.sha256"):
+        load_weights(path)
+    path.with_name("model_final.pt.sha256").unlink()
+    assert load_weights(path)["w"][0] != 2.0
 
 
 def test_files_have_the_mode_of_the_umask(runs: Path) -> None:

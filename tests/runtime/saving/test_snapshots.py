@@ -128,7 +128,7 @@ def test_a_run_that_was_cut_does_not_leave_a_mixture_behind(tmp_path: Path, monk
         return write_layer(path, state, run=run, position=position, layer=layer)
 
     monkeypatch.setattr(writer, "write_layer", write)
-    with pytest.raises(StageError, match="0SNAP.*killed"):
+    with pytest.raises(StageError, match=r"0SNAP.*killed"):
         _fit(optimizer=partial(torch.optim.Adam, lr=1e-3), snapshot_every=5, snapshot_dir=tmp_path)
     assert find_snapshot(tmp_path).steps == 5
 
