@@ -28,6 +28,7 @@ from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
 from unlocked.runtime.saving.tensor_file import save_weights
 from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.schedules.marks import Period
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.trainer import Trainer
@@ -163,7 +164,7 @@ class Recipe(Settings):
             eval_size=0 if self.no_eval else len(test),
             eval_batch_size=self.test_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=0 if self.snapshot_every is None else Period.of(self.snapshot_every).steps,
             max_steps=self.max_steps,
             drop_last=self.drop_last,
         )

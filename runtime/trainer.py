@@ -186,7 +186,7 @@ class Trainer(Settings):
             eval_size=0 if test_set is None else len(test_set),
             eval_batch_size=batch_size if eval_batch_size is None else eval_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=self.snapshot_period.steps,
             max_steps=max_steps,
             drop_last=drop_last,
         )
@@ -264,6 +264,7 @@ class Trainer(Settings):
             rates={
                 "learning rate": learning_rates(self.optimizer, parameters),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
+                "snapshot_every": str(self.snapshot_period),
             },
             run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,

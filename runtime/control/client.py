@@ -77,6 +77,8 @@ class CoordinatorClient:
         self._closing = False
         self.lr_factor = 1.0
         """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
+        self.marks: frozenset[int] = frozenset()
+        """The micro-batch behind which every stage saves itself by the clock, if it lies ahead."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -335,6 +337,7 @@ class CoordinatorClient:
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
+                self.marks = frozenset() if message.mark is None else frozenset((message.mark,))
             elif isinstance(message, m.Stop):
                 self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.ChunkSeen):

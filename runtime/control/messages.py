@@ -161,10 +161,11 @@ class Start:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
     """Every stage may run positions < `stop`; `lr_factor` multiplies its learning rate where the coordinator sets it
-    (see `windows.EpochGate`)."""
+    (see `windows.EpochGate`); `mark`: the micro-batch behind which every stage saves itself, see `marks.TimedMarks`."""
 
     stop: int
     lr_factor: float = 1.0
+    mark: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

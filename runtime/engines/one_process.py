@@ -19,7 +19,6 @@ __all__ = [
     "epochs_before",
     "finish_result",
     "saves_stop",
-    "steps_before",
     "stop_position",
     "threads_of",
     "warn_of_threads",
@@ -48,19 +47,6 @@ class LocalOutlet:
                 text = self._lr_factor.observe(result.epoch, result.eval_loss)
                 if text is not None:
                     self._sinks.on_message(text)
-
-
-def steps_before(plan: StreamPlan, position: int) -> int:
-    """Training micro-batches before `position`, over the whole run."""
-    if position >= len(plan):
-        return plan.train_steps
-    item = plan[position]
-    done = item.epoch * plan.steps_per_epoch
-    if item.kind in ("statistics", "evaluate"):
-        return min(done + plan.steps_per_epoch, plan.train_steps)
-    if item.kind == "train":
-        return done + item.index
-    return steps_before(plan, position - 1) + 1 if position else 0
 
 
 def epochs_before(plan: StreamPlan, position: int) -> int:
@@ -125,8 +111,8 @@ def finish_result(
         stages=[stage.layer_names for stage in stages],
         epochs=outlet.epochs,
         epochs_done=epochs_before(job.plan, position),
-        steps=steps_before(job.plan, position),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(position),
+        first_step=job.plan.steps_before(job.start),
         train_seconds=train_seconds,
         setup_seconds=setup_seconds,
         images_per_second=images / max(train_seconds, 1e-9),

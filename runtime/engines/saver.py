@@ -1,18 +1,20 @@
 """What engines do at a snapshot mark: stages are saved beside the stream, and what is whole is declared complete."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from unlocked.runtime.engines.one_process import saves_stop, steps_before, threads_of
+from unlocked.runtime.engines.one_process import saves_stop, threads_of
 from unlocked.runtime.job import Job
 from unlocked.runtime.saving.layer_files import LayerFile
 from unlocked.runtime.saving.snapshots import prune_snapshots, snapshot_folder, write_manifest
 from unlocked.runtime.saving.writer import SnapshotWriter
+from unlocked.runtime.schedules.marks import TimedMarks
 from unlocked.workers.actions import Item
 from unlocked.workers.stage import Stage
 
-__all__ = ["RunSaver", "StageSaver", "complete_snapshot"]
+__all__ = ["RunSaver", "StageSaver", "complete_snapshot", "timed_marks"]
 
 
 class StageSaver:
@@ -45,6 +47,7 @@ class RunSaver(StageSaver):
         super().__init__(job, self._add)
         self._parts: dict[int, dict[str, LayerFile]] = {}
         self._threads = threads_of(job)  # of this thread: another one may tell another number
+        self.marks = timed_marks(job)
 
     def save_stopped(self, stages: Sequence[Stage], position: int) -> None:
         """The snapshot of an orderly stop before `position`, if it leaves one."""
@@ -58,6 +61,12 @@ class RunSaver(StageSaver):
         if len(parts) == len(self._job.network.names):
             del self._parts[position]
             complete_snapshot(self._job, position, self._threads, parts)
+            self.marks.complete(position)
+
+
+def timed_marks(job: Job) -> TimedMarks:
+    """Those that come by the clock, from now on."""
+    return TimedMarks(job.plan, job.settings.snapshot_period.seconds, time.monotonic())
 
 
 def complete_snapshot(
@@ -76,17 +85,17 @@ def complete_snapshot(
         root,
         run=job.run,
         position=position,
-        steps=steps_before(job.plan, position),
+        steps=job.plan.steps_before(position),
         settings=job.fingerprint,
         files={name: LayerFile(*files[name]) for name in job.network.names},
         test_losses=job.lr_factor.losses_before(epoch),
         threads=threads,
     )
-    if job.settings.keep_snapshots is not None:
-        prune_snapshots(root, job.settings.keep_snapshots)
+    if job.settings.kept_snapshots is not None:
+        prune_snapshots(root, job.settings.kept_snapshots)
 
 
 def _folder(job: Job, position: int) -> Path:
     root = job.settings.snapshot_dir
     assert root is not None, "a plan with snapshots needs a folder"
-    return snapshot_folder(root, steps_before(job.plan, position))
+    return snapshot_folder(root, job.plan.steps_before(position))

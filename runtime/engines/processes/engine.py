@@ -20,7 +20,7 @@ from unlocked.runtime.control.ending import Verdict, end_process, error_line, la
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import epochs_before, steps_before
+from unlocked.runtime.engines.one_process import epochs_before
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -240,8 +240,8 @@ def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mappi
         engine=job.engine,
         stages=names,
         epochs_done=epochs_before(job.plan, worker.position),
-        steps=steps_before(job.plan, worker.position),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(worker.position),
+        first_step=job.plan.steps_before(job.start),
         threads=worker.threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=payload["setup_seconds"],

@@ -115,7 +115,7 @@ class Worker:
         self.stopwatch.restart()
         began = time.perf_counter()
         for window in self.client.windows(self.job.settings.timeout):
-            items = list(self.job.plan.items(window.start, window.stop))
+            items = list(self.job.plan.items(window.start, window.stop, self.client.marks))
             self.loop.run(items, stage_actions(self.index, self.num_stages, items))
         self.stage.close()
         if self.outbox is not None:

@@ -207,6 +207,7 @@ class _Run:
                 self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
                     break
+            self.saver.marks.look(tick, time.monotonic())
             graph = self._launch_ticks(tick)
             if graph is None:
                 self._sample(tick)
@@ -252,9 +253,9 @@ class _Run:
             position = tick - k
             if not self._first <= position < self._end:
                 continue
-            item = self.plan[position]
+            items = list(self.plan.items(position, position + 1, self.saver.marks.positions))
             with lane.on_stream():
-                lane.run([item], stage_actions(k, len(self.lanes), [item]))
+                lane.run(items, stage_actions(k, len(self.lanes), items))
 
     def _launch_ticks(self, tick: int) -> TickGraph | None:
         """Launches the tick graph that begins here, if there is one: all of its micro-batches are full ones of one kind
@@ -270,6 +271,8 @@ class _Run:
         if newest.kind != oldest.kind or newest.last or not oldest.size == newest.size == graph.rows:
             return None
         if newest.epoch != oldest.epoch or newest.index - oldest.index != lag + graph.ticks - 1:
+            return None
+        if self.plan.has_mark(tick - lag, tick + graph.ticks, self.saver.marks.positions):
             return None
         self._launch(graph, oldest, lag)
         return graph
