@@ -33,7 +33,8 @@ class StageSaver:
         """The stage's part of the snapshot from which a run goes on at `position`; see `SnapshotWriter.save`."""
         for layer in stage.layers:
             layer.set_mode("train")  # as the next micro-batch would; an evaluation may come before
-        self._writer.save(stage, _folder(self._job, position), position, partial(self._saved, position))
+        epoch = self._job.plan[position - 1].epoch
+        self._writer.save(stage, _folder(self._job, position), position, partial(self._saved, position), epoch=epoch)
 
     def mark(self, stage: Stage, item: Item) -> None:
         """Action SNAP."""

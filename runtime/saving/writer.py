@@ -41,12 +41,13 @@ class SnapshotWriter:
         self._copies: dict[int, Any] = {}  # layer -> the memory of its state
         self._written: dict[int, Future[None]] = {}  # stage -> its last part
 
-    def save(self, stage: Stage, folder: Path, position: int, done: _Done) -> None:
+    def save(self, stage: Stage, folder: Path, position: int, done: _Done, *, epoch: int = 0) -> None:
         """Copies the stage's state as it is now; its files are written to `folder` from then on.
 
         Args:
             position: the stream position at which a run goes on from here.
             done: is called in the thread, with the files that have reached the disk.
+            epoch: for messages.
 
         Raises:
             StageError: an earlier part of this stage could not be written.
@@ -63,7 +64,10 @@ class SnapshotWriter:
             copied.record()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
-        self._written[stage.index] = self._thread.submit(self._write, stage, folder, position, parts, copied, done)
+        where = f"{stage.index}SNAP{position - 1} (epoch {epoch}, the snapshot {folder})"
+        self._written[stage.index] = self._thread.submit(
+            self._write, stage, folder, position, parts, copied, done, where
+        )
 
     def check(self) -> None:
         """Raises: StageError: a part could not be written."""
@@ -95,6 +99,7 @@ class SnapshotWriter:
         parts: Sequence[tuple[Layer, Mapping[str, Any]]],
         copied: torch.cuda.Event | None,
         done: _Done,
+        where: str,
     ) -> None:
         """In the thread."""
         try:
@@ -104,9 +109,8 @@ class SnapshotWriter:
                 _check_weights(layer, state)
             done(self._write_files(folder, position, parts))
         except Exception as error:
-            action = f"{stage.index}SNAP{position - 1} (the snapshot {folder})"
             layers = ", ".join(stage.layer_names)
-            raise StageError(rank=self._rank, stage=stage.index, layers=layers, action=action, cause=error) from error
+            raise StageError(rank=self._rank, stage=stage.index, layers=layers, action=where, cause=error) from error
 
     def _write_files(
         self, folder: Path, position: int, parts: Sequence[tuple[Layer, Mapping[str, Any]]]
