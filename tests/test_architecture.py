@@ -30,7 +30,7 @@ LAYERS = {
     "runtime": [
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
         ["saving.tensor_file"],
-        ["batch_statistics", "learning_rate", "machine", "signals"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
