@@ -4,11 +4,13 @@ python scripts/notebooks.py [--output FOLDER] [NOTEBOOK...]
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
 SECONDS = 120  # for one cell
@@ -34,11 +36,16 @@ def execute(path: Path, target: Path) -> nbformat.NotebookNode:
     """
     book = nbformat.read(path, as_version=4)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Times of execution would make every run another file.
-    client = NotebookClient(
-        book, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": str(target.parent)}}
-    )
-    client.execute()
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        client = NotebookClient(
+            book,
+            timeout=SECONDS,
+            record_timing=False,  # else every run would make another file
+            resources={"metadata": {"path": str(target.parent)}},
+            # Sockets in a folder of this user, and no port that others could reach.
+            config=Config({"AsyncKernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}}),
+        )
+        client.execute()
     book.metadata.pop("language_info", None)  # the version of the Python that happened to execute it
     nbformat.write(book, target)
     return book
