@@ -11,7 +11,7 @@ from unlocked.models import architecture_of, plain_module
 from unlocked.runtime.network import Model, Network
 from unlocked.runtime.result import RunResult
 
-__all__ = ["KeptModel", "describe_model"]
+__all__ = ["KeptModel", "describe_kept"]
 
 
 class KeptModel:
@@ -48,7 +48,7 @@ class KeptModel:
         result.about = about
 
 
-def describe_model(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
+def describe_kept(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
     """What a file of the weights says beside them, as JSON values."""
     images = train if isinstance(train, ImageDataset) and train.images.dtype == torch.uint8 else None
     named = isinstance(train, ImageDataset) and len(train.classes) < 10_000

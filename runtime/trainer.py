@@ -1,6 +1,7 @@
 """The public API: one Trainer for every engine."""
 
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
-from unlocked.runtime.keeping import KeptModel, describe_model
+from unlocked.runtime.keeping import KeptModel, describe_kept
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
@@ -51,6 +52,7 @@ from unlocked.runtime.network import (
 from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
+from unlocked.runtime.saving.identity import describe_data, describe_model
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
@@ -198,7 +200,7 @@ class Trainer(Settings):
             eval_size=0 if test_set is None else len(test_set),
             eval_batch_size=batch_size if eval_batch_size is None else eval_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=self.snapshot_period.steps,
             max_steps=max_steps,
             drop_last=drop_last,
         )
@@ -219,7 +221,7 @@ class Trainer(Settings):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
-        kept.take(result, describe_model(self.model, kept, job.network, job.train, describe_rule(self.rule)))
+        kept.take(result, describe_kept(self.model, kept, job.network, job.train, describe_rule(self.rule)))
         trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
         object.__setattr__(self, "_trained", trained)
         return result
@@ -307,6 +309,7 @@ class Trainer(Settings):
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_trainable(network, self.rule)
         check_weights(network)
+        model = describe_model(network)
         parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
         try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
@@ -320,6 +323,9 @@ class Trainer(Settings):
             "optimizer": describe_optimizer(self.optimizer, parameters),
             "seed": self.seed,
             "precision": self.precision,
+            "model": model,
+            "data": describe_data(train_set),
+            "evaluation data": None if test_set is None else describe_data(test_set),
             **plan.settings(),
         }
         resume = self._resume
@@ -339,7 +345,9 @@ class Trainer(Settings):
             rates={
                 "learning rate": learning_rates(self.optimizer, parameters),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
+                "snapshot_every": str(self.snapshot_period),
             },
+            run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,
             names=self.names or {},
         )
