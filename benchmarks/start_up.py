@@ -1,0 +1,75 @@
+"""How long it takes until something happens: the command line, a first step, and twenty short runs in one process.
+
+    python benchmarks/start_up.py
+    python benchmarks/start_up.py --json start_up.json
+
+Each line is the wall-clock time of a process of its own, from its start to its end, with the best, the median and the
+slowest of the repeats. On a machine that does something else as well the best says most.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from unlocked.comparison.environment import environment
+from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.typed import to_plain
+
+__all__ = ["CASES", "main"]
+
+_ONE_STEP = ("--dataset", "digits", "--num-epochs", "1", "--max-steps", "1", "--no-eval", "--plain")
+_SCRIPT = """
+from functools import partial
+import torch
+from unlocked import LLS, Processes, Trainer, load_dataset
+from unlocked.models import small_conv
+train, test = load_dataset("digits")
+def fit(engine, **options):
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    trainer = Trainer(small_conv(1, 10, 8), rule=LLS(), optimizer=adam, engine=engine, threads=1)
+    return trainer.fit(train, epochs=1, batch_size=64, **options)
+"""
+CASES: dict[str, Sequence[str]] = {
+    "unlocked --help": ("-m", "unlocked", "--help"),
+    "import torch": ("-c", "import torch"),
+    "unlocked train, one step": ("-m", "unlocked", "train", *_ONE_STEP),
+    "unlocked train --stages 2, one step": ("-m", "unlocked", "train", "--stages", "2", *_ONE_STEP),
+    "Processes(stages=2) in a script, one step": ("-c", _SCRIPT + "fit(Processes(stages=2), max_steps=1)"),
+    "twenty runs in one process": ("-c", _SCRIPT + "for _ in range(20): fit('sequential', eval_data=test)"),
+}
+"""What is started -> Python's arguments."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="of each case, in turns (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help="; ".join(CASES))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    cases = {name: CASES[name] for name in options.only or CASES}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(max(1, options.repeats)):
+        for name, command in cases.items():
+            seconds[name].append(_seconds(command))
+    print(f"{'':42}{'best':>8}{'median':>8}{'slowest':>8}")
+    for name, found in seconds.items():
+        print(f"{name:42}{min(found):8.2f}{median(found):8.2f}{max(found):8.2f}")
+    if options.json:
+        write_json(options.json, {"environment": to_plain(environment()), "seconds": seconds})
+    return 0
+
+
+def _seconds(command: Sequence[str]) -> float:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *command], env=clean, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
