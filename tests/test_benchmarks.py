@@ -21,7 +21,7 @@ SCRIPTS = (
     "host_per_tick",
     "snapshots",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
-    *("reproduce", "single_gpu"),
+    *("reproduce", "single_gpu", "start_up"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
