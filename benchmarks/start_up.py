@@ -3,12 +3,14 @@
     python benchmarks/start_up.py
     python benchmarks/start_up.py --json start_up.json
 
-Each line is the wall-clock time of a process of its own, from its start to its end, with the best, the median and the
-slowest of the repeats. On a machine that does something else as well the best says most.
+Each line is a process of its own, from its start to its end: wall-clock seconds (the best, the median and the slowest
+of the repeats), and the processor's seconds in it and in what it started. On a machine that does something else as well,
+the best and the processor's say most.
 """
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -52,23 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     cases = {name: CASES[name] for name in options.only or CASES}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(max(1, options.repeats)):
         for name, command in cases.items():
-            seconds[name].append(_seconds(command))
-    print(f"{'':42}{'best':>8}{'median':>8}{'slowest':>8}")
-    for name, found in seconds.items():
-        print(f"{name:42}{min(found):8.2f}{median(found):8.2f}{max(found):8.2f}")
+            found[name].append(_seconds(command))
+    print(f"{'':42}{'best':>8}{'median':>8}{'slowest':>8}{'processor':>10}")
+    for name, pairs in found.items():
+        wall, processor = zip(*pairs, strict=True)
+        print(f"{name:42}{min(wall):8.2f}{median(wall):8.2f}{max(wall):8.2f}{min(processor):10.2f}")
     if options.json:
-        write_json(options.json, {"environment": to_plain(environment()), "seconds": seconds})
+        write_json(options.json, {"environment": to_plain(environment()), "wall and processor seconds": found})
     return 0
 
 
-def _seconds(command: Sequence[str]) -> float:
+def _seconds(command: Sequence[str]) -> tuple[float, float]:
+    """(wall-clock, the processor's)."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    began = time.perf_counter()
+    before, began = _processor_seconds(), time.perf_counter()
     subprocess.run([sys.executable, *command], env=clean, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, _processor_seconds() - before
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -335,3 +335,12 @@ def test_a_loss_curve_takes_means_apart(load: Any) -> None:
         {"from": 0, "to": 20, "losses": {"a": 3.0}},
         {"from": 20, "to": 60, "losses": {"a": 1.5}},
     ]
+
+
+def test_a_start_is_timed(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "start_up.json"
+    assert load("start_up").main(["--repeats", "2", "--only", "unlocked --help", "--json", str(path)]) == 0
+    assert "unlocked --help" in capsys.readouterr().out
+    (pairs,) = json.loads(path.read_text())["wall and processor seconds"].values()
+    assert len(pairs) == 2
+    assert all(processor > 0 for _, processor in pairs)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 __all__ = ["Started", "rank_environments", "start_processes"]
 
-_END_SECONDS = 10.0  # that a process may take to leave once its work is done or it was told to
+_END_SECONDS = 5.0  # that all of them may take to leave once their work is done or they were told to
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,9 +135,10 @@ def _end(started: Sequence[Started]) -> None:
     for one in started:
         if one.process.poll() is None:
             one.tell(signal.SIGTERM)
+    deadline = time.monotonic() + _END_SECONDS
     for one in started:
         try:
-            one.process.wait(_END_SECONDS)
+            one.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()
