@@ -4,8 +4,8 @@
     python benchmarks/start_up.py --json start_up.json
 
 Each line is a process of its own, from its start to its end: wall-clock seconds (the best, the median and the slowest
-of the repeats), and the processor's seconds in it and in what it started. On a machine that does something else as well,
-the best and the processor's say most.
+of the repeats), and the processor's seconds in it and in what it started. On a machine that does something else too, the
+best and the processor's say most.
 """
 
 import argparse
