@@ -73,10 +73,17 @@ def test_without_a_gpu_one_line_says_so(script: str) -> None:
 
 def test_the_host_time_of_the_streams_engine_is_measured(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    small = ["--stages", "2", "--graph-ticks", "4", "--steps", "20", "420", "--repeats", "1"]
+    small = ["--stages", "2", "--graph-ticks", "4", "--steps", "20", "420", "--repeats", "1", "--skip"]
     assert load("host_per_tick").main([*small, "--json", str(path)]) == 0
-    found = json.loads(path.read_text())["microseconds_per_micro_batch"]
+    report = json.loads(path.read_text())
+    found = report["microseconds_per_micro_batch"]
     assert 0 < found["skip"] < found["all"]
+    calls = report["calls_per_micro_batch"]
+    # A launch of four ticks, and an event that bounds the host; the stages' sums are read together, every 50th
+    # micro-batch; and between two launches nothing waits for anything.
+    assert calls["Graph.replay"] == pytest.approx(1 / 4)
+    assert calls["Event.record"] == pytest.approx(1 / 4 + 1 / 50 + 1 / (4 * 32), abs=0.01)
+    assert calls.get("Stream.wait_stream", 0) == 0
 
 
 SMALL = ("--device", "cpu", "--max-steps", "2", "--train-size", "12", "--compile-backend", "eager")

@@ -27,7 +27,6 @@ class Device:
     Args:
         removed: waits that are left out, by the names that `waits` has.
         strict: see `Order`.
-        idle: graphs do nothing when they are launched.
 
     Attributes:
         waits: how often each wait was asked for: `kind: function < its caller`, with `in a graph` inside of a capture.
@@ -37,8 +36,8 @@ class Device:
         most_ahead: graphs of many streams that were launched before the host knew that the first of them had begun.
     """
 
-    def __init__(self, removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False) -> None:
-        self.removed, self.idle = frozenset(removed), idle
+    def __init__(self, removed: Iterable[str] = (), *, strict: bool = False) -> None:
+        self.removed = frozenset(removed)
         self.memory, self.order = Memory(), Order(strict=strict)
         self.waits: Counter[str] = Counter()
         self.host_waits: Counter[str] = Counter()

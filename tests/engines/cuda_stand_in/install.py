@@ -18,15 +18,14 @@ _MEMORY_BYTES = 80 << 30
 
 
 @contextlib.contextmanager
-def cuda_stand_in(removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False) -> Iterator[Device]:
+def cuda_stand_in(removed: Iterable[str] = (), *, strict: bool = False) -> Iterator[Device]:
     """Inside, `device="cuda"` runs on tensors of the CPU, in this thread and in those that it starts.
 
     Args:
         removed: waits to leave out, by names as `Device.waits` has them.
-        idle: graphs do nothing when they are launched: for who wants to know the host's time alone.
         strict: what is out of order is an `OutOfOrderError` at once, not a line in `Order.unordered`.
     """
-    device = Device(removed, strict=strict, idle=idle)
+    device = Device(removed, strict=strict)
     with contextlib.ExitStack() as stack:
         for place, names in _interface(device).items():
             for name, value in names.items():
