@@ -109,7 +109,7 @@ class Place:
 
     def leave(self) -> None:
         """What the lanes get next comes after all that was issued to the place's stream."""
-        if not self._entered:
+        if self.stream is None or not self._entered:
             return
         for lane in self._lanes:
             assert lane.stream is not None
