@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from unlocked.kernels import reference
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.models import get_model
 from unlocked.rules import get_rule
@@ -83,12 +84,21 @@ class StepTrace:
 
 
 def trace_local(
-    model: str, batch: int, rule: str = "LLS", *, one_stage: bool = False, **model_options: Any
+    model: str,
+    batch: int,
+    rule: str = "LLS",
+    *,
+    one_stage: bool = False,
+    precision: str = "fp32",
+    **model_options: Any,
 ) -> StepTrace:
-    """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage."""
+    """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage.
+
+    `precision` "bf16" counts bytes of bfloat16 activations; "fp32" is also what tf32 moves.
+    """
     network = _network(model, model_options)
     groups = [range(len(network.blocks))] if one_stage else [range(i, i + 1) for i in range(len(network.blocks))]
-    return _trace(model, rule, _rule(rule), network, batch, groups)
+    return _trace(model, rule, _rule(rule), network, batch, groups, precision)
 
 
 def trace_backpropagation(model: str, batch: int, **model_options: Any) -> StepTrace:
@@ -112,7 +122,9 @@ def _rule(name: str) -> Any:
     return get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")
 
 
-def _trace(model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range]) -> StepTrace:
+def _trace(
+    model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range], precision: str = "fp32"
+) -> StepTrace:
     recorder = _Recorder()
     layers = [
         build_layer(
@@ -122,10 +134,11 @@ def _trace(model: str, rule: str, built: Any, network: Network, batch: int, grou
             optimizer=lambda parameters: _Optimizer(parameters, recorder),  # type: ignore[arg-type,return-value]
             device=META,
             step=fused_step(_Backend(recorder)),  # type: ignore[arg-type]
+            precision=precision,
         )
         for index in range(len(network.blocks))
     ]
-    rings = [_ring(network, group, batch) for group in groups]
+    rings = [_ring(network, group, batch, storage_dtype(precision)) for group in groups]
     stages, item = [], Item(0, "train", 0, 0, batch, False)
     for k, group in enumerate(groups):
         source = _Source(recorder) if k == 0 else None
@@ -155,10 +168,10 @@ def _nothing(item: Item) -> None:
     pass
 
 
-def _ring(network: Network, group: range, batch: int) -> Ring:
+def _ring(network: Network, group: range, batch: int, dtype: torch.dtype) -> Ring:
     shape = network.output_shapes[group.start - 1] if group.start else network.input_shape
     flat = len(network.infos[group.start].activation_shape) == 1
-    return Ring(2, batch, shape, META, flat_consumer=flat and group.start > 0)
+    return Ring(2, batch, shape, META, flat_consumer=flat and group.start > 0, dtype=dtype)
 
 
 class _Recorder(TorchDispatchMode):
@@ -319,6 +332,11 @@ class _Optimizer:
             moved = 4 * _ADAM_WORDS * values
             self._recorder.add("optimizer (Adam)", "fused", moved, _ADAM_FLOPS * values, programs, 2)
 
+    def bfloat16_of(self, parameter: Tensor) -> Tensor:
+        """Written by the launch of the step."""
+        with self._recorder.silence():
+            return parameter.to(torch.bfloat16)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self._parameters:
             p.grad = None
@@ -338,7 +356,8 @@ class _Source(BatchSource):
     ) -> tuple[Tensor, Tensor]:
         assert out is not None
         values = out[0].numel()
-        self._recorder.add("load_batch", "fused", 5 * values + 24 * item.size, 60 * values, _divide_up(values, 1024), 4)
+        moved = (1 + out[0].element_size()) * values + 24 * item.size
+        self._recorder.add("load_batch", "fused", moved, 60 * values, _divide_up(values, 1024), 4)
         return out
 
 
