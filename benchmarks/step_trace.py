@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from operations import copies_itself, is_free, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -114,8 +115,10 @@ def head_work(batch: int, dim: int, rows: int, classes: int, modulation: int) ->
 
 
 def _network(model: str, options: dict[str, Any]) -> Network:
-    blocks = get_model(model, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1], **options)
-    return build_network(blocks, input_shape=IMAGE, num_classes=CLASSES, seed=0)
+    channels, *sides = IMAGE
+    channels = options.pop("in_channels", channels)
+    blocks = get_model(model, in_channels=channels, num_classes=CLASSES, image_size=sides[0], **options)
+    return build_network(blocks, input_shape=(channels, *sides), num_classes=CLASSES, seed=0)
 
 
 def _rule(name: str) -> Any:
@@ -200,13 +203,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self._silent and not _is_free(func) and not _copies_itself(func, args):
+        if not self._silent and not is_free(func) and not copies_itself(func, args):
             self._note(func, args, kwargs, out)
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
-        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+        inputs, outputs = list(tensors((args, kwargs))), list(tensors(out))
         moved = sum(t.numel() * t.element_size() for t in inputs + outputs)
         values = max((t.numel() for t in inputs + outputs), default=1)
         packet = func._overloadpacket
@@ -359,34 +362,6 @@ class _Source(BatchSource):
         moved = (1 + out[0].element_size()) * values + 24 * item.size
         self._recorder.add("load_batch", "fused", moved, 60 * values, _divide_up(values, 1024), 4)
         return out
-
-
-def _is_free(func: Any) -> bool:
-    """Views and allocations launch nothing."""
-    name = func._schema.name.removeprefix("aten::")
-    if name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "lift")) or name.endswith("_like_empty"):
-        return True
-    returns = [r.alias_info for r in func._schema.returns]
-    return any(info is not None and not info.is_write for info in returns)
-
-
-def _copies_itself(func: Any, args: Any) -> bool:
-    """`x[2:] += y` ends in a copy of a view to itself, which torch leaves out."""
-    if func._schema.name != "aten::copy_":
-        return False
-    to, source = args[:2]
-    same_storage = to.untyped_storage()._cdata == source.untyped_storage()._cdata
-    return same_storage and to.storage_offset() == source.storage_offset() and to.stride() == source.stride()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _shape(conv: Tensor) -> Shape:
