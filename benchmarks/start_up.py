@@ -4,7 +4,7 @@
     python benchmarks/start_up.py --json start_up.json
 
 Each line is a process of its own, from its start to its end: wall-clock seconds (the best, the median and the slowest
-of the repeats), and the processor's seconds in it and in what it started. On a machine that does something else too, the
+of the repeats), and the processor's seconds in it and in what it started. On a machine that does something else, the
 best and the processor's say most.
 """
 

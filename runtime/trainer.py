@@ -52,7 +52,7 @@ from unlocked.runtime.network import (
 from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
-from unlocked.runtime.saving.identity import describe_data, describe_model
+from unlocked.runtime.saving.identity import describe_data, describe_network
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
@@ -309,7 +309,7 @@ class Trainer(Settings):
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_trainable(network, self.rule)
         check_weights(network)
-        model = describe_model(network)
+        model = describe_network(network)
         parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
         try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
