@@ -1,5 +1,6 @@
 """`Processes` outside torchrun: a script's run starts its own workers, and everything comes back to the caller."""
 
+import contextlib
 import json
 import os
 import signal
@@ -135,6 +136,15 @@ def test_a_sink_that_refuses_the_start_stops_the_run_with_its_own_error() -> Non
         fit("", sinks=[Refusing()])
 
 
+def children() -> list[str]:
+    """Of this process; a thread of it may end while it is looked at."""
+    found: list[str] = []
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += (task / "children").read_text().split()
+    return found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_workers_that_stand_still_are_given_up(capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped before they take their job, which is larger than a socket holds."""
@@ -150,9 +160,9 @@ def test_workers_that_stand_still_are_given_up(capsys: pytest.CaptureFixture[str
     def stop_all() -> None:
         stopped: set[str] = set()
         while not over.is_set():
-            for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-                for pid in set((task / "children").read_text().split()) - stopped:
-                    # Not before it is a program of its own: until then the one that starts it waits for it.
+            for pid in set(children()) - stopped:
+                # Not before it is a program of its own: until then the one that starts it waits for it.
+                with contextlib.suppress(OSError):
                     if b"processes.spawned" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         os.kill(int(pid), signal.SIGSTOP)
                         stopped.add(pid)
