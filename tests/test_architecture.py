@@ -29,7 +29,7 @@ ALLOWED = {
 LAYERS = {
     "runtime": [
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
-        ["batch_statistics", "learning_rate", "machine", "model_options", "signals"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
