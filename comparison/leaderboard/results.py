@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Inspection", "Measures", "Row", "Training"]
+__all__ = ["Inspection", "Measures", "Row", "Training", "best_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Training:
 class Measures:
     """What is measured once for a rule, a network and a dataset, while nothing else runs."""
 
-    images_per_second: float
-    """Training in one process of one thread, without evaluation: median of the repeats."""
+    images_per_second: float | None
+    """Training in one process of one thread, without evaluation: median of the repeats. None: not timed."""
     pipeline_images_per_second: float | None
     """In a pipeline; None: the rule has none, or it failed (`notes`)."""
     processes: int
