@@ -17,6 +17,7 @@ from unlocked.runtime.saving.whole_file import write_whole
 __all__ = ["summary_line", "write_page", "write_tables"]
 
 _NONE = "-"
+_MOST_NAMED = 4  # layers that are not local
 
 
 def write_page(board: Board, options: LeaderboardOptions, path: Path) -> None:
@@ -101,8 +102,8 @@ def _sections(table: Table, key: str, seeds: int) -> list[Section]:
     if pictures := [p for p in (accuracy_chart(table, key), speed_chart(table, key)) if p is not None]:
         legend = (
             "Above, test accuracy: diamonds are means, dots are seeds, lines one standard deviation to both sides, the "
-            "dashed line is backpropagation. Below, images per second: grey in one process, coloured as a pipeline. Pink "
-            "is what the audit found not to be local."
+            "dashed line is backpropagation. Below, images per second: grey in one process, coloured as a pipeline. "
+            "Pink is what the audit found not to be local."
         )
         sections.append(Section(key=f"{key}-charts", title=f"{title}, drawn", paragraphs=[legend], pictures=pictures))
     return sections
@@ -147,7 +148,10 @@ def _inspection(row: Row) -> Inspection | None:
 def _locality(found: Inspection | None) -> str:
     if found is None or found.leaks is None:
         return _NONE
-    return f"no: {', '.join(found.leaks)}" if found.leaks else f"yes ({found.cuts} cuts)"
+    if not found.leaks:
+        return f"yes ({found.cuts} cuts)"
+    more = len(found.leaks) - _MOST_NAMED
+    return f"no: {', '.join(found.leaks[:_MOST_NAMED])}" + (f" and {more} more" if more > 0 else "")
 
 
 def _problems(row: Row) -> list[str]:
@@ -180,8 +184,8 @@ def _conditions(board: Board, options: LeaderboardOptions) -> Section:
         title="How it was made",
         paragraphs=(
             "Every cell trained in a process of its own with one thread; seconds include the evaluation after each "
-            "epoch, and are from runs that may have shared the machine. All rules have the same learning rate, optimizer "
-            "and budget: a rule that wants others is not shown at its best.",
+            "epoch, and are from runs that may have shared the machine. All rules have the same learning rate, "
+            "optimizer and budget: a rule that wants others is not shown at its best.",
             f"Speed was measured with the first seed while nothing else of the leaderboard ran: {options.speed_steps} "
             f"micro-batches without evaluation, the median of {options.repeats}, in one process and as a pipeline of "
             f"{options.processes}. Same bits: the pipeline left the weights of the one process. Edges are what the "
