@@ -130,5 +130,5 @@ def _vgg(
 
 def _linear(in_features: int, width: int, name: str, dropout: float) -> Block:
     return LinearBlock(
-        in_features, width, name=name, dropout=dropout, latent_size=width, hidden=width, reduced_rank=100
+        in_features, width, name=name, dropout=dropout, latent_size=width, hidden=width, reduced_rank=min(100, width)
     )

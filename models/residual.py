@@ -146,8 +146,9 @@ def _resnet(
         if stop == units and count is not None:
             makers.append(partial(_last_module, name, parts[first:stop], widths_out[-1], num_classes))
         else:
-            p = latent_side(widths_out[stop - 1], sides[stop - 1], most=1024)
-            makers.append(partial(_module, name, parts[first:stop], p, pooled=stop == units))
+            width = widths_out[stop - 1]
+            p = latent_side(width, sides[stop - 1], most=1024)
+            makers.append(partial(_module, name, parts[first:stop], p, min(100, width * p * p), pooled=stop == units))
         first = stop
     if count is None:
         makers.append(partial(OutputBlock, widths_out[-1], num_classes))
@@ -193,11 +194,11 @@ def _stem(in_channels: int, width: int, large: bool) -> nn.Module:
     return nn.Sequential(parts)
 
 
-def _module(name: str, makers: _Makers, latent_size: int, *, pooled: bool) -> Block:
+def _module(name: str, makers: _Makers, latent_size: int, reduced_rank: int, *, pooled: bool) -> Block:
     """Units as one layer; `pooled`: the mean over all places is what the classifier reads."""
     body = nn.Sequential(*(make() for make in makers))
     tail = nn.AdaptiveAvgPool2d(1) if pooled else None
-    return Block(name, body, tail, latent_size=latent_size, hidden=2048, reduced_rank=100)
+    return Block(name, body, tail, latent_size=latent_size, hidden=2048, reduced_rank=reduced_rank)
 
 
 def _last_module(name: str, makers: _Makers, width: int, num_classes: int) -> Block:

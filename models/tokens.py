@@ -38,8 +38,8 @@ def vit(
     Args:
         width: features of a token: a multiple of 64, or below it one head.
         depth: transformer layers, beside the patches and the output.
-        patch_size: side of a patch in pixels; default: the largest of 8, 4, 2, 1 that divides both sides of the image
-            and leaves at least 16 patches; else 1.
+        patch_size: side of a patch in pixels; default: the largest of 16, 8, 4, 2, 1 that divides both sides of the
+            image and leaves at least 49 patches, or 16 of images below 28 x 28: 16 of 224, 8 of 64, 4 of 32, 2 of 8.
         dropout: probability: on attention weights, inside the feed-forward net and before each residual addition.
         in_channels, num_classes, image_size, seed: see `unlocked.models.small_conv`.
 
@@ -55,7 +55,7 @@ def vit(
         body = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
-        return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=100)
+        return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=min(100, width))
 
     sizes = _patches(in_channels, num_classes, image_size, width, depth, patch_size)
     return _network("transformer", layer, sizes, place=True, seed=seed)
@@ -87,14 +87,14 @@ def mlp_mixer(
 
     def layer(name: str, tokens: int, tail: nn.Module | None) -> Block:
         body = _MixerLayer(tokens, width, dropout)
-        return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=100)
+        return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=min(100, width))
 
     sizes = _patches(in_channels, num_classes, image_size, width, depth, patch_size)
     return _network("mixer", layer, sizes, place=False, seed=seed)
 
 
 _HEAD = 64
-_FEWEST_PATCHES = 16
+_FEWEST_PATCHES, _FEWEST_OF_SMALL = 49, 16
 
 
 class _Sizes(NamedTuple):
@@ -111,10 +111,10 @@ def _patches(
 ) -> _Sizes:
     check_positive(in_channels=in_channels, num_classes=num_classes, depth=depth, patch_size=patch_size)
     height, breadth = sides_of(image_size)
-    fits = [p for p in (8, 4, 2, 1) if not height % p and not breadth % p]
+    fits = [p for p in (16, 8, 4, 2, 1) if not height % p and not breadth % p]
     if patch_size is None:
-        many = [p for p in fits if height * breadth // (p * p) >= _FEWEST_PATCHES]
-        patch_size = next(iter(many), 1)
+        least = _FEWEST_PATCHES if height * breadth >= _FEWEST_PATCHES * 4**2 else _FEWEST_OF_SMALL
+        patch_size = next((p for p in fits if height * breadth // p**2 >= least), 1)
     if height % patch_size or breadth % patch_size:
         raise ValueError(
             f"patch_size is {patch_size}, which does not divide images of {height} x {breadth} pixels; valid, among "
@@ -187,7 +187,9 @@ def _network(
 
 
 def _first(sizes: _Sizes, place: bool) -> Block:
-    return Block("patches", _Patches(sizes, place=place), layout="tokens", hidden=2048, reduced_rank=100)
+    return Block(
+        "patches", _Patches(sizes, place=place), layout="tokens", hidden=2048, reduced_rank=min(100, sizes.width)
+    )
 
 
 def _output(sizes: _Sizes) -> Block:

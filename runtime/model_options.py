@@ -36,7 +36,7 @@ class ModelOptions:
     )
     patch_size: int | None = setting(
         None,
-        "of ViT and MLPMixer: side of a patch in pixels (unless given: 8, 4, 2 or 1, for 16 patches or more)",
+        "of ViT and MLPMixer: side of a patch in pixels (unless given: 16, 8, 4, 2 or 1, by the image)",
         at_least=1,
         at_most=1024,
     )

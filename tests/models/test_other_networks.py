@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from unlocked.kernels.reference import pool_latents
 from unlocked.models import MODELS, Block, get_model, model_options, split
 from unlocked.models.residual import local_module_sizes
+from unlocked.rules import RULES, get_rule
+from unlocked.runtime.network import build_network, check_rules
 
 OTHERS = [name for name in MODELS if "upsample" not in model_options(name)]
 TOKENS = ("ViT", "MLPMixer")
@@ -177,8 +179,8 @@ def test_the_smallest_image_that_fits(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_patches_divide_the_image(name: str) -> None:
     with torch.device("meta"):
-        patches = [get_model(name, image_size=side, depth=1)[0].body.project for side in (8, 28, 32, 33)]  # type: ignore
-        assert [conv.kernel_size[0] for conv in patches] == [2, 4, 8, 1]
+        patches = [get_model(name, image_size=side, depth=1)[0].body.project for side in (8, 28, 32, 33, 64, 224)]  # type: ignore
+        assert [conv.kernel_size[0] for conv in patches] == [2, 4, 4, 1, 8, 16]
     with pytest.raises(ValueError, match="patch_size is 5, which does not divide images of 32 x 32 pixels; valid"):
         get_model(name, patch_size=5)
     with pytest.raises(ValueError, match="width is 100, which is no whole number of heads of 64"):
@@ -230,3 +232,23 @@ def test_start_values_depend_on_seed_and_layer_alone(name: str) -> None:
         assert torch.equal(torch.random.get_rng_state(), state)
     assert all(map(torch.equal, found[0], found[1]))
     assert not all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.parametrize("rule", [*RULES, "DRTP"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MLP", {"width": 16}),
+        ("ResNet32", {}),
+        ("ResNet32", {"local_module_num": 3}),
+        ("ViT", {"width": 32, "depth": 1}),
+        ("MLPMixer", {"width": 32, "depth": 1}),
+        ("VGG8B", {"image_size": 16}),
+    ],
+)
+def test_every_rule_fits_every_layer(rule: str, name: str, options: dict[str, Any]) -> None:
+    """On the smallest images, where there are few latents."""
+    side = options.get("image_size", 8)
+    blocks = get_model(name, in_channels=1, num_classes=10, **{"image_size": side, **options})
+    network = build_network(blocks, input_shape=(1, side, side), num_classes=10, seed=0)
+    check_rules(network, get_rule(rule, temperature=0.5, label_smoothing=0.0, waveform="cosine"))
