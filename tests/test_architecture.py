@@ -30,7 +30,7 @@ LAYERS = {
     "runtime": [
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
         ["saving.tensor_file", "tensors"],
-        ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
         ["saving.model_file", "metrics.html", "exporting"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
@@ -47,12 +47,16 @@ LAYERS = {
         ["sequential"],
     ],
     "comparison": [
-        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "request", "results"],
+        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "results"],
+        ["cells", "significance", "leaderboard.results"],
+        ["request"],
         ["excerpts"],
         ["report"],
         ["rival", "memory", "stages"],
+        ["leaderboard.inspection"],
         ["worker", "pool"],
         ["measure"],
+        ["leaderboard"],
     ],
 }
 WITHOUT_TORCH = ("runtime.schedules", "runtime.control")
