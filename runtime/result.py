@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.metrics.records import EpochResult, Recovery
 
 __all__ = ["RunResult", "pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
 
@@ -48,6 +48,9 @@ class RunResult:
     """Of a training micro-batch, on average: forward and update, without waiting for neighbours; empty where only the
     device knows (`streams`)."""
 
+    recoveries: list[Recovery] = field(default_factory=list)
+    """Workers that died and were replaced (`processes`)."""
+
     @property
     def is_complete(self) -> bool:
         """This process knows the whole run (under torchrun: rank 0)."""
@@ -68,6 +71,7 @@ class RunResult:
             "predicted_stage_seconds": self.predicted_stage_seconds,
             "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,
+            "recoveries": [asdict(recovery) for recovery in self.recoveries],
         }
 
     @property

@@ -243,6 +243,20 @@ class Layer:
         self._pending = 0
         self._mode = None  # the optimizer's weights may be at another point now
 
+    def exact_state(self) -> dict[str, Any]:
+        """`state_dict`, and what a worker that goes on amid anything needs beside it: an evaluation's sums so far, and
+        the mode, which a schedule-free optimizer can't leave and take up again without rounding."""
+        return {**self.state_dict(), "eval_totals": self.eval_totals, "mode": self._mode}
+
+    def load_exact_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `exact_state`, in a layer that has just been built."""
+        self.load_state_dict(state)
+        self.eval_totals.copy_(state["eval_totals"])
+        self._mode = state["mode"]
+        self.block.train(self._mode != "evaluate")
+        for module in self.frozen:
+            module.training = False
+
 
 class AutogradStep:
     """The local step of any differentiable block and rule."""

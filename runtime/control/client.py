@@ -40,6 +40,7 @@ class CoordinatorClient:
         heartbeat_interval: seconds between signs of life.
         heartbeat_timeout: seconds without a sign of the coordinator after which it counts as lost.
         start_timeout: seconds for all workers to be there.
+        incarnation: which of the stage's workers this is; 0 is the first.
 
     Raises:
         ValueError: `address` is malformed.
@@ -56,13 +57,14 @@ class CoordinatorClient:
         heartbeat_interval: float = 1.0,
         heartbeat_timeout: float = 30.0,
         start_timeout: float = 120.0,
+        incarnation: int = 0,
     ) -> None:
         self._address = Address.parse(address)
         self.stage = stage
         self._rank, self._layers = stage if rank is None else rank, tuple(layers)
         self._on_abort = on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
-        self._start_timeout = start_timeout
+        self._start_timeout, self._incarnation = start_timeout, incarnation
         self._changed = threading.Condition()
         self._mailbox = Mailbox()
         self._latest_progress: StageProgress | None = None
@@ -104,8 +106,9 @@ class CoordinatorClient:
         """
         self._wait(lambda: self._start is not None, self._start_timeout, "START: waiting for all workers")
 
-    def windows(self, timeout: float = 60.0) -> Iterator[range]:
-        """The stream, window by window: consecutive ranges of positions, all of which this stage must complete.
+    def windows(self, timeout: float = 60.0, first: int | None = None) -> Iterator[range]:
+        """The stream, window by window: consecutive ranges of positions, all of which this stage must complete, from
+        position `first` on (default: the run's first).
 
         Ends after the last position, or after an orderly stop's (see `stopped`); all stages end at the same one.
 
@@ -115,7 +118,7 @@ class CoordinatorClient:
         """
         self.wait_started()
         assert self._start is not None
-        position = self._start.first
+        position = self._start.first if first is None else first
         while position < self._start.total:
             self._position = position
             if self._granted <= position and self.stopped is None:
@@ -157,6 +160,10 @@ class CoordinatorClient:
     def snapshot_done(self, position: int) -> None:
         """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
         self._mailbox.put(m.SnapshotDone(position=position))
+
+    def replayed(self, position: int, items: int) -> None:
+        """This worker has come to where the one before it was; reliable."""
+        self._mailbox.put(m.Replayed(incarnation=self._incarnation, position=position, replayed=items))
 
     def request_stop(self, signal: int | None = None) -> None:
         """Asks for an orderly stop of all stages. Returns at once; safe in a signal handler."""
@@ -274,7 +281,9 @@ class CoordinatorClient:
         """Talks until the end; returns why the run is over, None if all is well."""
         outbox: deque[Any] = deque()
         pid, host = os.getpid(), socket.gethostname()
-        outbox.append(m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        layers, incarnation = self._layers, self._incarnation
+        hello = m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=layers, incarnation=incarnation)
+        outbox.append(hello)
         poller = zmq.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)

@@ -25,6 +25,7 @@ __all__ = [
     "Bye",
     "Chunk",
     "ChunkSeen",
+    "Died",
     "Epoch",
     "Failure",
     "Grant",
@@ -32,19 +33,22 @@ __all__ = [
     "MessageError",
     "Need",
     "Progress",
+    "Replayed",
+    "Revive",
     "RunFailed",
     "SnapshotDone",
     "Start",
     "Step",
     "Stop",
     "StopRequest",
+    "Supervise",
     "VersionError",
     "pack",
     "stage_name",
     "unpack",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CHUNK_BYTES = 8 << 20
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected: nobody can make the coordinator swallow gigabytes."""
@@ -72,6 +76,37 @@ class Hello:
     pid: int
     host: str
     layers: tuple[str, ...]
+    incarnation: int = 0
+    """Which of the stage's workers it is; 0 is the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervise:
+    """The hello of the process that starts a stage's workers, one after the other as they die."""
+
+    stage: int
+    rank: int
+    pid: int
+    host: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Died:
+    """From a supervisor: its worker has ended without a word. `signal`: the one that ended it; None: it left."""
+
+    incarnation: int
+    how: str
+    signal: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """A later incarnation has come to where the dead one was: it began at `position`, and did so many items again."""
+
+    incarnation: int
+    position: int
+    replayed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +203,13 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Revive:
+    """To a supervisor: end whatever worker there is, and start number `incarnation`."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkSeen:
     index: int
 
@@ -185,7 +227,8 @@ class Bye:
 _KINDS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        *(Hello, Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
+        *(Hello, Supervise, Died, Replayed, Revive),
+        *(Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
         *(Start, Grant, Stop, ChunkSeen, Abort, Bye),
     )
 }

@@ -1,0 +1,101 @@
+"""When a stage saves itself in memory, and how a later worker goes on from there.
+
+As often as costs at most a hundredth of its time, and before the log of its incoming edge is full.
+"""
+
+import random
+import time
+from typing import Any
+
+import torch
+
+from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
+from unlocked.runtime.job import Job
+from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.workers.actions import Item
+from unlocked.workers.edges import InEdge, OutEdge
+from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
+from unlocked.workers.stage import Stage
+from unlocked.workers.stopwatch import Stopwatch
+
+__all__ = ["StageSaver"]
+
+_SHARE = 0.01  # of a stage's time that its own snapshots may take
+_SHORTEST, _LONGEST = 0.2, 30.0  # seconds between two of them, while the log has room
+_FULL = 0.5  # how full the log may be
+
+
+class StageSaver:
+    """Use: construct, `connect`, `take_over` in a later worker, `after` every item."""
+
+    def __init__(self, memory: MemorySnapshot, job: Job, stage: Stage) -> None:
+        self._memory, self._job, self._stage = memory, job, stage
+        self._began = self._saved_at = time.perf_counter()
+        self._interval = _SHORTEST
+
+    def connect(
+        self, reporter: StageReporter, stopwatch: Stopwatch, inbox: InEdge | None, outbox: OutEdge | None
+    ) -> None:
+        assert isinstance(inbox, SharedInEdge | None)
+        assert isinstance(outbox, SharedOutEdge | None)
+        self._reporter, self._stopwatch, self._inbox, self._outbox = reporter, stopwatch, inbox, outbox
+        if inbox is not None:
+            inbox.keeps_log = True
+
+    @property
+    def reached(self) -> int:
+        """The position to which a worker of this stage has come."""
+        return self._memory.reached
+
+    def take_over(self, state: dict[str, Any] | None) -> float:
+        """Puts the stage, its edges and its figures where a dead worker's last snapshot has them; None: it had none.
+
+        Returns:
+            Seconds that the workers before have run until then.
+        """
+        self._began = time.perf_counter()
+        if state is None:
+            return 0.0
+        for layer, its in zip(self._stage.layers, state["layers"], strict=True):
+            layer.load_exact_state(its)
+        self._reporter.take_over(state["reporter"])
+        self._stopwatch.take_over(state["stopwatch"])
+        if self._inbox is not None:
+            self._inbox.go_back(state["received"])
+        if self._outbox is not None:
+            self._outbox.go_back(state["sent"])
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["random"])
+        seconds = float(state["seconds"])
+        self._began -= seconds
+        return seconds
+
+    def after(self, item: Item) -> None:
+        """The stage has done everything for `item`."""
+        self._memory.reached = max(self._memory.reached, item.position + 1)
+        # A learning rate that the coordinator sets is known for the epoch at hand alone.
+        begins = self._job.lr_factor.needs_losses and item.kind == "train" and item.index == 0
+        is_full = self._inbox is not None and self._inbox.unkept >= _FULL
+        if begins or is_full or time.perf_counter() - self._saved_at >= self._interval:
+            self.save(item.position + 1)
+
+    def save(self, position: int) -> None:
+        """The stage as it is before `position`."""
+        began = time.perf_counter()
+        self._memory.write(
+            {
+                "position": position,
+                "layers": [layer.exact_state() for layer in self._stage.layers],
+                "reporter": self._reporter.state(),
+                "stopwatch": self._stopwatch.sums(),
+                "received": 0 if self._inbox is None else self._inbox.count,
+                "sent": 0 if self._outbox is None else self._outbox.count,
+                "torch": torch.get_rng_state(),
+                "random": random.getstate(),
+                "seconds": began - self._began,
+            }
+        )
+        if self._inbox is not None:
+            self._inbox.keep()
+        self._saved_at = time.perf_counter()
+        self._interval = min(max((self._saved_at - began) / _SHARE, _SHORTEST), _LONGEST)
