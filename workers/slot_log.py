@@ -17,12 +17,12 @@ from unlocked.workers.edges import SlotLayout
 __all__ = ["SlotLog"]
 
 _PAGE = mmap.PAGESIZE
-_SENT, _DONE, _KEPT = range(3)  # places in the header
+_SENT, _DONE, _KEPT, _COUNTS = range(4)  # places in the header; behind the last one, every slot's rows
 _HANDSHAKE = threading.Lock()
 
 
 class SlotLog:
-    """A ring of slots behind one page of counts. The micro-batch number n of the edge lies in slot n mod `slots`.
+    """A ring of slots behind some pages of counts. The micro-batch number n of the edge lies in slot n mod `slots`.
 
     Counts only grow, and each has one writer: `sent` the sender; `done` and `kept` the receiver. They are written in
     one piece, after what they stand for, so that whoever takes a dead process's place finds everything as it was left.
@@ -33,9 +33,10 @@ class SlotLog:
 
     def __init__(self, memory: mmap.mmap, layout: SlotLayout, slots: int) -> None:
         self.layout, self.slots = layout, slots
-        self._counts = memoryview(memory)[:_PAGE].cast("Q")
-        whole, size = torch.frombuffer(memory, dtype=torch.uint8), self.slot_bytes(layout)
-        self._slots = [whole[_PAGE + i * size : _PAGE + (i + 1) * size] for i in range(slots)]
+        head = _head_bytes(slots)
+        self._counts = memoryview(memory)[:head].cast("Q")
+        whole, size = torch.frombuffer(memory, dtype=torch.uint8)[head:], self.slot_bytes(layout)
+        self._slots = [whole[i * size : (i + 1) * size] for i in range(slots)]
 
     @staticmethod
     def slot_bytes(layout: SlotLayout) -> int:
@@ -45,7 +46,7 @@ class SlotLog:
     @classmethod
     def nbytes(cls, layout: SlotLayout, slots: int) -> int:
         """Bytes of memory that the log takes."""
-        return _PAGE + slots * cls.slot_bytes(layout)
+        return _head_bytes(slots) + slots * cls.slot_bytes(layout)
 
     @property
     def sent(self) -> int:
@@ -88,12 +89,24 @@ class SlotLog:
         """Whether micro-batch `number` can be written: nobody will ask for what lies in its slot."""
         return number - self.kept < self.slots
 
+    def rows(self, number: int) -> int:
+        """Of micro-batch `number`, as its sender has noted them."""
+        return self._counts[_COUNTS + number % self.slots]
+
+    def note_rows(self, number: int, rows: int) -> None:
+        """For whoever sends it again; before it counts as sent."""
+        self._counts[_COUNTS + number % self.slots] = rows
+
     def slot(self, number: int) -> Tensor:
         return self._slots[number % self.slots]
 
     def views(self, number: int, rows: int) -> tuple[Tensor, Tensor]:
         """(activations [rows, ...], labels [rows]) of micro-batch `number`."""
         return self.layout.views(self.slot(number), rows)
+
+
+def _head_bytes(slots: int) -> int:
+    return -(-8 * (_COUNTS + slots) // _PAGE) * _PAGE
 
 
 def _order_memory() -> None:

@@ -81,6 +81,10 @@ class CoordinatorClient:
         """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
+        self.generations: dict[int, int] = {}
+        """How often the links at this stage were formed anew, by the stage that they lead into."""
+        self.kept = 0
+        """Micro-batches of the outgoing edge that the next stage will never ask for again."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
 
     @property
@@ -136,6 +140,31 @@ class CoordinatorClient:
             yield window
             position = window.stop
         self._position = position
+
+    def await_news(self, ready: Callable[[], bool], timeout: float) -> bool:
+        """Waits until `ready`, which is asked whenever something has come from the coordinator or by `wake`; False
+        after `timeout` seconds.
+
+        Raises:
+            RunFailed: the run was aborted.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: ready() or self._failed is not None, timeout)
+            self._check()
+            return done
+
+    def wake(self) -> None:
+        """Has whoever waits for news look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def keep(self, count: int) -> None:
+        """This stage will never ask for the first `count` micro-batches of its incoming edge again; reliable."""
+        self._mailbox.put(m.Kept(count=count))
+
+    def edge_broken(self, edge: int, generation: int) -> None:
+        """The link into stage `edge` broke; reliable. `generations` tells when it is to be formed anew."""
+        self._mailbox.put(m.EdgeBroken(edge=edge, generation=generation))
 
     def progress_due(self) -> bool:
         """True if `progress` would send: read device counters only then."""
@@ -341,6 +370,10 @@ class CoordinatorClient:
                 self.lr_factor = message.lr_factor
             elif isinstance(message, m.Stop):
                 self.stopped, self._granted = message, max(self._granted, message.position)
+            elif isinstance(message, m.Rejoin):
+                self.generations[message.edge] = max(message.generation, self.generations.get(message.edge, 0))
+            elif isinstance(message, m.Kept):
+                self.kept = max(message.count, self.kept)
             elif isinstance(message, m.ChunkSeen):
                 self._chunks_seen = message.index + 1
             elif isinstance(message, m.Bye):

@@ -14,6 +14,7 @@ import zmq
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address, Post, listen
 from unlocked.runtime.control.callbacks import CallbackThread
+from unlocked.runtime.control.edge_book import EdgeBook
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.ledger import Ledger
 from unlocked.runtime.control.mailbox import Mailbox
@@ -94,8 +95,9 @@ class Coordinator:
         self._callback_error: str | None = None
         self._send = Post(self._socket, self._address.token).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
-        how: dict[str, Any] = {"on_recovery": self._recovered, "build_seconds": start_timeout}
+        how: dict[str, Any] = {"on_recovery": self._recovered, "build_seconds": start_timeout, "door": self._door}
         self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
+        self._edges = EdgeBook(self._roster, self._send)
         self._next_ping = 0.0
         self._running, self._complete = True, False
         self.stopped: m.Stop | None = None
@@ -275,6 +277,7 @@ class Coordinator:
         self._roster.add(member)
         if started:
             self._recoveries.came_back(member)
+            self._edges.came_back(member)  # before its start: its links of before are not to be tried
             self._begin(member)
         elif self._roster.is_complete:
             self._door.close()
@@ -291,13 +294,7 @@ class Coordinator:
 
     def _died(self, supervisor: Member, message: m.Died) -> None:
         if not self._complete:
-            self._door.open()
             self._recoveries.died(supervisor, message)
-
-    def _replayed(self, member: Member, message: m.Replayed) -> None:
-        self._recoveries.replayed(member, message)
-        if not self._recoveries.pending:
-            self._door.close()
 
     def _recovered(self, recovery: Recovery) -> None:
         self.recoveries.append(recovery)
@@ -393,5 +390,7 @@ _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
     m.Failure: Coordinator._failed,
     m.AbortSeen: lambda self, member, _: self._failures.told(member),
     m.Died: Coordinator._died,
-    m.Replayed: Coordinator._replayed,
+    m.Kept: lambda self, member, message: self._edges.kept(member, message),
+    m.EdgeBroken: lambda self, member, message: self._edges.broken(member, message),
+    m.Replayed: lambda self, member, message: self._recoveries.replayed(member, message),
 }

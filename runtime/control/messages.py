@@ -26,13 +26,16 @@ __all__ = [
     "Chunk",
     "ChunkSeen",
     "Died",
+    "EdgeBroken",
     "Epoch",
     "Failure",
     "Grant",
     "Hello",
+    "Kept",
     "MessageError",
     "Need",
     "Progress",
+    "Rejoin",
     "Replayed",
     "Revive",
     "RunFailed",
@@ -93,9 +96,11 @@ class Supervise:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Died:
-    """From a supervisor: its worker has ended without a word. `signal`: the one that ended it; None: it left."""
+    """From a supervisor: its worker has ended without a word, after the items before `position`. `signal`: the one that
+    ended it; None: it left."""
 
     incarnation: int
+    position: int
     how: str
     signal: int | None = None
 
@@ -107,6 +112,22 @@ class Replayed:
     incarnation: int
     position: int
     replayed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """A stage has saved itself: it will never ask for the first `count` micro-batches of its incoming edge again. Also
+    from the coordinator to the stage that has sent them."""
+
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeBroken:
+    """The link into stage `edge` broke, in the state of that `generation`."""
+
+    edge: int
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +231,14 @@ class Revive:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoin:
+    """The two workers of the link into stage `edge` form it anew, as that `generation`."""
+
+    edge: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkSeen:
     index: int
 
@@ -227,7 +256,7 @@ class Bye:
 _KINDS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        *(Hello, Supervise, Died, Replayed, Revive),
+        *(Hello, Supervise, Died, Replayed, Revive, Kept, EdgeBroken, Rejoin),
         *(Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
         *(Start, Grant, Stop, ChunkSeen, Abort, Bye),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlocked.runtime.control import messages as m
+from unlocked.runtime.control.address import Door
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.member import Member, Roster
 from unlocked.runtime.metrics.records import Recovery
@@ -20,7 +21,7 @@ __all__ = ["Recoveries"]
 HOUR = 3600.0
 WORD_SECONDS = 5.0
 """That a supervisor may take to say how its worker ended, after the worker's connection has closed."""
-SAME_PLACE = 3
+SAME_PLACE = 4
 """Deaths of one stage at the same position, after which a further one is taken to be no accident."""
 
 
@@ -40,6 +41,7 @@ class Recoveries:
         send: takes a connection's identity and a message.
         on_recovery: told of every recovery that has succeeded.
         build_seconds: that a new worker may take to say hello.
+        door: open while one is expected.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Recoveries:
         send: Callable[[bytes, Any], bool],
         on_recovery: Callable[[Recovery], object],
         build_seconds: float,
+        door: Door,
     ) -> None:
         self._roster, self._failures = roster, failures
         self.most = 0
         """Recoveries within an hour; a further one ends the run. 0: workers have no supervisors."""
         self._send, self._on_recovery, self._build_seconds = send, on_recovery, build_seconds
+        self._door = door
         self._revivals: dict[int, _Revival] = {}
         self._silent_since: dict[int, float] = {}  # stages whose worker's connection has closed
         self._times: deque[float] = deque()  # of the last hour's recoveries
@@ -71,6 +75,7 @@ class Recoveries:
         worker = self._roster.workers.get(stage)
         if self._failures.first is not None or worker is None or not self._is_latest(worker, message.incarnation):
             return
+        worker.position = max(worker.position, message.position)
         if message.signal is None:
             self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {message.how}")
         else:
@@ -97,6 +102,8 @@ class Recoveries:
     def came_back(self, worker: Member) -> None:
         """A worker has said hello."""
         self._silent_since.pop(worker.hello.stage, None)
+        if not any(worker.gone for worker in self._roster.workers.values()):
+            self._door.close()
 
     def replayed(self, worker: Member, message: m.Replayed) -> None:
         """A new worker has come to where the one before it was."""
@@ -156,6 +163,7 @@ class Recoveries:
             self._revivals[stage] = _Revival(cause, number, began)
             self._silent_since.pop(stage, None)
             worker.gone, worker.chunks = True, []
+            self._door.open()
             self._send(self._roster.supervisors[stage].identity, m.Revive(incarnation=number))
             return
         self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {cause}, {problem}")

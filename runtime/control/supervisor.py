@@ -40,6 +40,7 @@ class Supervisor:
     Args:
         address: the coordinator's.
         stage, rank, layers: whose worker it is; named in all errors.
+        position: to which the stage's workers have come.
         on_abort: called when the run is over for a reason outside this rank; ends the process.
         heartbeat_interval: seconds between signs of life.
         heartbeat_timeout: seconds without a sign of the coordinator after which it counts as lost.
@@ -56,13 +57,14 @@ class Supervisor:
         stage: int,
         rank: int,
         layers: Sequence[str],
+        position: Callable[[], int],
         on_abort: Callable[[str], None],
         heartbeat_interval: float = 1.0,
         heartbeat_timeout: float = 30.0,
     ) -> None:
         self._address, self._zygote = Address.parse(address), zygote
         self.stage, self._rank, self._layers = stage, rank, tuple(layers)
-        self._on_abort = on_abort
+        self._position, self._on_abort = position, on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
         self._mailbox = Mailbox()
         self._end: WorkerEnd | None = None
@@ -155,7 +157,9 @@ class Supervisor:
             how = how_it_ended(event.status)
             if self._started and self._connection is not None:
                 signal = -event.status if event.status < 0 else None
-                self._connection.send(m.Died(incarnation=event.incarnation, how=how, signal=signal))
+                self._connection.send(
+                    m.Died(incarnation=event.incarnation, position=self._position(), how=how, signal=signal)
+                )
             else:
                 self._end = WorkerEnd("lost", {"how": how})
 

@@ -2,7 +2,8 @@
 
 python recovery_worker.py JOBS.json OUT.json
 
-A job has `engine`, `faults`, `transport` and `how` (one of `VARIANTS`). `built` in the output says which workers
+A job has `engine`, `faults`, `transport`, `how` (one of `VARIANTS`) and `saves`: "rare" where a stage saves itself only
+when its log is half full, "always" where it does after every item. `built` in the output says which workers
 (processes) have built each layer: one per layer where nobody died.
 """
 
@@ -21,6 +22,7 @@ from unlocked.data import load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LayerInfo, LocalRule
 from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Trainer
+from unlocked.runtime.engines.processes import stage_saver
 from unlocked.runtime.faults import VARIABLE
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lr_factor": ReduceLROnPlateau(factor=0.5, patience=0, threshold=0.5),
     },
     "best": {"best_dir": True},
+    "impatient": {"timeout": 6.0},
 }
 ROWS, EPOCHS = 100, 2
 
@@ -51,9 +54,10 @@ class Witness:
         return repr(self.rule)
 
 
-def train(engine: str, faults: str, transport: str, how: str, folder: Path) -> dict[str, Any]:
+def train(engine: str, faults: str, transport: str, how: str, saves: str, folder: Path) -> dict[str, Any]:
     """One run: digest, figures, recoveries, and who has built which layer."""
     os.environ[VARIABLE] = faults
+    stage_saver._SHORTEST, stage_saver._SHARE = {"rare": (1e6, 1.0), "always": (0.0, 1e9)}[saves]
     train_data, test_data = ((data.images[:ROWS], data.labels[:ROWS]) for data in load_dataset("digits"))
     variant = dict(VARIANTS[how])
     if variant.get("best_dir"):
@@ -77,6 +81,7 @@ def train(engine: str, faults: str, transport: str, how: str, folder: Path) -> d
         "epochs": [{k: v for k, v in asdict(e).items() if k != "seconds"} for e in result.epochs],
         "recoveries": [asdict(r) for r in result.recoveries],
         "stages": result.stages,
+        "best": sorted(path.name for path in (folder / "best").glob("*")),
         "snapshots": sorted(path.parent.name for path in (folder / "snapshots").glob("*/manifest.json")),
     }
 
@@ -88,7 +93,7 @@ def main(jobs: Path, out: Path) -> None:
         folder = out.parent / f"run-{number}"
         folder.mkdir(exist_ok=True)
         (folder / f"supervisor-{os.getpid()}").touch()
-        line = train(job["engine"], job["faults"], job["transport"], job["how"], folder)
+        line = train(**job, folder=folder)
         if rank <= 0:
             built = [one.split() for one in (folder / "built").read_text().splitlines()]
             # Rules are also built where they are looked at before the run, and where costs are measured.

@@ -1,5 +1,6 @@
 """Who works for a rank: this process itself, or workers that it supervises and replaces when they die."""
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from unlocked.runtime.control.zygote import WorkerLine, Zygote
 from unlocked.runtime.engines.processes.carried_errors import pack_error, unpack_error
 from unlocked.runtime.engines.processes.links import link_group
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
-from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout
+from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, log_slots
+from unlocked.runtime.engines.processes.pairs import PairInEdge, PairLink, PairOutEdge
+from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker
@@ -27,6 +30,7 @@ from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.result import unpack_tensors
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
+from unlocked.workers.slot_log import SlotLog
 
 __all__ = ["Assignment", "Crew", "OwnWork", "SupervisedWork", "slot_layouts"]
 
@@ -175,8 +179,8 @@ class SupervisedWork:
     """
 
     def __init__(self, task: Assignment, on_abort: Callable[[str], None]) -> None:
-        assert task.shared is not None
         self._task = task
+        self._log = None if task.shared is not None else _make_log(task)
         self._memory = MemorySnapshot()
         self._memory.reached = self._memory.saved = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
@@ -188,6 +192,7 @@ class SupervisedWork:
             stage=rank,
             rank=rank,
             layers=task.names[rank],
+            position=lambda: self._memory.reached,
             on_abort=on_abort,
             **task.heartbeats,
         )
@@ -246,7 +251,6 @@ class SupervisedWork:
 
     def _train(self, line: WorkerLine) -> None:
         task = self._task
-        assert task.shared is not None
         client = task.client(lambda _: os._exit(1), line.incarnation)
         with telling(client, task.names):
             worker = Worker(
@@ -259,16 +263,43 @@ class SupervisedWork:
                 self._memory,
                 line.incarnation,
             )
-            worker.connect(*task.shared)
+            inbox, outbox = task.shared or self._pair(client)
+            worker.connect(inbox, outbox)
             line.tell("built", threads=worker.threads)
             line.await_go()
             client.wait_started()
+            if isinstance(outbox, PairOutEdge):
+                outbox.start()
         with telling(client, task.names), occupy_cores(worker.cores):
             payload = worker.run()
         self._leave(line, "result", msgpack.packb(payload))
         client.finish(payload)
         client.close()
         worker.stage.close()
+
+    def _pair(self, client: CoordinatorClient) -> tuple[PairInEdge | None, PairOutEdge | None]:
+        """This worker's ends of the links to its neighbours' workers."""
+        task, rank = self._task, self._task.world.rank
+
+        def link(edge: int, side: int) -> PairLink:
+            neighbour = edge - 1 if side else edge
+            return PairLink(
+                lambda: connect_again(task.world, task.options.start_timeout),
+                client,
+                edge=edge,
+                side=side,
+                timeout=task.job.settings.timeout,
+                neighbour=stage_name(neighbour, neighbour, task.names[neighbour]),
+            )
+
+        inbox = outbox = None
+        layout, _ = slot_layouts(task.job, task.world, task.parts)
+        if layout is not None:
+            slots = log_slots(task.job, task.options, layout)
+            inbox = PairInEdge(layout, link(rank, 1), client, depth=task.options.queue_depth, slots=slots)
+        if self._log is not None:
+            outbox = PairOutEdge(self._log, link(rank + 1, 0), client)
+        return inbox, outbox
 
     def _leave(self, line: WorkerLine, what: str, data: bytes) -> None:
         os.ftruncate(self._left, 0)
@@ -297,6 +328,25 @@ class SupervisedWork:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def _make_log(task: Assignment) -> SlotLog | None:
+    """Of the outgoing edge, in memory that all workers of this stage inherit; all of it is taken now.
+
+    Raises:
+        OSError: there is not enough.
+    """
+    _, layout = slot_layouts(task.job, task.world, task.parts)
+    if layout is None:
+        return None
+    slots = log_slots(task.job, task.options, layout)
+    size = SlotLog.nbytes(layout, slots)
+    file = os.memfd_create("unlocked-log")
+    try:
+        os.posix_fallocate(file, 0, size)
+        return SlotLog(mmap.mmap(file, size), layout, slots)
+    finally:
+        os.close(file)
 
 
 def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLayout | None, SlotLayout | None]:

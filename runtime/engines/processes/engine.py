@@ -140,7 +140,6 @@ class Processes(ProcessesOptions):
             job=job, options=self, world=world, parts=parts, address=address, device=device, shared=shared
         )
         first_layers = [job.network.names[i] for i in parts[0]]
-        recovers = recovers and shared is not None
         if recovers and hub is not None:
             hub.expect_supervisors(self.max_recoveries)
         kind = SupervisedWork if recovers else OwnWork

@@ -5,7 +5,7 @@ As often as costs at most a hundredth of its time, and before the log of its inc
 
 import random
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,15 +14,47 @@ from unlocked.runtime.job import Job
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import InEdge, OutEdge
-from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["StageSaver"]
+__all__ = ["LoggedInEdge", "LoggedOutEdge", "StageSaver"]
 
 _SHARE = 0.01  # of a stage's time that its own snapshots may take
 _SHORTEST, _LONGEST = 0.2, 30.0  # seconds between two of them, while the log has room
 _FULL = 0.5  # how full the log may be
+
+
+class LoggedInEdge(InEdge, Protocol):
+    """An incoming edge whose sender keeps what has been sent."""
+
+    keeps_log: bool
+    """False: what is released may go."""
+    count: int
+    """Micro-batches that were released."""
+
+    @property
+    def unkept(self) -> float:
+        """How full the log is, 0 to 1, of micro-batches that wait for `keep`."""
+        ...
+
+    def keep(self) -> None:
+        """What was released until now will never be asked for again."""
+        ...
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`."""
+        ...
+
+
+class LoggedOutEdge(OutEdge, Protocol):
+    """An outgoing edge that keeps what was sent."""
+
+    count: int
+    """Micro-batches that were let go."""
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`: what was sent before is not sent again."""
+        ...
 
 
 class StageSaver:
@@ -34,10 +66,8 @@ class StageSaver:
         self._interval = _SHORTEST
 
     def connect(
-        self, reporter: StageReporter, stopwatch: Stopwatch, inbox: InEdge | None, outbox: OutEdge | None
+        self, reporter: StageReporter, stopwatch: Stopwatch, inbox: LoggedInEdge | None, outbox: LoggedOutEdge | None
     ) -> None:
-        assert isinstance(inbox, SharedInEdge | None)
-        assert isinstance(outbox, SharedOutEdge | None)
         self._reporter, self._stopwatch, self._inbox, self._outbox = reporter, stopwatch, inbox, outbox
         if inbox is not None:
             inbox.keeps_log = True

@@ -20,7 +20,7 @@ from unlocked.runtime.result import pack_tensors
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import InEdge, OutEdge
+from unlocked.workers.edges import OutEdge
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
@@ -81,9 +81,9 @@ class Worker:
         self._began_at = self._again = 0  # where this worker took over, and the items that it does again
         self._memory, self._saver = memory, None if memory is None else StageSaver(memory, job, self.stage)
 
-    def connect(self, inbox: InEdge | None, outbox: OutEdge | None) -> None:
-        """Gives the stage its edges."""
-        self.outbox = outbox
+    def connect(self, inbox: Any, outbox: Any) -> None:
+        """Gives the stage its edges, which keep a log if it is to save itself; None at the ends of the pipeline."""
+        self.outbox: OutEdge | None = outbox
         self.loop = StageLoop(
             self.stage,
             rank=self.index,
@@ -110,6 +110,8 @@ class Worker:
             items = list(self.job.plan.items(window.start, window.stop))
             self.loop.run(items, stage_actions(self.index, self.num_stages, items))
         self.stage.close()
+        if self._saver is not None:
+            self._saver.save(self.position)  # what came in is not asked for again
         if self.outbox is not None:
             self.outbox.flush()
         if self.device.type == "cuda":
