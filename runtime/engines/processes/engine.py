@@ -211,7 +211,8 @@ def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
         if lost:
             set_up.await_verdict()  # rank 0's own word on why
         set_up.end(Verdict(message))
-    end_process(Verdict(message), error_line(rank, message) if lost or rank == 0 else None)
+    is_own = message.startswith(f"stage {rank} (")  # of others' failures one line is enough
+    end_process(Verdict(message), error_line(rank, message) if lost or is_own or rank == 0 else None)
 
 
 def _agree_on_threads(store: dist.Store, world: World, threads: int, timeout: float) -> list[int]:
