@@ -79,10 +79,14 @@ class CoordinatorClient:
         self._closing = False
         self.lr_factor = 1.0
         """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
+        self.marks: frozenset[int] = frozenset()
+        """The micro-batch behind which every stage saves itself by the clock, if it lies ahead."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
         self.generations: dict[int, int] = {}
         """How often the links at this stage were formed anew, by the stage that they lead into."""
+        self.saved = 0
+        """The position of the latest snapshot in which the coordinator has counted this stage's part."""
         self.kept = 0
         """Micro-batches of the outgoing edge that the next stage will never ask for again."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -158,13 +162,9 @@ class CoordinatorClient:
         with self._changed:
             self._changed.notify_all()
 
-    def keep(self, count: int) -> None:
-        """This stage will never ask for the first `count` micro-batches of its incoming edge again; reliable."""
-        self._mailbox.put(m.Kept(count=count))
-
-    def edge_broken(self, edge: int, generation: int) -> None:
-        """The link into stage `edge` broke; reliable. `generations` tells when it is to be formed anew."""
-        self._mailbox.put(m.EdgeBroken(edge=edge, generation=generation))
+    def tell(self, message: m.Kept | m.EdgeBroken | m.Replayed) -> None:
+        """Says something that is rare; reliable."""
+        self._mailbox.put(message)
 
     def progress_due(self) -> bool:
         """True if `progress` would send: read device counters only then."""
@@ -186,13 +186,14 @@ class CoordinatorClient:
         """Reports this stage's part of an epoch's result; reliable."""
         self._mailbox.put(m.Epoch(part=part))
 
-    def snapshot_done(self, position: int) -> None:
-        """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
-        self._mailbox.put(m.SnapshotDone(position=position))
+    def snapshot_done(self, position: int, files: Mapping[str, tuple[int, str]]) -> None:
+        """This stage's part of the snapshot from which a run goes on at `position` is on the disk; reliable. From any
+        thread.
 
-    def replayed(self, position: int, items: int) -> None:
-        """This worker has come to where the one before it was; reliable."""
-        self._mailbox.put(m.Replayed(incarnation=self._incarnation, position=position, replayed=items))
+        Args:
+            files: each of its layers' size and checksum.
+        """
+        self._mailbox.put(m.SnapshotDone(position=position, files={k: (v[0], v[1]) for k, v in files.items()}))
 
     def request_stop(self, signal: int | None = None) -> None:
         """Asks for an orderly stop of all stages. Returns at once; safe in a signal handler."""
@@ -365,9 +366,13 @@ class CoordinatorClient:
         with self._changed:
             if isinstance(message, m.Start):
                 self._start, self._granted = message, max(self._granted, message.first)
+                self.saved = max(self.saved, message.saved)
+            elif isinstance(message, m.SnapshotSeen):
+                self.saved = max(self.saved, message.position)
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
+                self.marks = frozenset() if message.mark is None else frozenset((message.mark,))
             elif isinstance(message, m.Stop):
                 self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.Rejoin):

@@ -23,6 +23,7 @@ from unlocked.runtime.control.recoveries import Recoveries
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
 from unlocked.runtime.metrics.records import EpochResult, Recovery
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
+from unlocked.runtime.schedules.marks import TimedMarks
 
 __all__ = ["Coordinator"]
 
@@ -40,9 +41,10 @@ class Coordinator:
         host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
+        marks: where the run saves itself by the clock.
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
-        on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
-            exception in it fails the run.
+        on_snapshot: called in that thread with a position, and with size and checksum of every layer's file, once
+            every stage has reported its snapshot of it. An exception in it fails the run.
         stop_at: from the position that is granted to the one at which an orderly stop takes effect, in the same epoch.
         start_timeout: seconds for all workers to say hello.
         heartbeat_timeout: seconds of silence after which a connected worker counts as lost.
@@ -62,8 +64,9 @@ class Coordinator:
         port: int = 0,
         advertise: str | None = None,
         gate: EpochGate | None = None,
+        marks: TimedMarks | None = None,
         sink: MetricsSink | None = None,
-        on_snapshot: Callable[[int], None] | None = None,
+        on_snapshot: Callable[[int, m.Files], None] | None = None,
         stop_at: Callable[[int], int] | None = None,
         start_timeout: float = 120.0,
         heartbeat_timeout: float = 30.0,
@@ -74,11 +77,11 @@ class Coordinator:
             )
         self._stages = [tuple(layers) for layers in stages]
         self._first, self._total = first, total
-        self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
+        self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth), marks=marks)
         self._gate = gate
         self._policy.limit = total if gate is None else gate.limit
         self._sink = sink or FanOut()
-        self._on_snapshot, self._stop_at = on_snapshot, stop_at or (lambda position: position)
+        self._on_snapshot, self._stop_at = on_snapshot or (lambda *_: None), stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._ledger = Ledger(len(stages))
         self._roster = Roster(self._stages)
@@ -287,14 +290,11 @@ class Coordinator:
             self._extend()
 
     def _begin(self, member: Member) -> None:
-        self._send(member.identity, m.Start(first=self._first, total=self._total))
+        saved = self._ledger.saved(member.hello.stage)
+        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved))
         self._send(member.identity, self._grant())
         if self.stopped:
             self._send(member.identity, self.stopped)
-
-    def _died(self, supervisor: Member, message: m.Died) -> None:
-        if not self._complete:
-            self._recoveries.died(supervisor, message)
 
     def _recovered(self, recovery: Recovery) -> None:
         self.recoveries.append(recovery)
@@ -325,8 +325,10 @@ class Coordinator:
             self._extend()
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
-        if self._ledger.snapshot(member.hello.stage, message.position) and self._on_snapshot is not None:
-            self._callbacks.post(self._on_snapshot, message.position, important=True)
+        files = self._ledger.snapshot(member.hello.stage, message.position, message.files)
+        if files is not None:
+            self._callbacks.post(self._on_snapshot, message.position, files, important=True)
+        self._send(member.identity, m.SnapshotSeen(position=message.position))
 
     def _chunk(self, member: Member, chunk: m.Chunk) -> None:
         try:
@@ -367,7 +369,8 @@ class Coordinator:
             self._send_all(self._grant())
 
     def _grant(self) -> m.Grant:
-        return m.Grant(stop=self._policy.granted, lr_factor=self._gate.factor if self._gate else 1.0)
+        factor = self._gate.factor if self._gate else 1.0
+        return m.Grant(stop=self._policy.granted, lr_factor=factor, mark=self._policy.mark)
 
     def _callback_failed(self, error: Exception) -> None:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
@@ -389,7 +392,7 @@ _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
     m.StopRequest: Coordinator._stop,
     m.Failure: Coordinator._failed,
     m.AbortSeen: lambda self, member, _: self._failures.told(member),
-    m.Died: Coordinator._died,
+    m.Died: lambda self, member, message: self._recoveries.died(member, message),
     m.Kept: lambda self, member, message: self._edges.kept(member, message),
     m.EdgeBroken: lambda self, member, message: self._edges.broken(member, message),
     m.Replayed: lambda self, member, message: self._recoveries.replayed(member, message),

@@ -5,7 +5,7 @@ from typing import Any
 import msgpack
 
 from unlocked.runtime.control.member import Member
-from unlocked.runtime.control.messages import Chunk, MessageError
+from unlocked.runtime.control.messages import Chunk, Files, MessageError
 from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, StepResult
 
 __all__ = ["Ledger"]
@@ -18,7 +18,7 @@ class Ledger:
         self._num_stages = num_stages
         self._aggregator = EpochAggregator(num_stages)
         self._latest_step = (-1, -1)
-        self._snapshots: dict[int, set[int]] = {}  # position -> the stages that have saved theirs
+        self._snapshots: dict[int, dict[int, Files]] = {}  # position -> the parts of the stages that have saved theirs
         self.epochs: list[EpochResult] = []
         """That all stages have reported, in order."""
         self.results: dict[int, Any] = {}
@@ -49,13 +49,19 @@ class Ledger:
         self.epochs += done
         return is_new, done
 
-    def snapshot(self, stage: int, position: int) -> bool:
-        """Takes a stage's word that it has saved itself; True once per position, when all stages have."""
-        done = self._snapshots.setdefault(position, set())
+    def snapshot(self, stage: int, position: int, files: Files) -> Files | None:
+        """Takes a stage's word that it has saved itself; once per position, when all stages have, the files of all."""
+        done = self._snapshots.setdefault(position, {})
         if stage in done:
-            return False
-        done.add(stage)
-        return len(done) == self._num_stages
+            return None
+        done[stage] = files
+        if len(done) < self._num_stages:
+            return None
+        return {name: file for part in done.values() for name, file in part.items()}
+
+    def saved(self, stage: int) -> int:
+        """The position of the latest snapshot that the stage has said to have saved its part of."""
+        return max((position for position, done in self._snapshots.items() if stage in done), default=0)
 
     def chunk(self, member: Member, chunk: Chunk) -> None:
         """Takes a part of a stage's final payload; `member.finished` with the last one.

@@ -29,6 +29,7 @@ __all__ = [
     "EdgeBroken",
     "Epoch",
     "Failure",
+    "Files",
     "Grant",
     "Hello",
     "Kept",
@@ -40,6 +41,7 @@ __all__ = [
     "Revive",
     "RunFailed",
     "SnapshotDone",
+    "SnapshotSeen",
     "Start",
     "Step",
     "Stop",
@@ -67,6 +69,10 @@ class VersionError(MessageError):
 
 class RunFailed(RuntimeError):
     """The run was aborted; the text is the first cause."""
+
+
+Files = dict[str, tuple[int, str]]
+"""Layer -> size in bytes and checksum of its file in a snapshot."""
 
 
 # --- from a worker to the coordinator
@@ -161,7 +167,10 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotDone:
+    """A stage's part of a snapshot is on the disk; `files`: each of its layers' size and checksum."""
+
     position: int
+    files: Files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,19 +209,27 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """All stages are there; the run covers the stream positions `first` to `total` - 1."""
+    """All stages are there; the run covers the stream positions `first` to `total` - 1. `saved`: the position of the
+    latest snapshot that the stage has its part in, by a worker before this one."""
 
     first: int
     total: int
+    saved: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotSeen:
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
     """Every stage may run positions < `stop`; `lr_factor` multiplies its learning rate where the coordinator sets it
-    (see `windows.EpochGate`)."""
+    (see `windows.EpochGate`); `mark`: the micro-batch behind which every stage saves itself, see `marks.TimedMarks`."""
 
     stop: int
     lr_factor: float = 1.0
+    mark: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +275,7 @@ _KINDS: dict[str, type] = {
     for cls in (
         *(Hello, Supervise, Died, Replayed, Revive, Kept, EdgeBroken, Rejoin),
         *(Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
-        *(Start, Grant, Stop, ChunkSeen, Abort, Bye),
+        *(Start, SnapshotSeen, Grant, Stop, ChunkSeen, Abort, Bye),
     )
 }
 

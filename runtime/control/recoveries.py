@@ -73,6 +73,8 @@ class Recoveries:
         """A supervisor says that its worker has ended."""
         stage = supervisor.hello.stage
         worker = self._roster.workers.get(stage)
+        if all(one.finished for one in self._roster.workers.values()):
+            return  # the run is complete
         if self._failures.first is not None or worker is None or not self._is_latest(worker, message.incarnation):
             return
         worker.position = max(worker.position, message.position)

@@ -22,7 +22,7 @@ from unlocked.data import load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, LayerInfo, LocalRule
 from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Trainer
-from unlocked.runtime.engines.processes import stage_saver
+from unlocked.runtime.engines.processes import memory_saver
 from unlocked.runtime.faults import VARIABLE
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ class Witness:
 def train(engine: str, faults: str, transport: str, how: str, saves: str, folder: Path) -> dict[str, Any]:
     """One run: digest, figures, recoveries, and who has built which layer."""
     os.environ[VARIABLE] = faults
-    stage_saver._SHORTEST, stage_saver._SHARE = {"rare": (1e6, 1.0), "always": (0.0, 1e9)}[saves]
+    memory_saver._SHORTEST, memory_saver._SHARE = {"rare": (1e6, 1.0), "always": (0.0, 1e9)}[saves]
     train_data, test_data = ((data.images[:ROWS], data.labels[:ROWS]) for data in load_dataset("digits"))
     variant = dict(VARIANTS[how])
     if variant.get("best_dir"):

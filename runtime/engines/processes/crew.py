@@ -167,7 +167,7 @@ class OwnWork:
 
     def close(self) -> None:
         if self._worker is not None:
-            self._worker.stage.close()
+            self._worker.close()
         self._client.close()
 
 
@@ -182,7 +182,7 @@ class SupervisedWork:
         self._task = task
         self._log = None if task.shared is not None else _make_log(task)
         self._memory = MemorySnapshot()
-        self._memory.reached = self._memory.saved = task.job.start
+        self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
         self._zygote = Zygote(self._work)
         rank = task.world.rank
@@ -275,7 +275,7 @@ class SupervisedWork:
         self._leave(line, "result", msgpack.packb(payload))
         client.finish(payload)
         client.close()
-        worker.stage.close()
+        worker.close()
 
     def _pair(self, client: CoordinatorClient) -> tuple[PairInEdge | None, PairOutEdge | None]:
         """This worker's ends of the links to its neighbours' workers."""

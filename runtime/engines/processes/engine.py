@@ -8,7 +8,7 @@ same window of the stream.
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.control.zygote import CAN_FORK
-from unlocked.runtime.engines.one_process import epochs_before, steps_before
+from unlocked.runtime.engines.one_process import epochs_before
 from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, SupervisedWork, slot_layouts
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import share_memory
@@ -81,6 +81,7 @@ class Processes(ProcessesOptions):
                 device = _device(job, world)
                 publish = partial(hub.publish, device) if hub else None
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
+                job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 check_same_settings(settings_of(job, self), terms["settings"])
                 agree_on_start_weights(job, store, world, self.start_timeout)
@@ -237,8 +238,8 @@ def _own_result(
         engine=job.engine,
         stages=names,
         epochs_done=epochs_before(job.plan, payload["position"]),
-        steps=steps_before(job.plan, payload["position"]),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(payload["position"]),
+        first_step=job.plan.steps_before(job.start),
         threads=threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=setup_seconds,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["MemorySnapshot"]
 
-_CURRENT, _LENGTH, _REACHED, _SAVED = 0, 1, 3, 4  # places in the page of numbers; two lengths
+_CURRENT, _LENGTH, _REACHED = 0, 1, 3  # places in the page of numbers; two lengths
 _ALIGNMENT = 64
 
 
@@ -38,15 +38,6 @@ class MemorySnapshot:
     @reached.setter
     def reached(self, position: int) -> None:
         self._numbers[_REACHED] = position
-
-    @property
-    def saved(self) -> int:
-        """The position of the latest snapshot of the run that this stage has its part in."""
-        return self._numbers[_SAVED]
-
-    @saved.setter
-    def saved(self, position: int) -> None:
-        self._numbers[_SAVED] = position
 
     def write(self, state: dict[str, Any]) -> None:
         """Copies `state`, of which tensors keep their types, shapes and strides; it counts once this returns.

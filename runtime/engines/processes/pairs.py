@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.control.messages import EdgeBroken, Kept
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError
@@ -86,7 +87,7 @@ class PairLink:
                 group = dist.ProcessGroupGloo(store, self._side, 2, timeout=timedelta(seconds=_FORM_SECONDS))
             except RuntimeError:
                 failed = generation
-                self._client.edge_broken(self._edge, generation)
+                self._client.tell(EdgeBroken(edge=self._edge, generation=generation))
                 continue
             self._generation = generation
             return group
@@ -94,7 +95,7 @@ class PairLink:
 
     def broke(self) -> None:
         """A message has failed: the coordinator is asked for the next generation."""
-        self._client.edge_broken(self._edge, self._generation)
+        self._client.tell(EdgeBroken(edge=self._edge, generation=self._generation))
 
     def lost(self, error: Exception) -> LinkLostError:
         return LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})")
@@ -167,7 +168,7 @@ class PairInEdge:
     def keep(self) -> None:
         """This stage has saved itself as it is now."""
         self._kept = self.count
-        self._client.keep(self.count)
+        self._client.tell(Kept(count=self.count))
 
     def go_back(self, count: int) -> None:
         """Begins again with micro-batch `count`."""

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.control.messages import Replayed
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import save_stage, saves_stop
+from unlocked.runtime.engines.one_process import saves_stop
+from unlocked.runtime.engines.processes.memory_saver import MemorySaver
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
 from unlocked.runtime.engines.processes.options import ProcessesOptions
-from unlocked.runtime.engines.processes.stage_saver import StageSaver
+from unlocked.runtime.engines.saver import StageSaver
 from unlocked.runtime.faults import faults_from_environment, trigger
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
@@ -62,6 +64,7 @@ class Worker:
         """Of this stage's process, once it runs."""
         if job.resume is not None and state is None:
             load_layers(job.resume, self.stage.layers)
+        self.saver = StageSaver(job, client.snapshot_done, rank=world.rank)
         self.stopwatch = Stopwatch(keep=job.settings.trace is not None)
         self.reporter = StageReporter(
             self.stage,
@@ -79,7 +82,9 @@ class Worker:
         )
         self._incarnation, self._state = incarnation, state
         self._began_at = self._again = 0  # where this worker took over, and the items that it does again
-        self._memory, self._saver = memory, None if memory is None else StageSaver(memory, job, self.stage)
+        self._memory = None if memory is None else MemorySaver(memory, job, self.stage, self._settle)
+        self._marked: set[int] = set()  # micro-batches of the window that a snapshot mark follows
+        self._marked_at = 0  # the position of the latest snapshot that this stage has begun to write
 
     def connect(self, inbox: Any, outbox: Any) -> None:
         """Gives the stage its edges, which keep a log if it is to save itself; None at the ends of the pipeline."""
@@ -89,29 +94,36 @@ class Worker:
             rank=self.index,
             inbox=inbox,
             outbox=outbox,
-            snapshot=self._snapshot,
+            snapshot=self._mark,
             before_item=self.reporter.before,
             after_item=self._after,
             stopwatch=self.stopwatch,
             before_action=trigger(faults_from_environment(), self.index, self._incarnation),
         )
-        if self._saver is not None:
-            self._saver.connect(self.reporter, self.stopwatch, inbox, outbox)
+        if self._memory is not None:
+            self._memory.connect(self.reporter, self.stopwatch, inbox, outbox)
+
+    def close(self) -> None:
+        """Lets go of the data and of the thread that writes snapshots. Idempotent."""
+        self.stage.close()
+        self.saver.close()
 
     def run(self) -> dict[str, Any]:
         """Works through all windows; the stage's final payload."""
         self.stopwatch.restart()
         began = time.perf_counter()
-        if self._saver is not None and self._incarnation:
-            began -= self._saver.take_over(self._state)
+        if self._memory is not None and self._incarnation:
+            began -= self._memory.take_over(self._state)
             self._state = None
             self._come_back()
         for window in self.client.windows(self.job.settings.timeout, self.position):
-            items = list(self.job.plan.items(window.start, window.stop))
+            items = list(self.job.plan.items(window.start, window.stop, self.client.marks))
+            self._marked = {item.position for item in items if item.kind == "snapshot"}
             self.loop.run(items, stage_actions(self.index, self.num_stages, items))
         self.stage.close()
-        if self._saver is not None:
-            self._saver.save(self.position)  # what came in is not asked for again
+        if self._memory is not None:
+            self._settle(wait=True)
+            self._memory.save(self.position)  # what came in is not asked for again
         if self.outbox is not None:
             self.outbox.flush()
         if self.device.type == "cuda":
@@ -120,7 +132,8 @@ class Worker:
         seconds = time.perf_counter() - began
         self.reporter.check_weights(self.position)
         if self.client.stopped and saves_stop(self.job, self.position):
-            self._save(self.position)
+            self.saver.save(self.stage, self.position)
+        self.saver.finish()
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
         return {
@@ -136,28 +149,37 @@ class Worker:
 
     def _come_back(self) -> None:
         """Tells of it where there is nothing to do again."""
-        assert self._saver is not None
-        self._again = max(self._saver.reached - self.position, 0)
+        assert self._memory is not None
+        self._again = max(self._memory.reached - self.position, 0)
         self._began_at = self.position
-        self.reporter.done_before = self._saver.reached
+        self.reporter.done_before = self._memory.reached
         if not self._again:
-            self.client.replayed(self._began_at, 0)
+            self._tell_of_replay()
+
+    def _tell_of_replay(self) -> None:
+        """This worker has come to where the one before it was."""
+        said = Replayed(incarnation=self._incarnation, position=self._began_at, replayed=self._again)
+        self.client.tell(said)
 
     def _after(self, item: Item) -> None:
         self.position = item.position + 1
         self.reporter.after(item)
-        if self._saver is not None:
+        self.saver.check()
+        # A mark belongs to the micro-batch before it: who goes on from here must not miss it.
+        if self._memory is not None and (item.kind == "snapshot" or item.position not in self._marked):
             if self._again and self.position == self._began_at + self._again:
-                self.client.replayed(self._began_at, self._again)
-            self._saver.after(item)
+                self._tell_of_replay()
+            self._memory.after(item)
 
-    def _snapshot(self, item: Item) -> None:
-        self._save(item.position + 1)
+    def _mark(self, item: Item) -> None:
+        """Action SNAP. A stage that does a dead worker's work again has no part to give that has been counted."""
+        if item.position >= self.client.saved:
+            self._marked_at = item.position + 1
+            self.saver.mark(self.stage, item)
 
-    def _save(self, position: int) -> None:
-        """This stage's part of the snapshot from which a run goes on at `position`."""
-        if self._memory is None or self._memory.saved < position:
-            save_stage(self.job, self.stage, position)
-            if self._memory is not None:
-                self._memory.saved = position
-        self.client.snapshot_done(position)
+    def _settle(self, wait: bool) -> bool:
+        """Whether all parts of snapshots that this stage owes have been counted; with `wait`, after a while."""
+        if wait and self.client.saved < self._marked_at:
+            self.saver.finish()
+            self.client.await_news(lambda: self.client.saved >= self._marked_at, self.job.settings.timeout)
+        return self.client.saved >= self._marked_at

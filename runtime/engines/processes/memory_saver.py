@@ -5,6 +5,7 @@ As often as costs at most a hundredth of its time, and before the log of its inc
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from unlocked.workers.edges import InEdge, OutEdge
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["LoggedInEdge", "LoggedOutEdge", "StageSaver"]
+__all__ = ["LoggedInEdge", "LoggedOutEdge", "MemorySaver"]
 
 _SHARE = 0.01  # of a stage's time that its own snapshots may take
 _SHORTEST, _LONGEST = 0.2, 30.0  # seconds between two of them, while the log has room
@@ -57,11 +58,16 @@ class LoggedOutEdge(OutEdge, Protocol):
         ...
 
 
-class StageSaver:
-    """Use: construct, `connect`, `take_over` in a later worker, `after` every item."""
+class MemorySaver:
+    """Use: construct, `connect`, `take_over` in a later worker, `after` every item.
 
-    def __init__(self, memory: MemorySnapshot, job: Job, stage: Stage) -> None:
-        self._memory, self._job, self._stage = memory, job, stage
+    Args:
+        settle: whether the run's own snapshots have all that this stage owes them, and waits for that if told to: a
+            later worker begins behind their marks.
+    """
+
+    def __init__(self, memory: MemorySnapshot, job: Job, stage: Stage, settle: Callable[[bool], bool]) -> None:
+        self._memory, self._job, self._stage, self._settle = memory, job, stage, settle
         self._began = self._saved_at = time.perf_counter()
         self._interval = _SHORTEST
 
@@ -106,7 +112,8 @@ class StageSaver:
         # A learning rate that the coordinator sets is known for the epoch at hand alone.
         begins = self._job.lr_factor.needs_losses and item.kind == "train" and item.index == 0
         is_full = self._inbox is not None and self._inbox.unkept >= _FULL
-        if begins or is_full or time.perf_counter() - self._saved_at >= self._interval:
+        is_due = begins or is_full or time.perf_counter() - self._saved_at >= self._interval
+        if is_due and self._settle(begins or is_full):
             self.save(item.position + 1)
 
     def save(self, position: int) -> None:
