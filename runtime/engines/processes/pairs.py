@@ -27,7 +27,7 @@ from unlocked.workers.slot_log import SlotLog
 __all__ = ["PairInEdge", "PairLink", "PairOutEdge"]
 
 _SENDER, _RECEIVER = 0, 1
-_FORM_SECONDS = 4.0  # that two workers who are both there may take to connect
+_FORM_SECONDS = 1.0  # of one of Gloo's about five attempts to connect; it waits for all of them if the other one dies
 _PAUSE = 0.005  # seconds between two looks for the other one
 _DATA, _PLACE = 0, 1  # tags
 
