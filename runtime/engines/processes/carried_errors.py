@@ -60,7 +60,9 @@ def _unpack(packed: _Packed) -> BaseException:
     error = packed.kind.__new__(packed.kind, *packed.args)
     error.args = packed.args
     if isinstance(error, OSError):
-        OSError.__init__(error, *packed.args, *([packed.file] if packed.file is not None else []))
+        OSError.__init__(error, *packed.args)
+        if packed.file is not None:
+            error.filename = packed.file
     for name, value in packed.attributes.items():
         setattr(error, name, _unpack(value) if isinstance(value, _Packed) else value)
     return error
