@@ -25,7 +25,7 @@ from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker
-from unlocked.runtime.job import Job
+from unlocked.runtime.job import Job, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.result import unpack_tensors
 from unlocked.workers.edges import SlotLayout
@@ -184,6 +184,7 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
+        prepare_process()  # once here instead of in every worker
         self._zygote = Zygote(self._work)
         rank = task.world.rank
         self._supervisor = Supervisor(
@@ -227,6 +228,7 @@ class SupervisedWork:
 
     def close(self) -> None:
         self._supervisor.close()
+        self._memory.close()
         if self._left >= 0:
             os.close(self._left)
             self._left = -1

@@ -73,6 +73,12 @@ class MemorySnapshot:
         state: dict[str, Any] = _Unpickler(BytesIO(text), tensors).load()
         return state
 
+    def close(self) -> None:
+        """Gives the memory back, once no worker has it any more. Idempotent."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
     def _grown(self, place: int, size: int) -> mmap.mmap:
         memory = self._memory[place]
         if memory is None or len(memory) < size:
