@@ -5,13 +5,15 @@
 
 One run of two processes is killed at `--kills` random moments, one stage or the other: from the signal to the first
 item that had not been done, by the machine's clock. Then `--pairs` pairs of undisturbed runs take turns, with and
-without recovery: images per second. What follows `--` are flags of `unlocked train` for all of them.
+without recovery: images per second, and the processor's seconds of the whole run, set-up included, which other work on
+the machine disturbs less. What follows `--` are flags of `unlocked train` for all of them.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -81,20 +83,32 @@ def killed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def undisturbed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs with and without, in turns; the order changes from pair to pair."""
     rates: dict[str, list[float]] = {"with": [], "without": []}
+    cpu: dict[str, list[float]] = {"with": [], "without": []}
     for pair in range(options.pairs):
         for kind in sorted(rates, reverse=bool(pair % 2)):
             summary = folder / f"{kind}-{pair}.json"
             command = start([*options.flags, "--max-steps", str(options.max_steps), "--summary", str(summary)])
             command += [] if kind == "with" else ["--max-recoveries", "0"]
+            before = cpu_seconds()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            cpu[kind].append(cpu_seconds() - before)
             rates[kind].append(json.loads(summary.read_text())["images_per_second"])
     ratios = [a / b for a, b in zip(rates["with"], rates["without"], strict=True)]
+    seconds = statistics.median(a / b for a, b in zip(cpu["with"], cpu["without"], strict=True))
     told = {"images_per_second": rates, "median_ratio": statistics.median(ratios), "ratios": ratios}
+    told |= {"cpu_seconds": cpu, "median_cpu_ratio": seconds}
     print(
         f"{options.pairs} pairs: {statistics.median(rates['with']):.0f} images/s with recovery, "
-        f"{statistics.median(rates['without']):.0f} without; median of the pairs' ratios {told['median_ratio']:.3f}"
+        f"{statistics.median(rates['without']):.0f} without; median of the pairs' ratios {told['median_ratio']:.3f}, "
+        f"of their processor's seconds {seconds:.3f}"
     )
     return told
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have been started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def start(flags: Sequence[str]) -> list[str]:
