@@ -17,6 +17,7 @@ from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
+from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = [
     "AutogradStep",
@@ -28,8 +29,6 @@ __all__ = [
     "count_correct",
     "frozen_modules",
 ]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Step(Protocol):
@@ -81,7 +80,7 @@ class Layer:
         self._storage = storage_dtype(precision)
         self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
-        self.optimizer: Any = optimizer(self.parameters) if self.parameters else None
+        self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -128,6 +127,9 @@ class Layer:
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
         if switch is not None:
             switch()
+        renew = getattr(self.optimizer, "renew_bfloat16", None)
+        if renew is not None and mode == "train":
+            renew()  # the weights may have been switched, or loaded
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F of a training micro-batch."""
@@ -233,29 +235,46 @@ class Layer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, in place: device addresses stay, so captured graphs stay valid."""
-        self.rule.load_state_dict(state["rule"])
-        self.block.load_state_dict(state["block"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.totals.copy_(state["totals"])
-        self.set_clock(state["clock"])
-        self._counted.copy_(self.clock)
-        self._pending = 0
+        self._load(state, None if self.optimizer is None else self.optimizer.load_state_dict)
         self._mode = None  # the optimizer's weights may be at another point now
 
     def exact_state(self) -> dict[str, Any]:
-        """`state_dict`, and what a worker that goes on amid anything needs beside it: an evaluation's sums so far, and
-        the mode, which a schedule-free optimizer can't leave and take up again without rounding."""
-        return {**self.state_dict(), "eval_totals": self.eval_totals, "mode": self._mode}
+        """What a worker needs that goes on amid anything: `state_dict`, an evaluation's sums so far, and the mode,
+        which a schedule-free optimizer can't leave and take up again without rounding."""
+        self._sync_clock()
+        optimizer: Any = {}
+        if self.optimizer is not None:
+            exact = getattr(self.optimizer, "exact_state", None)
+            optimizer = self.optimizer.state_dict() if exact is None else exact()
+        return {
+            "rule": self.rule.state_dict(),
+            "block": self.block.state_dict(),
+            "optimizer": optimizer,
+            "totals": self.totals,
+            "clock": self.clock,
+            "eval_totals": self.eval_totals,
+            "mode": self._mode,
+        }
 
     def load_exact_state(self, state: dict[str, Any]) -> None:
         """The inverse of `exact_state`, in a layer that has just been built."""
-        self.load_state_dict(state)
+        exact = getattr(self.optimizer, "load_exact_state", None)
+        self._load(state, self.optimizer.load_state_dict if exact is None and self.optimizer is not None else exact)
         self.eval_totals.copy_(state["eval_totals"])
         self._mode = state["mode"]
         self.block.train(self._mode != "evaluate")
         for module in self.frozen:
             module.training = False
+
+    def _load(self, state: dict[str, Any], load_optimizer: Callable[[dict[str, Any]], object] | None) -> None:
+        self.rule.load_state_dict(state["rule"])
+        self.block.load_state_dict(state["block"])
+        if load_optimizer is not None:
+            load_optimizer(state["optimizer"])
+        self.totals.copy_(state["totals"])
+        self.set_clock(state["clock"])
+        self._counted.copy_(self.clock)
+        self._pending = 0
 
 
 class AutogradStep:

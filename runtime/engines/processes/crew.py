@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import pickle
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +23,19 @@ from unlocked.runtime.engines.processes.links import link_group
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, log_slots
 from unlocked.runtime.engines.processes.pairs import PairInEdge, PairLink, PairOutEdge
+from unlocked.runtime.engines.processes.parcel import (
+    global_state,
+    loader_states,
+    set_global_state,
+    set_loader_states,
+)
 from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, prepare_process
 from unlocked.runtime.machine import occupy_cores
-from unlocked.runtime.result import unpack_tensors
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
@@ -147,7 +155,16 @@ class OwnWork:
             if edges is None:
                 depth, timeout = task.options.queue_depth, task.job.settings.timeout
                 layouts = slot_layouts(task.job, task.world, task.parts)
-                edges = link_group(store, task.world, *layouts, depth=depth, device=task.device, timeout=timeout)
+                edges = link_group(
+                    store,
+                    task.world,
+                    *layouts,
+                    transport=task.options.transport,
+                    depth=depth,
+                    device=task.device,
+                    timeout=timeout,
+                    names=[stage_name(i, i, layers) for i, layers in enumerate(task.names)],
+                )
             self._worker.connect(*edges)
 
     def wait_started(self) -> None:
@@ -184,8 +201,7 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        prepare_process()  # once here instead of in every worker
-        self._zygote = Zygote(self._work)
+        self._zygote = Zygote(self._work, prepare_process)
         rank = task.world.rank
         self._supervisor = Supervisor(
             task.address,
@@ -206,6 +222,8 @@ class SupervisedWork:
     def build(self) -> int:
         built = self._supervisor.await_word("built")
         self._check()
+        if built["compiler"]:
+            self._zygote.prepare()
         return int(built["threads"])
 
     def connect(self, store: dist.Store) -> None:
@@ -222,8 +240,12 @@ class SupervisedWork:
     def run(self) -> Mapping[str, Any]:
         end = self._supervisor.run()
         self._check()
-        payload: dict[str, Any] = msgpack.unpackb(os.pread(self._left, end.content["length"], 0))
+        packed, state, loaders = pickle.loads(os.pread(self._left, end.content["length"], 0))
+        payload: dict[str, Any] = msgpack.unpackb(packed)
         adopt_weights(self._task.job, self._task.parts[self._task.world.rank], unpack_tensors(payload["weights"]))
+        # What is drawn after the run goes on as if it had run here.
+        set_global_state(state, switches=False)
+        set_loader_states(self._task.job, loaders)
         return payload
 
     def close(self) -> None:
@@ -267,14 +289,15 @@ class SupervisedWork:
             )
             inbox, outbox = task.shared or self._pair(client)
             worker.connect(inbox, outbox)
-            line.tell("built", threads=worker.threads)
+            line.tell("built", threads=worker.threads, compiler="torch._dynamo" in sys.modules)
             line.await_go()
             client.wait_started()
             if isinstance(outbox, PairOutEdge):
                 outbox.start()
         with telling(client, task.names), occupy_cores(worker.cores):
             payload = worker.run()
-        self._leave(line, "result", msgpack.packb(payload))
+        left = (msgpack.packb(payload), global_state(), loader_states(task.job))
+        self._leave(line, "result", pickle.dumps(left))
         client.finish(payload)
         client.close()
         worker.close()

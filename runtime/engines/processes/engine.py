@@ -22,6 +22,7 @@ from unlocked.runtime.control.world import World
 from unlocked.runtime.control.zygote import CAN_FORK
 from unlocked.runtime.engines.one_process import epochs_before
 from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, SupervisedWork, slot_layouts
+from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import share_memory
 from unlocked.runtime.engines.processes.options import (
@@ -32,12 +33,14 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange, meet
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.telling import COORDINATOR, with_stage
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.result import RunResult, unpack_tensors
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.errors import CalledExitError, LinkLostError
 
 __all__ = ["Processes"]
@@ -45,8 +48,8 @@ __all__ = ["Processes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(ProcessesOptions):
-    """A process per stage, under torchrun: this one runs its stage; rank 0 also runs the coordinator and returns the
-    whole result."""
+    """A process per stage. Under torchrun this one runs its stage; rank 0 also runs the coordinator and returns the
+    whole result. Without a launcher, in a script or a notebook, this one starts all of them on its machine."""
 
     name: ClassVar[str] = "processes"
 
@@ -60,6 +63,8 @@ class Processes(ProcessesOptions):
             SetUp.join(World.from_environment())
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        if not has_launcher():
+            return run_spawned(self, job, make_sinks)
         began = time.perf_counter()
         world = World.from_environment()
         num_stages = _number_of_stages(job, world, self.stages)
@@ -173,12 +178,7 @@ def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
 def _device(job: Job, world: World) -> torch.device:
     device = job.device
     if device.type == "cuda" and device.index is None:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
-                "found); start one process per GPU, or use --engine streams on one GPU"
-            )
-        device = torch.device("cuda", world.local_rank)
+        device = pick_device(world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else events and messages would go to the first one
     return device
