@@ -46,7 +46,10 @@ class Job:
     fingerprint: Mapping[str, Any]
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
-    """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    """The learning rate, its schedule and the period of snapshots: they may be others after a resume, but not on other
+    ranks."""
+    run: str
+    """The run's id, which its snapshots carry; a resumed run keeps it."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """The public API: one Trainer for every engine."""
 
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -43,6 +44,7 @@ from unlocked.runtime.network import (
 )
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
+from unlocked.runtime.saving.identity import describe_data, describe_model
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
@@ -184,7 +186,7 @@ class Trainer(Settings):
             eval_size=0 if test_set is None else len(test_set),
             eval_batch_size=batch_size if eval_batch_size is None else eval_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=self.snapshot_period.steps,
             max_steps=max_steps,
             drop_last=drop_last,
         )
@@ -226,6 +228,7 @@ class Trainer(Settings):
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_trainable(network, self.rule)
         check_weights(network)
+        model = describe_model(network)
         parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
         try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
@@ -239,6 +242,9 @@ class Trainer(Settings):
             "optimizer": describe_optimizer(self.optimizer, parameters),
             "seed": self.seed,
             "precision": self.precision,
+            "model": model,
+            "data": describe_data(train_set),
+            "evaluation data": None if test_set is None else describe_data(test_set),
             **plan.settings(),
         }
         resume = self._resume
@@ -258,7 +264,9 @@ class Trainer(Settings):
             rates={
                 "learning rate": learning_rates(self.optimizer, parameters),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
+                "snapshot_every": str(self.snapshot_period),
             },
+            run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,
             names=self.names or {},
         )

@@ -29,7 +29,8 @@ ALLOWED = {
 LAYERS = {
     "runtime": [
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
-        ["batch_statistics", "learning_rate", "machine", "signals"],
+        ["saving.tensor_file"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
@@ -39,6 +40,7 @@ LAYERS = {
     ],
     "runtime.engines": [
         ["one_process", "pipeline"],
+        ["saver"],
         ["processes", "streams"],
         ["sequential"],
     ],

@@ -26,7 +26,9 @@ from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
-from unlocked.runtime.saving.snapshots import UNREADABLE, Snapshot, damaged, layer_file_name, read_layer
+from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
+from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.saving.tensor_file import check_weights, load_tensors
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 
@@ -39,12 +41,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a `model_final.pt` or `model_best.pt`, by name. Nothing in the file is executed.
 
     Raises:
-        ValueError: there is no such file, or it holds something else (names it).
+        ValueError: there is no such file, it holds something else, or not what was written there (names it).
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a model_final.pt, a model_best.pt or a folder of snapshots")
+    check_weights(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a file of weights, or is damaged: {first_line(error)}") from error
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
@@ -125,7 +128,7 @@ def score_snapshot(
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=settings["statistics_batches"],
-        drop_last=settings.get("drop_last", False),  # there was no such setting once
+        drop_last=settings["drop_last"],
     )
     plan = replace(one_epoch, epochs=(snapshot.steps - 1) // one_epoch.steps_per_epoch + 1)
     start = len(plan) - plan.statistics_per_epoch - plan.evaluations_per_epoch
@@ -148,16 +151,13 @@ def _read_states(snapshot: Snapshot, names: Sequence[str]) -> dict[str, dict[str
     """Each layer's state, by name."""
     states = {}
     for index, name in enumerate(names):
-        path = snapshot.folder / layer_file_name(index, name)
         try:
-            states[name] = read_layer(path, torch.device("cpu"))
+            states[name] = snapshot.read(index, name, torch.device("cpu"))
         except FileNotFoundError as error:
             raise ValueError(
-                f"snapshot {snapshot.folder} has no file {path.name}: it is of another network, with the layers "
-                f"{', '.join(snapshot.settings['layers'])}"
+                f"snapshot {snapshot.folder} has no file {layer_file_name(index, name)}: it is of another network, "
+                f"with the layers {', '.join(snapshot.settings['layers'])}"
             ) from error
-        except UNREADABLE as error:
-            raise ValueError(damaged(path, error)) from error
     return states
 
 

@@ -8,7 +8,7 @@ same window of the stream.
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from unlocked.runtime.control.ending import Verdict, end_process, error_line, la
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import epochs_before, steps_before
+from unlocked.runtime.engines.one_process import epochs_before
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -83,6 +83,7 @@ class Processes(ProcessesOptions):
                 device = _device(job, world)
                 publish = partial(hub.publish, device) if hub else None
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
+                job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 names = [[job.network.names[i] for i in part] for part in parts]
                 client = self._client(job, world, terms["address"], names, set_up)
@@ -90,7 +91,7 @@ class Processes(ProcessesOptions):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     agree_on_start_weights(job, store, world, self.start_timeout)
                     worker = Worker(job, self, world, store, parts, client, device)
-                    closing.callback(worker.stage.close)
+                    closing.callback(worker.close)
                     if hub is not None:
                         hub.learn_threads(parts, worker.threads)
                     client.wait_started()
@@ -239,8 +240,8 @@ def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mappi
         engine=job.engine,
         stages=names,
         epochs_done=epochs_before(job.plan, worker.position),
-        steps=steps_before(job.plan, worker.position),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(worker.position),
+        first_step=job.plan.steps_before(job.start),
         threads=worker.threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=payload["setup_seconds"],
