@@ -204,4 +204,5 @@ def _picture(wide: Path, narrow: Path, text: str) -> str:
     for form, path in (("wide", wide), ("narrow", narrow)):
         svg = re.sub(r"<style>.*?</style>", "", path.read_text(), count=1, flags=re.DOTALL)
         shown.append(svg.replace("<svg ", f'<svg class="{form}" ', 1))
-    return f'<figure class="picture">{"".join(shown)}<figcaption>{escape(text)}</figcaption></figure>'
+    caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<figure class="picture">{"".join(shown)}<figcaption>{caption}</figcaption></figure>'
