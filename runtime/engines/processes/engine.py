@@ -31,13 +31,15 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
-from unlocked.runtime.result import RunResult, unpack_tensors
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
 
 __all__ = ["Processes"]
@@ -47,8 +49,8 @@ _COORDINATOR = "the coordinator"  # how the client begins where it misses that
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(ProcessesOptions):
-    """A process per stage, under torchrun: this one runs its stage; rank 0 also runs the coordinator and returns the
-    whole result."""
+    """A process per stage. Under torchrun this one runs its stage; rank 0 also runs the coordinator and returns the
+    whole result. Without a launcher, in a script or a notebook, this one starts all of them on its machine."""
 
     name: ClassVar[str] = "processes"
 
@@ -62,6 +64,8 @@ class Processes(ProcessesOptions):
             SetUp.join(World.from_environment())
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        if not has_launcher():
+            return run_spawned(self, job, make_sinks)
         began = time.perf_counter()
         world = World.from_environment()
         num_stages = _number_of_stages(job, world, self.stages)
