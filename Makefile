@@ -1,4 +1,5 @@
-# `make demo` trains, `make compare` asks whether it pays, `make test` checks. All make the environment on first use.
+# `make demo` trains, `make compare` asks whether it pays, `make leaderboard` which rule learns best, `make test` checks.
+# All make the environment on first use.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +8,7 @@ STAMP  := $(VENV)/.up-to-date
 # One thread per process: the stages are the parallelism.
 RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: demo compare test chaos lint clean
+.PHONY: demo compare leaderboard test chaos lint clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
@@ -16,6 +17,10 @@ demo: $(STAMP)
 
 compare: $(STAMP)
 	$(BIN)/python launch/compare.py
+
+# Cells are kept below runs/leaderboard: the same command goes on where it was stopped.
+leaderboard: $(STAMP)
+	$(RUN) $(BIN)/python -m unlocked leaderboard --jobs 2 --num-epochs 8
 
 # First what may share the cores; then, one after the other, the tests that have a time limit or start many processes.
 test: $(STAMP) lint
