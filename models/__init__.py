@@ -4,6 +4,7 @@ from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
+from unlocked.models.plain import architecture_of, plain_module, rebuild
 from unlocked.models.predictive import mlp, vgg8b, vgg11b
 from unlocked.models.registry import MODELS, check_model_options, find_model, get_model, model_options
 from unlocked.models.residual import resnet18, resnet32, resnet110
@@ -18,6 +19,7 @@ __all__ = [
     "KeyedDropout",
     "LinearBlock",
     "OutputBlock",
+    "architecture_of",
     "check_model_options",
     "find_model",
     "get_model",
@@ -29,6 +31,8 @@ __all__ = [
     "mobilenet_v1",
     "mobilenet_v1_small",
     "model_options",
+    "plain_module",
+    "rebuild",
     "replace_dropout",
     "resnet18",
     "resnet32",

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
+from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, Origin, OutputBlock, Pool
 from unlocked.models.initialisation import draw_by_layer
 from unlocked.models.sizes import check_positive, too_small
 
@@ -27,6 +27,7 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True)
 class _Network:
+    name: str  # as in the registry
     rows: tuple[_Row, ...]
     average: int  # side of the adaptive average pool after the last convolutional block
     hidden: int | None  # None: as wide as the layer's own latents
@@ -46,18 +47,21 @@ def _linear(width: int, latent_size: int) -> _Row:
 
 
 _SMALL_CONV = _Network(
+    "SmallConv",
     (_conv(32, 4, max_pool=True), _conv(64, 2, max_pool=True), _conv(128, 2), _linear(512, 512)),
     average=2,
     hidden=None,
     reduced_rank=20,
 )
 _SMALL_CONV_L = _Network(
+    "SmallConvL",
     (_conv(96, 4, max_pool=True), _conv(192, 2, max_pool=True), _conv(512, 2), _linear(1024, 2048)),
     average=2,
     hidden=None,
     reduced_rank=20,
 )
 _VGG8 = _Network(
+    "VGG8",
     (
         _conv(128, 4),
         _conv(256, 2, max_pool=True),
@@ -72,6 +76,7 @@ _VGG8 = _Network(
     reduced_rank=100,
 )
 _VGG11 = _Network(
+    "VGG11",
     (
         _conv(64, 4, max_pool=True),
         _conv(128, 2, max_pool=True),
@@ -89,6 +94,7 @@ _VGG11 = _Network(
     reduced_rank=100,
 )
 _MOBILENET_V1 = _Network(
+    "MobileNetV1",
     (
         _conv(32, 8, stride=2),
         _dw(64, 4),
@@ -211,7 +217,7 @@ def mobilenet_v1_small(
     seed: int = 0,
 ) -> list[Block]:
     """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
-    network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
+    network = replace(_MOBILENET_V1, name="MobileNetV1_small", rows=_MOBILENET_V1.rows[:8])
     return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
@@ -229,6 +235,8 @@ def _build(
     check_positive(in_channels=in_channels, num_classes=num_classes)
     height, width = sides_of(image_size)
     makers: list[Callable[[], Block]] = []
+    sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (height, width), "dropout": dropout}
+    origin = Origin(architecture=(network.name, {**sizes, "same_padding": same_padding, "upsample": upsample}))
     counts = {"conv": 0, "depthwise": 0, "linear": 0}
     last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
     features, sides = in_channels, [height, width]
@@ -249,7 +257,7 @@ def _build(
         features = row.width * (network.average**2 if i == last_conv else 1)
         sides = [side // 2 for side in sides] if pool == "max" else sides
     makers.append(partial(OutputBlock, features, num_classes))
-    return draw_by_layer(makers, seed)
+    return draw_by_layer(makers, seed, origin)
 
 
 def _make_block(
