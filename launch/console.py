@@ -1,4 +1,4 @@
-"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate and simulate, without a checkout.
+"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate, chaos and simulate, without a checkout.
 
 Each command is an entry point of its own and gets the rest of the command line; nothing of torch is imported before a
 command is known.
@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
+    "chaos": ("unlocked.launch.chaos", "a training under faults: does it come to the same bits, and what does it cost"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
 """Name -> a module with a `main(arguments) -> int`, and what it does in one line."""

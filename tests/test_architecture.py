@@ -48,7 +48,7 @@ LAYERS = {
         ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "request", "results"],
         ["excerpts"],
         ["report"],
-        ["rival", "memory", "stages"],
+        ["rival", "memory", "stages", "chaos"],
         ["worker", "pool"],
         ["measure"],
     ],
