@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "parse"]
 
-_USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8"]
+_USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
 """Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
-after 4 seconds."""
+after 4 seconds, in set-up after 45."""
 _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 
 
@@ -33,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = recipe.plan(*recipe.load_data())
         command = [sys.executable, "-m", "unlocked.launch.pipeline", *_USUAL, *rest]
         campaign = run_campaign(
-            command, plan, _stages(recipe), options, root=recipe.save_path, say=lambda line: print(line, flush=True)
+            command,
+            plan,
+            _stages(recipe),
+            options,
+            start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
+            root=recipe.save_path,
+            say=lambda line: print(line, flush=True),
         )
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -71,9 +77,10 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     add_flags(parser.add_argument_group("faults"), ChaosOptions)
     given, rest = parser.parse_known_args(arguments)
     options = ChaosOptions(**vars(given))
-    recipe = parse_training([*_USUAL, *rest], default_engine="processes")
+    recipe = parse_training(rest, default_engine="processes")
     if not isinstance(recipe.engine, Processes) or recipe.engine.stages is None:
         raise ValueError("faults are for a pipeline of processes on this machine; give --stages N")
+    recipe = parse_training([*_USUAL, *rest], default_engine="processes")
     taken = [name for name in _OURS if name != "save_path" and _is_given(rest, name)]
     if taken:
         raise ValueError(f"--{taken[0].replace('_', '-')} is set for every run by itself; leave it out")

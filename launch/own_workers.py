@@ -42,17 +42,19 @@ def start_workers(count: int, module: str, arguments: Sequence[str], *, threads:
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return _exit_code(failure.exitcode)
+        rank, failure = error.get_first_failure()
+        return _exit_code(rank, failure.exitcode)
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0
 
 
-def _exit_code(status: int) -> int:
+def _exit_code(rank: int, status: int) -> int:
     """A process's status as a shell tells it: one that a signal ended is 128 + signal."""
+    from unlocked.runtime.control.world import stage_name
+
     if status < 0:
         told = signal.Signals(-status).name
-        print(f"error: a worker was ended by {told}", file=sys.stderr, flush=True)
+        print(f"error: {stage_name(rank)} was ended by {told}", file=sys.stderr, flush=True)
         return 128 - status
     return status

@@ -31,6 +31,7 @@ LAYERS = {
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
         ["saving.tensor_file"],
         ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
+        ["fault_fixtures"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],

@@ -16,7 +16,7 @@ _HORIZON = 40  # stream positions ahead in which a stated action is chosen
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """What is to happen: `kind` after `seconds` of the run's being up, or `fault` before its action."""
+    """What is to happen: `kind` after `seconds`, or `fault` before its action."""
 
     kind: str
     seconds: float = 0.0

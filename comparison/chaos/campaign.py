@@ -36,6 +36,7 @@ def run_campaign(
     stages: int,
     options: ChaosOptions,
     *,
+    start_timeout: float,
     root: Path | None,
     say: Callable[[str], None],
 ) -> Campaign:
@@ -44,6 +45,7 @@ def run_campaign(
     Args:
         command: starts the training; flags for its files are added.
         plan: what it runs through.
+        start_timeout: the training's, by which a worker is missed that stands still in set-up.
         root: where the runs' folders go; None: they are thrown away.
         say: takes a line at a time.
 
@@ -59,7 +61,8 @@ def run_campaign(
         if undisturbed.start() or not undisturbed.summary:
             raise ValueError(f"the undisturbed run failed: {undisturbed.first_error or 'see its output'}")
         campaign = Campaign(
-            command=list(command),
+            command=list(command)[1:],
+            stages=stages,
             environment=environment(),
             undisturbed_seconds=time.perf_counter() - began,
             weights_sha256=str(undisturbed.summary["weights_sha256"]),
@@ -69,7 +72,7 @@ def run_campaign(
         armoury = Armoury(options, plan, stages)
         while len(campaign.faults) < options.fault_count:
             name = f"run-{len(campaign.runs)}-{secrets.token_hex(3)}"
-            disturbed = _Disturbed(_Run(command, folder, name), campaign, armoury, options, stages, say)
+            disturbed = _Disturbed(_Run(command, folder, name), campaign, armoury, options, start_timeout, say)
             campaign.runs.append(disturbed.run(undisturbed))
     return campaign
 
@@ -146,16 +149,16 @@ class _Disturbed:
         campaign: Campaign,
         armoury: Armoury,
         options: ChaosOptions,
-        stages: int,
+        start_timeout: float,
         say: Callable[[str], None],
     ) -> None:
         self._run, self._campaign, self._armoury, self._options = run, campaign, armoury, options
-        self._say, self._stages = say, stages
+        self._say, self._start_timeout = say, start_timeout
         self._still: list[int] = []  # processes that stand still for good
         self._watched = 0  # the process that a stated action will end
 
     def run(self, undisturbed: _Run) -> RunRecord:
-        record = RunRecord(stages=self._stages, starts=0)
+        record = RunRecord(starts=0)
         self._armoury.furthest = 0
         began = time.perf_counter()
         while True:
@@ -192,14 +195,26 @@ class _Disturbed:
                     self._settle(fault, "recovered" if KINDS[fault.kind].ends else "unharmed", now - at)
                     armed, up_at = self._armoury.draw_timed() if self._is_due() else None, now
                 if fault is not None and not fault.outcome:
-                    if now - at > self._options.hang_limit:
-                        fault.hung = True
-                        self._run.tree.end()
+                    self._watch(fault, now - at)
                 elif armed is not None and (blow := self._strike(armed, now - up_at)) is not None:
                     fault, at, struck = self._note(armed, blow, progress > at_start), now, progress
                     armed = None
         code = process.returncode
         return code, self._after(fault, armed, code, at)
+
+    def _watch(self, fault: FaultRecord, seconds: float) -> None:
+        """Looks whether all that can end has: a launcher gives those that stand still half a minute."""
+        left = [one for one in self._run.tree.processes() if one.rank is not None]
+        if self._still and left and all(one.state == "T" for one in left):
+            for one in left:
+                one.send(signal.SIGKILL)
+            fault.seconds = seconds
+        limit = self._options.hang_limit
+        if fault.kind == "stop" and fault.moment == "set-up":
+            limit += self._start_timeout
+        if seconds > limit and not fault.seconds:
+            fault.hung = True
+            self._run.tree.end()
 
     def _is_due(self) -> bool:
         return len(self._campaign.faults) < self._options.fault_count
@@ -250,6 +265,8 @@ class _Disturbed:
         return fault
 
     def _settle(self, fault: FaultRecord, outcome: str, seconds: float) -> None:
-        fault.outcome, fault.seconds = outcome, seconds
+        fault.outcome, fault.seconds = outcome, fault.seconds or seconds
         number = len(self._campaign.faults)
-        self._say(f"fault {number}: {fault.kind} {fault.action}in {fault.moment}: {outcome} after {seconds:.1f} s")
+        self._say(
+            f"fault {number}: {fault.kind} {fault.action}in {fault.moment}: {outcome} after {fault.seconds:.1f} s"
+        )

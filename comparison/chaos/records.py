@@ -39,7 +39,6 @@ class FaultRecord:
 class RunRecord:
     """One training under faults."""
 
-    stages: int
     starts: int = 1
     seconds: float = 0.0
     """From the first start to the end."""
@@ -54,7 +53,8 @@ class RunRecord:
 class Campaign:
     """All of it."""
 
-    command: Sequence[str]
+    command: list[str]
+    stages: int
     environment: Environment
     undisturbed_seconds: float
     weights_sha256: str
