@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         told = {"ettr": campaign.ettr, "problems": campaign.problems, "table": format_table(campaign).splitlines()}
         write_json(options.report, to_plain(campaign) | told)
-    return 1 if campaign.problems else 0
+    return 130 if campaign.is_interrupted else 1 if campaign.problems else 0
 
 
 def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":

@@ -23,6 +23,8 @@ class Armed:
     fault: Fault | None = None
     moment: str = ""
     """Of `fault`."""
+    in_run: bool = False
+    """Whether `seconds` begin once the run makes progress; else with its start, so that set-up is hit as well."""
 
 
 class Armoury:
@@ -47,7 +49,8 @@ class Armoury:
         kinds = self._options.kinds
         kind = kinds[self._given % len(kinds)]
         self._given += 1
-        return Armed(kind, seconds=self.chance.expovariate(1 / self._options.mean_seconds))
+        seconds = self.chance.expovariate(1 / self._options.mean_seconds)
+        return Armed(kind, seconds=seconds, in_run=self.chance.random() < 0.5)
 
     def _typed_fault(self, start: int) -> Armed:
         items = list(self._plan.items(start, min(start + _HORIZON, len(self._plan))))

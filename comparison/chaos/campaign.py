@@ -8,10 +8,11 @@ import secrets
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from unlocked.comparison.chaos.arming import Armed, Armoury
 from unlocked.comparison.chaos.kinds import KINDS, Blow
@@ -26,6 +27,8 @@ from unlocked.runtime.schedules.stream import StreamPlan
 __all__ = ["run_campaign"]
 
 _POLL = 0.05
+_ECHO_SECONDS = 1.5  # in which what was under way may still be told of, although the run is about to end
+_LINES = 200  # bytes of the log that are more than one line: the run goes on
 _MOST_STARTS = 200  # of one run, which then can't come to an end
 _GONE_SECONDS = 5.0  # in which the last process must follow the launcher
 
@@ -72,8 +75,15 @@ def run_campaign(
         armoury = Armoury(options, plan, stages)
         while len(campaign.faults) < options.fault_count:
             name = f"run-{len(campaign.runs)}-{secrets.token_hex(3)}"
-            disturbed = _Disturbed(_Run(command, folder, name), campaign, armoury, options, start_timeout, say)
-            campaign.runs.append(disturbed.run(undisturbed))
+            run = _Run(command, folder, name)
+            try:
+                disturbed = _Disturbed(run, campaign, armoury, options, start_timeout, say)
+                campaign.runs.append(disturbed.run(undisturbed))
+            except KeyboardInterrupt:
+                campaign.is_interrupted = True
+                break
+            finally:
+                run.tree.end()
     return campaign
 
 
@@ -81,7 +91,8 @@ class _Run:
     """One training in a folder of its own, started as often as it takes."""
 
     def __init__(self, command: Sequence[str], root: Path, name: str) -> None:
-        self.folder, self._told, self._error_file = root / name, root / f"{name}.json", root / f"{name}.stderr"
+        self.folder, self._told = root / name, root / f"{name}.json"
+        self._errors: list[str] = []  # lines of the latest start
         files = ["--save-path", str(root), "--experiment-name", name, "--summary", str(self._told)]
         self._command = [*command, *files, "--resume", "auto", "--plain"]
         self.tree = Tree(name)
@@ -91,26 +102,28 @@ class _Run:
         """Starts it; whoever started it waits for it."""
         own = {MARK: self._name, VARIABLE: fault, "PYTHONUNBUFFERED": "1"}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._error_file, "wb") as errors:
-            return subprocess.Popen(
-                self._command,
-                env=os.environ | own,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
+        process = subprocess.Popen(
+            self._command,
+            env=os.environ | own,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        # A pipe, since a file would share the fate of the run's files.
+        self._errors = []
+        threading.Thread(target=_collect, args=(process.stderr, self._errors), daemon=True).start()
+        return process
 
     def start(self) -> int:
         """Runs it to its end; the exit code."""
-        with self.begin() as process:
-            return process.wait()
+        return self.begin().wait()
 
     @property
     def first_error(self) -> str:
         """The first line in which a process of the latest start says why it ended."""
-        text = self._error_file.read_text(errors="replace") if self._error_file.exists() else ""
-        return next((line for line in text.splitlines() if line.startswith("error")), "")
+        return next((line for line in tuple(self._errors) if line.startswith("error")), "")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -138,6 +151,11 @@ class _Run:
         except ValueError:
             return 0
         return 0 if snapshot is None else snapshot.position
+
+
+def _collect(stream: IO[bytes], lines: list[str]) -> None:
+    with stream:
+        lines.extend(line.decode(errors="replace").rstrip("\n") for line in stream)
 
 
 class _Disturbed:
@@ -175,7 +193,10 @@ class _Disturbed:
         record.seconds = time.perf_counter() - began
         summary, expected = self._run.summary, undisturbed.summary
         record.is_exact = summary.get("weights_sha256") == expected["weights_sha256"]
-        record.epochs_are_exact = self._run.epochs() == undisturbed.epochs() and summary["steps"] == expected["steps"]
+        record.epochs_are_exact = (self._run.epochs(), summary.get("steps")) == (
+            undisturbed.epochs(),
+            expected["steps"],
+        )
         return record
 
     def _start(self) -> tuple[int, FaultRecord | None]:
@@ -187,18 +208,21 @@ class _Disturbed:
         up_at = time.monotonic()
         at, self._watched = 0.0, 0
         process = self._run.begin(str(armed.fault) if armed is not None and armed.fault is not None else "")
-        with process:
-            while process.poll() is None:
-                time.sleep(_POLL)
-                now, progress = time.monotonic(), self._run.progress()
-                if fault is not None and not fault.outcome and now - at > _POLL and progress > struck + 200:
-                    self._settle(fault, "recovered" if KINDS[fault.kind].ends else "unharmed", now - at)
-                    armed, up_at = self._armoury.draw_timed() if self._is_due() else None, now
-                if fault is not None and not fault.outcome:
-                    self._watch(fault, now - at)
-                elif armed is not None and (blow := self._strike(armed, now - up_at)) is not None:
-                    fault, at, struck = self._note(armed, blow, progress > at_start), now, progress
-                    armed = None
+        while process.poll() is None:
+            time.sleep(_POLL)
+            now, progress = time.monotonic(), self._run.progress()
+            if armed is not None and armed.in_run and progress == at_start:
+                up_at = now
+            if now - at < _ECHO_SECONDS:
+                struck = progress
+            if fault is not None and not fault.outcome and progress > struck + _LINES:
+                self._settle(fault, "recovered" if KINDS[fault.kind].ends else "unharmed", now - at)
+                armed, up_at = self._armoury.draw_timed() if self._is_due() else None, now
+            if fault is not None and not fault.outcome:
+                self._watch(fault, now - at)
+            elif armed is not None and (blow := self._strike(armed, now - up_at)) is not None:
+                fault, at, struck = self._note(armed, blow, progress > at_start), now, progress
+                armed = None
         code = process.returncode
         return code, self._after(fault, armed, code, at)
 
@@ -222,8 +246,9 @@ class _Disturbed:
     def _strike(self, armed: Armed, up: float) -> Blow | None:
         """Does it if its moment has come; of one before an action, finds out whether it has."""
         if armed.fault is None:
-            strike = KINDS[armed.kind].strike
-            return strike(self._run.tree, self._run.folder, self._armoury.chance) if up >= armed.seconds else None
+            if up < armed.seconds:
+                return None
+            return KINDS[armed.kind].strike(self._run.tree, self._run.folder, self._armoury.chance)
         rank = armed.fault.action.stage
         worker = self._run.tree.workers().get(rank)
         if armed.kind == "stop":
@@ -258,15 +283,13 @@ class _Disturbed:
         if fault.outcome and code != 0:
             fault.outcome = ""  # it went on for a while only
         if not fault.outcome:
-            self._settle(fault, "restarted" if code != 0 else "unharmed", now - at)
             fault.words = self._run.first_error
             words = KINDS[fault.kind].words.format(rank=fault.rank)
             fault.named = code == 0 or not words or re.search(words, fault.words) is not None
+            self._settle(fault, "restarted" if code != 0 else "unharmed", now - at)
         return fault
 
     def _settle(self, fault: FaultRecord, outcome: str, seconds: float) -> None:
         fault.outcome, fault.seconds = outcome, fault.seconds or seconds
-        number = len(self._campaign.faults)
-        self._say(
-            f"fault {number}: {fault.kind} {fault.action}in {fault.moment}: {outcome} after {fault.seconds:.1f} s"
-        )
+        what = f"fault {len(self._campaign.faults)}: {fault.kind} {fault.action}in {fault.moment}"
+        self._say(f"{what}: {'hung, ' * fault.hung}{outcome} after {fault.seconds:.1f} s; {fault.words[:160] or '-'}")

@@ -60,6 +60,8 @@ class Campaign:
     weights_sha256: str
     mean_seconds_between_faults: float
     """That was asked for."""
+    is_interrupted: bool = False
+    """Somebody stopped it: what the last faults came to is not known."""
     runs: list[RunRecord] = field(default_factory=list)
     faults: list[FaultRecord] = field(default_factory=list)
 
