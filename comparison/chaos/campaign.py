@@ -28,6 +28,7 @@ __all__ = ["run_campaign"]
 
 _POLL = 0.05
 _ECHO_SECONDS = 1.5  # in which what was under way may still be told of, although the run is about to end
+_SURE = 10  # looks in a row that show the same
 _LINES = 200  # bytes of the log that are more than one line: the run goes on
 _MOST_STARTS = 200  # of one run, which then can't come to an end
 _GONE_SECONDS = 5.0  # in which the last process must follow the launcher
@@ -113,7 +114,8 @@ class _Run:
         assert process.stderr is not None
         # A pipe, since a file would share the fate of the run's files.
         self._errors = []
-        threading.Thread(target=_collect, args=(process.stderr, self._errors), daemon=True).start()
+        self._reader = threading.Thread(target=_collect, args=(process.stderr, self._errors), daemon=True)
+        self._reader.start()
         return process
 
     def start(self) -> int:
@@ -123,6 +125,7 @@ class _Run:
     @property
     def first_error(self) -> str:
         """The first line in which a process of the latest start says why it ended."""
+        self._reader.join(_GONE_SECONDS)  # until nobody is left who could write
         return next((line for line in tuple(self._errors) if line.startswith("error")), "")
 
     @property
@@ -133,6 +136,15 @@ class _Run:
         """Grows as the run goes on."""
         log = self.folder / "train.log"
         return log.stat().st_size if log.exists() else 0
+
+    def trains(self, since: int) -> bool:
+        """Whether it has told of training since its log had `since` bytes."""
+        log = self.folder / "train.log"
+        if not log.exists():
+            return False
+        with open(log, "rb") as file:
+            file.seek(since)
+            return b"Epoch: [" in file.read()
 
     def epochs(self) -> list[list[str]]:
         """The figures of every epoch, without its seconds."""
@@ -174,6 +186,7 @@ class _Disturbed:
         self._say, self._start_timeout = say, start_timeout
         self._still: list[int] = []  # processes that stand still for good
         self._watched = 0  # the process that a stated action will end
+        self._alone = 0  # looks in a row at which nobody else was left
 
     def run(self, undisturbed: _Run) -> RunRecord:
         record = RunRecord(starts=0)
@@ -206,12 +219,13 @@ class _Disturbed:
         fault: FaultRecord | None = None
         struck = at_start = self._run.progress()
         up_at = time.monotonic()
-        at, self._watched = 0.0, 0
+        at, self._watched, trains = 0.0, 0, False
         process = self._run.begin(str(armed.fault) if armed is not None and armed.fault is not None else "")
         while process.poll() is None:
             time.sleep(_POLL)
             now, progress = time.monotonic(), self._run.progress()
-            if armed is not None and armed.in_run and progress == at_start:
+            trains = trains or (progress > at_start and self._run.trains(at_start))
+            if armed is not None and armed.in_run and not trains:
                 up_at = now
             if now - at < _ECHO_SECONDS:
                 struck = progress
@@ -221,7 +235,7 @@ class _Disturbed:
             if fault is not None and not fault.outcome:
                 self._watch(fault, now - at)
             elif armed is not None and (blow := self._strike(armed, now - up_at)) is not None:
-                fault, at, struck = self._note(armed, blow, progress > at_start), now, progress
+                fault, at, struck = self._note(armed, blow, trains), now, progress
                 armed = None
         code = process.returncode
         return code, self._after(fault, armed, code, at)
@@ -229,12 +243,13 @@ class _Disturbed:
     def _watch(self, fault: FaultRecord, seconds: float) -> None:
         """Looks whether all that can end has: a launcher gives those that stand still half a minute."""
         left = [one for one in self._run.tree.processes() if one.rank is not None]
-        if self._still and left and all(one.state == "T" for one in left):
+        self._alone = self._alone + 1 if self._still and left and all(one.state == "T" for one in left) else 0
+        if self._alone == _SURE:
             for one in left:
                 one.send(signal.SIGKILL)
             fault.seconds = seconds
         limit = self._options.hang_limit
-        if fault.kind == "stop" and fault.moment == "set-up":
+        if fault.moment == "set-up" and (fault.kind == "stop" or not KINDS[fault.kind].ends):
             limit += self._start_timeout
         if seconds > limit and not fault.seconds:
             fault.hung = True
