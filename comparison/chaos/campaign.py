@@ -250,7 +250,7 @@ class _Disturbed:
             fault.seconds = seconds
         limit = self._options.hang_limit
         if fault.moment == "set-up" and (fault.kind == "stop" or not KINDS[fault.kind].ends):
-            limit += self._start_timeout
+            limit += self._start_timeout + self._campaign.undisturbed_seconds  # it counts from the imports' end
         if seconds > limit and not fault.seconds:
             fault.hung = True
             self._run.tree.end()

@@ -68,7 +68,9 @@ def _coordinator(tree: Tree) -> dict[int, Process]:
 def _launcher(number: int) -> Callable[..., Blow | None]:
     def strike(tree: Tree, folder: Path, chance: random.Random) -> Blow | None:
         found = [one for one in tree.processes() if one.rank is None]
-        return Blow(None) if found and found[0].send(number) else None
+        if not found or (number == signal.SIGKILL and not tree.workers()):
+            return None  # before it has any, nobody could say that it is gone
+        return Blow(None) if found[0].send(number) else None
 
     return strike
 
