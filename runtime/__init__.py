@@ -11,12 +11,23 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import ReduceLROnPlateau
     from unlocked.runtime.metrics.sinks import MetricsSink
+    from unlocked.runtime.prediction import Evaluation
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["MetricsSink", "Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"]
+__all__ = [
+    "Evaluation",
+    "MetricsSink",
+    "Processes",
+    "ReduceLROnPlateau",
+    "RunResult",
+    "Sequential",
+    "Streams",
+    "Trainer",
+]
 
 _HOMES = {
+    "Evaluation": "unlocked.runtime.prediction",
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",

@@ -180,7 +180,7 @@ class Recipe(Settings):
             ValueError: a name is not known, or a value out of range.
         """
         folder = self.folder
-        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine}
+        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "progress": False}
         how["resume"] = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
         if folder is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"

@@ -28,15 +28,35 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        [
+            "schedules",
+            "typed",
+            "paths",
+            "fields",
+            "settings",
+            "layouts",
+            "saving.whole_file",
+            "metrics.records",
+            "tensors",
+        ],
         ["saving.tensor_file"],
-        ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
+        [
+            "batch_statistics",
+            "faults",
+            "learning_rate",
+            "machine",
+            "signals",
+            "saving.model_file",
+            "metrics.html",
+            "exporting",
+        ],
         ["fault_fixtures"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
-        ["job", "arguments"],
+        ["job", "arguments", "keeping"],
         ["saving.scoring", "engines"],
+        ["prediction"],
         ["trainer", "recipe"],
     ],
     "runtime.engines": [

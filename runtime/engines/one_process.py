@@ -10,8 +10,9 @@ from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, StageProgress, StepResult
 from unlocked.runtime.metrics.sinks import FanOut
-from unlocked.runtime.result import RunResult, weights_digest
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.stage import Stage
 
 __all__ = [

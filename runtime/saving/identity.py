@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from unlocked.data import Dataset, ImageDataset
 from unlocked.runtime.network import Network
-from unlocked.runtime.result import tensor_bytes
+from unlocked.runtime.tensors import tensor_bytes
 
-__all__ = ["describe_data", "describe_model", "differences"]
+__all__ = ["describe_data", "describe_network", "differences"]
 
 _SAMPLED = 64  # samples, spread over the data
 _LONGEST = 60  # characters of a value in an error
@@ -40,7 +40,7 @@ def describe_data(data: Dataset) -> dict[str, Any]:
     return {**known, "digest": digest.hexdigest()[:16], "reading": reading.hexdigest()[:16]}
 
 
-def describe_model(network: Network) -> dict[str, str]:
+def describe_network(network: Network) -> dict[str, str]:
     """{layer: the settings of its modules}: whatever number or name a module holds, its dropout's probability for one,
     the shapes of its tensors, and what of it is frozen."""
     return {name: _settings(block) for name, block in zip(network.names, network.blocks, strict=True)}

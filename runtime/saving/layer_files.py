@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from unlocked.models.errors import first_line
-from unlocked.runtime.result import tensor_bytes
 from unlocked.runtime.saving.tensor_file import load_tensors
 from unlocked.runtime.saving.whole_file import whole_file
+from unlocked.runtime.tensors import tensor_bytes
 
 __all__ = [
     "UNREADABLE",

@@ -32,7 +32,7 @@ from unlocked.runtime.saving.tensor_file import check_weights, load_tensors
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 
-__all__ = ["load_weights", "score_snapshot", "score_weights"]
+__all__ = ["evaluation_plan", "load_weights", "make_stage", "score_snapshot", "score_weights", "scores_of"]
 
 _SHOWN = 3  # names in an error about many
 
@@ -83,16 +83,8 @@ def score_weights(
     """
     network = _network(model, test)
     _fill(network, _without_rules(network, weights))
-    rows = min(batch_size, len(test))  # of the training micro-batch that a plan must begin with, which is left out
-    plan = StreamPlan(
-        epochs=1,
-        train_size=rows,
-        batch_size=rows,
-        eval_size=len(test),
-        eval_batch_size=batch_size,
-        statistics_batches=0,
-    )
-    return _evaluate(_stage(network, test, test, plan, 1, device, precision), plan, 1, precision)
+    plan = evaluation_plan(test, batch_size)
+    return _evaluate(make_stage(network, test, test, plan, 1, device, precision), plan, 1, precision)
 
 
 def score_snapshot(
@@ -135,10 +127,74 @@ def score_snapshot(
     precision = settings["precision"]
     if whole:
         network = backpropagation_network(network)
-    stage = _stage(network, train, test, plan, start, device, precision)
+    stage = make_stage(network, train, test, plan, start, device, precision)
     for layer in stage.layers:
         layer.set_clock(states[layer.name]["clock"])  # the key of what is drawn, which statistics see as training does
     return _evaluate(stage, plan, start, precision)
+
+
+def evaluation_plan(test: Dataset, batch_size: int) -> StreamPlan:
+    """A stream of which the items from position 1 on evaluate `test` once."""
+    rows = min(batch_size, len(test))  # of the training micro-batch that a plan must begin with, which is left out
+    return StreamPlan(
+        epochs=1,
+        train_size=rows,
+        batch_size=rows,
+        eval_size=len(test),
+        eval_batch_size=batch_size,
+        statistics_batches=0,
+    )
+
+
+def make_stage(
+    network: Network,
+    train: Dataset,
+    test: Dataset,
+    plan: StreamPlan,
+    start: int,
+    device: str,
+    precision: str,
+) -> Stage:
+    """All layers and the data of the plan's items from `start` on, for evaluation alone.
+
+    Raises:
+        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
+    """
+    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
+    check_device(device)
+    place = torch.device(device)
+    check_precision(precision, place)
+    optimizer = partial(torch.optim.SGD, lr=0.0)  # never steps
+    layers = [
+        build_layer(network, i, rule=CrossEntropy, optimizer=optimizer, device=place, step=None, precision=precision)
+        for i in range(len(network.blocks))
+    ]
+    source = make_source(
+        train,
+        test,
+        plan=plan,
+        start=start,
+        seed=network.infos[0].seed,
+        device=place,
+        load_batch=load_batch,
+        prefetch=None,
+        timeout=300.0,
+    )
+    return Stage(0, layers, source)
+
+
+def scores_of(stage: Stage, count: int) -> Scores:
+    """What the stage's evaluation of `count` samples came to.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    loss, correct, correct5 = (value / count for value in stage.layers[-1].eval_totals.tolist())
+    if not isfinite(loss):
+        raise ValueError(
+            f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
+        )
+    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
 
 
 def _network(model: Model, data: Dataset, seed: int = 0) -> Network:
@@ -240,43 +296,6 @@ def _averaged(network: Network, name: str, state: dict[str, Any]) -> dict[str, T
     return block
 
 
-def _stage(
-    network: Network,
-    train: Dataset,
-    test: Dataset,
-    plan: StreamPlan,
-    start: int,
-    device: str,
-    precision: str,
-) -> Stage:
-    """All layers and the data of the plan's items from `start` on.
-
-    Raises:
-        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
-    """
-    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
-    check_device(device)
-    place = torch.device(device)
-    check_precision(precision, place)
-    optimizer = partial(torch.optim.SGD, lr=0.0)  # never steps
-    layers = [
-        build_layer(network, i, rule=CrossEntropy, optimizer=optimizer, device=place, step=None, precision=precision)
-        for i in range(len(network.blocks))
-    ]
-    source = make_source(
-        train,
-        test,
-        plan=plan,
-        start=start,
-        seed=network.infos[0].seed,
-        device=place,
-        load_batch=load_batch,
-        prefetch=None,
-        timeout=300.0,
-    )
-    return Stage(0, layers, source)
-
-
 def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Scores:
     """Runs the plan's last items: statistics and evaluation micro-batches."""
     with float32_products(precision), closing(stage):
@@ -286,9 +305,4 @@ def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Sco
                 stage.evaluate(item, x, labels)
             else:
                 stage.forward(item, x, labels)
-    loss, correct, correct5 = (value / plan.eval_size for value in stage.layers[-1].eval_totals.tolist())
-    if not isfinite(loss):
-        raise ValueError(
-            f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
-        )
-    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
+    return scores_of(stage, plan.eval_size)

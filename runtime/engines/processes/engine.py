@@ -21,6 +21,7 @@ from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -31,13 +32,15 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
-from unlocked.runtime.result import RunResult, unpack_tensors
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
 
 __all__ = ["Processes"]
@@ -47,8 +50,8 @@ _COORDINATOR = "the coordinator"  # how the client begins where it misses that
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(ProcessesOptions):
-    """A process per stage, under torchrun: this one runs its stage; rank 0 also runs the coordinator and returns the
-    whole result."""
+    """A process per stage. Under torchrun this one runs its stage; rank 0 also runs the coordinator and returns the
+    whole result. Without a launcher, in a script or a notebook, this one starts all of them on its machine."""
 
     name: ClassVar[str] = "processes"
 
@@ -62,6 +65,8 @@ class Processes(ProcessesOptions):
             SetUp.join(World.from_environment())
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        if not has_launcher():
+            return run_spawned(self, job, make_sinks)
         began = time.perf_counter()
         world = World.from_environment()
         num_stages = _number_of_stages(job, world, self.stages)
@@ -152,12 +157,7 @@ def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
 def _device(job: Job, world: World) -> torch.device:
     device = job.device
     if device.type == "cuda" and device.index is None:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
-                "found); start one process per GPU, or use --engine streams on one GPU"
-            )
-        device = torch.device("cuda", world.local_rank)
+        device = pick_device(world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else events and messages would go to the first one
     return device

@@ -21,7 +21,8 @@ from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
-from unlocked.runtime.result import RunResult, unpack_tensors, weights_digest
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.tensors import unpack_tensors, weights_digest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]

@@ -19,9 +19,9 @@ from unlocked.runtime.faults import faults_from_environment, trigger
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
 from unlocked.runtime.metrics.reporter import StageReporter
-from unlocked.runtime.result import pack_tensors
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.tensors import pack_tensors
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.loop import StageLoop
