@@ -44,15 +44,21 @@ def start_workers(count: int, module: str, arguments: Sequence[str], *, threads:
 
 def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all of them; the first exit code that is not 0."""
-    first, deadline = 0, float("inf")
+    first, deadline = None, float("inf")
     while any(process.poll() is None for process in started):
-        failed = next((process.returncode for process in started if process.returncode), 0)
-        if failed and not first:
-            first, deadline = failed, time.monotonic() + _PATIENCE
+        first = first or _failed(started)
+        if first is not None and deadline == float("inf"):
+            deadline = time.monotonic() + _PATIENCE
         if time.monotonic() > deadline:  # a worker of its own accord ends within seconds of another's end
             _end(started)
         time.sleep(_LOOK_SECONDS)
-    return _exit_code(first or next((process.returncode for process in started if process.returncode), 0))
+    first = first or _failed(started)
+    return 0 if first is None else _exit_code(*first)
+
+
+def _failed(started: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """Rank and return code of one that did not end well."""
+    return next(((rank, process.returncode) for rank, process in enumerate(started) if process.returncode), None)
 
 
 def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -79,10 +85,12 @@ def _passing_signals() -> Iterator[list[subprocess.Popen[bytes]]]:
             signal.signal(number, handler)
 
 
-def _exit_code(status: int) -> int:
+def _exit_code(rank: int, status: int) -> int:
     """A process's status as a shell tells it: one that a signal ended is 128 + signal."""
+    from unlocked.runtime.control.world import stage_name
+
     if status < 0:
         told = signal.Signals(-status).name
-        print(f"error: a worker was ended by {told}", file=sys.stderr, flush=True)
+        print(f"error: {stage_name(rank)} was ended by {told}", file=sys.stderr, flush=True)
         return 128 - status
     return status
