@@ -67,15 +67,12 @@ class Coordinator:
         heartbeat_timeout: float = 30.0,
     ) -> None:
         if not stages or not 0 <= first <= total:
-            raise ValueError(
-                f"{len(stages)} stages, positions {first} to {total}; valid: at least 1 stage, 0 <= first <= total"
-            )
+            raise ValueError(f"{len(stages)} stages, positions {first} to {total}; valid: 1 stage, 0 <= first <= total")
         self._stages = [tuple(layers) for layers in stages]
         self._first, self._total = first, total
         self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
-        self._gate = gate
         self._policy.limit = total if gate is None else gate.limit
-        self._sink = sink or FanOut()
+        self._gate, self._sink = gate, sink or FanOut()
         self._on_snapshot, self._stop_at = on_snapshot, stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
@@ -87,8 +84,7 @@ class Coordinator:
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
         self._failures = Failures(self._members, self._send, self._changed)
-        self._next_ping = 0.0
-        self._running, self._complete = True, False
+        self._next_ping, self._running, self._complete = 0.0, True, False
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.epochs: list[EpochResult] = []
@@ -120,9 +116,9 @@ class Coordinator:
         self._callbacks.start()
         self._thread.start()
 
-    def request_stop(self, signal: int | None = None) -> None:
+    def request_stop(self, signal: int | None = None, reason: str = "") -> None:
         """Orders an orderly stop: no further windows. From any thread or signal handler; returns at once."""
-        self._mailbox.put(m.StopRequest(signal=signal))
+        self._mailbox.put(m.StopRequest(signal=signal, reason=reason))
 
     def abort(self, message: str) -> None:
         """Fails the run on behalf of rank 0's own code; `message` becomes the first cause unless there is one."""
@@ -223,6 +219,12 @@ class Coordinator:
             self._stop(None, order)
         elif isinstance(order, m.Abort):
             self._failures.fail(order.message)
+        elif isinstance(order, EpochResult) and self._gate is not None:  # it has been heard of
+            text = self._gate.observe(order.epoch, order.eval_loss)
+            if text is not None:
+                self._callbacks.post(self._sink.on_message, text)
+            self._policy.limit = self._gate.limit
+            self._extend()
 
     def _tick(self, now: float) -> None:
         stood, self._ticked = now - self._ticked, now
@@ -297,12 +299,10 @@ class Coordinator:
         self.epochs += results
         for result in results:
             self._callbacks.post(self._sink.on_epoch, result)
-        if self._gate is not None and message.part.evaluation is not None:
-            text = self._gate.observe(message.part.epoch, message.part.evaluation.loss)
-            if text is not None:
-                self._callbacks.post(self._sink.on_message, text)
-            self._policy.limit = self._gate.limit
-            self._extend()
+            if self._gate is not None and self._gate.for_sinks:
+                self._callbacks.post(self._mailbox.put, result)
+            else:
+                self._obey(result)
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         done = self._snapshots.setdefault(message.position, set())
@@ -335,7 +335,7 @@ class Coordinator:
     def _stop(self, member: Member | None, request: m.StopRequest) -> None:
         if self.stopped is None:
             self.stopped = m.Stop(position=self._stop_at(self._policy.granted), signal=request.signal)
-            source = "the coordinator" if member is None else member.name
+            source = request.reason or ("the coordinator" if member is None else member.name)
             text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
             self._callbacks.post(self._sink.on_message, text)
             self._send_all(self.stopped, self._members.values())

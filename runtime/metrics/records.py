@@ -12,6 +12,7 @@ __all__ = [
     "EpochPart",
     "EpochResult",
     "Meters",
+    "Metric",
     "Rates",
     "RunInfo",
     "Scores",
@@ -133,6 +134,16 @@ class EpochResult:
     """(layer, mean local loss) in network order."""
     seconds: float
     """Wall-clock seconds of the epoch at the last stage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A figure of a sink's own (`MetricsSink.tell`)."""
+
+    name: str
+    value: float
+    epoch: int
+    """That it belongs to, from 0."""
 
 
 class EpochAggregator:

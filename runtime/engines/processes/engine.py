@@ -89,7 +89,7 @@ class Processes(ProcessesOptions):
                 with _telling(client, names):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     agree_on_start_weights(job, store, world, self.start_timeout)
-                    worker = Worker(job, self, world, store, parts, client, device)
+                    worker = Worker(job, self, world, store, parts, client, device, waits=terms["waits"])
                     closing.callback(worker.stage.close)
                     if hub is not None:
                         hub.learn_threads(parts, worker.threads)

@@ -31,7 +31,11 @@ _READ_AHEAD = 2  # micro-batches of resident data that a thread assembles for st
 
 
 class Worker:
-    """This rank's stage with its edges."""
+    """This rank's stage with its edges.
+
+    Args:
+        waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,8 @@ class Worker:
         parts: list[range],
         client: CoordinatorClient,
         device: torch.device,
+        *,
+        waits: bool,
     ) -> None:
         self.job, self.client, self.device, self.index = job, client, device, world.rank
         self.num_stages = world.size
@@ -59,7 +65,7 @@ class Worker:
             client,
             # The coordinator knows the test losses, and sets the rate with the window that the epoch begins in.
             lr_factor=(lambda _: client.lr_factor) if job.lr_factor.needs_losses else job.lr_factor,
-            waits_for_losses=job.lr_factor.needs_losses,
+            waits_for_losses=job.lr_factor.needs_losses or waits,
             print_freq=job.settings.print_freq,
             start=job.start,
             rank=world.rank,
