@@ -22,9 +22,29 @@ from unlocked.runtime.saving.whole_file import write_json
 
 __all__ = ["main", "score"]
 
-_TOLD = ("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout", "precision")
+_TOLD = (
+    "model",
+    "pool",
+    "dataset",
+    "dataset_dir",
+    "image_size",
+    "training_mode",
+    "test_batch_size",
+    "dropout",
+    "precision",
+)
 """What of a run's settings its weights, and their scores, depend on."""
-_FLAGS = ("model", "training_mode", "dataset", "dataset_dir", "image_size", "test_batch_size", "device", "summary")
+_FLAGS = (
+    "model",
+    "pool",
+    "training_mode",
+    "dataset",
+    "dataset_dir",
+    "image_size",
+    "test_batch_size",
+    "device",
+    "summary",
+)
 _UNREAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 """What a file that is not the run's can raise once it has been read, beside a ValueError."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unlocked.data import Dataset
+from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.kernels.trial import bfloat16_gain
 from unlocked.runtime.arguments import (
@@ -241,6 +241,8 @@ class Trainer(Settings):
             "precision": self.precision,
             **plan.settings(),
         }
+        if isinstance(train_set, ImageDataset) and train_set.classes_per_batch is not None:
+            fingerprint["classes_per_batch"] = train_set.classes_per_batch
         resume = self._resume
         if resume is not None:
             _check_resume(resume, fingerprint, plan)

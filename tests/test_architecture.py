@@ -28,14 +28,27 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        [
+            "schedules",
+            "typed",
+            "paths",
+            "line_parser",
+            "fields",
+            "settings",
+            "layouts",
+            "saving.whole_file",
+            "metrics.records",
+        ],
+        ["saving.run_folder"],
         ["batch_statistics", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs"],
-        ["job", "arguments"],
+        ["job", "arguments", "summary"],
+        ["run_sinks", "config_file"],
         ["saving.scoring", "engines"],
-        ["trainer", "recipe"],
+        ["trainer"],
+        ["recipe"],
     ],
     "runtime.engines": [
         ["one_process", "pipeline"],
