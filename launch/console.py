@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
+    "compare-runs": ("unlocked.launch.compare_runs", "saved runs beside each other: a table, and curves"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
 """Name -> a module with a `main(arguments) -> int`, and what it does in one line."""
@@ -60,7 +61,7 @@ def run() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<14}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: unlocked COMMAND [FLAGS]   (unlocked COMMAND --help lists the flags)",

@@ -6,13 +6,12 @@ are those of the LLS authors' code.
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from unlocked.runtime.metrics.records import EpochResult, Metric, RunInfo, StepResult
@@ -21,18 +20,24 @@ from unlocked.runtime.metrics.sinks import MetricsSink
 __all__ = ["TRACKERS", "MLflow", "Trackio", "Wandb", "require_tracker"]
 
 
-def require_tracker(name: str) -> ModuleType:
-    """The package of the tracker `name`, of `TRACKERS`.
+def require_tracker(name: str) -> None:
+    """Raises: ValueError: the package of the tracker `name`, of `TRACKERS`, is not installed."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # of a module that is there without one
+        found = None
+    if found is None:
+        raise ValueError(f"--{name} needs the package {name}; pip install 'unlocked[{name}]'")
 
-    Raises:
-        ValueError: it is not installed.
-    """
+
+def _imported(name: str) -> Any:
+    """The tracker's package, kept from the network and the terminal."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"--{name} needs the package {name}; pip install 'unlocked[{name}]'") from error
+        raise ValueError(f"--{name} needs the package {name}, which can't be imported: {error}") from error
 
 
 class _Tracker(MetricsSink):
@@ -60,7 +65,8 @@ class _Tracker(MetricsSink):
     ) -> None:
         self.path, self.experiment, self.run = Path(path).absolute(), experiment, run
         self.settings = {key: value for key, value in (settings or {}).items() if value is not None}
-        self._package: Any = require_tracker(self.name)
+        require_tracker(self.name)
+        self._package = _imported(self.name)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -201,6 +207,12 @@ class Trackio(_Tracker):
     def __init__(self, path: str | Path, **options: Any) -> None:
         os.environ["TRACKIO_DIR"] = str(Path(path).absolute())  # read when the package is imported
         super().__init__(path, **options)
+        place = Path(importlib.import_module("trackio.utils").TRACKIO_DIR)
+        if place != self.path:
+            raise ValueError(
+                f"--trackio {self.path} comes too late: this process has imported trackio, which writes to {place}; "
+                "set TRACKIO_DIR before that, or give that folder"
+            )
 
     def on_start(self, info: RunInfo) -> None:
         with _silently():
@@ -219,7 +231,7 @@ class Trackio(_Tracker):
     def _end(self, *, failed: bool) -> None:
         if hasattr(self, "_run"):
             with _silently():
-                self._run.finish()
+                self._package.finish()
 
 
 TRACKERS: Mapping[str, type[_Tracker]] = {one.name: one for one in (MLflow, Wandb, Trackio)}
