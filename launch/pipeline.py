@@ -13,8 +13,9 @@ from unlocked.launch.output import lasting_output
 if TYPE_CHECKING:
     from unlocked.runtime import RunResult
     from unlocked.runtime.control.set_up import SetUp
+    from unlocked.runtime.fields import LineParser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @lasting_output()
@@ -64,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if set_up is not None:
             set_up.done()
+
+
+def make_parser() -> "LineParser":
+    """All flags of `unlocked train`."""
+    from unlocked.launch.command_line import make_parser as train
+
+    return train()
 
 
 def _join() -> "SetUp | None":

@@ -26,6 +26,7 @@ __all__ = [
     "add_flags",
     "check",
     "checked_value",
+    "choices_of",
     "flag_of",
     "from_environment",
     "saved",
@@ -113,6 +114,11 @@ def from_environment(owner: type[_T], environment: Mapping[str, str]) -> _T:
 def flag_of(owner: type, name: str) -> str:
     """What the setting `name` of the dataclass `owner` is called on the command line."""
     return _flags(next(one for one in _settings(owner) if one.name == name))[-1]
+
+
+def choices_of(owner: type, name: str) -> Sequence[str]:
+    """The valid names of the setting `name` of the dataclass `owner`; empty: any value of its type may do."""
+    return next(_spec(one) for one in _settings(owner) if one.name == name).names()
 
 
 def add_flags(
