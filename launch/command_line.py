@@ -153,8 +153,8 @@ def _settings_of_files() -> dict[str, type | None]:
 def _usual_save_path(told: dict[str, Any]) -> Path | None:
     """Where to save if nothing says so: beside the run that goes on, else where all runs go."""
     if told.get("resume") not in (None, "auto", Path("auto")):
-        old = run_folder_of(checked_path("resume", told["resume"], ""))
-        if (old / CONFIG).is_file():
+        old = run_folder_of(checked_path("resume", told["resume"], "folder"))
+        if os.path.isfile(old / CONFIG):  # unlike pathlib's, False as well where the name is too long
             told.setdefault("experiment_name", old.name)
             return old.parent
     place = os.environ.get(_VARIABLE, SAVE_PATH)

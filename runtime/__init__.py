@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from unlocked.runtime.metrics.early_stopping import EarlyStopping
     from unlocked.runtime.metrics.sinks import MetricsSink
     from unlocked.runtime.metrics.trackers import MLflow, Trackio, Wandb
+    from unlocked.runtime.prediction import Evaluation
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
 __all__ = [
     "CsvFile",
     "EarlyStopping",
+    "Evaluation",
     "MLflow",
     "MetricsSink",
     "Processes",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Evaluation": "unlocked.runtime.prediction",
     "CsvFile": "unlocked.runtime.metrics.csv_file",
     "EarlyStopping": "unlocked.runtime.metrics.early_stopping",
     **dict.fromkeys(("MLflow", "Trackio", "Wandb"), "unlocked.runtime.metrics.trackers"),

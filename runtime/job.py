@@ -46,7 +46,10 @@ class Job:
     fingerprint: Mapping[str, Any]
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
-    """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    """The learning rate, its schedule and the period of snapshots: they may be others after a resume, but not on other
+    ranks."""
+    run: str
+    """The run's id, which its snapshots carry; a resumed run keeps it."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -103,8 +106,12 @@ class Job:
     ) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well, read ahead by `prefetch` where the
         settings leave that open."""
-        prepare_process()
         device = device or self.device
+        one = [self.layer(i, device) for i in layers]
+        saved = self.settings.snapshot_dir is not None or self.resume is not None
+        if saved or any(isinstance(layer.optimizer, torch.optim.Optimizer) for layer in one):
+            prepare_process()
+        keep_freed_memory()
         source = None
         if index == 0:
             backend = None if device.type == "cpu" else get_backend(self.settings.kernels, device)
@@ -119,7 +126,7 @@ class Job:
                 prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
-        return Stage(index, [self.layer(i, device) for i in layers], source)
+        return Stage(index, one, source)
 
     def costs(self, device: torch.device | None = None) -> list[float]:
         """Measured seconds per layer and micro-batch."""
@@ -200,13 +207,13 @@ def check_compile(backend: bool | str) -> None:
 
 
 def prepare_process() -> None:
-    """What every process does once before it trains; it costs seconds the first time."""
+    """What a process does once before it trains with torch's own optimizers; it costs seconds the first time."""
     _warm_up_optimizers()
     keep_freed_memory()
 
 
 def _warm_up_optimizers() -> None:
-    """The first step of any torch optimizer imports torch's compiler, which takes seconds: that is set-up."""
+    """The first step of any torch optimizer, or its first state, imports torch's compiler: that is set-up."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.SGD([parameter], lr=0.0).step()

@@ -22,7 +22,9 @@ from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.run_sinks import make_sinks, require_packages
 from unlocked.runtime.saving.run_folder import claim_folder, find_run, folder_name, give_up_claim
-from unlocked.runtime.saving.whole_file import whole_file, write_json
+from unlocked.runtime.saving.tensor_file import save_weights
+from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.schedules.marks import Period
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.summary import summary_of
@@ -205,7 +207,7 @@ class Recipe(Settings):
             eval_size=0 if self.no_eval else len(test),
             eval_batch_size=self.test_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=0 if self.snapshot_every is None else Period.of(self.snapshot_every).steps,
             max_steps=self.max_steps,
             drop_last=self.drop_last,
         )
@@ -221,7 +223,7 @@ class Recipe(Settings):
             ValueError: a name is not known, or a value out of range.
         """
         resume = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
-        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "resume": resume}
+        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "progress": False, "resume": resume}
         if (folder := self.folder) is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
             how["best_dir"] = self.best_dir or (folder / "best" if self.save_best_model else None)
@@ -255,8 +257,7 @@ def place(recipe: Recipe) -> Recipe:
     if recipe.save_path is None or recipe.run_number is not None:
         return recipe
     mine = {name: getattr(recipe, name) for name in _OWN} if recipe.resumes_by_itself else None
-    old = None if recipe.resumes_by_itself else recipe.resume
-    number = find_run(recipe.save_path, recipe.series, settings=mine, resume=old)
+    number = find_run(recipe.save_path, recipe.series, settings=mine, resume=recipe.resume)
     return replace(recipe, run_number=claim_folder(recipe.save_path, recipe.series, number))
 
 
@@ -289,8 +290,7 @@ def run(recipe: Recipe) -> RunResult:
                 recipe.summary.parent.mkdir(parents=True, exist_ok=True)
                 write_json(recipe.summary, summary_of(values_of(recipe), result))
             if recipe.folder is not None:
-                with whole_file(recipe.folder / "model_final.pt") as temporary:
-                    torch.save(result.weights, temporary)
+                save_weights(recipe.folder / "model_final.pt", result.weights)
     return result
 
 

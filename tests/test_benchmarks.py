@@ -19,6 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     "two_checkouts",
     "host_per_tick",
+    "snapshots",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
     *("reproduce", "single_gpu"),
 )
@@ -77,6 +78,15 @@ def test_the_host_time_of_the_streams_engine_is_measured(load: Any, tmp_path: Pa
     assert load("host_per_tick").main([*small, "--json", str(path)]) == 0
     found = json.loads(path.read_text())["microseconds_per_micro_batch"]
     assert 0 < found["skip"] < found["all"]
+
+
+def test_what_a_snapshot_costs_the_stage_is_measured(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    small = ["--model", "SmallConv", "--batch-size", "4", "--steps", "6", "--every", "2", "--repeats", "1"]
+    assert load("snapshots").main([*small, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert all(seconds > 0 for seconds in found["median_kept_seconds"].values())
+    assert found["bytes"] > 100_000
 
 
 SMALL = ("--device", "cpu", "--max-steps", "2", "--train-size", "12", "--compile-backend", "eager")

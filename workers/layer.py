@@ -17,6 +17,7 @@ from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
+from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = [
     "AutogradStep",
@@ -28,8 +29,6 @@ __all__ = [
     "count_correct",
     "frozen_modules",
 ]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Step(Protocol):
@@ -81,7 +80,7 @@ class Layer:
         self._storage = storage_dtype(precision)
         self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
-        self.optimizer: Any = optimizer(self.parameters) if self.parameters else None
+        self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)

@@ -6,7 +6,6 @@ Every engine runs it, over whatever edges it has; a `Lane` is this loop on a str
 import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from operator import attrgetter
 from typing import Final
 
 from torch import Tensor
@@ -43,6 +42,7 @@ class StageLoop:
         snapshot: called for SNAP.
         before_item, after_item: called around everything that a stage does for an item of the stream.
         stopwatch: adds up busy and waiting times.
+        before_action: called before every action, for those who want it to fail.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class StageLoop:
         before_item: Callable[[Item], None],
         after_item: Callable[[Item], None],
         stopwatch: Stopwatch,
+        before_action: Callable[[Action], None] | None = None,
     ) -> None:
         self.stage, self.rank, self.inbox, self.outbox = stage, rank, inbox, outbox
         self.stopwatch = stopwatch
         self._snapshot, self._before_item, self._after_item = snapshot, before_item, after_item
+        self._before_action = before_action
         self._held: Slot | None = None
         self._is_done = self._send_due = self._update_due = False  # of the item at hand
         self._execute: dict[ActionKind, Callable[[Item], None]] = {
@@ -81,10 +83,10 @@ class StageLoop:
         items = list(items)
         if self.inbox is not None:
             self.inbox.expect(item for item in items if item.kind != "snapshot")
-        of_item = groupby(actions, attrgetter("microbatch"))
+        of_item = groupby(actions, _place)
         for item in items:
-            position, its_actions = next(of_item, (None, ()))
-            if position != item.position:
+            place, its_actions = next(of_item, (None, ()))
+            if place != (item.position, item.kind == "snapshot"):
                 self._miss(_WORK[item.kind], item)
             self._before_item(item)
             self.work(item, its_actions)
@@ -117,6 +119,8 @@ class StageLoop:
     def _guarded(self, action: Action, item: Item) -> None:
         """The one place where a failure learns where it happened."""
         try:
+            if self._before_action is not None:
+                self._before_action(action)
             self._execute[action.kind](item)
         except (StopRun, StageError):
             raise
@@ -184,3 +188,8 @@ class StageLoop:
     def _save(self, item: Item) -> None:
         self._snapshot(item)
         self._is_done = True
+
+
+def _place(action: Action) -> tuple[int, bool]:
+    """Tells the items of the stream apart: a snapshot mark has the position of the micro-batch before it."""
+    return action.microbatch, action.kind is ActionKind.SNAP

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import ClassVar
 
 from unlocked.runtime.metrics.records import EpochResult, RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
@@ -31,7 +30,7 @@ class EarlyStopping(MetricsSink):
         ValueError: an argument is out of range.
     """
 
-    waits_at_epochs: ClassVar[bool] = True
+    waits_at_epochs = True
 
     def __init__(self, patience: int, *, figure: str = "eval_loss", min_delta: float = 0.0) -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:

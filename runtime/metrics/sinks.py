@@ -8,7 +8,6 @@ A sink of one's own derives from `MetricsSink`, overrides the methods that it ne
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
 
 from unlocked.runtime.metrics.records import EpochResult, Metric, RunInfo, StageProgress, StepResult
 
@@ -31,7 +30,7 @@ class MetricsSink:
     From inside any of these calls a sink may `stop` the run, and `tell` a figure of its own to all sinks.
     """
 
-    waits_at_epochs: ClassVar[bool] = False
+    waits_at_epochs: bool = False
     """True: no stage begins an epoch before this sink has heard the one before. So what it stops ends exactly there, on
     every engine and with the same weights; the price is that the pipeline drains at the end of every epoch."""
     _host: "FanOut | None" = None

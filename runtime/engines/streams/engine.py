@@ -15,7 +15,6 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,13 +23,12 @@ from unlocked.models import LinearBlock, OutputBlock
 from unlocked.runtime.engines.one_process import (
     LocalOutlet,
     finish_result,
-    save_stopped,
     stop_position,
     threads_of,
     warn_of_threads,
-    write_stage_snapshot,
 )
 from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.fields import setting
@@ -114,6 +112,7 @@ class _Run:
 
     def __init__(self, job: Job, make_sinks: SinkMaker, options: Streams) -> None:
         self.job, self.device, self.plan, self.options = job, job.device, job.plan, options
+        self.saver = RunSaver(job)
         self.parts = _partition(job, options.stages)
         self.streams, self._contexts = make_streams(options.green_contexts, job.device, len(self.parts))
         self.traced = job.settings.trace is not None
@@ -155,7 +154,7 @@ class _Run:
             entry,
             exit,
             self.streams[k],
-            snapshot=partial(self._snapshot, k),
+            snapshot=lambda item: self.saver.mark(self.lanes[k].stage, item),
             before_item=lambda item: self.reporters[k].before(item),
             after_item=lambda item: self.reporters[k].after(item),
             stopwatch=self.stopwatches[k],
@@ -184,7 +183,8 @@ class _Run:
                     break
             self._synchronize()
             if self._stops(signals):
-                save_stopped(self.job, [lane.stage for lane in self.lanes], self._end)
+                self.saver.save_stopped([lane.stage for lane in self.lanes], self._end)
+            self.saver.finish()
         except BaseException:
             # Nobody may free or reuse what the device still works on. If that is what failed, the cause is on its way.
             with contextlib.suppress(RuntimeError):
@@ -207,6 +207,7 @@ class _Run:
                 self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
                     break
+            self.saver.marks.look(tick, time.monotonic())
             graph = self._launch_ticks(tick)
             if graph is None:
                 self._sample(tick)
@@ -214,6 +215,7 @@ class _Run:
             tick += graph.ticks if graph else 1
             for reporter in self.reporters:
                 reporter.poll()
+            self.saver.check()
         for reporter in self.reporters:  # what the next segment's learning rate may depend on
             reporter.poll(wait=True)
 
@@ -221,6 +223,7 @@ class _Run:
         return signals.received is not None or bool(self.fan_out.stop_reason)
 
     def close(self) -> None:
+        self.saver.close()
         for lane in self.lanes:
             lane.stage.close()
 
@@ -254,12 +257,9 @@ class _Run:
             position = tick - k
             if not self._first <= position < self._end:
                 continue
-            item = self.plan[position]
+            items = list(self.plan.items(position, position + 1, self.saver.marks.positions))
             with lane.on_stream():
-                lane.run([item], stage_actions(k, len(self.lanes), [item]))
-
-    def _snapshot(self, stage: int, item: Item) -> None:
-        write_stage_snapshot(self.job, self.lanes[stage].stage, item, last=stage == len(self.lanes) - 1)
+                lane.run(items, stage_actions(k, len(self.lanes), items))
 
     def _launch_ticks(self, tick: int) -> TickGraph | None:
         """Launches the tick graph that begins here, if there is one: all of its micro-batches are full ones of one kind
@@ -275,6 +275,8 @@ class _Run:
         if newest.kind != oldest.kind or newest.last or not oldest.size == newest.size == graph.rows:
             return None
         if newest.epoch != oldest.epoch or newest.index - oldest.index != lag + graph.ticks - 1:
+            return None
+        if self.plan.has_mark(tick - lag, tick + graph.ticks, self.saver.marks.positions):
             return None
         self._launch(graph, oldest, lag)
         return graph

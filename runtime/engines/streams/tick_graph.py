@@ -42,8 +42,9 @@ def capture(
         The tick graphs: none of a kind of which an epoch has too few for one, nor where the data is not where captured
         work can read it.
     """
-    items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
-    shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
+    items = (item for item in job.plan.items(job.start) if item.kind != "snapshot")
+    some = islice(items, 2 * (len(job.plan) // job.plan.num_epochs + 1))
+    shapes = list(dict.fromkeys((item.kind, item.size) for item in some))
     source = lanes[0].stage.source
     runs: list[_Run] = []
     if isinstance(source, BatchSource):

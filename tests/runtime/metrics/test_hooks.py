@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from engine_runs import dataset, figures, fit, trainer
@@ -38,7 +38,7 @@ EPOCH = EpochResult(
 class StopAfter(MetricsSink):
     """Stops after an epoch, at its very end."""
 
-    waits_at_epochs: ClassVar[bool] = True
+    waits_at_epochs = True
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -86,6 +86,17 @@ def test_processes_stop_where_the_plain_loop_stops(tmp_path: Path) -> None:
     for name in ("epochs", "steps", "weights_sha256", "stop_reason", "stopped_by", "test_loss"):
         assert one[name] == two[name]
     assert one["stop_reason"].startswith(f"early stop after epoch {one['epochs']}: eval_loss was best in epoch")
+
+
+@pytest.mark.alone
+def test_sinks_of_a_script_stop_the_processes_that_it_starts() -> None:
+    """They live in this process, the coordinator in another one."""
+    data, sizes = dataset(70), {"batch_size": 16}
+    expected = trainer("sequential", threads=1).fit(data, epochs=2, **sizes)  # type: ignore[arg-type]
+    stopping = trainer("processes", stages=2, threads=1, sinks=[StopAfter(1)])
+    found = stopping.fit(data, epochs=50, **sizes)  # type: ignore[arg-type]
+    assert (found.epochs_done, found.stop_reason, found.stopped_by) == (2, "enough after 1", None)
+    assert found.weights_sha256 == expected.weights_sha256
 
 
 @pytest.mark.parametrize(("engine", "options"), ENGINES)
