@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unlocked.runtime.saving.whole_file import json_text
+
 __all__ = ["SavedRun", "SavedTable", "differences", "find_saved_runs", "table_of"]
 
 _ITS_OWN = frozenset(
@@ -86,7 +88,7 @@ def find_saved_runs(paths: Sequence[Path]) -> tuple[list[SavedRun], list[str]]:
 def differences(runs: Sequence[SavedRun]) -> list[str]:
     """The settings that tell the runs apart, in the order of the first run's config."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in _ITS_OWN)
-    return [name for name in names if len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1]
+    return [name for name in names if len({json_text(run.settings.get(name), default=str) for run in runs}) > 1]
 
 
 def table_of(runs: Sequence[SavedRun]) -> SavedTable:
