@@ -127,6 +127,9 @@ class Layer:
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
         if switch is not None:
             switch()
+        renew = getattr(self.optimizer, "renew_bfloat16", None)
+        if renew is not None and mode == "train":
+            renew()  # the weights may have been switched, or loaded
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F of a training micro-batch."""

@@ -82,11 +82,10 @@ class Stage:
         elif item.kind == "evaluate":
             self.images_evaluated += items * item.size
 
-    @torch.no_grad()
-    def read_sums(self) -> Tensor:
-        """A copy, on the device, of all sums: [layers + 1, 3] float64. A row per layer holds (loss, correct, correct
-        among the first five) over `images_this_epoch`; the last row holds the evaluation's over `images_evaluated`."""
-        return torch.stack([*(layer.totals for layer in self.layers), self.layers[-1].eval_totals])
+    def sums(self) -> list[Tensor]:
+        """All sums, on the device, each [3] float64. A layer's are (loss, correct, correct among the first five) over
+        `images_this_epoch`; the last are the evaluation's over `images_evaluated`."""
+        return [*(layer.totals for layer in self.layers), self.layers[-1].eval_totals]
 
     def begin_epoch(self) -> None:
         """The sums start anew."""

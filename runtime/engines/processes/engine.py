@@ -21,6 +21,7 @@ from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -156,12 +157,7 @@ def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
 def _device(job: Job, world: World) -> torch.device:
     device = job.device
     if device.type == "cuda" and device.index is None:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
-                "found); start one process per GPU, or use --engine streams on one GPU"
-            )
-        device = torch.device("cuda", world.local_rank)
+        device = pick_device(world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else events and messages would go to the first one
     return device

@@ -21,7 +21,9 @@ class ProcessesOptions(PipelineOptions):
     """How processes find each other and move activations."""
 
     transport: str = setting(
-        "auto", "between processes: auto, shared (memory of one machine) or group (Gloo, NCCL)", choices=TRANSPORTS
+        "auto",
+        "between processes: auto, shared (memory of one machine, or of one GPU) or group (Gloo, NCCL)",
+        choices=TRANSPORTS,
     )
     pin: bool = setting(
         True,

@@ -33,7 +33,7 @@ from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.fields import setting
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.reporter import StageReporter, read_together
 from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
@@ -213,8 +213,8 @@ class _Run:
                 self._sample(tick)
                 self._issue(tick)
             tick += graph.ticks if graph else 1
-            for reporter in self.reporters:
-                reporter.poll()
+            # One by one: what the first still waits for is mostly what all wait for.
+            all(reporter.poll() for reporter in self.reporters)
             self.saver.check()
         for reporter in self.reporters:  # what the next segment's learning rate may depend on
             reporter.poll(wait=True)
@@ -253,6 +253,8 @@ class _Run:
 
     def _issue(self, tick: int) -> None:
         """One tick, stage by stage. Later stages first: they read a slot before the stage before them refills it."""
+        for graph in self.graphs.values():
+            graph.place.leave()
         for k, lane in reversed(list(enumerate(self.lanes))):
             position = tick - k
             if not self._first <= position < self._end:
@@ -284,16 +286,19 @@ class _Run:
     def _launch(self, graph: TickGraph, oldest: Item, lag: int) -> None:
         if self.events is not None:
             self.events.cut()
-        firsts = [
-            Item(oldest.position + n, oldest.kind, oldest.epoch, oldest.index + n, oldest.size, False)
-            for n in range(lag, -1, -1)
-        ]
+
+        def items(later: int) -> list[Item]:
+            return [
+                Item(oldest.position + n, oldest.kind, oldest.epoch, oldest.index + n, oldest.size, False)
+                for n in range(lag + later, later - 1, -1)
+            ]
+
+        firsts = items(0)
         graph.launch(firsts[0])
-        for lane, reporter, first in zip(self.lanes, self.reporters, firsts, strict=True):
-            due = reporter.skip(first, graph.ticks)
-            if due is not None:
-                with lane.on_stream():
-                    reporter.read(due)
+        due = [reporter.skip(first, graph.ticks) for reporter, first in zip(self.reporters, firsts, strict=True)]
+        if due[-1]:  # the last stage's sums are reported; the others' are looked at on the way
+            with graph.place.on_stream():
+                read_together(self.reporters, items(graph.ticks - 1))
         self._collect()
         if graph.stream is not None:
             event = torch.cuda.Event()
