@@ -13,6 +13,7 @@ from unlocked.runtime.config_file import as_yaml, read_config
 from unlocked.runtime.engines import ENGINES, engine_class
 from unlocked.runtime.fields import LineParser, add_flags, flag_of, setting_names
 from unlocked.runtime.job import Engine
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.paths import checked_path
 from unlocked.runtime.recipe import Recipe
 from unlocked.runtime.saving.run_folder import CONFIG, run_folder_of
@@ -28,6 +29,7 @@ TOPICS: Mapping[str, Sequence[str]] = {
         *("dataset", "dataset_dir", "image_size", "model", "pool", "dropout"),
         *("batch_size", "test_batch_size", "drop_last", "classes_per_batch"),
     ),
+    "options of single models": tuple(sorted(setting_names(ModelOptions))),
     "local rule": ("training_mode", "waveform", "temperature", "label_smoothing"),
     "length of the run": ("num_epochs", "max_steps", "early_stop", "no_eval", "statistics_batches"),
     "optimizer and learning rate": (

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "launch": ("unlocked.launch.cluster", "the same by torchrun, on one machine or many"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
+    "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "compare-runs": ("unlocked.launch.compare_runs", "saved runs beside each other: a table, and curves"),
     "completion": ("unlocked.launch.completion", "make your shell complete all of this"),

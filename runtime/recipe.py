@@ -13,12 +13,13 @@ import torch
 from unlocked.data import DATASETS, ImageDataset, load_dataset
 from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
-from unlocked.models import Block, find_model, get_model, use_average_pools, use_tanh
+from unlocked.models import Block, check_model_options, get_model, use_average_pools, use_tanh
 from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.fields import LARGEST, saved, setting, values_of
 from unlocked.runtime.job import Engine
 from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.run_sinks import make_sinks, require_packages
 from unlocked.runtime.saving.run_folder import claim_folder, find_run, folder_name, give_up_claim
@@ -50,9 +51,9 @@ _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Settings):
-    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings`, and
-    the engine with its own.
+class Recipe(Settings, ModelOptions):
+    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings` and of
+    `ModelOptions`, and the engine with its own.
 
     Raises:
         ValueError: a setting is out of range, or a name not known; says what is valid.
@@ -140,10 +141,7 @@ class Recipe(Settings):
     no_eval: bool = setting(False, "train only")
     summary: Path | None = setting(None, "write a JSON summary here", place="new file")
     early_stop: int | None = setting(
-        None,
-        "stop after so many epochs without a lower test loss (drains the pipeline at the end of each epoch)",
-        at_least=1,
-        at_most=LARGEST,
+        None, "stop after so many epochs without a lower test loss; drains at their ends", at_least=1, at_most=LARGEST
     )
     tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder", place="new folder")
     mlflow: Path | None = setting(None, "log to MLflow's mlflow.db in this folder", place="new folder")
@@ -156,7 +154,7 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "engine", as_engine(self.engine))
-        find_model(_network_of(self.model))
+        check_model_options(_network_of(self.model), values_of(self, ModelOptions))
         _check_experiment_name(self.experiment_name)
         if not self.lr_scheduler:
             object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
@@ -326,6 +324,7 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
         image_size=sides,
         dropout=recipe.dropout,
         seed=recipe.seed,
+        **values_of(recipe, ModelOptions),
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)

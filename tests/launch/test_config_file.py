@@ -10,7 +10,7 @@ import pytest
 from unlocked.launch.command_line import TOPICS, make_parser, parse
 from unlocked.launch.pipeline import main
 from unlocked.runtime.engines import ENGINES, engine_class
-from unlocked.runtime.fields import setting_names, values_of
+from unlocked.runtime.fields import flag_of, setting_names, values_of
 from unlocked.runtime.recipe import Recipe
 
 FORMS = {
@@ -154,4 +154,4 @@ def test_every_setting_has_its_place_in_the_help(monkeypatch: pytest.MonkeyPatch
 
 
 def _has_flag(name: str) -> bool:
-    return f"--{name.replace('_', '-')}" in make_parser()._option_string_actions
+    return flag_of(Recipe, name) in make_parser()._option_string_actions

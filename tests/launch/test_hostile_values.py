@@ -15,6 +15,7 @@ import torch
 from source_tree import ROOMS
 
 from unlocked.comparison import command_line as comparison
+from unlocked.comparison.leaderboard import options as leaderboard
 from unlocked.comparison.memory import study as memory
 from unlocked.comparison.stages import study as stages
 from unlocked.kernels.triton import aot
@@ -28,7 +29,7 @@ NUMBERS = ("nan", "inf", "-inf", "0", "-1", "1" + 30 * "0", "1e400", "0.0")
 WORDS = ("", "abc", "None", "[]", "~nosuchuser", 300 * "\N{SNOWMAN}")
 PLACES = ("folder", "file", "file/below", "missing/below")
 _HEADING = re.compile(r"^(?:engines? (\w+).*|\S.*):$")
-_FLAG = re.compile(r"^  (?:-\w.*, )?(--[\w-]+)( .*)?$")
+_FLAG = re.compile(r"^  (?:-.*, )?(--[\w-]+)( .*)?$")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ COMMANDS = {
     "launch/compare_runs.py": Command(compare_runs.main, ("folder",)),
     "launch/evaluate.py": Command(evaluate.main, ("weights.pt", "--model", "SmallConv")),
     "comparison/command_line.py": Command(comparison.parse),
+    "comparison/leaderboard/options.py": Command(leaderboard.parse),
     "comparison/memory/study.py": Command(memory.parse),
     "comparison/stages/study.py": Command(stages.parse),
     "runtime/schedules/simulate.py": Command(simulate.main),
