@@ -10,24 +10,35 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import ReduceLROnPlateau
+    from unlocked.runtime.metrics.csv_file import CsvFile
+    from unlocked.runtime.metrics.early_stopping import EarlyStopping
     from unlocked.runtime.metrics.sinks import MetricsSink
+    from unlocked.runtime.metrics.trackers import MLflow, Trackio, Wandb
     from unlocked.runtime.prediction import Evaluation
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
 __all__ = [
+    "CsvFile",
+    "EarlyStopping",
     "Evaluation",
+    "MLflow",
     "MetricsSink",
     "Processes",
     "ReduceLROnPlateau",
     "RunResult",
     "Sequential",
     "Streams",
+    "Trackio",
     "Trainer",
+    "Wandb",
 ]
 
 _HOMES = {
     "Evaluation": "unlocked.runtime.prediction",
+    "CsvFile": "unlocked.runtime.metrics.csv_file",
+    "EarlyStopping": "unlocked.runtime.metrics.early_stopping",
+    **dict.fromkeys(("MLflow", "Trackio", "Wandb"), "unlocked.runtime.metrics.trackers"),
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",

@@ -69,10 +69,14 @@ class Job:
         """What activations are stored in between two layers."""
         return storage_dtype(self.settings.precision)
 
-    def segments(self) -> Iterator[tuple[int, int]]:
+    def segments(self, waits: bool = False) -> Iterator[tuple[int, int]]:
         """The parts of the stream, as (first, stop) positions, between which the pipeline must drain: the whole of it,
-        or its epochs where the learning rate of one depends on the test loss of the one before."""
-        if not self.lr_factor.needs_losses:
+        or its epochs where the learning rate of one depends on the test loss of the one before.
+
+        Args:
+            waits: a sink is to hear of every epoch before the next one begins.
+        """
+        if not (waits or self.lr_factor.needs_losses):
             yield self.start, len(self.plan)
             return
         first = self.start

@@ -52,6 +52,7 @@ class Assignment:
     Attributes:
         parts: the layers of each stage.
         address: the coordinator's.
+        waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         shared: this stage's edges in memory; None: through a process group.
     """
 
@@ -60,6 +61,7 @@ class Assignment:
     world: World
     parts: Sequence[range]
     address: str
+    waits: bool
     device: torch.device
     shared: Shared | None
 
@@ -144,7 +146,9 @@ class OwnWork:
     def build(self) -> int:
         task = self._task
         with telling(self._client, task.names):
-            self._worker = Worker(task.job, task.options, task.world, task.parts, self._client, task.device)
+            self._worker = Worker(
+                task.job, task.options, task.world, task.parts, self._client, task.device, waits=task.waits
+            )
             return self._worker.threads
 
     def connect(self, store: dist.Store) -> None:
@@ -284,8 +288,9 @@ class SupervisedWork:
                 task.parts,
                 client,
                 task.device,
-                self._memory,
-                line.incarnation,
+                waits=task.waits,
+                memory=self._memory,
+                incarnation=line.incarnation,
             )
             inbox, outbox = task.shared or self._pair(client)
             worker.connect(inbox, outbox)
