@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "leave", "main"]
 COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
+    "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
@@ -60,7 +61,7 @@ def run() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<13}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: unlocked COMMAND [FLAGS]   (unlocked COMMAND --help lists the flags)",

@@ -45,6 +45,7 @@ LAYERS = {
             "faults",
             "learning_rate",
             "machine",
+            "model_options",
             "signals",
             "saving.model_file",
             "metrics.html",
@@ -65,12 +66,16 @@ LAYERS = {
         ["sequential"],
     ],
     "comparison": [
-        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "request", "results"],
+        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "results"],
+        ["cells", "significance", "leaderboard.results"],
+        ["request"],
         ["excerpts"],
         ["report"],
         ["rival", "memory", "stages"],
+        ["leaderboard.inspection"],
         ["worker", "pool"],
         ["measure"],
+        ["leaderboard"],
     ],
 }
 WITHOUT_TORCH = ("runtime.schedules", "runtime.control")

@@ -15,6 +15,7 @@ import torch
 from source_tree import ROOMS
 
 from unlocked.comparison import command_line as comparison
+from unlocked.comparison.leaderboard import options as leaderboard
 from unlocked.comparison.memory import study as memory
 from unlocked.comparison.stages import study as stages
 from unlocked.kernels.triton import aot
@@ -46,6 +47,7 @@ COMMANDS = {
     "launch/command_line.py": Command(pipeline.main, TINY),
     "launch/evaluate.py": Command(evaluate.main, ("weights.pt", "--model", "SmallConv")),
     "comparison/command_line.py": Command(comparison.parse),
+    "comparison/leaderboard/options.py": Command(leaderboard.parse),
     "comparison/memory/study.py": Command(memory.parse),
     "comparison/stages/study.py": Command(stages.parse),
     "runtime/schedules/simulate.py": Command(simulate.main),
