@@ -37,6 +37,7 @@ from unlocked.runtime.job import Job, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.edges import SlotLayout
+from unlocked.workers.optimizers import build_optimizer
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
 
@@ -360,7 +361,7 @@ def _needs_compiler(job: Job) -> bool:
     snapshots, or for an optimizer that nothing stands in for."""
     if job.settings.snapshot_dir is not None or job.resume is not None:
         return True
-    return kind_of(job.optimizer([torch.nn.Parameter(torch.zeros(1))])) is None
+    return kind_of(build_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1))])) is None
 
 
 def _make_log(task: Assignment) -> SlotLog | None:
