@@ -113,7 +113,7 @@ def test_a_killed_worker_comes_back_alone(name: str, runs: dict[str, Any]) -> No
         layers = [layer for layer in layers if layer != "output"]  # whose rule is not the run's
         assert [workers[layer] for layer in layers] == [1 + deaths[stage]] * len(layers), run["built"]
     if JOBS[name]["how"] == "best":
-        assert run["best"] == ["best.json", "model_best.pt"]
+        assert run["best"] == ["best.json", "model_best.pt", "model_best.pt.sha256"], "no candidate is left"
 
 
 def test_a_recovery_says_what_happened(runs: dict[str, Any]) -> None:
