@@ -1,4 +1,4 @@
-"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate and simulate, without a checkout.
+"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate, chaos and simulate, without a checkout.
 
 Each command is an entry point of its own and gets the rest of the command line; nothing of torch is imported before a
 command is known.
@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
     "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
+    "chaos": ("unlocked.launch.chaos", "a training under faults: does it come to the same bits, and what does it cost"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
 """Name -> a module with a `main(arguments) -> int`, and what it does in one line."""

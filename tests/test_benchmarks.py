@@ -21,7 +21,7 @@ SCRIPTS = (
     "host_per_tick",
     "snapshots",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
-    *("reproduce", "single_gpu"),
+    *("reproduce", "single_gpu", "start_up"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -392,3 +392,12 @@ def test_a_loss_curve_takes_means_apart(load: Any) -> None:
         {"from": 0, "to": 20, "losses": {"a": 3.0}},
         {"from": 20, "to": 60, "losses": {"a": 1.5}},
     ]
+
+
+def test_a_start_is_timed(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "start_up.json"
+    assert load("start_up").main(["--repeats", "2", "--only", "unlocked --help", "--json", str(path)]) == 0
+    assert "unlocked --help" in capsys.readouterr().out
+    (pairs,) = json.loads(path.read_text())["wall and processor seconds"].values()
+    assert len(pairs) == 2
+    assert all(processor > 0 for _, processor in pairs)
