@@ -3,7 +3,6 @@
 import mmap
 import os
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import msgpack
 import torch
 import torch.distributed as dist
 
+from unlocked.kernels.optim import kind_of
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.supervisor import Supervisor
@@ -37,6 +37,7 @@ from unlocked.runtime.job import Job, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.edges import SlotLayout
+from unlocked.workers.optimizers import build_optimizer
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
 
@@ -205,7 +206,9 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        self._zygote = Zygote(self._work, prepare_process)
+        if _needs_compiler(task.job):
+            prepare_process()  # once here instead of in every worker
+        self._zygote = Zygote(self._work)
         rank = task.world.rank
         self._supervisor = Supervisor(
             task.address,
@@ -226,8 +229,6 @@ class SupervisedWork:
     def build(self) -> int:
         built = self._supervisor.await_word("built")
         self._check()
-        if built["compiler"]:
-            self._zygote.prepare()
         return int(built["threads"])
 
     def connect(self, store: dist.Store) -> None:
@@ -294,7 +295,7 @@ class SupervisedWork:
             )
             inbox, outbox = task.shared or self._pair(client)
             worker.connect(inbox, outbox)
-            line.tell("built", threads=worker.threads, compiler="torch._dynamo" in sys.modules)
+            line.tell("built", threads=worker.threads)
             line.await_go()
             client.wait_started()
             if isinstance(outbox, PairOutEdge):
@@ -358,6 +359,14 @@ class SupervisedWork:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def _needs_compiler(job: Job) -> bool:
+    """Whether the workers are going to import torch's compiler, as far as can be told before any layer is built: for
+    snapshots, or for an optimizer that nothing stands in for."""
+    if job.settings.snapshot_dir is not None or job.resume is not None:
+        return True
+    return kind_of(build_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1))])) is None
 
 
 def _make_log(task: Assignment) -> SlotLog | None:
