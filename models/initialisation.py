@@ -14,14 +14,14 @@ from unlocked.models.generators import SOURCES, GlobalGenerators
 __all__ = ["draw_by_layer", "initialise", "key_start_values", "keyed_generator"]
 
 
-def draw_by_layer(makers: Iterable[Callable[[], Block]], seed: int, origin: Origin | None = None) -> list[Block]:
-    """The blocks that `makers` make, in order, each with its start values drawn by (seed, place), and its origin."""
+def draw_by_layer(makers: Iterable[Callable[[], Block]], seed: int, origin: Origin) -> list[Block]:
+    """The blocks of `origin` that `makers` make, in order, each with its start values drawn by (seed, place)."""
     blocks = []
     for layer, make in enumerate(makers):
         with keyed_generator(seed, layer):
             block = make()
         block.start_key = (seed, layer)
-        block.origin = origin or block.origin
+        block.origin = origin
         blocks.append(block)
     return blocks
 

@@ -234,9 +234,9 @@ def _build(
 ) -> list[Block]:
     check_positive(in_channels=in_channels, num_classes=num_classes)
     height, width = sides_of(image_size)
+    makers: list[Callable[[], Block]] = []
     sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (height, width), "dropout": dropout}
     origin = Origin(architecture=(network.name, {**sizes, "same_padding": same_padding, "upsample": upsample}))
-    makers: list[Callable[[], Block]] = []
     counts = {"conv": 0, "depthwise": 0, "linear": 0}
     last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
     features, sides = in_channels, [height, width]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block, ConvBlock, LinearBlock, OutputBlock
+from unlocked.models.blocks import Block, ConvBlock, LinearBlock, Origin, OutputBlock
 from unlocked.models.initialisation import draw_by_layer
 from unlocked.models.sizes import check_positive, latent_side, too_small
 
@@ -42,7 +42,7 @@ def vgg8b(
     Raises:
         ValueError: a size is not positive, or the image has fewer than 16 x 16 pixels (names the block and the sizes).
     """
-    return _vgg(_VGG8B, in_channels, num_classes, image_size, dropout, feat_mult, seed)
+    return _vgg("VGG8B", _VGG8B, in_channels, num_classes, image_size, dropout, feat_mult, seed)
 
 
 def vgg11b(
@@ -58,7 +58,7 @@ def vgg11b(
 
     The paper has 12 million parameters for CIFAR-10. Arguments and errors as `vgg8b`.
     """
-    return _vgg(_VGG11B, in_channels, num_classes, image_size, dropout, feat_mult, seed)
+    return _vgg("VGG11B", _VGG11B, in_channels, num_classes, image_size, dropout, feat_mult, seed)
 
 
 def mlp(
@@ -87,10 +87,18 @@ def mlp(
     makers: list[Callable[[], Block]] = [
         partial(_linear, features[i], width, f"linear{i + 1}", dropout) for i in range(depth)
     ]
-    return draw_by_layer([*makers, partial(OutputBlock, width, num_classes)], seed)
+    sizes = {
+        "in_channels": in_channels,
+        "num_classes": num_classes,
+        "image_size": (height, breadth),
+        "dropout": dropout,
+    }
+    origin = Origin(architecture=("MLP", {**sizes, "width": width, "depth": depth}))
+    return draw_by_layer([*makers, partial(OutputBlock, width, num_classes)], seed, origin)
 
 
 def _vgg(
+    network: str,
     table: Sequence[int | str],
     in_channels: int,
     num_classes: int,
@@ -125,7 +133,9 @@ def _vgg(
         )
         channels, sides = wide, (sides[0] // 2, sides[1] // 2) if pooled else sides
     makers.append(partial(_linear, channels * sides[0] * sides[1], _HIDDEN, "linear1", dropout))
-    return draw_by_layer([*makers, partial(OutputBlock, _HIDDEN, num_classes)], seed)
+    shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (height, width), "dropout": dropout}
+    origin = Origin(architecture=(network, {**shape, "feat_mult": feat_mult}))
+    return draw_by_layer([*makers, partial(OutputBlock, _HIDDEN, num_classes)], seed, origin)
 
 
 def _linear(in_features: int, width: int, name: str, dropout: float) -> Block:

@@ -4,8 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block, Origin
+from unlocked.models.blocks import Block
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.predictive import mlp, vgg8b, vgg11b
 from unlocked.models.residual import resnet18, resnet32, resnet110
@@ -94,9 +93,4 @@ def get_model(
             that does not fit it.
     """
     given = check_model_options(name, options)
-    blocks = find_model(name)(in_channels, num_classes, image_size, dropout, seed=seed, **given)
-    sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": sides_of(image_size)}
-    origin = Origin(architecture=(name.removeprefix("LLS_"), {**sizes, "dropout": dropout, **given}))
-    for block in blocks:
-        block.origin = origin if block.origin.architecture is None else block.origin
-    return blocks
+    return find_model(name)(in_channels, num_classes, image_size, dropout, seed=seed, **given)

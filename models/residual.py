@@ -16,12 +16,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block, OutputBlock
+from unlocked.models.blocks import Block, Origin, OutputBlock
 from unlocked.models.initialisation import draw_by_layer
 from unlocked.models.sizes import check_positive, latent_side
 
 __all__ = ["ResidualBlock", "local_module_sizes", "resnet18", "resnet32", "resnet110"]
 
+_NARROW = (16, 32, 64)
 _LARGE_STEM_FROM = 96  # pixels of the smaller side
 
 
@@ -68,7 +69,7 @@ def resnet18(
     """
     large = min(sides_of(image_size)) >= _LARGE_STEM_FROM
     widths = (64, 128, 256, 512)
-    return _resnet(widths, 2, large, in_channels, num_classes, image_size, dropout, local_module_num, seed)
+    return _resnet("ResNet18", widths, 2, large, in_channels, num_classes, image_size, dropout, local_module_num, seed)
 
 
 def resnet32(
@@ -91,7 +92,7 @@ def resnet32(
     Raises:
         ValueError: a size is not positive, or more local modules than the stem and the residual blocks are.
     """
-    return _resnet((16, 32, 64), 5, False, in_channels, num_classes, image_size, dropout, local_module_num, seed)
+    return _resnet("ResNet32", _NARROW, 5, False, in_channels, num_classes, image_size, dropout, local_module_num, seed)
 
 
 def resnet110(
@@ -104,7 +105,9 @@ def resnet110(
     seed: int = 0,
 ) -> list[Block]:
     """ResNet-110: as `resnet32`, with 18 residual blocks of each width, and 1 to 55 local modules."""
-    return _resnet((16, 32, 64), 18, False, in_channels, num_classes, image_size, dropout, local_module_num, seed)
+    return _resnet(
+        "ResNet110", _NARROW, 18, False, in_channels, num_classes, image_size, dropout, local_module_num, seed
+    )
 
 
 def local_module_sizes(units: int, count: int) -> list[int]:
@@ -119,6 +122,7 @@ def local_module_sizes(units: int, count: int) -> list[int]:
 
 
 def _resnet(
+    network: str,
     widths: Sequence[int],
     depth: int,
     large_stem: bool,
@@ -152,7 +156,9 @@ def _resnet(
         first = stop
     if count is None:
         makers.append(partial(OutputBlock, widths_out[-1], num_classes))
-    return draw_by_layer(makers, seed)
+    shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": sides_of(image_size)}
+    origin = Origin(architecture=(network, {**shape, "dropout": dropout, "local_module_num": local_module_num}))
+    return draw_by_layer(makers, seed, origin)
 
 
 _Makers = list[Callable[[], nn.Module]]

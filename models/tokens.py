@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block
+from unlocked.models.blocks import Block, Origin
 from unlocked.models.initialisation import draw_by_layer
 from unlocked.models.sizes import check_positive
 
@@ -58,7 +58,7 @@ def vit(
         return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=min(100, width))
 
     sizes = _patches(in_channels, num_classes, image_size, width, depth, patch_size)
-    return _network("transformer", layer, sizes, place=True, seed=seed)
+    return _network("ViT", "transformer", layer, sizes, dropout, seed=seed)
 
 
 def mlp_mixer(
@@ -90,7 +90,7 @@ def mlp_mixer(
         return Block(name, body, tail, layout="tokens", hidden=2048, reduced_rank=min(100, width))
 
     sizes = _patches(in_channels, num_classes, image_size, width, depth, patch_size)
-    return _network("mixer", layer, sizes, place=False, seed=seed)
+    return _network("MLPMixer", "mixer", layer, sizes, dropout, seed=seed)
 
 
 _HEAD = 64
@@ -100,6 +100,7 @@ _FEWEST_PATCHES, _FEWEST_OF_SMALL = 49, 16
 class _Sizes(NamedTuple):
     channels: int
     classes: int
+    image: tuple[int, int]
     width: int
     depth: int
     patch: int
@@ -121,7 +122,7 @@ def _patches(
             f"others: {', '.join(map(str, fits))}"
         )
     tokens = (height // patch_size) * (breadth // patch_size)
-    return _Sizes(in_channels, num_classes, width, depth, patch_size, tokens)
+    return _Sizes(in_channels, num_classes, (height, breadth), width, depth, patch_size, tokens)
 
 
 class _Patches(nn.Module):
@@ -171,19 +172,23 @@ def _two_maps(width: int, hidden: int, dropout: float) -> nn.Module:
 
 
 def _network(
+    network: str,
     kind: str,
     layer: Callable[[str, int, nn.Module | None], Block],
     sizes: _Sizes,
+    dropout: float,
     *,
-    place: bool,
     seed: int,
 ) -> list[Block]:
-    makers: list[Callable[[], Block]] = [partial(_first, sizes, place)]
+    shape = {"in_channels": sizes.channels, "num_classes": sizes.classes, "image_size": sizes.image, "dropout": dropout}
+    own = {"width": sizes.width, "depth": sizes.depth, "patch_size": sizes.patch}
+    origin = Origin(architecture=(network, {**shape, **own}))
+    makers: list[Callable[[], Block]] = [partial(_first, sizes, network == "ViT")]
     makers += [
         partial(layer, f"{kind}{i + 1}", sizes.tokens, _MeanToken() if i + 1 == sizes.depth else None)
         for i in range(sizes.depth)
     ]
-    return draw_by_layer([*makers, partial(_output, sizes)], seed)
+    return draw_by_layer([*makers, partial(_output, sizes)], seed, origin)
 
 
 def _first(sizes: _Sizes, place: bool) -> Block:

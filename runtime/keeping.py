@@ -12,7 +12,7 @@ from unlocked.runtime.network import Model, Network
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.tensors import give_strides
 
-__all__ = ["KeptModel", "describe_model"]
+__all__ = ["KeptModel", "describe_kept"]
 
 
 class KeptModel:
@@ -47,7 +47,7 @@ class KeptModel:
         result.about = about
 
 
-def describe_model(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
+def describe_kept(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
     """What a file of the weights says beside them, as JSON values."""
     images = train if isinstance(train, ImageDataset) and train.images.dtype == torch.uint8 else None
     named = isinstance(train, ImageDataset) and len(train.classes) < 10_000

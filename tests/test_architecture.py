@@ -28,29 +28,10 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        [
-            "schedules",
-            "typed",
-            "paths",
-            "fields",
-            "settings",
-            "layouts",
-            "saving.whole_file",
-            "metrics.records",
-            "tensors",
-        ],
-        ["saving.tensor_file"],
-        [
-            "batch_statistics",
-            "faults",
-            "learning_rate",
-            "machine",
-            "model_options",
-            "signals",
-            "saving.model_file",
-            "metrics.html",
-            "exporting",
-        ],
+        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        ["saving.tensor_file", "tensors"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
+        ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
         ["shapes"],
         ["metrics", "control", "result", "network", "input", "whole"],

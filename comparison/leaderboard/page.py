@@ -68,7 +68,9 @@ def summary_line(table: Table) -> str:
     if reference is None:
         return f"{told}."
     points = (reference.mean or 0) - (best.mean or 0)
-    side = "behind" if points >= 0 else "ahead of"
+    if abs(points) < 0.005:
+        return f"{told}, level with backpropagation."
+    side = "behind" if points > 0 else "ahead of"
     chance = "" if math.isnan(best.p) else f" (p = {best.p:.2g}{'' if best.p < LEVEL else ', no sure difference'})"
     return f"{told}, {abs(points):.2f} points {side} backpropagation{chance}."
 

@@ -10,7 +10,7 @@ from residual import RESNET_LAYERS, ResNet
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import pool_latents
-from unlocked.models import MODELS, Block, get_model, model_options, split
+from unlocked.models import MODELS, Block, architecture_of, get_model, model_options, rebuild, split
 from unlocked.models.residual import local_module_sizes
 from unlocked.rules import RULES, get_rule
 from unlocked.runtime.network import build_network, check_rules
@@ -252,3 +252,15 @@ def test_every_rule_fits_every_layer(rule: str, name: str, options: dict[str, An
     blocks = get_model(name, in_channels=1, num_classes=10, **{"image_size": side, **options})
     network = build_network(blocks, input_shape=(1, side, side), num_classes=10, seed=0)
     check_rules(network, get_rule(rule, temperature=0.5, label_smoothing=0.0, waveform="cosine"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_is_rebuilt_from_what_is_kept_of_it(name: str) -> None:
+    options: dict[str, Any] = {"image_size": (16, 32), "num_classes": 7, "dropout": 0.1}
+    own = {"width": 64, "depth": 2, "patch_size": 8, "feat_mult": 2, "local_module_num": 3}
+    options |= {option: own[option] for option in model_options(name)}
+    with torch.device("meta"):
+        blocks = get_model(name, **options)
+        kept = architecture_of(blocks)
+        assert kept is not None
+        assert str(rebuild(kept)) == str(blocks)
