@@ -28,9 +28,11 @@ test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
 	$(RUN) $(BIN)/python -m pytest -m alone
 
-# Workers killed at many random moments of set-up and run, of which `make test` tries a few.
+# Workers killed at many random moments of set-up and run, and before every action of a short schedule, of which `make
+# test` tries a few.
 chaos: $(STAMP)
-	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py
+	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py \
+	    tests/launch/test_stage_recovery.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -340,6 +340,7 @@ def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
     return {
         **{name: getattr(recipe, name) for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
+        "recoveries": [asdict(recovery) for recovery in result.recoveries],
         "torch": torch.__version__,
         "epochs": result.epochs_done,
         "epoch_results": [
