@@ -1,11 +1,11 @@
 """What a layer minimises: the interface between a layer and its local rule.
 
-A rule of one's own is a `LocalRule` with a `forward(activations, labels) -> loss`; hand its class (or any callable that
-takes a `LayerInfo`) to `Trainer(rule=...)`:
+A rule of one's own is a `LocalRule` with a `forward(activations, labels) -> loss`, and nothing else if it needs nothing
+else; hand its class (or any callable that takes a `LayerInfo`) to `Trainer(rule=...)`:
 
     class Prototype(LocalRule):
         def __init__(self, layer: LayerInfo) -> None:
-            super().__init__()
+            super().__init__(layer)
             self.centres = nn.Parameter(torch.zeros(layer.num_classes, layer.num_features))
 
         def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
@@ -93,6 +93,9 @@ class HeadArguments(NamedTuple):
 
 class LocalRule(nn.Module):
     """Turns one layer's activations and the labels into a loss. Owns its parameters; its optimizer is the layer's."""
+
+    def __init__(self, layer: "LayerInfo | None" = None) -> None:
+        super().__init__()
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the batch, a scalar that autograd can follow.

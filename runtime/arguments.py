@@ -109,7 +109,8 @@ def check_names(names: object) -> None:
 def _check_one_rule(rule: object, where: str) -> None:
     advice = "give a rule such as LLS(), or a LocalRule class"
     if isinstance(rule, type):
-        if not issubclass(rule, LocalRule) and any("__call__" in vars(base) for base in rule.__mro__[:-1]):
+        bases = [base for base in rule.__mro__[:-1] if base is not nn.Module]
+        if not issubclass(rule, LocalRule) and any("__call__" in vars(base) for base in bases):
             raise ValueError(f"{where} is the class {rule.__name__}; write {rule.__name__}()")
     elif isinstance(rule, LocalRule):
         raise ValueError(

@@ -12,11 +12,12 @@ from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
+from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.metrics.records import RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.network import Network, Rules, build_layer
+from unlocked.runtime.network import Network, build_layer
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition

@@ -27,21 +27,20 @@ from unlocked.runtime.engines import ENGINES, as_engine, engine_class
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
+from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
-    Rules,
     backpropagation_network,
     build_network,
-    check_rules,
-    check_trainable,
     check_weights,
     kept_modes,
 )
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
