@@ -1,7 +1,7 @@
 """What a step of each layer costs, measured: the stages are cut by it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
@@ -12,6 +12,7 @@ from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.runtime.network import Network
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
+from unlocked.workers.passing import PassLayer
 
 __all__ = ["measure_costs"]
 
@@ -27,7 +28,8 @@ def measure_costs(
         RuntimeError: a layer or its rule fails; names the layer.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
+    channel = network.side_channel
+    x = torch.randn(channel.rows(0, batch_size), *network.input_shape, generator=generator).to(device)
     if not network.input_dtype.is_floating_point:
         x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     if x.dim() == 4:
@@ -38,7 +40,10 @@ def measure_costs(
         for index, block in enumerate(network.blocks):
             saved = {name: value.clone() for name, value in block.state_dict().items()}
             try:
-                seconds, x = _measure(make_layer(index), x, labels, repeats)
+                layer, arriving = make_layer(index), channel.made_up(index, batch_size)
+                x = x[: channel.rows(index, batch_size)]
+                arriving = {name: value.to(device) for name, value in arriving.items()}
+                seconds, x = _measure(layer, x, labels, arriving, repeats)
             except (Exception, SystemExit) as error:
                 cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
                 name = network.infos[index].name
@@ -48,12 +53,18 @@ def measure_costs(
     return costs
 
 
-def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[float, Tensor]:
+def _measure(
+    layer: Layer, x: Tensor, labels: Tensor, arriving: Mapping[str, Tensor], repeats: int
+) -> tuple[float, Tensor]:
     """The median of the seconds that a step takes, and the layer's output."""
     times = []
     for _ in range(repeats + 2):
         start = _now(x.device)
+        if isinstance(layer, PassLayer):
+            layer.begin(0, labels, arriving)
         out = layer.forward(x)
+        if isinstance(layer, PassLayer):
+            layer.carry()
         layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
         times.append(_now(x.device) - start)
     return median(times[2:]), out.clone()

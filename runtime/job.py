@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
-from unlocked.data import Dataset
+from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
+from unlocked.rules import Views
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
 from unlocked.runtime.layer_rules import Rules
@@ -25,7 +26,9 @@ from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
+from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
+from unlocked.workers.views import ViewMaker
 
 __all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "prepare_process"]
 
@@ -116,7 +119,24 @@ class Job:
                 prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
-        return Stage(index, [self.layer(i, device) for i in layers], source)
+        made = [self.layer(i, device) for i in layers]
+        if not self.network.needs_passes:
+            return Stage(index, made, source)
+        channel = self.network.side_channel
+        return PassStage(
+            index, made, source, leaves=[channel.leaves[i] for i in layers], views=self._view_maker(channel.views)
+        )
+
+    def _view_maker(self, views: Views | None) -> ViewMaker | None:
+        if views is None:
+            return None
+        return ViewMaker(
+            views,
+            seed=self.settings.seed,
+            num_classes=self.network.infos[-1].num_classes,
+            train_size=len(self.train) if isinstance(self.train, ImageDataset) else None,
+            batch_size=self.plan.batch_size,
+        )
 
     def costs(self, device: torch.device | None = None) -> list[float]:
         """Measured seconds per layer and micro-batch."""
@@ -144,6 +164,7 @@ class Job:
             batch_size=self.plan.batch_size,
             start=self.start,
             device=self.settings.device,
+            scored=self.network.scored if self.plan.eval_size else (),
         )
 
 

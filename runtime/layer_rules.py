@@ -96,7 +96,7 @@ def _takes_a_layer(chosen: Rule) -> bool:
     """Whether it is to be called with the `LayerInfo`: all but a class whose constructor takes nothing."""
     if not isinstance(chosen, type):
         return True
-    made_by: Any = chosen.__init__
+    made_by: Any = vars(chosen).get("__init__", getattr(chosen, "__init__", None))
     if made_by in (object.__init__, nn.Module.__init__):
         return False
     try:

@@ -14,12 +14,14 @@ from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise, key_start_values
 from unlocked.models.chance import find_draws
 from unlocked.models.named_draws import named_draws
-from unlocked.rules import CrossEntropy, LayerInfo, Rule
+from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, needs_pass
 from unlocked.runtime.batch_statistics import BatchStatistics
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
+from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
+from unlocked.workers.passing import PassLayer
 
 __all__ = [
     "Model",
@@ -29,6 +31,7 @@ __all__ = [
     "build_network",
     "check_weights",
     "kept_modes",
+    "optimizer_of",
 ]
 
 Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
@@ -47,6 +50,9 @@ class Network:
         input_dtype: its type: float32, or int64 where the first layer reads tokens.
         batch_statistics: every normalisation by the micro-batch's own statistics.
         draws: the global generators that each layer draws from (`unlocked.models.generators.SOURCES`).
+        side_channel: what the rules send beside activations and labels.
+        scored: the layers whose own prediction is counted in evaluation; the output layer's is in any case.
+        passes: some rule takes whole passes.
     """
 
     blocks: list[Block]
@@ -56,6 +62,14 @@ class Network:
     input_dtype: torch.dtype = torch.float32
     batch_statistics: list[BatchStatistics] = field(default_factory=list)
     draws: list[frozenset[str]] = field(default_factory=list)
+    side_channel: SideChannel = field(default_factory=SideChannel)
+    scored: tuple[str, ...] = ()
+    passes: bool = False
+
+    @property
+    def needs_passes(self) -> bool:
+        """Some rule needs more than a loss of activations and labels."""
+        return self.passes or any(self.side_channel.sums)
 
     @property
     def names(self) -> list[str]:
@@ -116,6 +130,8 @@ def build_network(
             hidden=block.hidden or 2048,
             reduced_rank=block.reduced_rank or 20,
             seed=seed,
+            following_shapes=tuple(activations[i + 1 : -1]),
+            input_shape=tuple(input_shape),
             layout=layouts[i],
         )
         for i, block in enumerate(blocks)
@@ -200,8 +216,22 @@ def build_layer(
     info = network.infos[index]
     local_rule = make_rule(choose_rule(network.infos, index, rule, output_rule), info)
     sources = network.draws[index].union(*map(named_draws, local_rule.modules()), named_draws(optimizer))
+    block = network.blocks[index]
+    if needs_pass(local_rule):
+        own = optimizer_of(local_rule, optimizer)
+        return PassLayer(block, local_rule, info, own, device=device, precision=precision, sources=sources)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    return kind(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
+    return kind(block, local_rule, info, optimizer, device=device, step=step, precision=precision)
+
+
+def optimizer_of(rule: LocalRule, optimizer: OptimizerFactory) -> OptimizerFactory:
+    """What builds the optimizer of a layer with this rule: the run's, the rule's own, or what builds none."""
+    if isinstance(rule.optimizer, str):
+        return optimizer
+    if rule.optimizer is None:
+        return lambda parameters: None  # type: ignore[return-value]
+    own: OptimizerFactory = rule.optimizer
+    return own
 
 
 def _made_up(sample: Tensor, seed: int) -> Tensor:

@@ -231,7 +231,7 @@ class Trainer(Settings):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
         else:
-            network = check_rules(network, self.rule)
+            network = check_rules(network, self.rule, optimizer=self.optimizer, sample=probe_sample(train_set))
         fingerprint = {
             "layers": network.names,
             "rule": describe_rule(self.rule),

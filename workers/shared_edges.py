@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import SlotLayout
+from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.errors import LinkLostError
 
 __all__ = ["NoRoomError", "SharedInEdge", "SharedListener", "SharedOutEdge"]
@@ -117,7 +117,7 @@ class SharedInEdge:
     def expect(self, items: Iterable[Item]) -> None:
         self._expected.extend(items)
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
         if self._waiting.poll(0):  # a flag of recv would not do: a socket with a timeout waits first
@@ -128,7 +128,7 @@ class SharedInEdge:
         self._arrived -= 1
         slot = self._slots[self._next % len(self._slots)]
         self._next += 1
-        return self._layout.views(slot, item.size)
+        return self._layout.views(slot, item.size, item.kind)
 
     def release(self) -> None:
         _send_byte(self._link, self._neighbour)
@@ -157,8 +157,8 @@ class SharedOutEdge:
         self._depth = self._free = depth  # slots that the receiver has not been given
         self._next = 0
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
-        return self._layout.views(self._slots[self._next % len(self._slots)], item.size)
+    def reserve(self, item: Item) -> Slot:
+        return self._layout.views(self._slots[self._next % len(self._slots)], item.size, item.kind)
 
     def send(self, item: Item) -> None:
         self._await_free(1)
@@ -187,7 +187,7 @@ def _slots(layout: SlotLayout, memory: mmap.mmap, count: int) -> list[Tensor]:
 
 def _slot_bytes(layout: SlotLayout) -> int:
     """A slot begins on a page, so that the activations in it are aligned as torch's own."""
-    return -(-layout.nbytes(layout.max_rows) // _PAGE) * _PAGE
+    return -(-layout.capacity // _PAGE) * _PAGE
 
 
 def _reserve(size: int) -> tuple[str, mmap.mmap]:

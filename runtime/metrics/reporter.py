@@ -234,15 +234,16 @@ class StageReporter:
                 where = f" by epoch {item.epoch}, micro-batch {item.index}"
                 error = NonFiniteLossError(layer.name, row[0], where)
                 raise self._failure(f"{self._stage.index}U{item.position}", error) from error
-        if item.kind == "evaluate" and not isfinite(rows[-1][0]):
-            raise self._evaluation_error(item, rows[-1][0])
+        evaluation = rows[len(self._stage.layers)][0]
+        if item.kind == "evaluate" and not isfinite(evaluation):
+            raise self._evaluation_error(item, evaluation)
         self._losses = tuple(
             (layer.name, row[0] / images) for layer, row in zip(self._stage.layers, rows, strict=False)
         )
         if reading.ends_epoch:
             self._finish_epoch(reading, rows)
         if item.kind == "train" and self._stage.is_last:
-            self._report_step(reading, tuple(rows[-2]))
+            self._report_step(reading, tuple(rows[len(self._stage.layers) - 1]))
 
     def _evaluation_error(self, item: Item, loss: float) -> StageError:
         """A loss that is not finite ends a run here as in training: no learning rate, best or rank may read it."""
@@ -276,10 +277,16 @@ class StageReporter:
 
     def _finish_epoch(self, reading: _Reading, rows: list[list[float]]) -> None:
         train = evaluation = None
+        layers = self._stage.layers
         if self._stage.is_last:
-            train = _scores(rows[-2], reading.images)
+            train = _scores(rows[len(layers) - 1], reading.images)
             if self._plan.eval_size:
-                evaluation = _scores(rows[-1], reading.images_evaluated)
+                evaluation = _scores(rows[len(layers)], reading.images_evaluated)
+        accuracies = [
+            (layer.name, 100 * row[1] / max(reading.images_evaluated, 1))
+            for layer, row in zip(layers, rows[len(layers) + 1 :], strict=True)
+            if self._plan.eval_size and (layer.has_scores or layer.is_output)
+        ]
         self._outlet.epoch(
             EpochPart(
                 stage=self._stage.index,
@@ -288,6 +295,7 @@ class StageReporter:
                 seconds=reading.time - self._epoch_base.time,
                 train=train,
                 evaluation=evaluation,
+                layer_acc1=tuple(accuracies),
             )
         )
 

@@ -20,6 +20,7 @@ from unlocked.runtime.result import pack_tensors
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.workers.actions import Item
+from unlocked.workers.cargo import CargoLayout
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
@@ -70,7 +71,9 @@ class Worker:
         timeout = job.settings.timeout
 
         def layout(first_layer: int) -> SlotLayout:
-            return SlotLayout(rows, job.network.output_shapes[first_layer - 1], job.storage)
+            shape = job.network.output_shapes[first_layer - 1]
+            traffic = job.network.side_channel.traffic(first_layer - 1)
+            return CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
 
         store.set(f"threads-{world.rank}", str(threads_on(self.cores)))
         # Building a stage takes as long as it takes; the neighbours' time limit is for the run.

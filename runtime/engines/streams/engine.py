@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,6 +44,7 @@ from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item, ItemKind
+from unlocked.workers.cargo import CargoRing
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
@@ -340,7 +341,7 @@ class _Run:
             if self.device.type != "cpu":
                 warnings.warn(
                     f"streams: no CUDA graphs, because layer {', '.join(drawing)} draws from a global generator, which "
-                    "only the host can seed; nn.Dropout is keyed on the device",
+                    "only the host can seed (nn.Dropout is keyed on the device), or has a rule that takes whole passes",
                     stacklevel=2,
                 )
             return False
@@ -371,5 +372,7 @@ def _rings(job: Job, parts: list[range], queue_depth: int) -> list[Ring]:
         flat = isinstance(network.blocks[part.start], LinearBlock | OutputBlock)
         depth = queue_depth if k else 1
         dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
-        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
+        traffic = network.side_channel.traffic(part.start - 1) if k else {}
+        kind: Any = partial(CargoRing, traffic=traffic) if traffic else Ring
+        rings.append(kind(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
     return rings
