@@ -51,7 +51,8 @@ class PlainLLS:
             scores = F.normalize(latents) @ self.bases[index].T / self.temperature
             losses.append(self._update(index, F.cross_entropy(scores, labels)))
             x = F.max_pool2d(a, 2) if index < 2 else a
-        losses.append(self._update(4, F.cross_entropy(self.output(x.detach()), labels)))
+        self.logits = self.output(x.detach())
+        losses.append(self._update(4, F.cross_entropy(self.logits, labels)))
         return losses
 
     def _update(self, index: int, loss: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ several processes (--processes, or the command given several times) share the ce
 For every epoch: test accuracy, training accuracy and each layer's mean loss, as mean, deviation and number of seeds of
 both sides, and Welch's p, corrected by Holm for all comparisons with one optimizer. Where a side has one seed only, the
 test takes the other side's deviation for both. `*`: the corrected p is below 0.05. `>` and `<`: all our seeds are
-above, or below, all of theirs; the probability of either by chance alone is printed with it.
+above, or below, all of theirs; the probability of either by chance alone is printed with it. `--plain` adds further
+seeds to the authors' few.
 """
 
 import argparse
@@ -54,6 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     beside = ROOT.parent / "shared" / "baseline" / "authors_accuracy.json"
     parser.add_argument("--reference", type=Path, default=beside, help="the authors' figures, a JSON file")
     parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / "reproduce")
+    parser.add_argument(
+        "--plain", type=Path, help="a folder of plain_reproduce.py: its seeds are added to the reference"
+    )
     parser.add_argument("--rules", nargs="+", help="default: those of the reference")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -83,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
     cells = [c for key in wanted if (c := read_cell(cell_path(options.cells, *key), settings)) is not None]
     if missing := len(wanted) - len(cells):
         print(f"{missing} of {len(wanted)} cells are not there yet (see --processes); compared are the others\n")
+    if options.plain is not None:
+        reference["rows"] += plain_rows(options.plain, reference["rows"])
     report = {"reference": reference, "cells": cells, "comparisons": {}}
     for optimizer in options.optimizers:
         ours = [cell for cell in cells if cell["optimizer"] == optimizer]
@@ -292,6 +298,22 @@ def collect(rows: list[dict[str, Any]]) -> dict[tuple[str, int, str], list[float
         for figure, value in figures.items():
             found.setdefault((row["rule"], row["epoch"], figure), []).append(value)
     return found
+
+
+def plain_rows(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plain loop's figures of seeds that the reference lacks, as its rows.
+
+    Raises:
+        ValueError: there are none.
+    """
+    there = {(row["rule"], row["seed"]) for row in rows}
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not (more := [cell for cell in cells if (cell["rule"], cell["seed"]) not in there]):
+        raise ValueError(f"{folder} has no seeds beside the reference's; train them by benchmarks/plain_reproduce.py")
+    for cell in more:
+        for epoch in cell["epochs"]:
+            epoch["local_losses"].pop("output", None)  # the reference has none
+    return [epoch | {"rule": cell["rule"], "seed": cell["seed"]} for cell in more for epoch in cell["epochs"]]
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:

@@ -29,7 +29,7 @@ ALLOWED = {
 LAYERS = {
     "runtime": [
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
-        ["batch_statistics", "learning_rate", "machine", "signals"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
         ["shapes"],
         ["layer_rules", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],

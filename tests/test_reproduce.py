@@ -6,9 +6,11 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from scipy import stats
 
 LAYERS = ("conv1", "conv2", "conv3", "linear1")
@@ -108,3 +110,47 @@ def test_cells_are_trained_once_and_compared(
 def test_missing_figures_are_one_line(reproduce: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["--reference", str(tmp_path / "nowhere.json")]) == 2
     assert "the authors' figures are not at" in capsys.readouterr().err
+
+
+def test_seeds_of_the_plain_loop_are_added_to_the_reference(
+    reproduce: Any, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    losses = dict.fromkeys((*LAYERS, "output"), 2.3)
+    epoch = {"epoch": 1, "test_acc1": 55.0, "train_acc1": 45.0, "local_losses": losses}
+    for seed in (1, 2, 3):
+        (plain / f"LLS_{seed}.json").write_text(json.dumps({"rule": "LLS", "seed": seed, "epochs": [epoch]}))
+    rows = json.loads(reference.read_text())["rows"]
+    more = reproduce.plain_rows(plain, rows)
+    assert [(row["rule"], row["seed"], row["test_acc1"]) for row in more] == [("LLS", 2, 55.0), ("LLS", 3, 55.0)]
+    assert all(set(row["local_losses"]) == set(LAYERS) for row in more)
+    command = ["--reference", str(reference), "--cells", str(tmp_path / "none"), "--report-only", "--rules", "LLS"]
+    assert reproduce.main([*command, "--plain", str(plain), "--json", str(tmp_path / "report.json")]) == 0
+    assert len(json.loads((tmp_path / "report.json").read_text())["reference"]["rows"]) == 4
+    assert reproduce.main([*command, "--plain", str(tmp_path / "empty")]) == 2
+    assert "plain_reproduce.py" in capsys.readouterr().err
+
+
+def test_the_plain_loop_takes_its_chances_from_one_generator(reproduce: Any) -> None:
+    loop = importlib.import_module("plain_reproduce")
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 256, (70, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    data = SimpleNamespace(
+        images=images, labels=torch.arange(70) % 10, num_classes=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)
+    )
+    run = loop.PlainRun(data, data, settings={"temperature": 0.5, "lr": 5e-3, "batch_size": 32})
+    first = run.train(3, 2)
+    assert [epoch["epoch"] for epoch in first] == [1, 2]
+    assert first == run.train(3, 2)
+    assert first != run.train(4, 2)
+    # In an epoch of two whole micro-batches and one of 6: a permutation and 70 numbers, and the same again before the
+    # evaluation, which shuffles anew.
+    torch.manual_seed(3)
+    loop.PlainLLS(10)
+    for _ in range(4):
+        torch.randperm(70)
+        torch.rand(70)
+    expected = torch.get_rng_state()
+    run.train(3, 2)
+    assert torch.equal(torch.get_rng_state(), expected)

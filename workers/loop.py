@@ -38,6 +38,7 @@ class StageLoop:
         snapshot: called for SNAP.
         before_item, after_item: called around everything that a stage does for an item of the stream.
         stopwatch: adds up busy and waiting times.
+        before_action: called before every action, for those who want it to fail.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class StageLoop:
         before_item: Callable[[Item], None],
         after_item: Callable[[Item], None],
         stopwatch: Stopwatch,
+        before_action: Callable[[Action], None] | None = None,
     ) -> None:
         self.stage, self.rank, self.inbox, self.outbox = stage, rank, inbox, outbox
         self.stopwatch = stopwatch
         self._snapshot, self._before_item, self._after_item = snapshot, before_item, after_item
+        self._before_action = before_action
         self._held: Slot | None = None
         self._is_done = self._send_due = self._update_due = False  # of the item at hand
         self._execute: dict[ActionKind, Callable[[Item], None]] = {
@@ -112,6 +115,8 @@ class StageLoop:
     def _guarded(self, action: Action, item: Item) -> None:
         """The one place where a failure learns where it happened."""
         try:
+            if self._before_action is not None:
+                self._before_action(action)
             self._execute[action.kind](item)
         except (StopRun, StageError):
             raise

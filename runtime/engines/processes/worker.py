@@ -13,6 +13,7 @@ from unlocked.runtime.engines.one_process import save_stage, saves_stop
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.rendezvous import meet
+from unlocked.runtime.faults import faults_from_environment, trigger
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
 from unlocked.runtime.metrics.reporter import StageReporter
@@ -103,6 +104,7 @@ class Worker:
             before_item=self.reporter.before,
             after_item=self._after,
             stopwatch=self.stopwatch,
+            before_action=trigger(faults_from_environment(), self.index, incarnation=0),
         )
 
     def run(self) -> dict[str, Any]:
