@@ -1,4 +1,4 @@
-"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate and simulate, without a checkout.
+"""The command `unlocked`, also `python -m unlocked`: train, compare, check-rule, evaluate, simulate; no checkout.
 
 Each command is an entry point of its own and gets the rest of the command line; nothing of torch is imported before a
 command is known.
@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "leave", "main"]
 COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
+    "check-rule": ("unlocked.launch.check_rule", "is a rule of one's own local, exact and resumable"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
@@ -60,7 +61,7 @@ def run() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: unlocked COMMAND [FLAGS]   (unlocked COMMAND --help lists the flags)",

@@ -37,6 +37,7 @@ LAYERS = {
         ["job", "arguments"],
         ["saving.scoring", "engines"],
         ["trainer", "recipe"],
+        ["conformance"],
     ],
     "runtime.engines": [
         ["one_process", "pipeline"],
