@@ -17,14 +17,8 @@ __all__ = ["SoftHebb"]
 
 
 class SoftHebb(LocalRule):
-    """Level 2: changes the weights of the block's one Linear or Conv2d by itself. Its figure in `local_losses` is the
-    mean square of the update, which is no loss: it falls as the neurons settle.
-
-    Args:
-        rate: the largest step of a weight.
-        temperature: T.
-        power: of the norm's distance from 1.
-    """
+    """Level 2: changes the weights of the block's one Linear or Conv2d by itself, by at most `rate` a step. Its figure in
+    `local_losses` is the mean square of the update: no loss, but it falls as the neurons settle. `temperature` is T."""
 
     optimizer = None
     needs_graph = False
@@ -50,7 +44,7 @@ class SoftHebb(LocalRule):
 
 def _learner(block: nn.Module) -> nn.Linear | nn.Conv2d:
     found = [m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    if len(found) != 1 or (isinstance(found[0], nn.Conv2d) and found[0].groups != 1):
+    if len(found) != 1 or getattr(found[0], "groups", 1) != 1:
         raise ValueError(f"SoftHebb learns in blocks with one Linear or plain Conv2d, this one has {len(found)}")
     return found[0]
 

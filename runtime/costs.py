@@ -36,14 +36,15 @@ def measure_costs(
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
     costs = []
+    carried: dict[str, Tensor] = {}
     with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
         for index, block in enumerate(network.blocks):
             saved = {name: value.clone() for name, value in block.state_dict().items()}
             try:
-                layer, arriving = make_layer(index), channel.made_up(index, batch_size)
                 x = x[: channel.rows(index, batch_size)]
-                arriving = {name: value.to(device) for name, value in arriving.items()}
-                seconds, x = _measure(layer, x, labels, arriving, repeats)
+                arriving = {name: carried[name] for name in channel.arriving(index)}
+                seconds, x, left = _measure(make_layer(index), x, labels, arriving, repeats)
+                carried |= left
             except (Exception, SystemExit) as error:
                 cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
                 name = network.infos[index].name
@@ -55,19 +56,20 @@ def measure_costs(
 
 def _measure(
     layer: Layer, x: Tensor, labels: Tensor, arriving: Mapping[str, Tensor], repeats: int
-) -> tuple[float, Tensor]:
-    """The median of the seconds that a step takes, and the layer's output."""
+) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """The median of the seconds that a step takes, the layer's output, and what leaves on the side channel."""
     times = []
+    left: dict[str, Tensor] = {}
     for _ in range(repeats + 2):
         start = _now(x.device)
         if isinstance(layer, PassLayer):
             layer.begin(0, labels, arriving)
         out = layer.forward(x)
         if isinstance(layer, PassLayer):
-            layer.carry()
+            left = {name: value.clone() for name, value in layer.carry().items()}
         layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
         times.append(_now(x.device) - start)
-    return median(times[2:]), out.clone()
+    return median(times[2:]), out.clone(), left
 
 
 def _now(device: torch.device) -> float:

@@ -325,7 +325,7 @@ _FIGURES = (
         "test_acc1",
         "test_loss",
     ),
-    *("local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
+    *("local_losses", "layer_acc1", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
     *("measured_stage_seconds", "stopped_by"),
 )
 _TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")
@@ -346,6 +346,7 @@ def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
                 "train_acc1": e.train_acc1,
                 "test_loss": e.eval_loss,
                 "test_acc1": e.eval_acc1,
+                "layer_acc1": dict(e.layer_acc1),
             }
             for e in result.epochs
         ],

@@ -50,11 +50,12 @@ def check_rules(
     names = [rule_name(one) for one in chosen]
     channel = plan_side_channel(network.infos, built, names, sample)
     draws = []
+    carried: dict[str, Tensor] = {}  # what the layers before have sent
     for index, (info, rule) in enumerate(zip(network.infos, built, strict=True)):
         with generators.keyed(info.seed):
             before = generators.states()
             if needs_pass(rule):
-                _try_pass(network, index, rule, chosen[index], channel, optimizer)
+                carried = _try_pass(network, index, rule, chosen[index], channel, carried, optimizer)
             else:
                 activations = torch.randn(2, *info.activation_shape, requires_grad=True)
                 before = generators.states()
@@ -108,9 +109,10 @@ def _try_pass(
     rule: LocalRule,
     chosen: Rule,
     channel: SideChannel,
+    carried: dict[str, Tensor],
     optimizer: OptimizerFactory | None,
-) -> None:
-    """A training step of a copy of the layer on made-up samples."""
+) -> dict[str, Tensor]:
+    """A training step of a copy of the layer on made-up samples; what is on the side channel after it."""
     info = network.infos[index]
     samples = max(_SAMPLES, info.num_classes)  # with a label of every class
     rows = channel.rows(index, samples)
@@ -123,9 +125,10 @@ def _try_pass(
     before = {name: value.clone() for name, value in layer.tensors()}
     try:
         labels = torch.arange(samples) % info.num_classes
-        layer.begin(0, labels, channel.made_up(index, samples))
+        arriving = {name: carried[name] for name in channel.arriving(index)}
+        layer.begin(0, labels, arriving)
         layer.forward(x)
-        layer.carry()
+        carried = {**carried, **layer.carry()}
         loss = layer.step.update(labels)
     except (Exception, SystemExit) as error:
         raise misfit(info, chosen, error) from error
@@ -137,12 +140,13 @@ def _try_pass(
             f"the rule {rule_name(chosen)} leaves weights that are not finite after one step on made-up samples: "
             f"{error}"
         ) from error
-    trained = layer.parameters and any(p.requires_grad for p in layer.parameters)
-    if trained and all(torch.equal(before[name], value) for name, value in layer.tensors()):
+    idle = bool(layer.parameters) and all(p.grad is None for p in layer.parameters)
+    if idle and all(torch.equal(before[name], value) for name, value in layer.tensors()):
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} changes nothing in a step: it returns a loss without a "
             "graph, sets no gradients, and leaves weights and buffers as they are"
         )
+    return carried
 
 
 def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | None) -> None:

@@ -45,15 +45,14 @@ class SideChannel:
             "evaluate": Freight(views.evaluate, total),
         }
 
+    def arriving(self, layer: int) -> Mapping[str, Carried]:
+        """What comes in beside the layer's training input."""
+        return self.leaves[layer - 1] if layer and self.leaves else {}
+
     def rows(self, layer: int, samples: int) -> int:
         """Rows that `layer` sees of so many training samples; the output layer sees one view's."""
         is_output = layer == len(self.leaves) - 1
         return samples if self.views is None or is_output else samples * self.views.train
-
-    def made_up(self, layer: int, samples: int) -> dict[str, Tensor]:
-        """Random tensors like those that arrive at `layer` in training, for trials."""
-        arriving = self.leaves[layer - 1] if layer and self.leaves else {}
-        return {name: _made_up(one, samples, self.views.train if self.views else 1) for name, one in arriving.items()}
 
 
 def plan_side_channel(
@@ -102,11 +101,6 @@ def plan_side_channel(
     first = next((k for k, rule in enumerate(rules) if rule.read_out is not None), None)
     sums = [first is not None and first <= k < last for k in range(len(rules))]
     return SideChannel(views, tuple(leaves), tuple(sums), infos[-1].num_classes)
-
-
-def _made_up(one: Carried, samples: int, views: int) -> Tensor:
-    shape = (samples * (1 if one.per_sample else views), *one.shape)
-    return torch.randn(shape, dtype=one.dtype) if one.dtype.is_floating_point else torch.zeros(shape, dtype=one.dtype)
 
 
 def _common_views(infos: Sequence[LayerInfo], rules: Sequence[LocalRule], names: Sequence[str]) -> Views | None:

@@ -126,6 +126,7 @@ class Layer:
             return
         self._mode = mode
         self.block.train(mode != "evaluate")
+        self.rule.train(mode != "evaluate")
         for module in self.frozen:
             module.training = False
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)

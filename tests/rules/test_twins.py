@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +282,10 @@ def test_every_rule_has_a_twin() -> None:
 
     assert OTHER_RULES.keys() == CASES.keys() | {"DRTP", "SoftHebb"}  # theirs are tests of their own
     assert all(issubclass(rule, LocalRule) for rule in OTHER_RULES.values())  # type: ignore[arg-type]
+
+
+def test_a_rule_of_level_two_fits_a_page() -> None:
+    import unlocked.rules.soft_hebb as module
+
+    assert module.__file__ is not None
+    assert len(Path(module.__file__).read_text().splitlines()) <= 60
