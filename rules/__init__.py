@@ -19,6 +19,7 @@ from unlocked.rules.lls import (
     LocalLosses,
 )
 from unlocked.rules.mono_forward import MonoForward
+from unlocked.rules.output import OUTPUT_RULES, Margin, SquaredError
 from unlocked.rules.passes import Carried, Draw, LayerPass, Views
 from unlocked.rules.predictive_similarity import PredictiveSimilarity
 from unlocked.rules.registry import GLOBAL_RULES, LOCAL_RULES, OTHER_RULES, RULES, TRAINING_MODES, get_rule
@@ -33,6 +34,7 @@ __all__ = [
     "LLS_M",
     "LOCAL_RULES",
     "OTHER_RULES",
+    "OUTPUT_RULES",
     "RULES",
     "TRAINING_MODES",
     "AugLocal",
@@ -55,10 +57,12 @@ __all__ = [
     "LayerPass",
     "LocalLosses",
     "LocalRule",
+    "Margin",
     "MonoForward",
     "PredictiveSimilarity",
     "Rule",
     "SoftHebb",
+    "SquaredError",
     "TaskAndConsistency",
     "Views",
     "get_rule",

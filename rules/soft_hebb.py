@@ -17,8 +17,8 @@ __all__ = ["SoftHebb"]
 
 
 class SoftHebb(LocalRule):
-    """Level 2: changes the weights of the block's one Linear or Conv2d by itself, by at most `rate` a step. Its figure in
-    `local_losses` is the mean square of the update: no loss, but it falls as the neurons settle. `temperature` is T."""
+    """Level 2: changes the weights of the block's one Linear or Conv2d by itself, by at most `rate` a step. Its figure
+    in `local_losses` is the mean square of the update: no loss, but it falls as neurons settle. `temperature` is T."""
 
     optimizer = None
     needs_graph = False

@@ -9,17 +9,29 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.processes.engine import Processes
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
-    from unlocked.runtime.learning_rate import ReduceLROnPlateau
+    from unlocked.runtime.learning_rate import PerStep, ReduceLROnPlateau, WarmUp
     from unlocked.runtime.metrics.sinks import MetricsSink
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
-__all__ = ["MetricsSink", "Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"]
+__all__ = [
+    "MetricsSink",
+    "PerStep",
+    "Processes",
+    "ReduceLROnPlateau",
+    "RunResult",
+    "Sequential",
+    "Streams",
+    "Trainer",
+    "WarmUp",
+]
 
 _HOMES = {
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
+    "PerStep": "unlocked.runtime.learning_rate",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
+    "WarmUp": "unlocked.runtime.learning_rate",
     "RunResult": "unlocked.runtime.result",
     "Sequential": "unlocked.runtime.engines.sequential",
     "Streams": "unlocked.runtime.engines.streams.engine",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from unlocked.rules import GLOBAL_RULES, LocalRule
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 
 __all__ = [
+    "check_clip",
     "check_lr_factor",
     "check_model",
     "check_names",
@@ -48,7 +50,13 @@ def check_rule(rule: object) -> None:
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raises: ValueError if nothing that builds an optimizer."""
+    """Raises: ValueError if nothing that builds an optimizer, or several by the layers' names."""
+    if isinstance(optimizer, Mapping):
+        for one in optimizer.values():
+            if isinstance(one, Mapping):
+                raise ValueError(f"optimizer is {_shown(optimizer)}; give what builds one, by the layer's name")
+            check_optimizer(one)
+        return
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__} that is built already; every layer builds its own: give "
@@ -91,6 +99,14 @@ def check_lr_factor(schedule: object) -> None:
             f"lr_factor is {_shown(schedule)}; give a function from the epoch to a factor of the initial rate, or "
             f"{ReduceLROnPlateau.__name__}(...)"
         )
+
+
+def check_clip(norm: object) -> None:
+    """Raises: ValueError if it is no norm to clip gradients at."""
+    number: Any = norm
+    good = isinstance(norm, Real) and not isinstance(norm, bool) and math.isfinite(number) and number > 0
+    if norm is not None and not good:
+        raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive finite number, or None")
 
 
 def check_sinks(sinks: object) -> None:

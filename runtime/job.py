@@ -10,9 +10,10 @@ from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.precision import storage_dtype
-from unlocked.rules import Views
+from unlocked.rules import CrossEntropy, Rule, Views
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
+from unlocked.runtime.layer_optimizers import Optimizers, clipped, optimizer_for
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
@@ -25,7 +26,7 @@ from unlocked.runtime.schedules.partition import check_ownership, parse_stages, 
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
-from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
+from unlocked.workers.layer import AutogradStep, Layer
 from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
@@ -39,7 +40,7 @@ class Job:
 
     network: Network
     rule: Rules
-    optimizer: OptimizerFactory
+    optimizer: Optimizers
     lr_factor: LearningRate
     train: Dataset
     test: Dataset | None
@@ -51,6 +52,9 @@ class Job:
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
     """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    output_rule: Rule = CrossEntropy
+    clip_grad_norm: float | None = None
+    """Of each layer's gradients; None: they are taken as they are."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +92,8 @@ class Job:
             self.network,
             index,
             rule=self.rule,
-            optimizer=self.optimizer,
+            optimizer=clipped(optimizer_for(self.optimizer, self.network.names[index]), self.clip_grad_norm),
+            output_rule=self.output_rule,
             device=device,
             step=choose_step(self.settings.kernels, device),
             precision=self.settings.precision,

@@ -14,11 +14,11 @@ from unlocked.data import DATASETS, ImageDataset, load_dataset
 from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
 from unlocked.models import Block, find_model, get_model, use_tanh
-from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
+from unlocked.rules import GLOBAL_RULES, OUTPUT_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.fields import LARGEST, saved, setting, values_of
 from unlocked.runtime.job import Engine
-from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
+from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule, warmed_up
 from unlocked.runtime.metrics.dashboard import Dashboard
 from unlocked.runtime.metrics.run_log import RunLog
 from unlocked.runtime.metrics.sinks import MetricsSink
@@ -74,6 +74,13 @@ class Recipe(Settings):
     test_batch_size: int = setting(128, "rows of an evaluation micro-batch", at_least=1, at_most=LARGEST)
     weight_decay: float = setting(0.0, "of the optimizer", at_least=0, at_most=_LARGEST_FACTOR)
     momentum: float = setting(0.9, "of SGD", at_least=0, below=1)
+    output_loss: str = setting("cross-entropy", "of the output layer", choices=tuple(OUTPUT_RULES))
+    clip_grad_norm: float | None = setting(
+        None, "scale each layer's gradients down to this norm", above=0, at_most=_LARGEST_RATE
+    )
+    warmup_steps: int = setting(
+        0, "training micro-batches over which the learning rate rises from 0 to --lr", at_least=0, at_most=LARGEST
+    )
     optimizer: str = setting(
         "Adam",
         "SGD, Adam, AdamW, AdamWSF (the authors' release), AdamWScheduleFree (the library's), SGDSF",
@@ -186,6 +193,7 @@ class Recipe(Settings):
         how["names"] = {"model": self.model, "dataset": self.dataset, "rule": self.training_mode}
         makers = {"rule": make_rule, "optimizer": make_optimizer, "lr_factor": make_lr_factor}
         how |= {name: make(self) for name, make in makers.items() if name not in other}
+        how |= {"output_rule": OUTPUT_RULES[self.output_loss], "clip_grad_norm": self.clip_grad_norm}
         if "model" not in other:
             how["model"] = make_model(self, data)
         return kind(**how | other)
@@ -302,7 +310,7 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
     Raises:
         ValueError: a value of the schedule is out of range.
     """
-    return lr_schedule(
+    schedule = lr_schedule(
         recipe.lr_scheduler,
         epochs=recipe.num_epochs,
         milestones=recipe.milestone,
@@ -310,6 +318,7 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
         patience=recipe.patience,
         lr=recipe.lr,
     )
+    return warmed_up(schedule, recipe.warmup_steps)
 
 
 _FIGURES = (

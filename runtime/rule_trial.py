@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, Views, has_scores, needs_pass
+from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, rule_name
 from unlocked.runtime.network import Network, optimizer_of
 from unlocked.runtime.side_channel import SideChannel, plan_side_channel
@@ -25,7 +26,7 @@ def check_rules(
     rules: Rules,
     *,
     output_rule: Rule = CrossEntropy,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: Optimizers | None = None,
     sample: Tensor | None = None,
 ) -> Network:
     """Builds every layer's rule and takes it through a step with made-up samples, so that what doesn't fit is said
@@ -55,7 +56,8 @@ def check_rules(
         with generators.keyed(info.seed):
             before = generators.states()
             if needs_pass(rule):
-                carried = _try_pass(network, index, rule, chosen[index], channel, carried, optimizer)
+                factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
+                carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
             else:
                 activations = torch.randn(2, *info.activation_shape, requires_grad=True)
                 before = generators.states()
@@ -110,7 +112,7 @@ def _try_pass(
     chosen: Rule,
     channel: SideChannel,
     carried: dict[str, Tensor],
-    optimizer: OptimizerFactory | None,
+    optimizer: OptimizerFactory,
 ) -> dict[str, Tensor]:
     """A training step of a copy of the layer on made-up samples; what is on the side channel after it."""
     info = network.infos[index]
@@ -120,7 +122,7 @@ def _try_pass(
     x = torch.zeros(rows, *shape, dtype=torch.int64)
     if index or network.input_dtype.is_floating_point:
         x = torch.randn(rows, *shape)
-    factory = optimizer_of(rule, optimizer or torch.optim.SGD)
+    factory = optimizer_of(rule, optimizer)
     layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=torch.device("cpu"), sources=())
     before = {name: value.clone() for name, value in layer.tensors()}
     try:

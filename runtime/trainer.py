@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.kernels.trial import bfloat16_gain
+from unlocked.rules import CrossEntropy, Rule
 from unlocked.runtime.arguments import (
+    check_clip,
     check_lr_factor,
     check_model,
     check_names,
@@ -27,6 +30,7 @@ from unlocked.runtime.engines import ENGINES, as_engine, engine_class
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
+from unlocked.runtime.layer_optimizers import Optimizers, check_layers, optimizer_for
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
@@ -34,6 +38,7 @@ from unlocked.runtime.metrics.best import BestWeights
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
+    Network,
     backpropagation_network,
     build_network,
     check_weights,
@@ -61,14 +66,18 @@ class Trainer(Settings):
         rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers, one
             per local layer in order, or a mapping by their names. For comparison, in one stage only: "BP" trains end to
             end by backpropagation, "DFA" by direct feedback alignment.
-        optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
+        optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2); one for all
+            layers, or a mapping by the layers' names (the output layer's too), each with a rate of its own.
+        output_rule: builds what the output layer trains on; `unlocked.rules.SquaredError`, `Margin`, or one's own.
+        clip_grad_norm: each layer's gradients are scaled down to this norm, where theirs is larger.
         engine: `Sequential()`, `Streams(...)` or `Processes(...)` (under torchrun) with their options, or "sequential",
             "streams" or "processes" for the defaults. All give the same numbers.
         redraw: draw every parameter of the model by (seed, layer). Otherwise training starts from the weights that the
             model holds, so a second `fit` goes on from the first one's (with new optimizers and rules); a network of
             `unlocked.models` that nobody has loaded, trained or changed is drawn by `seed`.
         lr_factor: epoch -> factor of the initial learning rate; or `unlocked.ReduceLROnPlateau(...)`, which needs
-            the test loss: then the pipeline drains at the end of every epoch. May be another one after a resume.
+            the test loss: then the pipeline drains at the end of every epoch; or `WarmUp(steps, then=...)` or
+            `PerStep(function)`, which change the rate with every micro-batch. May be another one after a resume.
         sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
             called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
@@ -80,7 +89,9 @@ class Trainer(Settings):
 
     model: Model = field(kw_only=False)
     rule: Rules | str
-    optimizer: OptimizerFactory
+    optimizer: Optimizers
+    output_rule: Rule = CrossEntropy
+    clip_grad_norm: float | None = None
     engine: Engine | str = "sequential"
     redraw: bool = False
     lr_factor: LrSchedule = constant
@@ -99,7 +110,9 @@ class Trainer(Settings):
         super().__post_init__()
         check_model(self.model)
         check_rule(self.rule)
+        check_rule(self.output_rule)
         check_optimizer(self.optimizer)
+        check_clip(self.clip_grad_norm)
         check_lr_factor(self.lr_factor)
         check_sinks(self.sinks)
         check_names(self.names)
@@ -225,17 +238,24 @@ class Trainer(Settings):
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_trainable(network, self.rule)
         check_weights(network)
-        parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
-        try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
-        else:
-            network = check_rules(network, self.rule, optimizer=self.optimizer, sample=probe_sample(train_set))
+        check_layers(self.optimizer, network.names)
+        tried = _tried_optimizers(self.optimizer, network)
+        network = check_rules(
+            network,
+            [] if isinstance(self.rule, str) else self.rule,
+            output_rule=self.output_rule,
+            optimizer=self.optimizer,
+            sample=probe_sample(train_set),
+        )
         fingerprint = {
             "layers": network.names,
             "rule": describe_rule(self.rule),
-            "optimizer": describe_optimizer(self.optimizer, parameters),
+            "output_rule": describe_rule(self.output_rule),
+            "clip_grad_norm": self.clip_grad_norm,
+            "optimizer": _by_layer(self.optimizer, tried, describe_optimizer),
             "seed": self.seed,
             "precision": self.precision,
             **plan.settings(),
@@ -247,6 +267,8 @@ class Trainer(Settings):
             network=network,
             rule=[] if isinstance(self.rule, str) else self.rule,
             optimizer=self.optimizer,
+            output_rule=self.output_rule,
+            clip_grad_norm=self.clip_grad_norm,
             lr_factor=LearningRate(self.lr_factor, dict(resume.test_losses) if resume else None),
             train=train_set,
             test=test_set,
@@ -255,12 +277,36 @@ class Trainer(Settings):
             engine=self._engine.name,
             fingerprint=fingerprint,
             rates={
-                "learning rate": learning_rates(self.optimizer, parameters),
+                "learning rate": _by_layer(self.optimizer, tried, learning_rates),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
             },
             resume=resume,
             names=self.names or {},
         )
+
+
+def _tried_optimizers(optimizers: Optimizers, network: Network) -> dict[str, list[nn.Parameter]]:
+    """The parameters that each layer's optimizer was tried with; of one for all layers, the last layer's that has some.
+
+    Raises:
+        ValueError: an optimizer can't be built (`try_optimizer`).
+    """
+    of_layers = {name: list(block.parameters()) for name, block in zip(network.names, network.blocks, strict=True)}
+    if not isinstance(optimizers, Mapping):
+        last = next((name for name in reversed(of_layers) if of_layers[name]), network.names[-1])
+        of_layers = {last: of_layers[last]}
+    for name, parameters in of_layers.items():
+        try_optimizer(optimizer_for(optimizers, name), parameters)
+    return of_layers
+
+
+def _by_layer(
+    optimizers: Optimizers, tried: Mapping[str, list[nn.Parameter]], tell: Callable[[OptimizerFactory, Any], Any]
+) -> Any:
+    """What `tell` says of the optimizer, or of each layer's by name."""
+    if not isinstance(optimizers, Mapping):
+        return tell(optimizers, *tried.values())
+    return {name: tell(optimizers[name], parameters) for name, parameters in tried.items()}
 
 
 def _warn_of_slow_precision(precision: str, device: str) -> None:

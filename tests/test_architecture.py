@@ -31,7 +31,7 @@ LAYERS = {
         ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
         ["batch_statistics", "faults", "learning_rate", "machine", "signals"],
         ["shapes"],
-        ["layer_rules", "side_channel"],
+        ["layer_rules", "layer_optimizers", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs", "rule_trial"],
         ["job", "arguments"],

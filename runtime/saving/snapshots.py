@@ -51,6 +51,8 @@ UNREADABLE = (
 )
 """What reading a file that is not what it should be can raise."""
 _FORMAT = 2
+_ONCE: Mapping[str, Any] = {"drop_last": False, "output_rule": "CrossEntropy", "clip_grad_norm": None}
+"""What holds where a snapshot does not say: an earlier release had no such setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Snapshot:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
         wrong = [
             f"{name} is {settings.get(name)!r} but was {value!r}"
-            for name, value in {"drop_last": False, **self.settings}.items()  # there was no such setting once
+            for name, value in {**_ONCE, **self.settings}.items()
             if settings.get(name) != value
         ]
         if wrong:

@@ -68,6 +68,8 @@ class Worker:
             best_dir=job.settings.best_dir,
             queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
+        if job.lr_factor.per_step:
+            self.reporter.set_rates_per_step(job.lr_factor.at)
         rows = job.plan.max_rows
         timeout = job.settings.timeout
 

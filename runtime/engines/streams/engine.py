@@ -143,6 +143,9 @@ class _Run:
             )
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
+        if job.lr_factor.per_step:
+            for reporter in self.reporters:
+                reporter.set_rates_per_step(job.lr_factor.at)
         self.captures = options.graphs and self._capturable()
         self.graphs: Mapping[ItemKind, TickGraph] = {}
         self.clock: DeviceClock | None = None
@@ -167,6 +170,7 @@ class _Run:
         """Captures after a warm-up whose effects are undone, and waits for everything that was begun."""
         if self.captures:
             depth, ticks = self.options.queue_depth, self.options.graph_ticks
+            ticks = 0 if self.job.lr_factor.per_step else ticks  # in one launch the rate is one
             self.graphs = capture(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
