@@ -12,6 +12,8 @@ from unlocked.models.errors import first_line
 from unlocked.rules import GLOBAL_RULES, LocalRule
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 
+_LARGEST_NORM = 3.4e38  # float32's largest number
+
 __all__ = [
     "check_clip",
     "check_lr_factor",
@@ -104,9 +106,9 @@ def check_lr_factor(schedule: object) -> None:
 def check_clip(norm: object) -> None:
     """Raises: ValueError if it is no norm to clip gradients at."""
     number: Any = norm
-    good = isinstance(norm, Real) and not isinstance(norm, bool) and math.isfinite(number) and number > 0
+    good = isinstance(norm, Real) and not isinstance(norm, bool) and bool(0 < number <= _LARGEST_NORM)
     if norm is not None and not good:
-        raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive finite number, or None")
+        raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive number that float32 can hold, or None")
 
 
 def check_sinks(sinks: object) -> None:
