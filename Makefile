@@ -1,4 +1,5 @@
-# `make demo` trains, `make compare` asks whether it pays, `make test` checks. All make the environment on first use.
+# `make demo` trains, `make compare` asks whether it pays, `make test` checks, `make docs` builds the documentation site.
+# All make the environment on first use.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +8,7 @@ STAMP  := $(VENV)/.up-to-date
 # One thread per process: the stages are the parallelism.
 RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: demo compare test chaos lint clean
+.PHONY: demo compare test chaos lint docs notebooks clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
@@ -31,11 +32,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, into site/: every warning is an error. (Material's own word about another version of mkdocs is none.)
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Executes the notebooks anew, with their outputs kept in the files.
+notebooks: $(STAMP)
+	$(RUN) $(BIN)/python scripts/notebooks.py
+
 # Remade whenever a file that says what to install has changed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,triton]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,triton]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

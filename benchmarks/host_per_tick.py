@@ -2,20 +2,24 @@
 
     python benchmarks/host_per_tick.py --json FILE
 
-The engine runs on the stand-in for a GPU that its tests use (`tests/engines/cuda_stand_in`), whose graphs do nothing
-here. Time inside of the stand-in is left out, and with it the driver's calls: an event or a wait is about a microsecond
-more on a real GPU, a graph's launch several. The few operations between graphs are done on a CPU, which takes them as
-long as a launch would, or longer. Two runs of different length are compared, so that what happens once per run is not
-in it either. Times are the processor's, and the shortest of several runs counts: other programs only make them longer.
+The engine is set up on the stand-in for a GPU that its tests use (`tests/engines/cuda_stand_in`). For the run itself,
+what it calls of streams, events and graphs is put aside for functions that do nothing, so that the time is the engine's
+own and no driver's: how many of these calls a micro-batch has is counted apart (on a GPU an event or a wait is about a
+microsecond, a graph's launch several). The few operations between graphs are done on a CPU, which takes them as long as
+a launch would, or longer. Two runs of different length are compared, so that what happens once per run is not in it
+either. Times are the processor's. Other programs only make them longer, so the shortest of several runs is nearest to
+the truth; the median and the range say how much they were disturbed.
 """
 
 import argparse
 import contextlib
 import functools
 import json
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,45 +39,18 @@ from unlocked.runtime.metrics.reporter import StageReporter  # noqa: E402
 from unlocked.runtime.typed import to_plain  # noqa: E402
 
 _empty = torch.empty
-# What the engine calls of the stand-in.
-ENTRIES: list[tuple[Any, list[str]]] = [
-    (parts.Stream, ["wait_event", "wait_stream", "synchronize"]),
-    (parts.Event, ["__init__", "record", "query", "synchronize", "elapsed_time"]),
-    (parts.Device, ["synchronize"]),
-    (graphs.Graph, ["replay"]),
+# What the engine calls of streams, events and graphs, and what each returns here.
+CALLS: list[tuple[Any, str, Any]] = [
+    (parts.Stream, "wait_event", None),
+    (parts.Stream, "wait_stream", None),
+    (parts.Stream, "synchronize", None),
+    (parts.Event, "record", None),
+    (parts.Event, "query", True),
+    (parts.Event, "synchronize", None),
+    (parts.Event, "elapsed_time", 0.0),
+    (parts.Device, "synchronize", None),
+    (graphs.Graph, "replay", None),
 ]
-
-
-class Watch:
-    """Seconds inside of what it wraps; calls from within count to the outermost one."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._depth = 0
-
-    def wrap(self, function: Any) -> Any:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._depth:
-                return function(*args, **kwargs)
-            self._depth = 1
-            start = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.thread_time() - start
-                self._depth = 0
-
-        return timed
-
-
-@contextlib.contextmanager
-def watched(watch: Watch, places: list[tuple[Any, list[str]]]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for place, names in places:
-            for name in names:
-                stack.enter_context(patch.object(place, name, watch.wrap(getattr(place, name))))
-        yield
 
 
 def pageable(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
@@ -81,34 +58,51 @@ def pageable(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tenso
     return _empty(*args, **kwargs)
 
 
-def host_seconds(steps: int, options: argparse.Namespace) -> tuple[float, float]:
-    """(all, of them in the reporters' `skip`) of a run of `steps` micro-batches, without the stand-in's."""
-    stand_in, found, in_reporters = Watch(), [], [0.0]
-    train = engine._Run.train
+@contextlib.contextmanager
+def without_device(count: Callable[[str], None] | None) -> Iterator[None]:
+    """Inside, calls to streams, events and graphs do nothing; `count` is told of each."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(patch.object(torch, "empty", pageable))
+        for place, name, result in CALLS:
+            label = f"{place.__name__}.{name}"
 
-    def apart(function: Any) -> Any:
-        def timed(*args: Any) -> Any:
-            inside, start = stand_in.seconds, time.thread_time()
-            result = function(*args)
-            in_reporters[0] += time.thread_time() - start - (stand_in.seconds - inside)
-            return result
+            def nothing(*_: Any, result: Any = result, label: str = label, **__: Any) -> Any:
+                if count is not None:
+                    count(label)
+                return result
 
-        return timed
+            stack.enter_context(patch.object(place, name, nothing))
+        yield
+
+
+def host_seconds(
+    steps: int, options: argparse.Namespace, count: Callable[[str], None] | None = None
+) -> tuple[float, float]:
+    """(all, of them in the reporters' `skip`) of a run of `steps` micro-batches."""
+    found, in_skip = [], [0.0]
+    train, skip = engine._Run.train, StageReporter.skip
+
+    @functools.wraps(skip)
+    def timed_skip(*args: Any) -> Any:
+        start = time.thread_time()
+        result = skip(*args)
+        in_skip[0] += time.thread_time() - start
+        return result
 
     def timed_train(*args: Any) -> float:
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), patch.object(torch, "empty", pageable):
-            inside, start = stand_in.seconds, time.thread_time()
+        with without_device(count):
+            start = time.thread_time()
             seconds = train(*args)
-            found.append(time.thread_time() - start - (stand_in.seconds - inside))
+            found.append(time.thread_time() - start)
         return seconds
 
-    with (
-        watched(stand_in, ENTRIES),
-        patch.object(StageReporter, "skip", apart(StageReporter.skip)),
-        patch.object(engine._Run, "train", timed_train),
-    ):
+    with contextlib.ExitStack() as stack:
+        if options.skip:
+            stack.enter_context(patch.object(StageReporter, "skip", timed_skip))
+        stack.enter_context(patch.object(engine._Run, "train", timed_train))
         run_on_stand_in(
-            idle=True,
             stages=options.stages,
             graph_ticks=options.graph_ticks,
             train=2 * steps,
@@ -116,7 +110,14 @@ def host_seconds(steps: int, options: argparse.Namespace) -> tuple[float, float]
             batch_size=2,
             epochs=1,
         )
-    return found[0], in_reporters[0]
+    return found[0], in_skip[0]
+
+
+def calls_per_tick(short: int, long: int, options: argparse.Namespace) -> dict[str, float]:
+    counts: dict[int, Counter[str]] = {steps: Counter() for steps in (short, long)}
+    for steps, counter in counts.items():
+        host_seconds(steps, options, lambda label, counter=counter: counter.update([label]))  # type: ignore[misc]
+    return {label: (number - counts[short][label]) / (long - short) for label, number in sorted(counts[long].items())}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -125,6 +126,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--graph-ticks", type=int, default=32, help="the engine's")
     parser.add_argument("--steps", type=int, nargs=2, default=(200, 3400), help="micro-batches of the two runs")
     parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--skip", action="store_true", help="also time the reporters' `skip`, which adds its clock's")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 
@@ -133,22 +135,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
     short, long = sorted(options.steps)
-    seconds: dict[str, dict[int, list[float]]] = {name: {short: [], long: []} for name in ("all", "skip")}
+    calls = calls_per_tick(short, long, options)
+    found: dict[str, list[float]] = {"all": [], **({"skip": []} if options.skip else {})}
     for _ in range(options.repeats):
-        for steps in (short, long):
-            for name, value in zip(seconds, host_seconds(steps, options), strict=True):
-                seconds[name][steps].append(value)
-    # What disturbs a run only makes it longer.
-    per_tick = {name: 1e6 * (min(one[long]) - min(one[short])) / (long - short) for name, one in seconds.items()}
-    print(
-        f"{environment().line}\nhost's microseconds per micro-batch, {options.stages} stages, {options.repeats} runs:"
-    )
-    for name, value in per_tick.items():
-        print(f"{name:<6}{value:>8.2f}")
+        less, more = host_seconds(short, options), host_seconds(long, options)
+        for name, values in found.items():
+            k = ("all", "skip").index(name)
+            values.append(1e6 * (more[k] - less[k]) / (long - short))
+    print(environment().line)
+    print(f"host's microseconds per micro-batch, {options.stages} stages, {options.repeats} runs:")
+    for name, values in found.items():
+        middle = statistics.median(values)
+        print(f"{name:<6}shortest {min(values):.2f}, median {middle:.2f}, longest {max(values):.2f}")
+    print(f"calls to the device per micro-batch: {sum(calls.values()):.2f}")
+    for label, number in calls.items():
+        if number:
+            print(f"  {label:<22}{number:>6.2f}")
     if options.json is not None:
         conditions = {"stages": options.stages, "graph_ticks": options.graph_ticks, "repeats": options.repeats}
-        result = {"environment": to_plain(environment()), **conditions, "microseconds_per_micro_batch": per_tick}
-        options.json.write_text(json.dumps(result | {"seconds": seconds}, indent=1, allow_nan=False))
+        result = {
+            "environment": to_plain(environment()),
+            **conditions,
+            "microseconds_per_micro_batch": {name: statistics.median(values) for name, values in found.items()},
+            "shortest": {name: min(values) for name, values in found.items()},
+            "each": found,
+            "calls_per_micro_batch": calls,
+        }
+        options.json.write_text(json.dumps(result, indent=1, allow_nan=False))
     return 0
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from cost_model import CASES, H200, Machine, Prediction, floor_us, node_us, predict
+from plans import PLANS
 from step_trace import Node, StepTrace, trace_backpropagation, trace_local
 
 from unlocked.runtime.saving.whole_file import write_json
@@ -67,8 +68,8 @@ def update_document(text: str) -> str:
 
 
 @lru_cache
-def _local(model: str, batch: int, rule: str = "LLS", one_stage: bool = False) -> StepTrace:
-    return trace_local(model, batch, rule, one_stage=one_stage)
+def _local(model: str, batch: int, rule: str = "LLS", one_stage: bool = False, bf16: bool = False) -> StepTrace:
+    return trace_local(model, batch, rule, one_stage=one_stage, precision="bf16" if bf16 else "fp32")
 
 
 @lru_cache
@@ -157,6 +158,23 @@ def _pieces() -> str:
     return _table(heads, rows, "lllrrrrl")
 
 
+def _plans() -> str:
+    rows = []
+    now = predict(_local("SmallConv", 64), H200).streamed
+    for plan in PLANS:
+        trace = plan.apply(_local("SmallConv", 64, bf16=plan.bf16))
+        found = {case: predict(trace, machine) for case, machine in CASES.items()}
+        middle = found["middle"]
+        slowest = max(range(len(middle.stages)), key=middle.stages.__getitem__)
+        moved, floor = sum(n.bytes for n in trace.nodes) / 1e6, sum(floor_us(n, H200) for n in trace.nodes)
+        row = [plan.name, str(len(trace.nodes)), f"{moved:.0f}", f"{floor:.1f}", f"{middle.device:.1f}"]
+        row += [f"{trace.stages[slowest][0].layer}: {middle.stages[slowest]:.1f}"]
+        row += [_range([f.streamed for f in found.values()], 1), f"{100 * (1 - middle.streamed / now):.0f} %"]
+        rows.append([*row, f"{middle.run_seconds(H200, streamed=True):.2f}", "not measured"])
+    heads = ["plan", "kernels", "MB", "floor, us", "device, us", "slowest chain, us", "us/step, tf32", "less"]
+    return _table([*heads, "25 epochs, s", "measured"], rows, "lrrrrlrrrl")
+
+
 def _layers(model: str) -> str:
     trace = _local(model, 128)
     rows = []
@@ -233,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps-mobilenet": lambda: _steps("MobileNetV1", 128),
     "stages": _stages,
     "pieces": _pieces,
+    "plans": _plans,
     "vgg8": lambda: _layers("VGG8"),
     "mobilenet": lambda: _layers("MobileNetV1"),
     "rules": _rules,

@@ -11,7 +11,7 @@ command ends in under nine minutes whatever happens.
 
 All contenders read the same resident data by the same input operation, in channels-last memory, with the optimizer in
 one kernel; "BP graph" is backpropagation in a CUDA graph with loss and hits from one kernel. `floor` is the work of a
-step at the datasheet's rates, `predicted` what docs/feasibility.md predicts for it.
+step's kernels at the datasheet's rates, `predicted` what docs/feasibility.md predicts for it (bf16 at tf32's rates).
 """
 
 import argparse
@@ -57,6 +57,8 @@ class Contender:
     traced: bool = False
     evaluate: bool = False
     model: str = "SmallConv"
+    four_channels: bool = False
+    """The images have a channel of zeros more: whole vectors of four for the first convolution's products."""
     batch_size: int = 64
     steps: int | None = 4000
     """Training micro-batches of a run; None: all 25 epochs."""
@@ -94,6 +96,8 @@ CONTENDERS = [
     _bp("BP compiled", None, kernels="torch", compile=True, steps=1000, budget=90.0),
     _streams("LLS streams bf16", precision="bf16"),
     _bp("BP graph bf16", precision="bf16"),
+    _streams("LLS streams, four channels", four_channels=True),
+    _streams("LLS streams bf16, four channels", precision="bf16", four_channels=True),
     _streams("LLS streams fp32", precision="fp32"),
     _bp("BP graph fp32", precision="fp32"),
     _streams("LLS streams, graph per stage", {"graph_ticks": 0}),
@@ -177,6 +181,8 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
         contender, _ = _adapt(contender)
     torch.backends.cudnn.benchmark = True  # for all alike: the library times its algorithms in the warm-up
     train, test = _load(options.dataset, options.dataset_dir, options.train_size)
+    if contender.four_channels:
+        train, test = map(with_fourth_channel, (train, test))
     channels, *sides = train.image_shape
     model = get_model(contender.model, in_channels=channels, num_classes=train.num_classes, image_size=sides)
     rule: Any = "BP"
@@ -229,6 +235,12 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def with_fourth_channel(data: ImageDataset) -> ImageDataset:
+    """The same images with a last channel that is zero, also after normalisation: it adds nothing to any product."""
+    padded = torch.nn.functional.pad(data.images, (0, 0, 0, 0, 0, 1))
+    return replace(data, images=padded, mean=(*data.mean, 0.0), std=(*data.std, 1.0))
+
+
 def overlap(events: Iterable[dict[str, Any]]) -> float:
     """The share of all stages' busy time in which another stage is busy too, of a trace's events."""
     edges = []
@@ -248,7 +260,7 @@ def predicted(contender: Contender) -> dict[str, float] | None:
     """Microseconds per step by the cost model, and the floor; None where the model has nothing to say."""
     engine = contender.engine
     plain = not contender.compile and contender.kernels == "auto" and not contender.evaluate
-    if not plain or contender.precision == "bf16" or isinstance(engine, Sequential):
+    if not plain or (contender.precision == "bf16" and contender.rule == "BP") or isinstance(engine, Sequential):
         return None
     if not engine.graphs or engine.green_contexts != "off":
         return None
@@ -256,11 +268,18 @@ def predicted(contender: Contender) -> dict[str, float] | None:
     from cost_model import H200, floor_us, predict
     from step_trace import trace_backpropagation, trace_local
 
-    tf32, streamed = contender.precision == "tf32", engine.stages != 1
+    tf32, streamed = contender.precision != "fp32", engine.stages != 1
     if contender.rule == "BP":
         trace = trace_backpropagation(contender.model, contender.batch_size)
     else:
-        trace = trace_local(contender.model, contender.batch_size, contender.rule, one_stage=not streamed)
+        trace = trace_local(
+            contender.model,
+            contender.batch_size,
+            contender.rule,
+            one_stage=not streamed,
+            precision="bf16" if contender.precision == "bf16" else "fp32",
+            in_channels=4 if contender.four_channels else 3,
+        )
     found = predict(trace, H200, tf32=tf32)
     floor = sum(floor_us(node, H200, tf32=tf32) for node in trace.nodes)
     return {"us_per_step": found.streamed if streamed else found.serial, "floor_us": floor}

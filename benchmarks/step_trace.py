@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from operations import copies_itself, is_free, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unlocked.kernels import reference
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.models import get_model
 from unlocked.rules import get_rule
@@ -83,12 +85,21 @@ class StepTrace:
 
 
 def trace_local(
-    model: str, batch: int, rule: str = "LLS", *, one_stage: bool = False, **model_options: Any
+    model: str,
+    batch: int,
+    rule: str = "LLS",
+    *,
+    one_stage: bool = False,
+    precision: str = "fp32",
+    **model_options: Any,
 ) -> StepTrace:
-    """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage."""
+    """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage.
+
+    `precision` "bf16" counts bytes of bfloat16 activations; "fp32" is also what tf32 moves.
+    """
     network = _network(model, model_options)
     groups = [range(len(network.blocks))] if one_stage else [range(i, i + 1) for i in range(len(network.blocks))]
-    return _trace(model, rule, _rule(rule), network, batch, groups)
+    return _trace(model, rule, _rule(rule), network, batch, groups, precision)
 
 
 def trace_backpropagation(model: str, batch: int, **model_options: Any) -> StepTrace:
@@ -104,15 +115,19 @@ def head_work(batch: int, dim: int, rows: int, classes: int, modulation: int) ->
 
 
 def _network(model: str, options: dict[str, Any]) -> Network:
-    blocks = get_model(model, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1], **options)
-    return build_network(blocks, input_shape=IMAGE, num_classes=CLASSES, seed=0)
+    channels, *sides = IMAGE
+    channels = options.pop("in_channels", channels)
+    blocks = get_model(model, in_channels=channels, num_classes=CLASSES, image_size=sides[0], **options)
+    return build_network(blocks, input_shape=(channels, *sides), num_classes=CLASSES, seed=0)
 
 
 def _rule(name: str) -> Any:
     return get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")
 
 
-def _trace(model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range]) -> StepTrace:
+def _trace(
+    model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range], precision: str = "fp32"
+) -> StepTrace:
     recorder = _Recorder()
     layers = [
         build_layer(
@@ -122,10 +137,11 @@ def _trace(model: str, rule: str, built: Any, network: Network, batch: int, grou
             optimizer=lambda parameters: _Optimizer(parameters, recorder),  # type: ignore[arg-type,return-value]
             device=META,
             step=fused_step(_Backend(recorder)),  # type: ignore[arg-type]
+            precision=precision,
         )
         for index in range(len(network.blocks))
     ]
-    rings = [_ring(network, group, batch) for group in groups]
+    rings = [_ring(network, group, batch, storage_dtype(precision)) for group in groups]
     stages, item = [], Item(0, "train", 0, 0, batch, False)
     for k, group in enumerate(groups):
         source = _Source(recorder) if k == 0 else None
@@ -155,10 +171,10 @@ def _nothing(item: Item) -> None:
     pass
 
 
-def _ring(network: Network, group: range, batch: int) -> Ring:
+def _ring(network: Network, group: range, batch: int, dtype: torch.dtype) -> Ring:
     shape = network.output_shapes[group.start - 1] if group.start else network.input_shape
     flat = len(network.infos[group.start].activation_shape) == 1
-    return Ring(2, batch, shape, META, flat_consumer=flat and group.start > 0)
+    return Ring(2, batch, shape, META, flat_consumer=flat and group.start > 0, dtype=dtype)
 
 
 class _Recorder(TorchDispatchMode):
@@ -187,13 +203,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self._silent and not _is_free(func) and not _copies_itself(func, args):
+        if not self._silent and not is_free(func) and not copies_itself(func, args):
             self._note(func, args, kwargs, out)
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
-        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+        inputs, outputs = list(tensors((args, kwargs))), list(tensors(out))
         moved = sum(t.numel() * t.element_size() for t in inputs + outputs)
         values = max((t.numel() for t in inputs + outputs), default=1)
         packet = func._overloadpacket
@@ -319,6 +335,11 @@ class _Optimizer:
             moved = 4 * _ADAM_WORDS * values
             self._recorder.add("optimizer (Adam)", "fused", moved, _ADAM_FLOPS * values, programs, 2)
 
+    def bfloat16_of(self, parameter: Tensor) -> Tensor:
+        """Written by the launch of the step."""
+        with self._recorder.silence():
+            return parameter.to(torch.bfloat16)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self._parameters:
             p.grad = None
@@ -338,36 +359,9 @@ class _Source(BatchSource):
     ) -> tuple[Tensor, Tensor]:
         assert out is not None
         values = out[0].numel()
-        self._recorder.add("load_batch", "fused", 5 * values + 24 * item.size, 60 * values, _divide_up(values, 1024), 4)
+        moved = (1 + out[0].element_size()) * values + 24 * item.size
+        self._recorder.add("load_batch", "fused", moved, 60 * values, _divide_up(values, 1024), 4)
         return out
-
-
-def _is_free(func: Any) -> bool:
-    """Views and allocations launch nothing."""
-    name = func._schema.name.removeprefix("aten::")
-    if name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "lift")) or name.endswith("_like_empty"):
-        return True
-    returns = [r.alias_info for r in func._schema.returns]
-    return any(info is not None and not info.is_write for info in returns)
-
-
-def _copies_itself(func: Any, args: Any) -> bool:
-    """`x[2:] += y` ends in a copy of a view to itself, which torch leaves out."""
-    if func._schema.name != "aten::copy_":
-        return False
-    to, source = args[:2]
-    same_storage = to.untyped_storage()._cdata == source.untyped_storage()._cdata
-    return same_storage and to.storage_offset() == source.storage_offset() and to.stride() == source.stride()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _shape(conv: Tensor) -> Shape:

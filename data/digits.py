@@ -3,6 +3,11 @@
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 """
 
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +22,9 @@ _SPLIT_SEED = 0  # of the split, which is part of the dataset: no run's seed cha
 
 def load_digits(*, name: str = "digits") -> tuple[ImageDataset, ImageDataset]:
     """Training and test split, 80 to 20 in every class, the same in every run."""
-    from sklearn import datasets  # takes a second to import
-
-    raw = datasets.load_digits()
-    images = torch.from_numpy(raw.images)[:, None].mul(255.0 / 16.0).round().to(torch.uint8)  # values 0 .. 16
-    labels = torch.from_numpy(raw.target).to(torch.int64)
+    raw = _read()
+    images = raw[:, :-1].view(-1, 1, 8, 8).mul(255.0 / 16.0).round().to(torch.uint8)  # values 0 .. 16
+    labels = raw[:, -1].to(torch.int64)
     is_test = _stratified(labels)
     mean, std = channel_statistics(images[~is_test])
 
@@ -31,6 +34,21 @@ def load_digits(*, name: str = "digits") -> tuple[ImageDataset, ImageDataset]:
         )
 
     return split("train", ~is_test), split("test", is_test)
+
+
+def _read() -> Tensor:
+    """float64 [1797, 65]: 64 pixels, then the label. The library's file, without the library, which takes a second and
+    imports SciPy; where it keeps the file elsewhere, by its own function."""
+    found = find_spec("sklearn")
+    folders = found.submodule_search_locations if found is not None else None
+    path = Path(folders[0] if folders else "", "datasets", "data", "digits.csv.gz")
+    if path.is_file():
+        with gzip.open(path, "rt", encoding="ascii") as file:
+            return torch.from_numpy(np.loadtxt(file, delimiter=","))
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    return torch.from_numpy(np.concatenate([raw.data, raw.target[:, None]], axis=1))
 
 
 def _stratified(labels: Tensor) -> Tensor:

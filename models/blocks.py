@@ -7,18 +7,29 @@ the latents' size, the width of the random feedback, the rows of the reduced bas
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Literal, cast, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
 from unlocked.models.dropout import KeyedDropout, replace_dropout
 
-__all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "OutputBlock", "Pool", "use_tanh"]
+__all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "Origin", "OutputBlock", "Pool", "use_tanh"]
 
 NEGATIVE_SLOPE = 0.01  # torch's default for LeakyReLU, and the authors'
 Pool = Literal["none", "max", "average"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """Where a block comes from: one part of a whole."""
+
+    module: nn.Module | None = None
+    """The network that was cut, whose weights the block shares."""
+    architecture: tuple[str, Mapping[str, Any]] | None = None
+    """A network of this project: its name, and what it was made with."""
 
 
 class Block(nn.Module):
@@ -73,6 +84,7 @@ class Block(nn.Module):
         self.reduced_rank = reduced_rank
         self.is_output = is_output
         self.layout: Layout | None = layout
+        self.origin = Origin()
         self.start_key: tuple[int, int] | None = None
         """(seed, layer) that a network of the project drew the weights by; None: they are whoever's built the block."""
         replace_dropout(self)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from unlocked.kernels.images import sides_of
-from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, Pool
+from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, Origin, OutputBlock, Pool
 from unlocked.models.initialisation import keyed_generator
 
 __all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
@@ -25,6 +25,7 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True)
 class _Network:
+    name: str  # as in the registry
     rows: tuple[_Row, ...]
     average: int  # side of the adaptive average pool after the last convolutional block
     hidden: int | None  # None: as wide as the layer's own latents
@@ -44,18 +45,21 @@ def _linear(width: int, latent_size: int) -> _Row:
 
 
 _SMALL_CONV = _Network(
+    "SmallConv",
     (_conv(32, 4, max_pool=True), _conv(64, 2, max_pool=True), _conv(128, 2), _linear(512, 512)),
     average=2,
     hidden=None,
     reduced_rank=20,
 )
 _SMALL_CONV_L = _Network(
+    "SmallConvL",
     (_conv(96, 4, max_pool=True), _conv(192, 2, max_pool=True), _conv(512, 2), _linear(1024, 2048)),
     average=2,
     hidden=None,
     reduced_rank=20,
 )
 _VGG8 = _Network(
+    "VGG8",
     (
         _conv(128, 4),
         _conv(256, 2, max_pool=True),
@@ -70,6 +74,7 @@ _VGG8 = _Network(
     reduced_rank=100,
 )
 _VGG11 = _Network(
+    "VGG11",
     (
         _conv(64, 4, max_pool=True),
         _conv(128, 2, max_pool=True),
@@ -87,6 +92,7 @@ _VGG11 = _Network(
     reduced_rank=100,
 )
 _MOBILENET_V1 = _Network(
+    "MobileNetV1",
     (
         _conv(32, 8, stride=2),
         _dw(64, 4),
@@ -209,7 +215,7 @@ def mobilenet_v1_small(
     seed: int = 0,
 ) -> list[Block]:
     """The first eight blocks of MobileNetV1. Arguments and errors as `mobilenet_v1`."""
-    network = replace(_MOBILENET_V1, rows=_MOBILENET_V1.rows[:8])
+    network = replace(_MOBILENET_V1, name="MobileNetV1_small", rows=_MOBILENET_V1.rows[:8])
     return _build(network, in_channels, num_classes, image_size, dropout, same_padding, upsample, seed=seed)
 
 
@@ -228,6 +234,8 @@ def _build(
         if size < 1:
             raise ValueError(f"{word} is a positive integer, got {size}")
     height, width = sides_of(image_size)
+    sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (height, width), "dropout": dropout}
+    origin = Origin(architecture=(network.name, {**sizes, "same_padding": same_padding, "upsample": upsample}))
     blocks: list[Block] = []
     counts = {"conv": 0, "depthwise": 0, "linear": 0}
     last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
@@ -256,6 +264,7 @@ def _build(
         blocks.append(OutputBlock(features, num_classes))
     for i, block in enumerate(blocks):
         block.start_key = (seed, i)
+        block.origin = origin
     return blocks
 
 

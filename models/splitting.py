@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from unlocked.models.blocks import Block
+from unlocked.models.blocks import Block, Origin
 from unlocked.models.errors import first_line
 
 __all__ = ["split"]
@@ -43,7 +43,9 @@ def split(module: nn.Module, at: Sequence[str]) -> list[Block]:
         leaving = graph.output_node().args[0]
         if number + 1 < len(segments):
             leaving = _entering(graph, owners, number + 1, segments[number + 1][0])
-        blocks.append(Block.wrap(_segment_module(module, nodes, entering, leaving), name))
+        block = Block.wrap(_segment_module(module, nodes, entering, leaving), name)
+        block.origin = Origin(module=module)
+        blocks.append(block)
     return blocks
 
 

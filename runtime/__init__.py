@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import PerStep, ReduceLROnPlateau, WarmUp
     from unlocked.runtime.metrics.sinks import MetricsSink
+    from unlocked.runtime.prediction import Evaluation
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
 __all__ = [
+    "Evaluation",
     "MetricsSink",
     "PerStep",
     "Processes",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Evaluation": "unlocked.runtime.prediction",
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
     "PerStep": "unlocked.runtime.learning_rate",

@@ -11,6 +11,7 @@ from torch import nn
 from unlocked.models.errors import first_line
 from unlocked.rules import GLOBAL_RULES, LocalRule
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
+from unlocked.workers.optimizers import build_optimizer
 
 _LARGEST_NORM = 3.4e38  # float32's largest number
 
@@ -78,7 +79,7 @@ def try_optimizer(factory: Callable[[Any], Any], parameters: Sequence[nn.Paramet
         ValueError: it can't be built, is no optimizer, or has a setting that is not finite.
     """
     try:
-        made = factory(list(parameters))
+        made = build_optimizer(factory, parameters)
         groups = [dict(group) for group in made.param_groups]
         rates = [float(group["lr"]) for group in groups]
     except Exception as error:

@@ -51,7 +51,10 @@ class Job:
     fingerprint: Mapping[str, Any]
     """What must not differ when a run is resumed."""
     rates: Mapping[str, Any]
-    """The learning rate and its schedule, which may be others after a resume, but not on other ranks."""
+    """The learning rate, its schedule and the period of snapshots: they may be others after a resume, but not on other
+    ranks."""
+    run: str
+    """The run's id, which its snapshots carry; a resumed run keeps it."""
     output_rule: Rule = CrossEntropy
     clip_grad_norm: float | None = None
     """Of each layer's gradients; None: they are taken as they are."""
@@ -108,8 +111,12 @@ class Job:
     ) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well, read ahead by `prefetch` where the
         settings leave that open."""
-        prepare_process()
         device = device or self.device
+        one = [self.layer(i, device) for i in layers]
+        saved = self.settings.snapshot_dir is not None or self.resume is not None
+        if saved or any(isinstance(layer.optimizer, torch.optim.Optimizer) for layer in one):
+            prepare_process()
+        keep_freed_memory()
         source = None
         if index == 0:
             backend = None if device.type == "cpu" else get_backend(self.settings.kernels, device)
@@ -124,12 +131,11 @@ class Job:
                 prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
-        made = [self.layer(i, device) for i in layers]
         if not self.network.needs_passes:
-            return Stage(index, made, source)
+            return Stage(index, one, source)
         channel = self.network.side_channel
         return PassStage(
-            index, made, source, leaves=[channel.leaves[i] for i in layers], views=self._view_maker(channel.views)
+            index, one, source, leaves=[channel.leaves[i] for i in layers], views=self._view_maker(channel.views)
         )
 
     def _view_maker(self, views: Views | None) -> ViewMaker | None:
@@ -223,13 +229,13 @@ def check_compile(backend: bool | str) -> None:
 
 
 def prepare_process() -> None:
-    """What every process does once before it trains; it costs seconds the first time."""
+    """What a process does once before it trains with torch's own optimizers; it costs seconds the first time."""
     _warm_up_optimizers()
     keep_freed_memory()
 
 
 def _warm_up_optimizers() -> None:
-    """The first step of any torch optimizer imports torch's compiler, which takes seconds: that is set-up."""
+    """The first step of any torch optimizer, or its first state, imports torch's compiler: that is set-up."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.SGD([parameter], lr=0.0).step()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unlocked.workers.layer import OptimizerFactory
+from unlocked.workers.optimizers import OptimizerFactory
 
 __all__ = ["Optimizers", "check_layers", "clipped", "optimizer_for"]
 

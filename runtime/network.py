@@ -72,6 +72,12 @@ class Network:
         return self.passes or any(self.side_channel.sums)
 
     @property
+    def predicts_otherwise(self) -> bool:
+        """The run's prediction is not that of the output layer for the data as it is."""
+        views = self.side_channel.views
+        return any(self.side_channel.sums) or (views is not None and views.evaluate > 1)
+
+    @property
     def names(self) -> list[str]:
         return [info.name for info in self.infos]
 

@@ -26,7 +26,9 @@ from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboar
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
-from unlocked.runtime.saving.whole_file import whole_file, write_json
+from unlocked.runtime.saving.tensor_file import save_weights
+from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.schedules.marks import Period
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.trainer import Trainer
@@ -169,7 +171,7 @@ class Recipe(Settings):
             eval_size=0 if self.no_eval else len(test),
             eval_batch_size=self.test_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=0 if self.snapshot_every is None else Period.of(self.snapshot_every).steps,
             max_steps=self.max_steps,
             drop_last=self.drop_last,
         )
@@ -185,7 +187,7 @@ class Recipe(Settings):
             ValueError: a name is not known, or a value out of range.
         """
         folder = self.folder
-        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine}
+        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "progress": False}
         how["resume"] = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
         if folder is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
@@ -236,8 +238,7 @@ def run(recipe: Recipe) -> RunResult:
                 recipe.summary.parent.mkdir(parents=True, exist_ok=True)
                 write_json(recipe.summary, summary(recipe, result))
             if recipe.folder is not None:
-                with whole_file(recipe.folder / "model_final.pt") as temporary:
-                    torch.save(result.weights, temporary)
+                save_weights(recipe.folder / "model_final.pt", result.weights)
     return result
 
 

@@ -1,20 +1,22 @@
 """What a run leaves: figures per epoch, the final weights, and their digest."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from unlocked.runtime.metrics.html import card, curves
 from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.saving.model_file import save_model
 
-__all__ = ["RunResult", "pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
+__all__ = ["RunResult"]
+
+_DIGITS = 12  # of the digest, where it is shown
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False)
 class RunResult:
     """The outcome of `Trainer.fit`. Under `torchrun` only rank 0 holds figures and weights of all stages."""
 
@@ -47,6 +49,10 @@ class RunResult:
     measured_stage_seconds: list[float] = field(default_factory=list)
     """Of a training micro-batch, on average: forward and update, without waiting for neighbours; empty where only the
     device knows (`streams`)."""
+    plain_weights: dict[str, Tensor] = field(default_factory=dict)
+    """The network's own, without the rules', by the names that it has as one plain module (`Trainer.module`)."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What `save` writes beside the weights, as JSON values."""
 
     @property
     def is_complete(self) -> bool:
@@ -89,38 +95,54 @@ class RunResult:
         """Mean local loss per layer in the last epoch."""
         return dict(self.epochs[-1].local_losses) if self.epochs else {}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights as a plain network takes them: `fresh.load_state_dict(result.state_dict())`.
 
-def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names and little-endian bytes of all parameters and buffers, in layer order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+        By the names of `Trainer.module`: for what `unlocked.models.split` has cut, those of the module that was cut;
+        for an nn.Sequential its own; for a list of layers those of nn.Sequential(*layers).
 
+        Raises:
+            ValueError: this process does not know all weights (under torchrun: it is not rank 0).
+        """
+        if not self.is_complete:
+            raise ValueError("this process holds the weights of its own stage; under torchrun rank 0 has them all")
+        return dict(self.plain_weights)
 
-def pack_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-    """Plain data that msgpack can carry from a stage to rank 0."""
-    return [
-        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "data": tensor_bytes(t)}
-        for n, t in tensors
-    ]
+    def save(self, path: str | Path) -> None:
+        """Writes the trained network's weights to one safetensors file; `unlocked.load` reads it.
 
+        What is stored: `state_dict()`, and as JSON what the network is (a network of `unlocked.models` by its name and
+        sizes; nothing of any other one's code), what it reads (shape, type, the images' mean and deviation), its
+        classes, and the run's figures. Nothing in the file is executed when it is read.
 
-def unpack_tensors(packed: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """The inverse of `pack_tensors`."""
-    result = {}
-    for entry in packed:
-        dtype = getattr(torch, entry["dtype"])
-        flat = torch.frombuffer(bytearray(entry["data"]), dtype=dtype) if entry["data"] else torch.empty(0, dtype=dtype)
-        result[entry["name"]] = flat.reshape(entry["shape"])
-    return result
+        Raises:
+            ValueError: as `state_dict`; or a weight that such a file can't hold.
+        """
+        save_model(Path(path), self.state_dict(), {**self.about, "figures": self.figures()})
 
+    def __repr__(self) -> str:
+        return f"RunResult({', '.join(text for _, text in self._lines())})"
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The values in logical order, little-endian."""
-    array = tensor.detach().cpu().contiguous()
-    if array.dtype in (torch.bfloat16, torch.float16):
-        array = array.view(torch.int16)
-    values = array.numpy()
-    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the figures, and a curve of every epoch."""
+        accuracy: Mapping[str, Sequence[float | None]]
+        accuracy = {"training": [e.train_acc1 for e in self.epochs], "test": [e.eval_acc1 for e in self.epochs]}
+        loss: Mapping[str, Sequence[float | None]]
+        loss = {"training": [e.train_loss for e in self.epochs], "test": [e.eval_loss for e in self.epochs]}
+        first = self.epochs[0].epoch + 1 if self.epochs else 1
+        pictures = [curves("accuracy, %", accuracy, first), curves("loss", loss, first)] if self.epochs else []
+        return card("Training run", self._lines(), pictures)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        stages = f"{len(self.stages)} stages" if len(self.stages) > 1 else "1 stage"
+        lines = [("engine", f"{self.engine}, {stages}"), ("length", f"{self.epochs_done} epochs, {self.steps} steps")]
+        if self.test_acc1 is not None:
+            lines.append(("accuracy", f"test accuracy {self.test_acc1:.2f} %, loss {self.test_loss:.4f}"))
+        elif self.epochs:
+            last = self.epochs[-1]
+            lines.append(("accuracy", f"training accuracy {last.train_acc1:.2f} %, loss {last.train_loss:.4f}"))
+        lines.append(("speed", f"{self.images_per_second:,.0f} images/s, {self.train_seconds:.2f} s"))
+        if self.stopped_by is not None:
+            lines.append(("end", f"stopped by signal {self.stopped_by}"))
+        digest = f"weights_sha256 {self.weights_sha256[:_DIGITS]}" if self.is_complete else "one stage's weights"
+        return [*lines, ("weights", digest)]

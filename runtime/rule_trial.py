@@ -13,7 +13,7 @@ from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, 
 from unlocked.runtime.network import Network, optimizer_of
 from unlocked.runtime.side_channel import SideChannel, plan_side_channel
 from unlocked.workers.errors import NonFiniteWeightsError
-from unlocked.workers.layer import OptimizerFactory
+from unlocked.workers.optimizers import OptimizerFactory
 from unlocked.workers.passing import PassLayer
 
 __all__ = ["check_rules", "check_trainable"]

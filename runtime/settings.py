@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unlocked.runtime.fields import LARGEST, LARGEST_SEED, LONGEST_WAIT, check, setting
+from unlocked.runtime.schedules.marks import Period
 
 __all__ = ["Settings"]
+
+_USUAL_PERIOD = "5m"  # little to lose, and with the writing beside the stream nothing that a run would notice
+_USUALLY_KEPT = 2  # so that one is whole whatever happens to the newest
 
 
 def _backends() -> Sequence[str]:
@@ -66,12 +70,21 @@ class Settings:
         at_least=0,
         at_most=LARGEST,
     )
-    snapshot_every: int = setting(0, "training micro-batches between snapshots (0: none)", at_least=0, at_most=LARGEST)
+    snapshot_every: int | str | None = setting(
+        None,
+        "training micro-batches between two snapshots, or a time such as 60s, 10m or 2h (0: none); unless given: 5m "
+        "where there is a folder for them. May be another one after a resume",
+        at_least=0,
+        at_most=LARGEST,
+    )
     snapshot_dir: Path | None = setting(
         None, "folder of the snapshots; a stopped run writes one too", is_flag=False, place="new folder"
     )
     keep_snapshots: int | None = setting(
-        None, "newest snapshots to keep; unless given: all", at_least=1, at_most=LARGEST
+        None,
+        "newest snapshots to keep; unless given: all that --snapshot-every asks for, else the newest two",
+        at_least=1,
+        at_most=LARGEST,
     )
     resume: Path | None = setting(
         None,
@@ -102,8 +115,22 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.snapshot_every is not None:
+            Period.of(self.snapshot_every)
         if self.precision == "auto":
             object.__setattr__(self, "precision", _tried_precision(self.device))
+
+    @property
+    def snapshot_period(self) -> Period:
+        """How often the run saves itself."""
+        if self.snapshot_dir is None:
+            return Period()
+        return Period.of(_USUAL_PERIOD if self.snapshot_every is None else self.snapshot_every)
+
+    @property
+    def kept_snapshots(self) -> int | None:
+        """How many of the newest snapshots stay; None: all."""
+        return _USUALLY_KEPT if self.keep_snapshots is None and self.snapshot_every is None else self.keep_snapshots
 
     @property
     def resumes_by_itself(self) -> bool:

@@ -1,19 +1,20 @@
 """The public API: one Trainer for every engine."""
 
 import os
+import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
-from unlocked.kernels.trial import bfloat16_gain
+from unlocked.models import plain_module
 from unlocked.rules import CrossEntropy, Rule
 from unlocked.runtime.arguments import (
     check_clip,
@@ -23,35 +24,39 @@ from unlocked.runtime.arguments import (
     check_optimizer,
     check_rule,
     check_sinks,
-    try_optimizer,
 )
 from unlocked.runtime.batch_statistics import check_batch_statistics
+from unlocked.runtime.before_run import by_layer, check_resume, tried_optimizers, warn_of_slow_precision
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
+from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
-from unlocked.runtime.layer_optimizers import Optimizers, check_layers, optimizer_for
+from unlocked.runtime.keeping import KeptModel, describe_model
+from unlocked.runtime.layer_optimizers import Optimizers, check_layers
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
+from unlocked.runtime.metrics.dashboard import Dashboard
+from unlocked.runtime.metrics.notebook import in_notebook
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
-    Network,
     backpropagation_network,
     build_network,
     check_weights,
     kept_modes,
 )
+from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
+from unlocked.runtime.saving.identity import describe_data, describe_network
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.whole import feedback_alignment_network
-from unlocked.workers.layer import OptimizerFactory
 
 __all__ = ["Trainer"]
 
@@ -70,8 +75,9 @@ class Trainer(Settings):
             layers, or a mapping by the layers' names (the output layer's too), each with a rate of its own.
         output_rule: builds what the output layer trains on; `unlocked.rules.SquaredError`, `Margin`, or one's own.
         clip_grad_norm: each layer's gradients are scaled down to this norm, where theirs is larger.
-        engine: `Sequential()`, `Streams(...)` or `Processes(...)` (under torchrun) with their options, or "sequential",
-            "streams" or "processes" for the defaults. All give the same numbers.
+        engine: `Sequential()`, `Streams(...)` or `Processes(...)` with their options, or "sequential", "streams" or
+            "processes" for the defaults. All give the same numbers. Outside torchrun, `Processes` starts its own
+            processes on this machine.
         redraw: draw every parameter of the model by (seed, layer). Otherwise training starts from the weights that the
             model holds, so a second `fit` goes on from the first one's (with new optimizers and rules); a network of
             `unlocked.models` that nobody has loaded, trained or changed is drawn by `seed`.
@@ -81,6 +87,7 @@ class Trainer(Settings):
         sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
             called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
+        progress: show a live view of the run; None: in a notebook and on a terminal.
 
     Raises:
         ValueError: a setting is out of range; says what is valid.
@@ -97,8 +104,10 @@ class Trainer(Settings):
     lr_factor: LrSchedule = constant
     sinks: Sequence[MetricsSink] | Callable[[], Sequence[MetricsSink]] = ()
     names: Mapping[str, str] | None = None
+    progress: bool | None = None
     _engine: Engine = field(init=False)
     _resume: Snapshot | None = field(init=False)
+    _trained: Trained | None = field(init=False, default=None)
 
     if not TYPE_CHECKING:  # the generated signature is the one to complete and to check against
 
@@ -118,6 +127,8 @@ class Trainer(Settings):
         check_names(self.names)
         if not isinstance(self.redraw, bool):
             raise ValueError(f"redraw is {self.redraw!r}; it must be True or False")
+        if not isinstance(self.progress, bool | None):
+            raise ValueError(f"progress is {self.progress!r}; it must be True, False or None")
         if self.snapshot_every and self.snapshot_dir is None:
             raise ValueError(f"snapshot_every is {self.snapshot_every}, but there is no snapshot_dir to write to")
         engine = as_engine(self.engine)
@@ -125,7 +136,7 @@ class Trainer(Settings):
         check_device(self.device)
         check_compile(self.compile)
         check_precision(self.precision, torch.device(self.device))
-        _warn_of_slow_precision(self.precision, self.device)
+        warn_of_slow_precision(self.precision, self.device)
         object.__setattr__(self, "_engine", engine)
         object.__setattr__(self, "_resume", self._find_resume())
 
@@ -171,8 +182,8 @@ class Trainer(Settings):
                 A loader is told so itself.
 
         Returns:
-            Figures and final weights. The model that was passed in holds the trained weights as well, on the engines
-            that run in this process.
+            Figures and final weights. The model that was passed in holds all trained weights as well (under torchrun in
+            rank 0's process), so a second `fit` goes on from there.
 
         Raises:
             ValueError: data, sizes and network don't fit each other.
@@ -196,16 +207,19 @@ class Trainer(Settings):
             eval_size=0 if test_set is None else len(test_set),
             eval_batch_size=batch_size if eval_batch_size is None else eval_batch_size,
             statistics_batches=self.statistics_batches,
-            snapshot_every=self.snapshot_every,
+            snapshot_every=self.snapshot_period.steps,
             max_steps=max_steps,
             drop_last=drop_last,
         )
         job = self._job(train_set, test_set, plan)
+        kept = KeptModel(self.model, job.network)
         prepared = time.perf_counter() - began
         sinks = FanOut()
 
         def make_sinks() -> list[MetricsSink]:
-            sinks.add(self.sinks() if callable(self.sinks) else self.sinks)
+            sinks.add(own := self.sinks() if callable(self.sinks) else self.sinks)
+            if self._shows_progress(own):
+                sinks.add([Dashboard()])
             if self.best_dir is not None:
                 sinks.add([BestWeights(self.best_dir, job.plan[job.start].epoch)])
             return [sinks]
@@ -214,7 +228,71 @@ class Trainer(Settings):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
+        kept.take(result, describe_model(self.model, kept, job.network, job.train, describe_rule(self.rule)))
+        trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
+        object.__setattr__(self, "_trained", trained)
         return result
+
+    @property
+    def module(self) -> nn.Module:
+        """The network as one plain module, sharing the model's weights: the module that `unlocked.models.split` has
+        cut, an nn.Sequential itself, or nn.Sequential(*layers)."""
+        return plain_module(self.model)
+
+    def predict(self, samples: Any, *, batch_size: int | None = None) -> Tensor:
+        """The class scores (logits) of samples, float32 [N, classes] on the CPU, as an evaluation would compute them.
+
+        Args:
+            samples: [N, ...], a tensor or array, or a dataset, whose labels have no part in it. Float ones and tokens
+                are used as they are; uint8 ones are normalised as those that `fit` was given.
+            batch_size: rows of a micro-batch; default: as the last `fit` evaluated.
+
+        Raises:
+            ValueError: samples that don't fit the network; or this process did not train all of it (under torchrun:
+                it is not rank 0).
+        """
+        data = as_samples(samples)
+        return self._trained_for(data).predict(data, batch_size, self.settings)
+
+    def evaluate(self, data: Data, *, batch_size: int | None = None) -> Evaluation:
+        """Loss, accuracies, each class's accuracy and the confusion matrix.
+
+        Args:
+            data: as `fit` takes it; uint8 samples without statistics of their own are normalised as those that `fit`
+                was given.
+            batch_size: as for `predict`.
+
+        Raises:
+            ValueError: as `predict`; or a loss that is not finite.
+        """
+        rows = self._trained.batch_size if self._trained is not None else None
+        test_set = as_dataset(data, "test", batch_size=rows if batch_size is None else batch_size)
+        return self._trained_for(test_set).evaluate(test_set, batch_size, self.settings)
+
+    def export(self, path: str | Path) -> None:
+        """Writes the network as a graph for torch.export (.pt2) or ONNX (.onnx); see `unlocked.export`.
+
+        Raises:
+            ValueError: nothing was trained yet in this process; or as `unlocked.export`.
+        """
+        if self._trained is None or not self._trained.complete:
+            raise ValueError("there is nothing to export before fit(); under torchrun, rank 0 exports")
+        network = self._trained.network
+        export(self.module, path, torch.zeros(2, *network.input_shape, dtype=network.input_dtype))
+
+    def _trained_for(self, data: Dataset) -> Trained:
+        """What the last `fit` has left, or the model as it was given."""
+        if self._trained is not None:
+            return self._trained
+        shape, sample = data.image_shape, probe_sample(data)
+        network = build_network(self.model, input_shape=shape, num_classes=None, seed=self.seed, sample=sample)
+        return Trained(network)
+
+    def _shows_progress(self, sinks: Sequence[MetricsSink]) -> bool:
+        if self.progress is not None:
+            return self.progress
+        watched = in_notebook() or bool(getattr(sys.stdout, "isatty", bool)())
+        return watched and not any(isinstance(sink, Dashboard) for sink in sinks)
 
     def _job(self, train_set: Dataset, test_set: Dataset | None, plan: StreamPlan) -> Job:
         check_drop_last(train_set, plan)
@@ -238,11 +316,12 @@ class Trainer(Settings):
         test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
         check_trainable(network, self.rule)
         check_weights(network)
+        model = describe_network(network)
         if isinstance(self.rule, str):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
         check_layers(self.optimizer, network.names)
-        tried = _tried_optimizers(self.optimizer, network)
+        tried = tried_optimizers(self.optimizer, network)
         network = check_rules(
             network,
             [] if isinstance(self.rule, str) else self.rule,
@@ -255,14 +334,17 @@ class Trainer(Settings):
             "rule": describe_rule(self.rule),
             "output_rule": describe_rule(self.output_rule),
             "clip_grad_norm": self.clip_grad_norm,
-            "optimizer": _by_layer(self.optimizer, tried, describe_optimizer),
+            "optimizer": by_layer(self.optimizer, tried, describe_optimizer),
             "seed": self.seed,
             "precision": self.precision,
+            "model": model,
+            "data": describe_data(train_set),
+            "evaluation data": None if test_set is None else describe_data(test_set),
             **plan.settings(),
         }
         resume = self._resume
         if resume is not None:
-            _check_resume(resume, fingerprint, plan)
+            check_resume(resume, fingerprint, plan)
         return Job(
             network=network,
             rule=[] if isinstance(self.rule, str) else self.rule,
@@ -277,54 +359,13 @@ class Trainer(Settings):
             engine=self._engine.name,
             fingerprint=fingerprint,
             rates={
-                "learning rate": _by_layer(self.optimizer, tried, learning_rates),
+                "learning rate": by_layer(self.optimizer, tried, learning_rates),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
+                "snapshot_every": str(self.snapshot_period),
             },
+            run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,
             names=self.names or {},
-        )
-
-
-def _tried_optimizers(optimizers: Optimizers, network: Network) -> dict[str, list[nn.Parameter]]:
-    """The parameters that each layer's optimizer was tried with; of one for all layers, the last layer's that has some.
-
-    Raises:
-        ValueError: an optimizer can't be built (`try_optimizer`).
-    """
-    of_layers = {name: list(block.parameters()) for name, block in zip(network.names, network.blocks, strict=True)}
-    if not isinstance(optimizers, Mapping):
-        last = next((name for name in reversed(of_layers) if of_layers[name]), network.names[-1])
-        of_layers = {last: of_layers[last]}
-    for name, parameters in of_layers.items():
-        try_optimizer(optimizer_for(optimizers, name), parameters)
-    return of_layers
-
-
-def _by_layer(
-    optimizers: Optimizers, tried: Mapping[str, list[nn.Parameter]], tell: Callable[[OptimizerFactory, Any], Any]
-) -> Any:
-    """What `tell` says of the optimizer, or of each layer's by name."""
-    if not isinstance(optimizers, Mapping):
-        return tell(optimizers, *tried.values())
-    return {name: tell(optimizers[name], parameters) for name, parameters in tried.items()}
-
-
-def _warn_of_slow_precision(precision: str, device: str) -> None:
-    if precision == "bf16" and torch.device(device).type == "cpu" and (gain := bfloat16_gain(device)) < 1:
-        warnings.warn(
-            f"precision bf16 is slower than fp32 on this processor, which has no unit for it: a matrix product takes "
-            f"{1 / gain:.1f} times as long; take fp32, or auto",
-            stacklevel=2,
-        )
-
-
-def _check_resume(resume: Snapshot, fingerprint: Mapping[str, Any], plan: StreamPlan) -> None:
-    """Raises a ValueError if the snapshot is another run's, or lies beyond this run's end."""
-    resume.check(fingerprint)
-    if resume.position >= len(plan):
-        raise ValueError(
-            f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs has "
-            "nothing left to do; give more epochs"
         )
 
 

@@ -107,7 +107,7 @@ CALLS: dict[int, list[Step]] = {
             240,
             *("BP compiled graph", "LLS streams, CUDA C++ kernels", "LLS_M streams", "LLS_MxM streams"),
             *("LLS streams, evaluated", "LLS sequential graph, evaluated", "LLS streams, green sms"),
-            *("LLS streams, green queues", "BP compiled", "LLS streams, graphs of 128 ticks"),
+            *("LLS streams, green queues", "BP compiled", "LLS streams, four channels"),
         ),
         Step(
             name="scaling",

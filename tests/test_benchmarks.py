@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from unlocked.kernels import cpp
+from unlocked.kernels import cpp, reference
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     "two_checkouts",
     "host_per_tick",
+    "snapshots",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
     *("reproduce", "single_gpu"),
 )
@@ -73,10 +74,26 @@ def test_without_a_gpu_one_line_says_so(script: str) -> None:
 
 def test_the_host_time_of_the_streams_engine_is_measured(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    small = ["--stages", "2", "--graph-ticks", "4", "--steps", "20", "420", "--repeats", "1"]
+    small = ["--stages", "2", "--graph-ticks", "4", "--steps", "20", "420", "--repeats", "1", "--skip"]
     assert load("host_per_tick").main([*small, "--json", str(path)]) == 0
-    found = json.loads(path.read_text())["microseconds_per_micro_batch"]
+    report = json.loads(path.read_text())
+    found = report["microseconds_per_micro_batch"]
     assert 0 < found["skip"] < found["all"]
+    calls = report["calls_per_micro_batch"]
+    # A launch of four ticks, and an event that bounds the host; the stages' sums are read together, every 50th
+    # micro-batch; and between two launches nothing waits for anything.
+    assert calls["Graph.replay"] == pytest.approx(1 / 4)
+    assert calls["Event.record"] == pytest.approx(1 / 4 + 1 / 50 + 1 / (4 * 32), abs=0.01)
+    assert calls.get("Stream.wait_stream", 0) == 0
+
+
+def test_what_a_snapshot_costs_the_stage_is_measured(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    small = ["--model", "SmallConv", "--batch-size", "4", "--steps", "6", "--every", "2", "--repeats", "1"]
+    assert load("snapshots").main([*small, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert all(seconds > 0 for seconds in found["median_kept_seconds"].values())
+    assert found["bytes"] > 100_000
 
 
 SMALL = ("--device", "cpu", "--max-steps", "2", "--train-size", "12", "--compile-backend", "eager")
@@ -188,6 +205,41 @@ def test_backpropagation_has_input_gradients_and_lls_has_none(load: Any) -> None
     assert inputs[0] == []
     # The second and the third convolution; nobody asks for the gradient of the images.
     assert sorted(inputs[1]) == [2 * 64 * 8 * 8 * 128 * 64 * 9, 2 * 64 * 16 * 16 * 64 * 32 * 9]
+
+
+def test_a_step_in_bfloat16_has_the_kernels_of_one_in_float32(load: Any) -> None:
+    """But for the output layer's input, which is float32; and it moves about half of the bytes."""
+    step_trace = load("step_trace")
+    wide, half = (step_trace.trace_local("SmallConv", 64, precision=name) for name in ("fp32", "bf16"))
+    assert [n.name for n in half.nodes if n.name != "_to_copy"] == [n.name for n in wide.nodes]
+    assert [n.layer for n in half.nodes if n.name == "_to_copy"] == ["output"]
+    assert 0.5 < sum(n.bytes for n in half.nodes) / sum(n.bytes for n in wide.nodes) < 0.6
+    assert sum(n.bytes for n in wide.nodes) == pytest.approx(121e6, rel=0.01)
+
+
+def test_plans_move_the_bytes_that_they_say(load: Any) -> None:
+    plans = {plan.name[:2].strip(): plan for plan in load("plans").PLANS if not plan.bf16}
+    trace = load("step_trace").trace_local("SmallConv", 64)
+    sizes = [4 * 64 * 32 * 32 * 32, 4 * 64 * 64 * 16 * 16, 4 * 64 * 128 * 8 * 8]  # of the convolutions' outputs
+    moved = {name: sum(n.bytes for n in plan.apply(trace).nodes) for name, plan in plans.items()}
+    # A: conv1's output is read once less, and its input of three float32 channels is not read.
+    assert moved["as"] - moved["A:"] == pytest.approx(sizes[0] + 4 * 64 * 3 * 32 * 32, rel=0.02)
+    # B: a gradient as large as the output is neither written nor read, in three layers.
+    assert moved["as"] - moved["B:"] == pytest.approx(2 * sum(sizes), rel=0.02)
+    joined = [[n.name for n in stage if "," in n.name] for stage in plans["B:"].apply(trace).stages]
+    assert joined == [["BatchNorm backward, weight gradient"]] * 3 + [[], []]
+
+
+def test_a_fourth_channel_adds_nothing(load: Any) -> None:
+    single_gpu = load("single_gpu")
+    train, _ = single_gpu._load("synthetic", Path("datasets"), 3)
+    four = single_gpu.with_fourth_channel(train)
+    assert four.image_shape == (4, *train.image_shape[1:])
+    assert torch.equal(four.images[:, :3], train.images)
+    order, zero = torch.arange(3), torch.zeros((), dtype=torch.int64)
+    options = {"seed": 0, "epoch": zero, **four.batch_options()}
+    values, _ = reference.load_batch(four.images, four.labels, order, zero, 3, **options)
+    assert torch.equal(values[:, 3], torch.zeros_like(values[:, 3]))
 
 
 def test_a_node_takes_its_latency_and_its_bytes(load: Any) -> None:

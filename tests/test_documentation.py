@@ -10,7 +10,7 @@ import pytest
 from source_tree import ROOMS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # What begins with one of these is a path in the checkout; other slashes are of datasets, of runs, or no paths at all.
 FOLDERS = (*ROOMS, "benchmarks", "docs", "examples", "scripts", "src", "tests")
 SUFFIXES = "py|md|sh|cu|cuh|cpp|toml"
@@ -73,7 +73,7 @@ def _headings(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_exists(path: Path) -> None:
     text = path.read_text()
     assert (missing_paths(text, path.parent), missing_modules(text), broken_links(text, path.parent)) == ([], [], [])

@@ -82,10 +82,11 @@ class Item:
     """One element of the stream: a micro-batch, or the mark at which every stage saves its state.
 
     Attributes:
-        position: place in the stream, counted over the whole run from 0.
+        position: place in the stream, counted over the whole run from 0; a snapshot mark has that of the micro-batch
+            that it stands behind.
         kind: what the stages do with it.
         epoch: the epoch it belongs to, from 0.
-        index: its number among the items of its kind in this epoch, from 0.
+        index: its number among the items of its kind in this epoch, from 0; a snapshot mark has its micro-batch's.
         size: rows in the micro-batch; 0 for a snapshot.
         last: whether it is the last of its kind in this epoch.
     """

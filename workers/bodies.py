@@ -5,6 +5,7 @@ Shapes: B rows, C channels, H x W pixels of the convolution's output, p the side
 float32 or bfloat16, as the input; parameters and their gradients are float32, but for those of a bfloat16 cast.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -32,6 +33,9 @@ __all__ = [
 
 class Body(Protocol):
     """One block's arithmetic: a `forward`, then one `latents` and one `backward`, which drops what was kept."""
+
+    bfloat16_of: Callable[[Tensor], Tensor] | None
+    """The optimizer's bfloat16 copy of a weight, where it keeps one: else the weight is cast in every `forward`."""
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """The next layer's input: [B, C, H', W'] (H' x W' after the block's pooling), or [B, C]; in `out` if given.
@@ -197,7 +201,19 @@ class UnevenlyPooled(Normalized):
         return super().backward(full)
 
 
-class ConvBody:
+class _Casting:
+    """Of bodies whose weights are computed with in the input's type."""
+
+    bfloat16_of: Callable[[Tensor], Tensor] | None = None
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`."""
+        if dtype == torch.bfloat16 and self.bfloat16_of is not None:
+            return self.bfloat16_of(weight)
+        return weight.to(dtype)
+
+
+class ConvBody(_Casting):
     """Convolution (library) -> normalise, activate, pool. The convolution runs without its bias; see the reference."""
 
     def __init__(self, block: ConvBlock, rest: Normalized) -> None:
@@ -206,7 +222,7 @@ class ConvBody:
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """[B, C_in, H_in, W_in] -> [B, C, H', W']."""
-        self._x, self._weight = x, self.conv.weight.to(x.dtype)
+        self._x, self._weight = x, self.cast(self.conv.weight, x.dtype)
         return self.rest.forward(convolve(self.conv, x, self._weight), self.conv.bias, out)
 
     def latents(self) -> Tensor:
@@ -221,7 +237,7 @@ class ConvBody:
         return [kernel_grad, *([] if self._zero is None else [self._zero]), weight_grad, bias_grad]
 
 
-class DepthwiseBody:
+class DepthwiseBody(_Casting):
     """Depthwise convolution, normalise, pointwise convolution, normalise: the one block with a gradient inside.
 
     Args:
@@ -236,7 +252,7 @@ class DepthwiseBody:
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """[B, C_in, H_in, W_in] -> [B, C, H', W']."""
         self._x = x
-        self._weights = tuple(conv.weight.to(x.dtype) for conv in (self.depthwise, self.pointwise))
+        self._weights = tuple(self.cast(conv.weight, x.dtype) for conv in (self.depthwise, self.pointwise))
         conv = convolve(self.depthwise, x, self._weights[0])
         self._inner = self.first.forward(conv, None, None, pool=False)
         return self.second.forward(convolve(self.pointwise, self._inner, self._weights[1]), None, out)
@@ -256,7 +272,7 @@ class DepthwiseBody:
         return [depthwise, weight1, bias1, pointwise, weight2, bias2]
 
 
-class LinearBody:
+class LinearBody(_Casting):
     """Linear map (library, without its bias) -> normalise, activate."""
 
     def __init__(self, block: LinearBlock, rest: Normalized) -> None:
@@ -266,7 +282,7 @@ class LinearBody:
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """[B, D_in], or what flattens to it, -> [B, C]."""
         self._x = x.flatten(1)
-        product = F.linear(self._x, self.linear.weight.to(x.dtype))
+        product = F.linear(self._x, self.cast(self.linear.weight, x.dtype))
         return self.rest.forward(product, self.linear.bias, out)
 
     def latents(self) -> Tensor:
@@ -281,7 +297,7 @@ class LinearBody:
         return [kernel_grad, self._zero, weight_grad, bias_grad]
 
 
-class OutputBody:
+class OutputBody(_Casting):
     """The output layer: its logits are their own latents. Its input is float32, whatever the precision."""
 
     def __init__(self, block: OutputBlock) -> None:

@@ -60,6 +60,10 @@ class FusedStep:
 
     def __init__(self, layer: Layer, backend: ModuleType, body: Body) -> None:
         self.layer, self.backend, self.body = layer, backend, body
+        keeps = getattr(layer.optimizer, "bfloat16_of", None)
+        self._takes_bfloat16 = keeps is not None
+        if keeps is not None:
+            body.bfloat16_of = keeps
         self._dropout = next((m for m in layer.block.tail.modules() if isinstance(m, KeyedDropout) and m.p > 0), None)
 
     @torch.no_grad()
@@ -81,7 +85,8 @@ class FusedStep:
         totals = layer.totals if layer.is_output else layer.totals[:2]
         head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=totals)
         grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
-        self._apply([grad.float() for grad in grads])  # those of a bfloat16 cast are bfloat16
+        # Those of a bfloat16 cast are bfloat16.
+        self._apply(grads if self._takes_bfloat16 else [grad.float() for grad in grads])
         return head.loss_sum
 
     def _apply(self, grads: list[Tensor]) -> None:

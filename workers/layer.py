@@ -17,6 +17,7 @@ from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule, has_scores
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
+from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = [
     "AutogradStep",
@@ -28,8 +29,6 @@ __all__ = [
     "count_correct",
     "frozen_modules",
 ]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Step(Protocol):
@@ -81,13 +80,13 @@ class Layer:
         self._storage = storage_dtype(precision)
         self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
-        self.optimizer: Any = optimizer(self.parameters) if self.parameters else None
+        self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.eval_totals = torch.zeros(3, dtype=torch.float64, device=device)
-        # Of the layer's own prediction in evaluation: correct, correct among the first five.
-        self.score_totals = torch.zeros(2, dtype=torch.float64, device=device)
+        # Of the layer's own prediction in evaluation: 0, correct, correct among the first five.
+        self.score_totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.has_scores = has_scores(rule) and not self.is_output
         # Training micro-batches seen, on the device: the key of everything random in this layer.
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
@@ -132,6 +131,9 @@ class Layer:
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
         if switch is not None:
             switch()
+        renew = getattr(self.optimizer, "renew_bfloat16", None)
+        if renew is not None and mode == "train":
+            renew()  # the weights may have been switched, or loaded
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Action F of a training micro-batch."""
@@ -197,7 +199,7 @@ class Layer:
     def score(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Adds up how often the layer's own prediction is right; returns the hits among these samples, [2]."""
         hits = count_correct(scores, labels)
-        self.score_totals += hits
+        self.score_totals[1:] += hits
         return hits
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -6,7 +6,6 @@ Every engine runs it, over whatever edges it has; a `Lane` is this loop on a str
 import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from operator import attrgetter
 from typing import Final
 
 from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
@@ -79,10 +78,10 @@ class StageLoop:
         items = list(items)
         if self.inbox is not None:
             self.inbox.expect(item for item in items if item.kind != "snapshot")
-        of_item = groupby(actions, attrgetter("microbatch"))
+        of_item = groupby(actions, _place)
         for item in items:
-            position, its_actions = next(of_item, (None, ()))
-            if position != item.position:
+            place, its_actions = next(of_item, (None, ()))
+            if place != (item.position, item.kind == "snapshot"):
                 self._miss(_WORK[item.kind], item)
             self._before_item(item)
             self.work(item, its_actions)
@@ -184,3 +183,8 @@ class StageLoop:
     def _save(self, item: Item) -> None:
         self._snapshot(item)
         self._is_done = True
+
+
+def _place(action: Action) -> tuple[int, bool]:
+    """Tells the items of the stream apart: a snapshot mark has the position of the micro-batch before it."""
+    return action.microbatch, action.kind is ActionKind.SNAP

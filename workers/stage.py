@@ -83,13 +83,12 @@ class Stage:
         elif item.kind == "evaluate":
             self.images_evaluated += items * item.size
 
-    @torch.no_grad()
-    def read_sums(self) -> Tensor:
-        """A copy, on the device, of all sums: [2 layers + 1, 3] float64. A row per layer holds (loss, correct, correct
-        among the first five) over `images_this_epoch`; the next row holds the evaluation's over `images_evaluated`; and
-        a row per layer its own prediction's (0, correct, correct among the first five) over those."""
-        scores = (torch.nn.functional.pad(layer.score_totals, (1, 0)) for layer in self.layers)
-        return torch.stack([*(layer.totals for layer in self.layers), self.layers[-1].eval_totals, *scores])
+    def sums(self) -> list[Tensor]:
+        """All sums, on the device, each [3] float64. A layer's are (loss, correct, correct among the first five) over
+        `images_this_epoch`; then come the evaluation's over `images_evaluated`; then each layer's own prediction's, (0,
+        correct, correct among the first five), over those."""
+        layers = self.layers
+        return [*(one.totals for one in layers), layers[-1].eval_totals, *(one.score_totals for one in layers)]
 
     def begin_epoch(self) -> None:
         """The sums start anew."""

@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -54,14 +53,21 @@ class DeviceClock:
         begin = self._base_us + 1e3 * self._base.elapsed_time(origin)
         times = [1e3 * origin.elapsed_time(stamp.event) for stamp in stamps]
         self._wall += max(times) - min(times)
-        for stage, stopwatch in enumerate(self._stopwatches):
-            mine = [(stamp, t) for stamp, t in zip(stamps, times, strict=True) if stamp.stage == stage]
-            for (stamp, start), (_, end) in pairwise(mine):
-                if stamp.what != "end":
-                    self._busy[stage] += end - start
-                    action = Action(stage, ActionKind(stamp.what), stamp.position + offset)
-                    stopwatch.add_timed(action, begin + start, begin + end)
-            stopwatch.estimate_busy(self._busy[stage] / max(self._wall, 1e-3))
+        under_way: dict[int, tuple[DeviceStamp, float]] = {}  # stage -> what began last, and when
+        for stamp, end in zip(stamps, times, strict=True):
+            begun = under_way.get(stamp.stage)
+            if begun is not None:
+                (stage, what, position, _), start = begun
+                self._busy[stage] += end - start
+                if self._stopwatches[stage].keep:
+                    action = Action(stage, ActionKind(what), position + offset)
+                    self._stopwatches[stage].add_timed(action, begin + start, begin + end)
+            if stamp.what == "end":
+                under_way.pop(stamp.stage, None)
+            else:
+                under_way[stamp.stage] = (stamp, end)
+        for stopwatch, busy in zip(self._stopwatches, self._busy, strict=True):
+            stopwatch.estimate_busy(busy / max(self._wall, 1e-3))
 
     def busy_fraction(self, seconds: float) -> list[float]:
         """Each stage's share of `seconds`, the run's length, or of the sampled windows."""

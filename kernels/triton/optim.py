@@ -95,13 +95,14 @@ class FusedOptimizer:
         self._hyper = torch.zeros(HYPER, dtype=torch.float64, device=device)
         self._pushed = [0.0] * HYPER
         self._launches: dict[tuple[bool, ...], list[_Launch]] = {}
+        self._copies: dict[int, Tensor] = {}  # by the parameter's number
         if self._schedule_free:
             settings["train_mode"] = False
         self.param_groups = [_Group(settings, self._params, self._push)]
         self._push(self.param_groups[0])
 
     def step(self, grads: Sequence[Tensor | None] | None = None) -> None:
-        """Updates all parameters from `grads` (as many as parameters; default: their `.grad`).
+        """Updates all parameters from `grads` (as many as parameters, float32 or bfloat16; default: their `.grad`).
 
         A parameter whose gradient is None is left alone, its step count included.
         """
@@ -115,9 +116,14 @@ class FusedOptimizer:
             launches = self._launches[present] = self._launches_for(present)
         first, second = self._states
         for launch in launches:
+            matching = tuple(_matching(given, params, i) for i in launch.tensors)
+            narrow = tuple(int(g.dtype == torch.bfloat16) for g in matching)
+            copied = tuple(int(i in self._copies) for i in launch.tensors)
+            filler = next(iter(self._copies.values()), params[0])
             step_kernel[(launch.programs,)](
                 tuple(params[i] for i in launch.tensors),
-                tuple(_matching(given, params, i) for i in launch.tensors),
+                matching,
+                tuple(self._copies.get(i, filler) for i in launch.tensors),
                 self._counters if first is None else first,
                 self._counters if second is None else second,
                 self._counters,
@@ -125,12 +131,27 @@ class FusedOptimizer:
                 SIZES=launch.sizes,
                 PROGRAMS=launch.first_programs,
                 CHUNKS=launch.first_chunks,
+                NARROW=narrow if any(narrow) else (),
+                COPIED=copied if any(copied) else (),
                 KIND=self.kind,
                 MOMENTUM=self._momentum,
                 NESTEROV=bool(self.param_groups[0].get("nesterov", False)),
                 CHUNK=CHUNK,
                 num_warps=4,
             )
+
+    @torch.no_grad()
+    def bfloat16_of(self, param: Tensor) -> Tensor:
+        """A parameter's bfloat16 copy, which every step writes; after other changes `renew_bfloat16` does."""
+        number = next(i for i, p in enumerate(self._params) if p is param)
+        if number not in self._copies:
+            self._copies[number] = param.detach().to(torch.bfloat16, copy=True)
+        return self._copies[number]
+
+    @torch.no_grad()
+    def renew_bfloat16(self) -> None:
+        for number, copy in self._copies.items():
+            copy.copy_(self._params[number])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the parameters' gradients, or fills them with zeros."""
@@ -370,11 +391,12 @@ def _matching(grads: Sequence[Tensor | None], params: list[Tensor], i: int) -> T
     """The gradient of parameter i, copied only if its memory layout is not the parameter's."""
     grad, param = grads[i], params[i]
     assert grad is not None
-    if grad.shape != param.shape or grad.dtype != torch.float32 or grad.device != param.device:
+    known = grad.dtype in (torch.float32, torch.bfloat16)
+    if grad.shape != param.shape or not known or grad.device != param.device:
         raise ValueError(
-            f"the gradient of parameter {i} must be float32 {list(param.shape)} on {param.device}, got {grad.dtype} "
-            f"{list(grad.shape)} on {grad.device}"
+            f"the gradient of parameter {i} must be float32 or bfloat16, {list(param.shape)} on {param.device}, got "
+            f"{grad.dtype} {list(grad.shape)} on {grad.device}"
         )
     if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
         return grad
-    return torch.empty_like(param).copy_(grad)
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)

@@ -13,6 +13,9 @@ tensor's chunks are equal because all do the same arithmetic.
 [Note: hyperparameters] They lie in a float64 tensor on the device, where a captured graph sees their changes. Scalars
 such as bias corrections are computed in float64 and then rounded, as torch.optim does on the host: in float32
 1 - beta2 is wrong in the fifth digit.
+
+[Note: bfloat16] A training in bfloat16 has bfloat16 gradients of its cast weights, and needs the new weights cast for
+the next step. Both happen here, on the way, instead of in a kernel per tensor before and after.
 """
 
 import triton
@@ -72,7 +75,8 @@ def _averaged(p, z, g, share, lr, beta1):
 @triton.jit
 def step_kernel(
     param_ptrs,  # tuple of float32 tensors; the name `params` would clash with one in Triton's own launcher
-    grad_ptrs,  # tuple of float32 tensors with the parameters' memory layout
+    grad_ptrs,  # tuple of float32 or bfloat16 tensors with the parameters' memory layout
+    copy_ptrs,  # tuple of bfloat16 tensors with the parameters' memory layout; see COPIED
     first_state_ptr,  # [chunks * CHUNK], float32: momentum buffer, first moment or z
     second_state_ptr,  # [chunks * CHUNK], float32: second moment
     counters_ptr,  # [chunks, 4], float64
@@ -80,6 +84,8 @@ def step_kernel(
     SIZES: tl.constexpr,  # elements of each tensor
     PROGRAMS: tl.constexpr,  # each tensor's first program
     CHUNKS: tl.constexpr,  # each tensor's first chunk in the state buffers
+    NARROW: tl.constexpr,  # 1 for each tensor with a bfloat16 gradient; () if none has one
+    COPIED: tl.constexpr,  # 1 for each tensor whose new weights go to its copy, too; () if none has one
     KIND: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -87,11 +93,24 @@ def step_kernel(
 ):
     """One step on one chunk; see [Note: one launch]."""
     program = tl.program_id(0)
-    param, grad, size, first, chunk = param_ptrs[0], grad_ptrs[0], SIZES[0], PROGRAMS[0], CHUNKS[0]
+    param, size, first, chunk = param_ptrs[0], SIZES[0], PROGRAMS[0], CHUNKS[0]
+    if len(NARROW) > 0:  # of two types, so it is addresses that are chosen between
+        address, narrow = grad_ptrs[0].to(tl.int64), tl.full((), NARROW[0], tl.int32)
+    else:
+        grad = grad_ptrs[0]
+    if len(COPIED) > 0:
+        copy, copied = copy_ptrs[0], tl.full((), COPIED[0], tl.int32)
     for i in tl.static_range(1, len(SIZES)):
         mine = program >= PROGRAMS[i]
         param = tl.where(mine, param_ptrs[i], param)
-        grad = tl.where(mine, grad_ptrs[i], grad)
+        if len(NARROW) > 0:
+            address = tl.where(mine, grad_ptrs[i].to(tl.int64), address)
+            narrow = tl.where(mine, NARROW[i], narrow)
+        else:
+            grad = tl.where(mine, grad_ptrs[i], grad)
+        if len(COPIED) > 0:
+            copy = tl.where(mine, copy_ptrs[i], copy)
+            copied = tl.where(mine, COPIED[i], copied)
         size = tl.where(mine, SIZES[i], size)
         first = tl.where(mine, PROGRAMS[i], first)
         chunk = tl.where(mine, CHUNKS[i], chunk)
@@ -102,7 +121,13 @@ def step_kernel(
     inside = offset < size
     p_ptrs, first_ptrs = param + offset, first_state_ptr + row * CHUNK + lane
     p = tl.load(p_ptrs, mask=inside, other=0.0)
-    g = tl.load(grad + offset, mask=inside, other=0.0)
+    if len(NARROW) > 0:
+        is_wide, is_half = offset < tl.where(narrow == 0, size, 0), offset < tl.where(narrow == 0, 0, size)
+        wide = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=is_wide, other=0.0)
+        half = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=is_half, other=0.0)
+        g = tl.where(narrow == 0, wide, half.to(tl.float32))
+    else:
+        g = tl.load(grad + offset, mask=inside, other=0.0)
     lr, beta1, weight_decay = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
     counters = counters_ptr + row * 4
 
@@ -115,7 +140,7 @@ def step_kernel(
                 g += beta1.to(tl.float32) * buffer
             else:
                 g = buffer
-        tl.store(p_ptrs, p - lr.to(tl.float32) * g, mask=inside)
+        p -= lr.to(tl.float32) * g
     else:
         steps = tl.load(counters)  # taken before this one
         beta2, eps = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3).to(tl.float32)
@@ -128,7 +153,6 @@ def step_kernel(
             p, mean, second = _adam(p, g, mean, second, hyper_ptr, steps, lr, correction2, KIND)
             tl.store(first_ptrs, mean, mask=inside)
             tl.store(second_ptrs, second, mask=inside)
-            tl.store(p_ptrs, p, mask=inside)
         else:
             z = tl.load(first_ptrs, mask=inside, other=0.0)
             z = tl.where(steps == 0.0, p, z)  # z starts at the weights
@@ -143,25 +167,53 @@ def step_kernel(
                 tl.store(second_ptrs, second, mask=inside)
             g += weight_decay.to(tl.float32) * p
             tl.store(first_ptrs, z - lr.to(tl.float32) * g, mask=inside)
-            tl.store(p_ptrs, _averaged(p, z, g, share, lr, beta1), mask=inside)
+            p = _averaged(p, z, g, share, lr, beta1)
         tl.debug_barrier()  # every warp has read the counters before one thread writes them
         tl.store(counters, steps + 1.0)
         if KIND != "adam" and KIND != "adamw":
             tl.store(counters + 1, weight_sum)
             tl.store(counters + 2, lr_max)
+    tl.store(p_ptrs, p, mask=inside)
+    if len(COPIED) > 0:
+        tl.store(copy + offset, p.to(tl.bfloat16), mask=offset < tl.where(copied == 0, 0, size))
 
 
 @triton.jit
-def _two_tensors(p0, p1, g0, g1, first, second, counters, hyper, KIND: tl.constexpr, CHUNK: tl.constexpr):
+def _two_tensors(
+    p0, p1, g0, g1, c0, first, second, counters, hyper, KIND: tl.constexpr, BFLOAT16: tl.constexpr, CHUNK: tl.constexpr
+):
     """`step_kernel` with its tuples spelled out, for compilation ahead of time."""
+    flags: tl.constexpr = (1, 0) if BFLOAT16 else ()
     step_kernel(
-        (p0, p1), (g0, g1), first, second, counters, hyper, (73728, 128), (0, 72), (0, 72), KIND, True, False, CHUNK
+        (p0, p1),
+        (g0, g1),
+        (c0, c0),
+        first,
+        second,
+        counters,
+        hyper,
+        (73728, 128),
+        (0, 72),
+        (0, 72),
+        flags,
+        flags,
+        KIND,
+        True,
+        False,
+        CHUNK,
     )
 
 
 _SIGNATURE = dict.fromkeys(("p0", "p1", "g0", "g1", "first", "second"), "*fp32")
 _SIGNATURE |= {"counters": "*fp64", "hyper": "*fp64"}
+_SIGNATURE |= {"c0": "*bf16"}
 AOT_SPECS = [
-    AotSpec(f"optimizer {kind}", _two_tensors, _SIGNATURE, {"KIND": kind, "CHUNK": CHUNK})
+    AotSpec(
+        f"optimizer {kind}{' bf16' if half else ''}",
+        _two_tensors,
+        {**_SIGNATURE, "g0": "*bf16"} if half else _SIGNATURE,
+        {"KIND": kind, "BFLOAT16": half, "CHUNK": CHUNK},
+    )
     for kind in ("sgd", "adam", "adamw", "adamw_sf", "schedule_free_adamw", "schedule_free_sgd")
+    for half in (False, True)
 ]

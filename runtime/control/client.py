@@ -77,6 +77,8 @@ class CoordinatorClient:
         self._closing = False
         self.lr_factor = 1.0
         """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
+        self.marks: frozenset[int] = frozenset()
+        """The micro-batch behind which every stage saves itself by the clock, if it lies ahead."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -154,9 +156,14 @@ class CoordinatorClient:
         """Reports this stage's part of an epoch's result; reliable."""
         self._mailbox.put(m.Epoch(part=part))
 
-    def snapshot_done(self, position: int) -> None:
-        """This stage's part of the snapshot from which a run goes on at `position` is on disk; reliable."""
-        self._mailbox.put(m.SnapshotDone(position=position))
+    def snapshot_done(self, position: int, files: Mapping[str, tuple[int, str]]) -> None:
+        """This stage's part of the snapshot from which a run goes on at `position` is on the disk; reliable. From any
+        thread.
+
+        Args:
+            files: each of its layers' size and checksum.
+        """
+        self._mailbox.put(m.SnapshotDone(position=position, files={k: (v[0], v[1]) for k, v in files.items()}))
 
     def request_stop(self, signal: int | None = None) -> None:
         """Asks for an orderly stop of all stages. Returns at once; safe in a signal handler."""
@@ -330,6 +337,7 @@ class CoordinatorClient:
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
+                self.marks = frozenset() if message.mark is None else frozenset((message.mark,))
             elif isinstance(message, m.Stop):
                 self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.ChunkSeen):

@@ -21,6 +21,7 @@ from unlocked.runtime.control.member import Member
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
 from unlocked.runtime.metrics.records import EpochAggregator, EpochResult
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
+from unlocked.runtime.schedules.marks import TimedMarks
 
 __all__ = ["Coordinator"]
 
@@ -38,9 +39,10 @@ class Coordinator:
         host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
+        marks: where the run saves itself by the clock.
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
-        on_snapshot: called in that thread with a position once every stage has reported its snapshot of it. An
-            exception in it fails the run.
+        on_snapshot: called in that thread with a position, and with size and checksum of every layer's file, once
+            every stage has reported its snapshot of it. An exception in it fails the run.
         stop_at: from the position that is granted to the one at which an orderly stop takes effect, in the same epoch.
         start_timeout: seconds for all workers to say hello.
         heartbeat_timeout: seconds of silence after which a connected worker counts as lost.
@@ -60,8 +62,9 @@ class Coordinator:
         port: int = 0,
         advertise: str | None = None,
         gate: EpochGate | None = None,
+        marks: TimedMarks | None = None,
         sink: MetricsSink | None = None,
-        on_snapshot: Callable[[int], None] | None = None,
+        on_snapshot: Callable[[int, m.Files], None] | None = None,
         stop_at: Callable[[int], int] | None = None,
         start_timeout: float = 120.0,
         heartbeat_timeout: float = 30.0,
@@ -72,14 +75,14 @@ class Coordinator:
             )
         self._stages = [tuple(layers) for layers in stages]
         self._first, self._total = first, total
-        self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth))
+        self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth), marks=marks)
         self._gate = gate
         self._policy.limit = total if gate is None else gate.limit
         self._sink = sink or FanOut()
-        self._on_snapshot, self._stop_at = on_snapshot, stop_at or (lambda position: position)
+        self._on_snapshot, self._stop_at = on_snapshot or (lambda *_: None), stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._epochs = EpochAggregator(len(stages))
-        self._snapshots: dict[int, set[int]] = {}
+        self._snapshots: dict[int, dict[int, m.Files]] = {}
         self._members: dict[int, Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._results: dict[int, Any] = {}
@@ -87,8 +90,7 @@ class Coordinator:
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
         self._failures = Failures(self._members, self._send, self._changed)
-        self._next_ping = 0.0
-        self._running, self._complete = True, False
+        self._next_ping, self._running, self._complete = 0.0, True, False
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.epochs: list[EpochResult] = []
@@ -305,12 +307,12 @@ class Coordinator:
             self._extend()
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
-        done = self._snapshots.setdefault(message.position, set())
-        done.add(member.hello.stage)
+        done = self._snapshots.setdefault(message.position, {})
+        done[member.hello.stage] = message.files
         if len(done) == len(self._stages):
+            files = {name: file for part in done.values() for name, file in part.items()}
             del self._snapshots[message.position]
-            if self._on_snapshot is not None:
-                self._callbacks.post(self._on_snapshot, message.position, important=True)
+            self._callbacks.post(self._on_snapshot, message.position, files, important=True)
 
     def _chunk(self, member: Member, chunk: m.Chunk) -> None:
         if member.finished or chunk.index != len(member.chunks):
@@ -344,9 +346,6 @@ class Coordinator:
         if self._failures.reported(member, failure):
             self._next_ping = 0.0  # finds out whose connection is gone
 
-    def _abort_seen(self, member: Member, _: m.AbortSeen) -> None:
-        self._failures.told(member)
-
     # --- what the coordinator does
 
     def _advance(self, member: Member, position: int) -> None:
@@ -360,7 +359,8 @@ class Coordinator:
             self._send_all(self._grant(), self._members.values())
 
     def _grant(self) -> m.Grant:
-        return m.Grant(stop=self._policy.granted, lr_factor=self._gate.factor if self._gate else 1.0)
+        factor = self._gate.factor if self._gate else 1.0
+        return m.Grant(stop=self._policy.granted, lr_factor=factor, mark=self._policy.mark)
 
     def _callback_failed(self, error: Exception) -> None:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
@@ -396,5 +396,5 @@ _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
     m.Chunk: Coordinator._chunk,
     m.StopRequest: Coordinator._stop,
     m.Failure: Coordinator._failed,
-    m.AbortSeen: Coordinator._abort_seen,
+    m.AbortSeen: lambda coordinator, member, _: coordinator._failures.told(member),
 }

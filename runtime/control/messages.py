@@ -27,6 +27,7 @@ __all__ = [
     "ChunkSeen",
     "Epoch",
     "Failure",
+    "Files",
     "Grant",
     "Hello",
     "MessageError",
@@ -60,6 +61,10 @@ class VersionError(MessageError):
 
 class RunFailed(RuntimeError):
     """The run was aborted; the text is the first cause."""
+
+
+Files = dict[str, tuple[int, str]]
+"""Layer -> size in bytes and checksum of its file in a snapshot."""
 
 
 # --- from a worker to the coordinator
@@ -105,7 +110,10 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotDone:
+    """A stage's part of a snapshot is on the disk; `files`: each of its layers' size and checksum."""
+
     position: int
+    files: Files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,10 +161,11 @@ class Start:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
     """Every stage may run positions < `stop`; `lr_factor` multiplies its learning rate where the coordinator sets it
-    (see `windows.EpochGate`)."""
+    (see `windows.EpochGate`); `mark`: the micro-batch behind which every stage saves itself, see `marks.TimedMarks`."""
 
     stop: int
     lr_factor: float = 1.0
+    mark: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

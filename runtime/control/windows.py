@@ -1,9 +1,11 @@
 """How far ahead the stages may run: enough that none starves, little enough that an orderly stop is quick."""
 
 import math
+import time
 from collections.abc import Callable
 
 from unlocked.runtime.learning_rate import LearningRate
+from unlocked.runtime.schedules.marks import TimedMarks
 
 __all__ = ["EpochGate", "WindowPolicy"]
 
@@ -17,9 +19,13 @@ class WindowPolicy:
         first, total: the run covers stream positions first to total - 1.
         minimum: positions to grant ahead whatever the speed.
         seconds: the lookahead aimed at; between one and two of these lie ahead.
+        marks: where the run saves itself by the clock; they are set in what is granted anew.
     """
 
-    def __init__(self, first: int, total: int, minimum: int, seconds: float = 0.5) -> None:
+    def __init__(
+        self, first: int, total: int, minimum: int, seconds: float = 0.5, marks: TimedMarks | None = None
+    ) -> None:
+        self.marks = marks
         self.granted = first
         self.limit = total
         """Nothing beyond is granted; may grow."""
@@ -28,6 +34,11 @@ class WindowPolicy:
         self._leader = first
         self._rate = 0.0  # positions per second
         self._anchor: tuple[float, int] | None = None
+
+    @property
+    def mark(self) -> int | None:
+        """Behind which training micro-batch the newest mark stands."""
+        return next(iter(self.marks.positions), None) if self.marks is not None else None
 
     @property
     def lookahead(self) -> int:
@@ -52,6 +63,8 @@ class WindowPolicy:
         # Until the speed is known, the smallest window; then twice the lookahead, so that grants are rare.
         ahead = 2 * self.lookahead if self._rate > 0.0 else self._minimum
         before, self.granted = self.granted, max(self.granted, min(self.limit, self._leader + ahead))
+        if self.marks is not None and self.granted > before:
+            self.marks.look(before, time.monotonic())
         return self.granted > before
 
 

@@ -10,25 +10,19 @@ from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.metrics.records import EpochAggregator, EpochPart, EpochResult, StageProgress, StepResult
 from unlocked.runtime.metrics.sinks import FanOut
-from unlocked.runtime.result import RunResult, weights_digest
-from unlocked.runtime.saving.snapshots import prune_snapshots, save_layers, snapshot_folder, write_manifest
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.schedules.stream import StreamPlan
-from unlocked.workers.actions import Item
+from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.stage import Stage
 
 __all__ = [
     "LocalOutlet",
-    "complete_snapshot",
     "epochs_before",
     "finish_result",
-    "save_stage",
-    "save_stopped",
     "saves_stop",
-    "steps_before",
     "stop_position",
     "threads_of",
     "warn_of_threads",
-    "write_stage_snapshot",
 ]
 
 
@@ -54,19 +48,6 @@ class LocalOutlet:
                 text = self._lr_factor.observe(result.epoch, result.eval_loss)
                 if text is not None:
                     self._sinks.on_message(text)
-
-
-def steps_before(plan: StreamPlan, position: int) -> int:
-    """Training micro-batches before `position`, over the whole run."""
-    if position >= len(plan):
-        return plan.train_steps
-    item = plan[position]
-    done = item.epoch * plan.steps_per_epoch
-    if item.kind in ("statistics", "evaluate"):
-        return min(done + plan.steps_per_epoch, plan.train_steps)
-    if item.kind == "train":
-        return done + item.index
-    return steps_before(plan, position - 1) + 1 if position else 0
 
 
 def epochs_before(plan: StreamPlan, position: int) -> int:
@@ -103,47 +84,6 @@ def saves_stop(job: Job, position: int) -> bool:
     return job.settings.snapshot_dir is not None and job.start < position < len(job.plan)
 
 
-def save_stopped(job: Job, stages: Sequence[Stage], position: int) -> None:
-    """The snapshot of an orderly stop before `position`, if it leaves one."""
-    if not saves_stop(job, position):
-        return
-    for stage in stages:
-        save_stage(job, stage, position)
-    complete_snapshot(job, position, threads_of(job))
-
-
-def save_stage(job: Job, stage: Stage, position: int) -> None:
-    """A stage's part of the snapshot from which a run goes on at `position`."""
-    root = job.settings.snapshot_dir
-    assert root is not None, "a plan with snapshots needs a folder"
-    for layer in stage.layers:
-        layer.set_mode("train")  # as the next micro-batch would; an evaluation may come before
-    save_layers(snapshot_folder(root, steps_before(job.plan, position)), stage.layers)
-
-
-def complete_snapshot(job: Job, position: int, threads: Mapping[str, int]) -> None:
-    """All stages have saved theirs: it counts from here on, and older ones may go.
-
-    Args:
-        threads: each layer's number of intra-op threads.
-    """
-    root = job.settings.snapshot_dir
-    assert root is not None, "a plan with snapshots needs a folder"
-    epoch = job.plan[min(position, len(job.plan) - 1)].epoch
-    losses = job.lr_factor.losses_before(epoch)
-    steps = steps_before(job.plan, position)
-    write_manifest(root, position=position, steps=steps, settings=job.fingerprint, test_losses=losses, threads=threads)
-    if job.settings.keep_snapshots is not None:
-        prune_snapshots(root, job.settings.keep_snapshots)
-
-
-def write_stage_snapshot(job: Job, stage: Stage, item: Item, *, last: bool) -> None:
-    """Action SNAP in an engine of one process: stages reach the mark one after the other, the last completes it."""
-    save_stage(job, stage, item.position + 1)
-    if last:
-        complete_snapshot(job, item.position + 1, threads_of(job))
-
-
 def finish_result(
     job: Job,
     stages: Sequence[Stage],
@@ -172,8 +112,8 @@ def finish_result(
         stages=[stage.layer_names for stage in stages],
         epochs=outlet.epochs,
         epochs_done=epochs_before(job.plan, position),
-        steps=steps_before(job.plan, position),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(position),
+        first_step=job.plan.steps_before(job.start),
         train_seconds=train_seconds,
         setup_seconds=setup_seconds,
         images_per_second=images / max(train_seconds, 1e-9),

@@ -2,7 +2,9 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,18 +12,18 @@ import torch
 from unlocked.runtime.engines.one_process import (
     LocalOutlet,
     finish_result,
-    save_stopped,
     stop_position,
     threads_of,
     warn_of_threads,
-    write_stage_snapshot,
 )
+from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
+from unlocked.runtime.schedules.marks import TimedMarks
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
@@ -32,7 +34,8 @@ from unlocked.workers.stopwatch import Stopwatch
 
 __all__ = ["Sequential"]
 
-_WINDOW = 256  # items whose actions are listed at a time
+_WINDOW = 256  # items whose actions are listed at a time, at most
+_LOOK_SECONDS = 0.1  # between two looks at the clock, where a run saves itself by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,18 @@ class Sequential:
                 stack.enter_context(torch.cuda.device(job.device))
                 torch.cuda.reset_peak_memory_stats(job.device)
             return _run(job, make_sinks)
+
+
+def _windows(job: Job, marks: TimedMarks) -> Iterator[list[Item]]:
+    """The stream in pieces. Where a run saves itself by the clock, they are as short as it takes to look at it."""
+    by_clock = job.settings.snapshot_period.seconds > 0
+    start, size = job.start, 1 if by_clock else _WINDOW
+    while start < len(job.plan):
+        stop, looked = min(start + size, len(job.plan)), time.monotonic()
+        yield list(job.plan.items(start, stop, marks.look(start, looked)))
+        start = stop
+        if by_clock:
+            size = min(max(1, int(size * _LOOK_SECONDS / max(time.monotonic() - looked, 1e-6))), _WINDOW)
 
 
 def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
@@ -77,11 +92,12 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
     if job.lr_factor.per_step:
         reporter.set_rates_per_step(job.lr_factor.at)
     position = job.start
-    with StopSignals() as signals:
+    with StopSignals() as signals, contextlib.closing(RunSaver(job)) as saver:
 
         def after(item: Item) -> None:
             nonlocal position
             reporter.after(item)
+            saver.check()
             position = item.position + 1
             if signals.received is not None and stop_position(job, position) == position:
                 raise StopRun
@@ -91,7 +107,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
             rank=0,
             inbox=None,
             outbox=None,
-            snapshot=lambda item: write_stage_snapshot(job, stage, item, last=True),
+            snapshot=partial(saver.mark, stage),
             before_item=reporter.before,
             after_item=after,
             stopwatch=stopwatch,
@@ -100,13 +116,13 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         setup = time.perf_counter() - began
         train_began = time.perf_counter()
         try:
-            for start in range(job.start, len(job.plan), _WINDOW):
-                items = list(job.plan.items(start, min(start + _WINDOW, len(job.plan))))
+            for items in _windows(job, saver.marks):
                 loop.run(items, stage_actions(0, 1, items))
         except StopRun:
-            save_stopped(job, [stage], position)
+            saver.save_stopped([stage], position)
         finally:
             stage.close()
+        saver.finish()
     if job.device.type == "cuda":
         torch.cuda.synchronize(job.device)
     reporter.poll(wait=True)

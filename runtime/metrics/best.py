@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from math import isfinite
 from pathlib import Path
 
-import torch
-
 from unlocked.runtime.metrics.records import EpochResult
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.saving.whole_file import whole_file, write_json
+from unlocked.runtime.saving.tensor_file import check_weights, load_tensors, save_weights
+from unlocked.runtime.saving.whole_file import write_json
 from unlocked.workers.layer import Layer
 
 __all__ = ["BestWeights", "save_candidate"]
@@ -25,8 +24,7 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
     folder = _folder(root, epoch)
     folder.mkdir(parents=True, exist_ok=True)
     for layer in layers:
-        with whole_file(folder / f"{layer.info.index:03d}.pt") as temporary:
-            torch.save(dict(layer.tensors()), temporary)
+        save_weights(folder / f"{layer.info.index:03d}.pt", dict(layer.tensors()))
 
 
 class BestWeights(MetricsSink):
@@ -70,9 +68,9 @@ class BestWeights(MetricsSink):
             return  # the best is of the part before a resume, whose end has written it already
         tensors = {}
         for path in sorted(folder.glob("*.pt")):
-            tensors.update(torch.load(path, map_location="cpu", weights_only=True))
-        with whole_file(self._root / FILE_NAME) as temporary:
-            torch.save(tensors, temporary)
+            check_weights(path)
+            tensors.update(load_tensors(path))
+        save_weights(self._root / FILE_NAME, tensors)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _recorded(self, first_epoch: int) -> tuple[float, int] | None:

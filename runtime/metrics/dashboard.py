@@ -1,4 +1,4 @@
-"""The live view of a run: a table on a terminal, plain lines elsewhere.
+"""The live view of a run: a table on a terminal or in a notebook's cell, plain lines elsewhere.
 
 It only watches. Records are stored under a short lock; one thread of its own draws, at most four times a second. If
 drawing fails, the dashboard says so once and turns itself off. `python -m unlocked.runtime.metrics.dashboard_demo`
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from unlocked.runtime.metrics.dashboard_view import StageView, View, render, time_text
+from unlocked.runtime.metrics.notebook import NotebookFrame, in_notebook
 from unlocked.runtime.metrics.records import EpochResult, RunInfo, StageProgress, StepResult, rates_between
 from unlocked.runtime.metrics.sinks import MetricsSink
 
@@ -31,15 +32,16 @@ class Dashboard(MetricsSink):
 
     Args:
         console: where to draw; default: standard output.
-        plain: lines instead of a live table; default: unless the console is a terminal.
+        plain: lines instead of a live table; default: unless the console is a terminal, or there is a notebook.
         plain_seconds: time between progress lines.
     """
 
     def __init__(
         self, console: Console | None = None, *, plain: bool | None = None, plain_seconds: float = 5.0
     ) -> None:
-        self._console = console or Console()
-        self._plain = not self._console.is_terminal if plain is None else plain
+        self._in_notebook = console is None and in_notebook()
+        self._console = console or Console(force_jupyter=False)
+        self._plain = not (self._in_notebook or self._console.is_terminal) if plain is None else plain
         self._plain_seconds = plain_seconds
         self._lock = threading.Lock()
         self._lines: deque[str] = deque(maxlen=1000)  # of no use to anyone once drawing is off
@@ -123,14 +125,15 @@ class Dashboard(MetricsSink):
                 print(f"dashboard: off after {type(error).__name__}: {error}", file=sys.stderr)
 
     def _draw_live(self) -> None:
-        with Live(console=self._console, auto_refresh=False) as live:
+        canvas = NotebookFrame() if self._in_notebook else Live(console=self._console, auto_refresh=False)
+        with canvas as live:
             closing = False
             while not closing:
                 closing = self._closing.wait(_FRAME_SECONDS)
                 self._print_waiting()
                 view = self._copy()
-                size = self._console.size
-                live.update(render(view, time.monotonic(), width=size.width, height=size.height - 1), refresh=True)
+                width, height = NotebookFrame.size if self._in_notebook else self._console.size
+                live.update(render(view, time.monotonic(), width=width, height=height - 1), refresh=True)
         self._print_last()
 
     def _print_lines(self) -> None:

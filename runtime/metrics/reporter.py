@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,7 +18,7 @@ from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError, S
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["Outlet", "StageReporter"]
+__all__ = ["Outlet", "StageReporter", "read_together"]
 
 _PROGRESS_SECONDS = 0.25
 
@@ -34,11 +33,43 @@ class Outlet(Protocol):
     def epoch(self, part: EpochPart) -> None: ...
 
 
-class _Reading(NamedTuple):
-    """Sums on their way from the device, and what they belong to."""
+class _Transfer:
+    """Sums on their way from the device: one copy, on the current stream.
 
-    sums: Tensor  # on the host; valid once `event` has happened
-    event: torch.cuda.Event | None
+    Args:
+        sums: of one or more stages, each [3] float64, on `device`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, sums: Sequence[Tensor], device: torch.device) -> None:
+        self._sums = torch.stack(list(sums))
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            host = torch.empty(self._sums.shape, dtype=self._sums.dtype, pin_memory=True)
+            self._sums = host.copy_(self._sums, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def has_come(self, wait: bool) -> bool:
+        """Whether it is done; with `wait` it is."""
+        if self._event is not None:
+            if wait:
+                self._event.synchronize()
+            elif not self._event.query():
+                return False
+            self._event = None
+        return True
+
+    def rows(self, first: int, count: int) -> list[list[float]]:
+        """Once it has come."""
+        return self._sums[first : first + count].tolist()
+
+
+class _Reading(NamedTuple):
+    """A stage's part of a transfer, and what it belongs to."""
+
+    transfer: _Transfer
+    first_row: int
     item: Item
     ends_epoch: bool
     images: int
@@ -62,7 +93,8 @@ class StageReporter:
     """Called before and after every item of the stream.
 
     Sums are read every `print_freq` training steps and at the end of an epoch. On a GPU a reading is a copy on the
-    stage's stream that is looked at once it has arrived (`poll`): the host never waits for it in between.
+    stage's stream that is looked at once it has come (`poll`): the host never waits for it in between. Where one graph
+    takes many stages on, one copy reads them all (`read_together`).
 
     Args:
         stage: the layers.
@@ -93,7 +125,7 @@ class StageReporter:
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
         self._waits_for_losses = waits_for_losses
         self._best_dir, self._queue_fill = best_dir, queue_fill
-        self._device = stage.layers[0].device
+        self.device = stage.layers[0].device
         self.images = 0
         """Training images that went through this stage."""
         self._epoch_lr: int | None = None
@@ -144,12 +176,12 @@ class StageReporter:
             self._progress_at = now
             self._outlet.progress(self.progress(item.position + 1, item.epoch))
 
-    def skip(self, first: Item, count: int) -> Item | None:
+    def skip(self, first: Item, count: int) -> bool:
         """Like `after` for `count` items that one launched graph has done together: `first` and those that follow it,
         all of its kind, size and epoch, and none of them the epoch's last.
 
         Returns:
-            Where the sums are to be read now (`read`, on the stage's stream), if they are.
+            Whether the sums are to be read now (`read_together`).
         """
         self._stage.count(first, count)
         due = False
@@ -161,23 +193,23 @@ class StageReporter:
         if now - self._progress_at >= _PROGRESS_SECONDS:
             self._progress_at = now
             self._outlet.progress(self.progress(first.position + count, first.epoch))
-        if not due:
-            return None
-        return replace(first, position=first.position + count - 1, index=first.index + count - 1)
+        return due
+
+    def sums(self) -> list[Tensor]:
+        return self._stage.sums()
 
     def read(self, item: Item, ends_epoch: bool = False) -> None:
         """Begins to read the sums as they are after `item`, on the current stream."""
-        sums, event = self._stage.read_sums(), None
-        if self._device.type == "cuda":
-            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-            sums = host.copy_(sums, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+        self.expect(_Transfer(self.sums(), self.device), 0, item, ends_epoch)
+        self.poll()
+
+    def expect(self, transfer: _Transfer, first_row: int, item: Item, ends_epoch: bool = False) -> None:
+        """The rows of the transfer from `first_row` on are this stage's sums as they are after `item`."""
         stage = self._stage
         self._readings.append(
             _Reading(
-                sums,
-                event,
+                transfer,
+                first_row,
                 item,
                 ends_epoch,
                 stage.images_this_epoch,
@@ -187,22 +219,18 @@ class StageReporter:
                 self._stopwatch.waiting,
             )
         )
-        self.poll()
 
-    def poll(self, wait: bool = False) -> None:
-        """Looks at the readings that have arrived; with `wait`, at all.
+    def poll(self, wait: bool = False) -> bool:
+        """Looks at the readings that have come; with `wait`, at all. Returns whether none is left.
 
         Raises:
             StageError: a loss is not finite; names layer, epoch and micro-batch.
         """
         while self._readings:
-            event = self._readings[0].event
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():
-                    return
+            if not self._readings[0].transfer.has_come(wait):
+                return False
             self._resolve(self._readings.popleft())
+        return True
 
     def check_weights(self, position: int) -> None:
         """The last look, after all items before `position`: the last update's harm shows in no loss any more.
@@ -242,7 +270,7 @@ class StageReporter:
         self._recent = self._epoch_base = _Base(time.perf_counter(), self._stopwatch.waiting, seen, 0, sums)
 
     def _resolve(self, reading: _Reading) -> None:
-        rows = reading.sums.tolist()
+        rows = reading.transfer.rows(reading.first_row, 2 * len(self._stage.layers) + 1)
         item, images = reading.item, max(reading.images, 1)
         for layer, row in zip(self._stage.layers, rows, strict=False):
             if not isfinite(row[0]):
@@ -313,6 +341,16 @@ class StageReporter:
                 layer_acc1=tuple(accuracies),
             )
         )
+
+
+def read_together(reporters: Sequence[StageReporter], items: Sequence[Item]) -> None:
+    """Begins to read the sums of all stages, each as it is after its item, in one copy on the current stream, which
+    comes after what the stages have done."""
+    sums = [reporter.sums() for reporter in reporters]
+    transfer, row = _Transfer([one for of_stage in sums for one in of_stage], reporters[0].device), 0
+    for reporter, item, of_stage in zip(reporters, items, sums, strict=True):
+        reporter.expect(transfer, row, item)
+        row += len(of_stage)
 
 
 def images_trained(plan: StreamPlan, position: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unlocked.runtime.learning_rate import LearningRate, PerStep, WarmUp
-from unlocked.workers.layer import OptimizerFactory
+from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = ["describe_lr_factor", "describe_optimizer", "describe_rule", "learning_rates"]
 
@@ -40,7 +40,7 @@ def describe_optimizer(factory: OptimizerFactory, parameters: Sequence[nn.Parame
     """
     if not parameters:
         return "none"
-    optimizer = factory(list(parameters))
+    optimizer = build_optimizer(factory, parameters)
     groups = [
         ", ".join(f"{key}={_plain(value)!r}" for key, value in sorted(group.items()) if key not in _NO_SETTING)
         for group in optimizer.param_groups
@@ -54,7 +54,7 @@ def learning_rates(factory: OptimizerFactory, parameters: Sequence[nn.Parameter]
     Raises:
         ValueError: one is not finite.
     """
-    rates = [float(group["lr"]) for group in factory(list(parameters)).param_groups] if parameters else []
+    rates = [float(group["lr"]) for group in build_optimizer(factory, parameters).param_groups] if parameters else []
     if not all(map(isfinite, rates)):
         raise ValueError(f"the optimizer's learning rate is {rates}; give a finite one")
     return rates

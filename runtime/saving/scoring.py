@@ -20,17 +20,19 @@ from unlocked.data import Dataset
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models.errors import first_line
-from unlocked.rules import CrossEntropy
+from unlocked.rules import LocalRule
 from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
-from unlocked.runtime.saving.snapshots import UNREADABLE, Snapshot, damaged, layer_file_name, read_layer
+from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
+from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.saving.tensor_file import check_weights, load_tensors
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.stage import Stage
 
-__all__ = ["load_weights", "score_snapshot", "score_weights"]
+__all__ = ["evaluation_plan", "load_weights", "make_stage", "score_snapshot", "score_weights", "scores_of"]
 
 _SHOWN = 3  # names in an error about many
 
@@ -39,12 +41,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a `model_final.pt` or `model_best.pt`, by name. Nothing in the file is executed.
 
     Raises:
-        ValueError: there is no such file, or it holds something else (names it).
+        ValueError: there is no such file, it holds something else, or not what was written there (names it).
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a model_final.pt, a model_best.pt or a folder of snapshots")
+    check_weights(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a file of weights, or is damaged: {first_line(error)}") from error
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
@@ -80,16 +83,8 @@ def score_weights(
     """
     network = _network(model, test)
     _fill(network, _without_rules(network, weights))
-    rows = min(batch_size, len(test))  # of the training micro-batch that a plan must begin with, which is left out
-    plan = StreamPlan(
-        epochs=1,
-        train_size=rows,
-        batch_size=rows,
-        eval_size=len(test),
-        eval_batch_size=batch_size,
-        statistics_batches=0,
-    )
-    return _evaluate(_stage(network, test, test, plan, 1, device, precision), plan, 1, precision)
+    plan = evaluation_plan(test, batch_size)
+    return _evaluate(make_stage(network, test, test, plan, 1, device, precision), plan, 1, precision)
 
 
 def score_snapshot(
@@ -125,17 +120,81 @@ def score_snapshot(
         eval_size=len(test),
         eval_batch_size=batch_size,
         statistics_batches=settings["statistics_batches"],
-        drop_last=settings.get("drop_last", False),  # there was no such setting once
+        drop_last=settings["drop_last"],
     )
     plan = replace(one_epoch, epochs=(snapshot.steps - 1) // one_epoch.steps_per_epoch + 1)
     start = len(plan) - plan.statistics_per_epoch - plan.evaluations_per_epoch
     precision = settings["precision"]
     if whole:
         network = backpropagation_network(network)
-    stage = _stage(network, train, test, plan, start, device, precision)
+    stage = make_stage(network, train, test, plan, start, device, precision)
     for layer in stage.layers:
         layer.set_clock(states[layer.name]["clock"])  # the key of what is drawn, which statistics see as training does
     return _evaluate(stage, plan, start, precision)
+
+
+def evaluation_plan(test: Dataset, batch_size: int) -> StreamPlan:
+    """A stream of which the items from position 1 on evaluate `test` once."""
+    rows = min(batch_size, len(test))  # of the training micro-batch that a plan must begin with, which is left out
+    return StreamPlan(
+        epochs=1,
+        train_size=rows,
+        batch_size=rows,
+        eval_size=len(test),
+        eval_batch_size=batch_size,
+        statistics_batches=0,
+    )
+
+
+def make_stage(
+    network: Network,
+    train: Dataset,
+    test: Dataset,
+    plan: StreamPlan,
+    start: int,
+    device: str,
+    precision: str,
+) -> Stage:
+    """All layers and the data of the plan's items from `start` on, for evaluation alone.
+
+    Raises:
+        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
+    """
+    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
+    check_device(device)
+    place = torch.device(device)
+    check_precision(precision, place)
+    optimizer = partial(torch.optim.SGD, lr=0.0)  # never steps
+    layers = [
+        build_layer(network, i, rule=LocalRule, optimizer=optimizer, device=place, step=None, precision=precision)
+        for i in range(len(network.blocks))
+    ]
+    source = make_source(
+        train,
+        test,
+        plan=plan,
+        start=start,
+        seed=network.infos[0].seed,
+        device=place,
+        load_batch=load_batch,
+        prefetch=None,
+        timeout=300.0,
+    )
+    return Stage(0, layers, source)
+
+
+def scores_of(stage: Stage, count: int) -> Scores:
+    """What the stage's evaluation of `count` samples came to.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    loss, correct, correct5 = (value / count for value in stage.layers[-1].eval_totals.tolist())
+    if not isfinite(loss):
+        raise ValueError(
+            f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
+        )
+    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
 
 
 def _network(model: Model, data: Dataset, seed: int = 0) -> Network:
@@ -148,16 +207,13 @@ def _read_states(snapshot: Snapshot, names: Sequence[str]) -> dict[str, dict[str
     """Each layer's state, by name."""
     states = {}
     for index, name in enumerate(names):
-        path = snapshot.folder / layer_file_name(index, name)
         try:
-            states[name] = read_layer(path, torch.device("cpu"))
+            states[name] = snapshot.read(index, name, torch.device("cpu"))
         except FileNotFoundError as error:
             raise ValueError(
-                f"snapshot {snapshot.folder} has no file {path.name}: it is of another network, with the layers "
-                f"{', '.join(snapshot.settings['layers'])}"
+                f"snapshot {snapshot.folder} has no file {layer_file_name(index, name)}: it is of another network, "
+                f"with the layers {', '.join(snapshot.settings['layers'])}"
             ) from error
-        except UNREADABLE as error:
-            raise ValueError(damaged(path, error)) from error
     return states
 
 
@@ -240,43 +296,6 @@ def _averaged(network: Network, name: str, state: dict[str, Any]) -> dict[str, T
     return block
 
 
-def _stage(
-    network: Network,
-    train: Dataset,
-    test: Dataset,
-    plan: StreamPlan,
-    start: int,
-    device: str,
-    precision: str,
-) -> Stage:
-    """All layers and the data of the plan's items from `start` on.
-
-    Raises:
-        ValueError: an evaluation micro-batch is too small for a layer that keeps no statistics.
-    """
-    check_batch_statistics([replace(use, training=False) for use in network.batch_statistics], plan)
-    check_device(device)
-    place = torch.device(device)
-    check_precision(precision, place)
-    optimizer = partial(torch.optim.SGD, lr=0.0)  # never steps
-    layers = [
-        build_layer(network, i, rule=CrossEntropy, optimizer=optimizer, device=place, step=None, precision=precision)
-        for i in range(len(network.blocks))
-    ]
-    source = make_source(
-        train,
-        test,
-        plan=plan,
-        start=start,
-        seed=network.infos[0].seed,
-        device=place,
-        load_batch=load_batch,
-        prefetch=None,
-        timeout=300.0,
-    )
-    return Stage(0, layers, source)
-
-
 def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Scores:
     """Runs the plan's last items: statistics and evaluation micro-batches."""
     with float32_products(precision), closing(stage):
@@ -286,9 +305,4 @@ def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Sco
                 stage.evaluate(item, x, labels)
             else:
                 stage.forward(item, x, labels)
-    loss, correct, correct5 = (value / plan.eval_size for value in stage.layers[-1].eval_totals.tolist())
-    if not isfinite(loss):
-        raise ValueError(
-            f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
-        )
-    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
+    return scores_of(stage, plan.eval_size)

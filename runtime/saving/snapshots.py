@@ -3,56 +3,43 @@
 A snapshot is a folder `step-NNNNNNNN` below the run's snapshot folder. Every stage writes its layers' files when it
 reaches the mark in the stream (upstream stages are further on by then: nothing waits). When all have, the manifest is
 written; a folder without one does not count. Local rules keep no state across layers, so this is the whole run.
+
+Nothing in one can be exchanged for a part of another: the manifest has a checksum of its own and every file's, and the
+files name the run and the position that they belong to.
 """
 
 import contextlib
 import hashlib
 import json
-import pickle
-import re
 import shutil
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from unlocked.models.errors import first_line
-from unlocked.runtime.result import tensor_bytes
-from unlocked.runtime.saving.whole_file import TEMPORARY, whole_file, write_json
+from unlocked.runtime.saving.identity import differences
+from unlocked.runtime.saving.layer_files import UNREADABLE, LayerFile, damaged, layer_file_name, read_layer
+from unlocked.runtime.saving.whole_file import TEMPORARY, json_text, write_json
 from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 
 __all__ = [
-    "UNREADABLE",
     "Snapshot",
-    "damaged",
     "find_snapshot",
-    "layer_file_name",
     "load_layers",
     "newest_whole",
     "prune_snapshots",
-    "read_layer",
-    "save_layers",
+    "reopen_snapshot",
     "snapshot_folder",
-    "state_digest",
     "sweep_unfinished",
     "write_manifest",
 ]
 
 _MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
-UNREADABLE = (
-    *(RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, OSError, pickle.UnpicklingError),
-    *(struct.error, AssertionError, OverflowError, MemoryError),
-)
-"""What reading a file that is not what it should be can raise."""
-_FORMAT = 2
-_ONCE: Mapping[str, Any] = {"drop_last": False, "output_rule": "CrossEntropy", "clip_grad_norm": None}
-"""What holds where a snapshot does not say: an earlier release had no such setting."""
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +48,21 @@ class Snapshot:
 
     Attributes:
         folder: where its files lie.
+        run: the run that it is of; a resumed run keeps it.
         position: the stream position at which a resumed run goes on.
         steps: training micro-batches done.
         settings: what must be the same in the resumed run.
+        files: layer -> what was written.
         test_losses: (epoch, test loss) of the epochs before, where the learning rate depends on them.
-        threads: layer -> intra-op threads of its process; empty: an earlier release did not say.
+        threads: layer -> intra-op threads of its process.
     """
 
     folder: Path
+    run: str
     position: int
     steps: int
     settings: Mapping[str, Any]
+    files: Mapping[str, LayerFile]
     test_losses: tuple[tuple[int, float], ...] = ()
     threads: Mapping[str, int] = field(default_factory=dict)
 
@@ -93,13 +84,26 @@ class Snapshot:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises a ValueError that lists every setting which differs from the run that wrote the snapshot."""
-        wrong = [
-            f"{name} is {settings.get(name)!r} but was {value!r}"
-            for name, value in {**_ONCE, **self.settings}.items()
-            if settings.get(name) != value
-        ]
+        wrong = [f"{name} is {now} but was {then}" for name, now, then in differences(settings, self.settings)]
         if wrong:
             raise ValueError(f"can't resume from {self.folder}: {'; '.join(wrong)}; give the same settings")
+
+    def read(self, index: int, name: str, device: torch.device) -> dict[str, Any]:
+        """The state of layer `name`, the network's `index`-th.
+
+        Raises:
+            FileNotFoundError: it has no such file.
+            ValueError: the file is damaged, or another's (names it and says why).
+        """
+        path = self.folder / layer_file_name(index, name)
+        if name not in self.files:
+            raise FileNotFoundError(f"no layer {name}")
+        try:
+            return read_layer(path, device, written=self.files[name], run=self.run, position=self.position, layer=name)
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            raise ValueError(damaged(path, error)) from error
 
 
 def snapshot_folder(root: Path, steps: int) -> Path:
@@ -107,56 +111,31 @@ def snapshot_folder(root: Path, steps: int) -> Path:
     return root / f"step-{steps:08d}"
 
 
-def layer_file_name(index: int, name: str) -> str:
-    """The file of a layer in every snapshot's folder."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-    return f"layer-{index:03d}-{safe}.pt"
-
-
-def save_layers(folder: Path, layers: Iterable[Layer]) -> None:
-    """Writes each layer's file; a reader never sees a half-written one.
-
-    A snapshot that an earlier run has left in the folder does not count from here on: its files are being replaced.
-
-    Raises:
-        NonFiniteWeightsError: there is nothing to go on from. What was saved before stays.
-        DiskFullError: there is no room for a file (names it); none of these layers' files is left then.
-    """
-    layers = list(layers)
-    for layer in layers:
-        layer.check_weights()
+def reopen_snapshot(folder: Path) -> None:
+    """Makes the folder of a snapshot that is about to be written. What an earlier run has left in it does not count
+    from here on: its files are being replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
-    written: list[Path] = []
-    try:
-        for layer in layers:
-            path = folder / layer_file_name(layer.info.index, layer.name)
-            written.append(path)
-            with whole_file(path) as temporary:
-                state = layer.state_dict()
-                torch.save({**state, _CHECKSUM: state_digest(state)}, temporary)
-    except OSError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other stages' files may be there
-            folder.rmdir()
-        raise
 
 
 def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
     """Restores the given layers.
 
     Raises:
-        ValueError: a layer's file is missing, damaged or of another network (names it), or holds weights that are not
-            finite.
+        ValueError: a layer's file is missing, damaged, of another snapshot or of another network (names it), or holds
+            weights that are not finite.
     """
     for layer in layers:
         path = snapshot.folder / layer_file_name(layer.info.index, layer.name)
         try:
-            layer.load_state_dict(read_layer(path, layer.device))
+            state = snapshot.read(layer.info.index, layer.name, layer.device)
         except FileNotFoundError as error:
             missing = f"snapshot {snapshot.folder} has no file {path.name} for layer {layer.name}"
             raise ValueError(missing + _instead_of(snapshot.folder)) from error
+        except ValueError as error:
+            raise ValueError(f"{error}{_instead_of(snapshot.folder)}") from error
+        try:
+            layer.load_state_dict(state)
         except UNREADABLE as error:
             raise ValueError(damaged(path, error) + _instead_of(snapshot.folder)) from error
         try:
@@ -165,51 +144,30 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
             raise ValueError(f"can't resume from {snapshot.folder}: {error}") from error
 
 
-def damaged(path: Path, error: Exception) -> str:
-    """What to say of a layer's file that could not be taken over."""
-    return f"snapshot file {path} is damaged or of another network: {first_line(error)}"
-
-
-def read_layer(path: Path, device: torch.device) -> dict[str, Any]:
-    """What `Layer.state_dict` gave when the file was written.
-
-    Raises:
-        ValueError: its content does not have the checksum that was written with it.
-        Others: the file can't be read as a file of tensors.
-    """
-    state = torch.load(path, map_location=device, weights_only=True)
-    expected = state.pop(_CHECKSUM)
-    if state_digest(state) != expected:
-        raise ValueError("its content does not have the checksum that was written with it")
-    return dict(state)
-
-
-def state_digest(state: object) -> str:
-    """SHA-256 over everything in a layer's state: names, numbers, and the tensors' types, shapes and bytes."""
-    digest = hashlib.sha256()
-    _feed(digest, state)
-    return digest.hexdigest()
-
-
 def write_manifest(
     root: Path,
     *,
+    run: str,
     position: int,
     steps: int,
     settings: Mapping[str, Any],
+    files: Mapping[str, LayerFile],
     test_losses: Iterable[tuple[int, float]] = (),
     threads: Mapping[str, int] | None = None,
 ) -> None:
     """Declares the snapshot after `steps` complete."""
     content = {
         "format": _FORMAT,
+        "run": run,
         "position": position,
         "steps": steps,
         "settings": dict(settings),
+        "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()},
         "test_losses": list(test_losses),
         "threads": dict(threads or {}),
     }
-    write_json(snapshot_folder(root, steps) / _MANIFEST, content)
+    content = json.loads(json_text(content))  # as it will be read
+    write_json(snapshot_folder(root, steps) / _MANIFEST, content | {_CHECKSUM: _digest(content)})
 
 
 def find_snapshot(root: Path) -> Snapshot:
@@ -276,25 +234,33 @@ def _read_manifest(folder: Path) -> Snapshot:
     path = folder / _MANIFEST
     try:
         content = json.loads(path.read_text())
+        written = content.get("format")
+        if written == _FORMAT and content.pop(_CHECKSUM) != _digest(content):
+            raise ValueError("its content does not have the checksum that was written with it")
         position, steps, settings = int(content["position"]), int(content["steps"]), dict(content["settings"])
         losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
         threads = {str(name): int(count) for name, count in content.get("threads", {}).items()}
-        written = content.get("format")
+        files = {
+            str(name): LayerFile(int(one["size"]), str(one["sha256"])) for name, one in content.get("files", {}).items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
     if written != _FORMAT:
         raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
-    return Snapshot(folder, position, steps, settings, losses, threads)
+    return Snapshot(folder, str(content.get("run")), position, steps, settings, files, losses, threads)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_files(snapshot: Snapshot) -> None:
     """Raises a ValueError that names the first file that is missing or not as it was written."""
     for index, name in enumerate(snapshot.settings.get("layers", ())):
-        path = snapshot.folder / layer_file_name(index, name)
         try:
-            read_layer(path, torch.device("cpu"))
-        except UNREADABLE as error:
-            raise ValueError(damaged(path, error)) from error
+            snapshot.read(index, name, torch.device("cpu"))
+        except FileNotFoundError as error:
+            raise ValueError(damaged(snapshot.folder / layer_file_name(index, name), error)) from error
 
 
 def _instead_of(folder: Path) -> str:
@@ -310,20 +276,3 @@ def _instead_of(folder: Path) -> str:
 def _by_number(folder: Path) -> tuple[int, str]:
     """Orders `step-NNNNNNNN` by its number, also beyond the eight digits that names are padded to."""
     return len(folder.name), folder.name
-
-
-def _feed(digest: Any, value: object) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        digest.update(tensor_bytes(value))
-    elif isinstance(value, Mapping):
-        digest.update(f"map of {len(value)}".encode())
-        for key, item in value.items():
-            _feed(digest, key)
-            _feed(digest, item)
-    elif isinstance(value, list | tuple):
-        digest.update(f"list of {len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(f"{type(value).__name__} {value!r}".encode())

@@ -132,7 +132,7 @@ def validate(schedule: Schedule, items: Iterable[Item]) -> None:
     """
     items = list(items)
     for earlier, later in pairwise(items):
-        if later.position <= earlier.position:
+        if (later.position, later.kind == "snapshot") <= (earlier.position, earlier.kind == "snapshot"):
             raise ValueError(f"items are not in stream order: position {later.position} after {earlier.position}.")
     if not schedule.stages:
         raise ValueError("the schedule has no stages. Give it at least stage 0.")
@@ -183,7 +183,8 @@ class _StageCheck:
 
     def __init__(self, schedule: Schedule, stage: int, items: Sequence[Item]) -> None:
         self._schedule, self._stage, self._items = schedule, stage, items
-        self._order = {item.position: number for number, item in enumerate(items)}
+        # A snapshot mark has the position of the micro-batch that it stands behind.
+        self._order = {(item.position, item.kind == "snapshot"): number for number, item in enumerate(items)}
         self._needed = {kind: needed_kinds(kind, stage, schedule.num_stages) for kind in _NEEDED}
 
     def run(self) -> None:
@@ -207,8 +208,10 @@ class _StageCheck:
         """The number of the action's item, once the action is one that this stage executes for it."""
         if action.stage != self._stage:
             self._fault(step, f"{action} stands among the actions of stage {self._stage}")
-        found = self._order.get(action.microbatch)
+        found = self._order.get((action.microbatch, action.kind is _SNAP))
         if found is None:
+            if action.kind is _SNAP:
+                self._fault(step, f"{action} has no snapshot mark behind micro-batch {action.microbatch}")
             known = f"{self._items[0].position} to {self._items[-1].position}" if self._items else "none"
             self._fault(step, f"{action} names micro-batch {action.microbatch}, which is not in the stream ({known})")
         item = self._items[found]
@@ -221,7 +224,7 @@ class _StageCheck:
     def _check_order(self, step: int, action: Action, done: Sequence[ActionKind]) -> None:
         if action.kind in done:
             self._fault(step, f"{action} comes twice")
-        needed = self._needed[self._items[self._order[action.microbatch]].kind]
+        needed = self._needed[self._items[self._order[action.microbatch, action.kind is _SNAP]].kind]
         for kind in _BEFORE[action.kind]:
             if kind in needed and kind not in done:
                 self._fault(step, f"{action} comes before {Action(self._stage, kind, action.microbatch)}")
@@ -243,5 +246,7 @@ class _StageCheck:
 
 def _name(item: Item) -> str:
     return (
-        f"{item.kind} item {item.position}" if item.kind == "snapshot" else f"{item.kind} micro-batch {item.position}"
+        f"the snapshot mark behind micro-batch {item.position}"
+        if item.kind == "snapshot"
+        else f"{item.kind} micro-batch {item.position}"
     )

@@ -166,7 +166,8 @@ class _Simulation:
                 raise ValueError(f"costs of stage {stage} lack {kind}, which {action} needs. Add {kind} to them.")
             elif fill_in_place and kind in (ActionKind.F, ActionKind.E):
                 fills = filled.get(microbatch)
-            released = held.pop(microbatch, ())
+            # A snapshot comes after all that the stage does with the micro-batch, whose slot is free by then.
+            released = () if kind is ActionKind.SNAP else held.pop(microbatch, ())
             program.append((microbatch, cost or 0.0, incoming, fills, outgoing, released))
         program.reverse()
         return program

@@ -1,13 +1,13 @@
 """The stream of a whole run as arithmetic: which item stands at which position, without a list of them.
 
-An epoch is: its training micro-batches, with a snapshot mark after every `snapshot_every`-th training step of the run;
-then the statistics micro-batches; then the evaluation micro-batches. Epochs follow each other without a seam.
+An epoch is: its training micro-batches; then the statistics micro-batches; then the evaluation micro-batches. Epochs
+follow each other without a seam. A snapshot mark takes no position: it stands behind a training micro-batch,
+every `snapshot_every`-th of the run or one that the clock chose, so that a position means the same wherever marks are.
 """
 
 import sys
-from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 
 from unlocked.runtime.fields import LARGEST, check, setting
 from unlocked.workers.actions import Item, ItemKind
@@ -21,7 +21,7 @@ _LARGEST_SIZE = 2**40  # rows of a dataset, which a loader may have
 class StreamPlan:
     """The order of everything that passes through the pipeline, with random access.
 
-    `plan[position]` costs O(log epochs) and nothing is stored, so that every stage (or machine) can hold the whole
+    `plan[position]` costs O(1) and nothing is stored, so that every stage (or machine) can hold the whole
     plan, and a resumed run starts at any position. A partial last micro-batch is kept unless `drop_last`, never padded.
 
     Attributes:
@@ -59,7 +59,7 @@ class StreamPlan:
                 f"batch_size={self.batch_size} is larger than the training data, which has {self.train_size} rows. "
                 f"Choose a batch_size of at most {self.train_size}."
             )
-        if self._marked(self.train_steps) + self.num_epochs * self._tail > sys.maxsize:
+        if self.train_steps + self.num_epochs * self._tail > sys.maxsize:
             raise ValueError(
                 f"{self.epochs} epochs of {self.steps_per_epoch} micro-batches are more than can be counted"
             )
@@ -108,8 +108,7 @@ class StreamPlan:
         return {min(batch, rows - index * batch) for index in (0, count - 1) if count} if kind != "snapshot" else set()
 
     def __len__(self) -> int:
-        # The position of the step after the last one, were there one; every epoch entered has its tail by then.
-        return self._marked(self.train_steps) + self.num_epochs * self._tail
+        return self.train_steps + self.num_epochs * self._tail
 
     def __getitem__(self, position: int) -> Item:
         """The item at `position`; negative positions count from the end.
@@ -125,8 +124,11 @@ class StreamPlan:
     def __iter__(self) -> Iterator[Item]:
         return self.items()
 
-    def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
-        """The items at positions `start`, ..., `stop` - 1 (`stop` None: to the end).
+    def items(self, start: int = 0, stop: int | None = None, marks: Set[int] = frozenset()) -> Iterator[Item]:
+        """The items at positions `start`, ..., `stop` - 1 (`stop` None: to the end), and the marks behind them.
+
+        Args:
+            marks: positions of training micro-batches behind which the clock has set one.
 
         Raises:
             ValueError: the window is not inside the plan.
@@ -135,7 +137,35 @@ class StreamPlan:
         end = length if stop is None else stop
         if not 0 <= start <= end <= length:
             raise ValueError(f"window {start} to {end} is not inside the plan, which has {length} items.")
-        return map(self._item, range(start, end))
+        return self._marked_items(start, end, marks)
+
+    def _marked_items(self, start: int, end: int, marks: Set[int]) -> Iterator[Item]:
+        for position in range(start, end):
+            item = self._item(position)
+            yield item
+            if self._is_marked(item, marks):
+                yield replace(item, kind="snapshot", size=0, last=False)
+
+    def has_mark(self, start: int, stop: int, marks: Set[int] = frozenset()) -> bool:
+        """Whether there is a mark behind any of the positions `start`, ..., `stop` - 1."""
+        if any(start <= mark < stop for mark in marks):
+            return True
+        every = self.snapshot_every
+        return bool(every) and self.steps_before(start) // every < self.steps_before(stop) // every
+
+    def steps_before(self, position: int) -> int:
+        """Training micro-batches before `position`, over the whole run; as if it had begun at a position below 0."""
+        if position >= len(self):
+            return self.train_steps
+        epoch = max(position, 0) // (self.steps_per_epoch + self._tail)
+        index = max(position, 0) - self._epoch_start(epoch)
+        return min(epoch * self.steps_per_epoch + min(index, self.steps_per_epoch), self.train_steps)
+
+    def next_training(self, position: int) -> int | None:
+        """The position of the first training micro-batch from `position` on, if there is one."""
+        if position < len(self) and self[position].kind != "train":
+            position = self.end_of_epoch(self[position].epoch)
+        return position if position < len(self) else None
 
     def settings(self) -> dict[str, int]:
         """What makes a position mean the same micro-batch in another run; the number of epochs does not."""
@@ -146,7 +176,6 @@ class StreamPlan:
             "eval_size": self.eval_size,
             "eval_batch_size": self.eval_batch_size,
             "statistics_batches": self.statistics_per_epoch,
-            "snapshot_every": self.snapshot_every,
         }
 
     def position_of_epoch(self, epoch: int) -> int:
@@ -171,9 +200,9 @@ class StreamPlan:
     def resumable(self, position: int) -> int:
         """The first position, from `position` on, at which a run can be stopped and resumed: not amid an evaluation,
         whose sums are not saved."""
-        if position >= len(self) or self[position].kind in ("train", "snapshot"):
+        if position >= len(self) or self[position].kind == "train":
             return position
-        if position and self[position - 1].kind in ("train", "snapshot"):
+        if position and self[position - 1].kind == "train":
             return position
         return self.end_of_epoch(self[position].epoch)
 
@@ -182,33 +211,23 @@ class StreamPlan:
         """Items after an epoch's training part."""
         return self.statistics_per_epoch + self.evaluations_per_epoch
 
-    def _snapshots(self, steps: int) -> int:
-        """Snapshot marks among the first `steps` training steps of the run and right after them."""
-        return steps // self.snapshot_every if self.snapshot_every else 0
-
-    def _marked(self, steps: int) -> int:
-        """Training and snapshot items up to and with the first `steps` steps: the position if there were no tails."""
-        return steps + self._snapshots(steps)
-
     def _epoch_start(self, epoch: int) -> int:
-        return self._marked(epoch * self.steps_per_epoch) + epoch * self._tail
+        return epoch * (self.steps_per_epoch + self._tail)
+
+    def _is_marked(self, item: Item, marks: Set[int]) -> bool:
+        if item.kind != "train":
+            return False
+        step = item.epoch * self.steps_per_epoch + item.index + 1
+        return item.position in marks or bool(self.snapshot_every and step % self.snapshot_every == 0)
 
     def _item(self, position: int) -> Item:
-        epoch = bisect_right(range(self.num_epochs), position, key=self._epoch_start) - 1
+        epoch = min(position // (self.steps_per_epoch + self._tail), self.num_epochs - 1)
         first = epoch * self.steps_per_epoch
-        stop = min(first + self.steps_per_epoch, self.train_steps)
-        # The place in the stream of training steps and snapshot marks alone, where marks stand at a fixed period.
-        marked = position - epoch * self._tail
-        beyond = marked - self._marked(stop)
-        if beyond >= 0:
-            return self._tail_item(position, epoch, beyond)
-        period = self.snapshot_every + 1
-        if self.snapshot_every and marked % period == self.snapshot_every:
-            index = marked // period - self._snapshots(first)
-            count = self._snapshots(stop) - self._snapshots(first)
-            return Item(position, "snapshot", epoch, index, 0, index == count - 1)
-        index = marked - (marked // period if self.snapshot_every else 0) - first
-        return self._data_item(position, "train", epoch, index, stop - first, self.batch_size, self.train_size)
+        count = min(self.steps_per_epoch, self.train_steps - first)
+        index = position - self._epoch_start(epoch)
+        if index >= count:
+            return self._tail_item(position, epoch, index - count)
+        return self._data_item(position, "train", epoch, index, count, self.batch_size, self.train_size)
 
     def _tail_item(self, position: int, epoch: int, index: int) -> Item:
         statistics = self.statistics_per_epoch

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         LocalLosses,
         LocalRule,
     )
-    from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Streams, Trainer
+    from unlocked.runtime import Evaluation, Processes, ReduceLROnPlateau, RunResult, Sequential, Streams, Trainer
+    from unlocked.runtime.exporting import export
+    from unlocked.runtime.saving.model_file import load
 
 __all__ = [
     "DRTP",
@@ -33,22 +35,31 @@ __all__ = [
     "LLS_MxM_reduced",
     "LLS_Random",
     "AdamWSF",
+    "Evaluation",
     "LayerInfo",
     "LocalLosses",
     "LocalRule",
     "Processes",
     "ReduceLROnPlateau",
+    "RunResult",
     "Sequential",
     "Streams",
     "Trainer",
     "__version__",
+    "export",
+    "load",
     "load_dataset",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdamWSF": "unlocked.kernels.schedule_free",
-    **dict.fromkeys(("Processes", "ReduceLROnPlateau", "Sequential", "Streams", "Trainer"), "unlocked.runtime"),
+    **dict.fromkeys(
+        ("Evaluation", "Processes", "ReduceLROnPlateau", "RunResult", "Sequential", "Streams", "Trainer"),
+        "unlocked.runtime",
+    ),
+    "export": "unlocked.runtime.exporting",
+    "load": "unlocked.runtime.saving.model_file",
     "load_dataset": "unlocked.data",
 }
 

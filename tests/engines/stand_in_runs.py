@@ -135,8 +135,6 @@ def fit_plainly(**options: Any) -> RunResult:
     return fit("sequential", **others)
 
 
-def run_on_stand_in(
-    removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False, **options: Any
-) -> tuple[RunResult, Device]:
-    with cuda_stand_in(removed, strict=strict, idle=idle) as device:
+def run_on_stand_in(removed: Iterable[str] = (), *, strict: bool = False, **options: Any) -> tuple[RunResult, Device]:
+    with cuda_stand_in(removed, strict=strict) as device:
         return fit("streams", device="cuda", **options), device

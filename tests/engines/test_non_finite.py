@@ -77,6 +77,7 @@ def test_weights_that_are_not_numbers_get_no_score(tmp_path: Path, capsys: Any) 
     file = tmp_path / "run" / "model_final.pt"
     torch.save({name: torch.full_like(value, float("nan")) if value.is_floating_point() else value
                 for name, value in torch.load(file).items()}, file)  # fmt: skip
+    file.with_name("model_final.pt.sha256").unlink()
     capsys.readouterr()
     assert evaluate.main([str(file)]) != 0
     out, err = capsys.readouterr()

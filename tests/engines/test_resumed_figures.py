@@ -77,14 +77,3 @@ def test_another_number_of_threads_is_said_once(engine: str, tmp_path: Path) -> 
     assert "2 threads where there were 1 (conv1, conv2, conv3, linear1, output)" in line
     assert "bits of its weights may differ" in line
     assert len(line.splitlines()) == 1
-
-
-def test_a_snapshot_of_an_earlier_release_is_silent(tmp_path: Path) -> None:
-    fit(trainer(snapshot_every=STEPS, snapshot_dir=tmp_path), epochs=1)
-    manifest = tmp_path / f"step-{STEPS:08d}" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    assert content.pop("threads") == dict.fromkeys(content["settings"]["layers"], 1)
-    manifest.write_text(json.dumps(content))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit(trainer(resume=tmp_path, snapshot_every=STEPS, snapshot_dir=tmp_path / "2", threads=2), epochs=2)

@@ -96,7 +96,7 @@ class StopAfter(MetricsSink):
         signal.raise_signal(signal.SIGINT)
 
 
-STOPPED: dict[str, Any] = {"test": 0, "train": 60, "queue_depth": 2, "graph_ticks": 2, "print_freq": 7}
+STOPPED: dict[str, Any] = {"test": 0, "train": 60, "queue_depth": 2, "graph_ticks": 2, "print_freq": 9}
 
 
 def test_a_stopped_run_has_waited_for_all_that_it_began() -> None:

@@ -116,6 +116,9 @@ def _optimizers() -> None:
             fused_optimizer = optim.FusedOptimizer([torch.zeros(5 + 1500 * i) for i in range(count)], kind)
             fused_optimizer.train()
             fused_optimizer.step([torch.zeros(5 + 1500 * i) for i in range(count)])
+            fused_optimizer.bfloat16_of(fused_optimizer.param_groups[0]["params"][0])
+            types = [torch.float32 if i % 2 else torch.bfloat16 for i in range(count)]
+            fused_optimizer.step([torch.zeros(5 + 1500 * i, dtype=types[i]) for i in range(count)])
 
 
 if __name__ == "__main__":

@@ -80,9 +80,16 @@ def ranks(
 
 
 @contextmanager
-def torchrun(size: int, command: Sequence[str], *, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """The same under torchrun, in a process group of its own."""
+def torchrun(
+    size: int, command: Sequence[str], *, prefix: Sequence[str] = (), restarts: int = 0
+) -> Iterator[subprocess.Popen[str]]:
+    """The same under torchrun, in a process group of its own.
+
+    Args:
+        restarts: how often it may start them all anew.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    launcher += [f"--max-restarts={restarts}"]
     process = subprocess.Popen(
         [*prefix, *launcher, *command],
         env=ENVIRONMENT,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from unlocked.launch import evaluate, pipeline
+from unlocked.runtime.saving.snapshots import write_manifest
 
 RUNS = {
     "LLS_M": ["--optimizer", "Adam", "--engine", "streams", "--stages", "2"],
@@ -142,6 +143,17 @@ def _with_manifest(text: str) -> Callable[[Path, Path], Path]:
     return make
 
 
+def _with_settings(settings: dict[str, object]) -> Callable[[Path, Path], Path]:
+    """A snapshot whose manifest is whole and has other settings."""
+
+    def make(runs: Path, folder: Path) -> Path:
+        shutil.copytree(runs / "LLS_M" / "snapshots" / "step-00000024", folder / "step-00000024")
+        write_manifest(folder, run="other", position=26, steps=24, settings=settings, files={})
+        return folder
+
+    return make
+
+
 def _cut_old_format(runs: Path, folder: Path) -> Path:
     """What torch wrote before 2020 and still reads, cut in its middle."""
     path = folder / "old.pt"
@@ -168,9 +180,9 @@ def _cut_old_format(runs: Path, folder: Path) -> Path:
         (_configured('{"settings": {"model": ["x"]}}'), [], ["config.json", "model is ['x']"]),
         (_configured('{"settings": {"dropout": 1}}'), [], ["config.json", "dropout is 1; it must be"]),
         (_with_manifest('{"position": 1e400}'), ["--dataset", "digits"], ["manifest.json is damaged"]),
-        (_with_manifest('{"format": 2, "position": 1, "steps": 1, "settings": 3}'), [], ["manifest.json is damaged"]),
+        (_with_manifest('{"format": 3, "position": 1, "steps": 1, "settings": 3}'), [], ["manifest.json is damaged"]),
         (
-            _with_manifest('{"format": 2, "position": 1, "steps": 1, "settings": {"train_size": 1438}}'),
+            _with_settings({"train_size": 1438}),
             ["--dataset", "digits"],
             ["can't be scored as SmallConv on digits", "KeyError"],
         ),
@@ -229,3 +241,14 @@ def test_a_resumed_run_keeps_the_best_of_its_earlier_part(tmp_path: Path) -> Non
         assert found.keys() == ({"mark"} if better else whole.keys())
         assert better or all(torch.equal(found[name], value) for name, value in whole.items())
     assert not list(record.parent.glob("candidate-*"))
+
+
+def test_rules_whose_prediction_is_another_are_refused() -> None:
+    from unlocked.launch.evaluate import _check_rule
+
+    with pytest.raises(ValueError, match="made of all layers' scores"):
+        _check_rule("ForwardForward", is_snapshot=False)
+    with pytest.raises(ValueError, match="belong to its two views"):
+        _check_rule("BarlowTwins", is_snapshot=True)
+    _check_rule("BarlowTwins", is_snapshot=False)
+    _check_rule("LLS", is_snapshot=True)

@@ -1,13 +1,15 @@
 """The same command line begins a run, goes on with it after any end, and comes to the same bits."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import PIPELINE, first_error, ranks
+from ranks import PIPELINE, first_error, ranks, torchrun
+from test_recovery import await_line, worker_pid
 
 from unlocked.launch.pipeline import main
 from unlocked.runtime.saving.snapshots import find_snapshot, newest_whole
@@ -116,3 +118,23 @@ def test_a_stopped_run_goes_on_from_where_it_stopped(engine: str, tmp_path: Path
     assert ended["weights_sha256"] == expected["weights_sha256"]
     assert ended["epoch_results"][-1] == expected["epoch_results"][-1]
     assert torch.load(tmp_path / "cut" / "model_final.pt", weights_only=True)
+
+
+@pytest.mark.alone
+def test_torchrun_brings_a_run_to_its_end_although_rank_0_is_killed_twice(tmp_path: Path) -> None:
+    """No step by hand in between; snapshots come by the clock."""
+    flags = ["--plain", "--dropout", "0.2", "--num-epochs", "18", "--batch-size", "100", "--resume", "auto"]
+    assert main([*flags, *folder(tmp_path, "whole")]) == 0
+    flags += ["--snapshot-every", "0.1s", *folder(tmp_path, "cut")]
+    with torchrun(2, [str(PIPELINE), *flags], restarts=3) as process:
+        for epoch in (6, 12):
+            await_line(process, f"^epoch {epoch}/18")
+            os.kill(worker_pid(process.pid, 0), signal.SIGKILL)
+        text = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, text
+    ended, expected = summary(tmp_path, "cut"), summary(tmp_path, "whole")
+    assert ended["weights_sha256"] == expected["weights_sha256"]
+    assert ended["epoch_results"][-1] == expected["epoch_results"][-1]
+    assert (ended["steps"], ended["first_step"] > 0) == (270, True)
+    log = (tmp_path / "cut" / "train.log").read_text()
+    assert log.count("Resumed at position") == 2

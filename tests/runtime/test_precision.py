@@ -1,7 +1,9 @@
 """What is computed in which type, that every placement computes it alike, and how far bfloat16 is from the truth."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +87,15 @@ def layer(kind: str, precision: str, kernels: str, optimizer: type = torch.optim
     )  # fmt: skip
     rule = CrossEntropy() if block.is_output else LLS_MxM()(info)
     step = choose_step(kernels, CPU)
-    return Layer(block, rule, info, partial(optimizer, lr=1.0), device=CPU, step=step, precision=precision)
+    return Layer(
+        block,
+        rule,
+        info,
+        optimizer if issubclass(optimizer, Descent) else partial(optimizer, lr=1.0),
+        device=CPU,
+        step=step,
+        precision=precision,
+    )
 
 
 def inputs(kind: str) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,83 @@ def test_weights_statistics_and_optimizer_stay_float32(kind: str) -> None:
     tensors += [t for s in state["optimizer"]["state"].values() for t in s.values()]
     assert {t.dtype for t in tensors if isinstance(t, Tensor)} <= {torch.float32, torch.int64}
     assert tested.infer(x, "evaluate").dtype == (torch.float32 if kind == "output" else torch.bfloat16)
+
+
+class Descent:
+    """Schedule-free like: in evaluation the weights are elsewhere."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": 0.1}]
+        self._trains = True
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor]) -> None:
+        for p, grad in zip(self.param_groups[0]["params"], grads, strict=True):
+            p.sub_(0.1 * grad.float())
+
+    def train(self) -> None:
+        self._switch(True)
+
+    def eval(self) -> None:
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, trains: bool) -> None:
+        for p in self.param_groups[0]["params"] if trains != self._trains else ():
+            p.mul_(0.5 if trains else 2.0)
+        self._trains = trains
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trains": self._trains}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._trains = state["trains"]
+
+
+class DescentWithCopies(Descent):
+    """As Triton's, whose kernel writes them on the way."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params)
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def bfloat16_of(self, param: Tensor) -> Tensor:
+        if param not in self._copies:
+            self._copies[param] = param.detach().to(torch.bfloat16, copy=True)
+        return self._copies[param]
+
+    def renew_bfloat16(self) -> None:
+        for param, half in self._copies.items():
+            half.copy_(param.detach())
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        assert any(grad.dtype == torch.bfloat16 for grad in grads)
+        super().step(grads)
+        self.renew_bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["conv", "depthwise", "linear"])
+def test_weights_that_the_optimizer_casts_are_those_that_a_step_would(kind: str) -> None:
+    """After steps, after an evaluation, and after other weights were loaded."""
+    x, labels = inputs(kind)
+    plain, kept = (layer(kind, "bf16", "auto", optimizer) for optimizer in (Descent, DescentWithCopies))
+
+    def assert_equal() -> None:
+        for tested in (plain, kept):
+            tested.forward(x)
+            tested.update(labels)
+        for a, b in zip(plain.parameters, kept.parameters, strict=True):
+            assert torch.equal(a, b)
+
+    start = copy.deepcopy(plain.state_dict())
+    assert_equal()
+    assert_equal()
+    assert torch.equal(plain.infer(x, "evaluate"), kept.infer(x, "evaluate"))
+    assert_equal()
+    for tested in (plain, kept):
+        tested.load_state_dict(copy.deepcopy(start))
+    assert_equal()
+    assert kept.step.body.bfloat16_of is not None
 
 
 def test_backpropagation_in_bfloat16() -> None:

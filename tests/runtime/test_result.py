@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unlocked.runtime.metrics.records import EpochResult
-from unlocked.runtime.result import RunResult, pack_tensors, unpack_tensors, weights_digest
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.tensors import pack_tensors, unpack_tensors, weights_digest
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 

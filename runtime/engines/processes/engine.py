@@ -8,7 +8,7 @@ same window of the stream.
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from unlocked.runtime.control.ending import Verdict, end_process, error_line, la
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import epochs_before, steps_before
+from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import SharedRefusal
 from unlocked.runtime.engines.processes.options import (
@@ -31,13 +32,15 @@ from unlocked.runtime.engines.processes.options import (
 )
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
+from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.machine import occupy_cores
-from unlocked.runtime.result import RunResult, unpack_tensors
+from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
+from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
 
 __all__ = ["Processes"]
@@ -47,8 +50,8 @@ _COORDINATOR = "the coordinator"  # how the client begins where it misses that
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(ProcessesOptions):
-    """A process per stage, under torchrun: this one runs its stage; rank 0 also runs the coordinator and returns the
-    whole result."""
+    """A process per stage. Under torchrun this one runs its stage; rank 0 also runs the coordinator and returns the
+    whole result. Without a launcher, in a script or a notebook, this one starts all of them on its machine."""
 
     name: ClassVar[str] = "processes"
 
@@ -62,6 +65,8 @@ class Processes(ProcessesOptions):
             SetUp.join(World.from_environment())
 
     def run(self, job: Job, make_sinks: SinkMaker) -> RunResult:
+        if not has_launcher():
+            return run_spawned(self, job, make_sinks)
         began = time.perf_counter()
         world = World.from_environment()
         num_stages = _number_of_stages(job, world, self.stages)
@@ -83,6 +88,7 @@ class Processes(ProcessesOptions):
                 device = _device(job, world)
                 publish = partial(hub.publish, device) if hub else None
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
+                job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 names = [[job.network.names[i] for i in part] for part in parts]
                 client = self._client(job, world, terms["address"], names, set_up)
@@ -90,7 +96,7 @@ class Processes(ProcessesOptions):
                     check_same_settings(settings_of(job, self), terms["settings"])
                     agree_on_start_weights(job, store, world, self.start_timeout)
                     worker = Worker(job, self, world, store, parts, client, device)
-                    closing.callback(worker.stage.close)
+                    closing.callback(worker.close)
                     if hub is not None:
                         hub.learn_threads(parts, worker.threads)
                     client.wait_started()
@@ -151,12 +157,7 @@ def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
 def _device(job: Job, world: World) -> torch.device:
     device = job.device
     if device.type == "cuda" and device.index is None:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {world.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
-                "found); start one process per GPU, or use --engine streams on one GPU"
-            )
-        device = torch.device("cuda", world.local_rank)
+        device = pick_device(world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else events and messages would go to the first one
     return device
@@ -239,8 +240,8 @@ def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mappi
         engine=job.engine,
         stages=names,
         epochs_done=epochs_before(job.plan, worker.position),
-        steps=steps_before(job.plan, worker.position),
-        first_step=steps_before(job.plan, job.start),
+        steps=job.plan.steps_before(worker.position),
+        first_step=job.plan.steps_before(job.start),
         threads=worker.threads,
         train_seconds=payload["train_seconds"],
         setup_seconds=payload["setup_seconds"],

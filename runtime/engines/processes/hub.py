@@ -8,21 +8,21 @@ import torch
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.control.messages import RunFailed
+from unlocked.runtime.control.messages import Files, RunFailed
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import (
-    complete_snapshot,
     epochs_before,
-    steps_before,
     stop_position,
     warn_of_threads,
 )
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
+from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
-from unlocked.runtime.result import RunResult, unpack_tensors, weights_digest
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.tensors import unpack_tensors, weights_digest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
@@ -40,6 +40,7 @@ class Hub:
         self._coordinator: Coordinator | None = None
         self._threads: list[int] = []  # of every stage's process
         self._layer_threads: dict[str, int] = {}
+        self._marks = timed_marks(job)
 
     def publish(self, device: torch.device) -> dict[str, Any]:
         """Decides who owns what and opens the coordinator; what every rank must know."""
@@ -60,7 +61,8 @@ class Hub:
             port=options.coordinator_port,
             gate=_gate(job),
             sink=self._sinks,
-            on_snapshot=lambda position: complete_snapshot(job, position, self._layer_threads),
+            marks=self._marks,
+            on_snapshot=self._complete,
             stop_at=partial(stop_position, job),
             start_timeout=options.start_timeout,
             heartbeat_timeout=heartbeat_timeout(job),
@@ -73,7 +75,12 @@ class Hub:
             "address": coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
             "settings": settings_of(job, options),
+            "run": job.run,
         }
+
+    def _complete(self, position: int, files: Files) -> None:
+        complete_snapshot(self._job, position, self._layer_threads, files)
+        self._marks.complete(position)
 
     def learn_threads(self, parts: Sequence[range], threads: Sequence[int]) -> None:
         """Takes the number of threads of every stage's process, and warns of others than before a resume."""
@@ -105,8 +112,8 @@ class Hub:
             stages=names,
             epochs=self._coordinator.epochs,
             epochs_done=epochs_before(job.plan, stages[0]["position"]),
-            steps=steps_before(job.plan, stages[0]["position"]),
-            first_step=steps_before(job.plan, job.start),
+            steps=job.plan.steps_before(stages[0]["position"]),
+            first_step=job.plan.steps_before(job.start),
             train_seconds=seconds,
             setup_seconds=stages[0]["setup_seconds"],
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),

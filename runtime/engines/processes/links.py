@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from unlocked.runtime.control.ending import last_act
 from unlocked.runtime.control.world import World
+from unlocked.runtime.engines.processes.device_links import link_on_device, may_share
 from unlocked.runtime.engines.processes.rendezvous import await_keys
+from unlocked.workers.device_edges import SIGNAL
 from unlocked.workers.edges import InEdge, OutEdge, SlotLayout, make_edges
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.shared_edges import SharedListener, SharedOutEdge
@@ -42,8 +44,8 @@ def link_stages(
 
     Args:
         incoming, outgoing: what travels from rank - 1 and to rank + 1; None at the ends of the pipeline.
-        transport: "shared" (one machine, CPU), "group" (Gloo or NCCL), or "auto": shared where all edges can be made
-            so, which is tried.
+        transport: "shared" (the memory of one machine's CPUs, or of one GPU that all ranks are on), "group" (Gloo, or
+            NCCL with one rank per GPU), or "auto": shared where all edges can be made so, which is tried.
         names: of the stages, for messages.
 
     Raises:
@@ -52,7 +54,13 @@ def link_stages(
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport {transport!r} is not known; valid: {', '.join(TRANSPORTS)}")
-    if transport == "shared" and device.type != "cpu":
+    if device.type == "cuda":
+        on_device, problem = may_share(store, world, device, transport, timeout)
+        if on_device:
+            return _link_on_device(store, world, incoming, outgoing, depth, device, timeout, names)
+        if problem is not None:
+            raise SharedRefusal(problem)
+    elif transport == "shared" and device.type != "cpu":
         raise SharedRefusal(f"transport 'shared' needs stages on CPUs, not on {device.type}; use 'group' or 'auto'")
     if transport != "group" and device.type == "cpu":
         shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names)
@@ -74,6 +82,35 @@ def link_stages(
         timeout=timedelta(seconds=timeout * (_PATIENCE if on_gpu else 1)),
     )
     return make_edges(incoming, outgoing, rank=world.rank, depth=depth, device=device, timeout=timeout)
+
+
+def _link_on_device(
+    store: dist.Store,
+    world: World,
+    incoming: SlotLayout | None,
+    outgoing: SlotLayout | None,
+    depth: int,
+    device: torch.device,
+    timeout: float,
+    names: Sequence[str],
+) -> tuple[InEdge | None, OutEdge | None]:
+    """Edges in the memory of a GPU that all ranks share, with edges in the machine's memory by which hosts tell each
+    other."""
+    signals = [None if layout is None else SIGNAL for layout in (incoming, outgoing)]
+    shared = _SharedLinks(store, world, signals[0], signals[1], depth, timeout, names)
+    problem = shared.agree()
+    if problem is None:
+        heard = None if incoming is None or shared.inbox is None else (incoming, shared.inbox)
+        told = None if outgoing is None or shared.outbox is None else (outgoing, shared.outbox)
+        edges = link_on_device(store, world, heard, told, depth=depth, device=device, timeout=timeout, names=names)
+        if not isinstance(edges, str):
+            return edges
+        problem = edges
+    shared.close()
+    raise SharedRefusal(
+        f"ranks that share a GPU can't be linked: {problem}; use --engine streams, which has one process, or one "
+        "process per GPU"
+    )
 
 
 class _SharedLinks:

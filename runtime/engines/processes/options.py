@@ -9,6 +9,7 @@ from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.processes.links import TRANSPORTS
 from unlocked.runtime.fields import LONGEST_WAIT, setting
 from unlocked.runtime.job import Job
+from unlocked.runtime.saving.identity import differences
 
 __all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "settings_of"]
 
@@ -20,7 +21,9 @@ class ProcessesOptions(PipelineOptions):
     """How processes find each other and move activations."""
 
     transport: str = setting(
-        "auto", "between processes: auto, shared (memory of one machine) or group (Gloo, NCCL)", choices=TRANSPORTS
+        "auto",
+        "between processes: auto, shared (memory of one machine, or of one GPU) or group (Gloo, NCCL)",
+        choices=TRANSPORTS,
     )
     pin: bool = setting(
         True,
@@ -53,11 +56,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
 
 
 def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name} is {value!r} here and {theirs.get(name)!r} in rank 0"
-        for name, value in mine.items()
-        if value != theirs.get(name)
-    ]
+    wrong = [f"{name} is {here} here and {there} in rank 0" for name, here, there in differences(mine, theirs)]
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags")
 

@@ -14,7 +14,7 @@ from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.rendezvous import exchange
 from unlocked.runtime.job import Job
-from unlocked.runtime.result import pack_tensors, unpack_tensors, weights_digest
+from unlocked.runtime.tensors import pack_tensors, unpack_tensors, weights_digest
 
 __all__ = ["agree_on_start_weights", "remember_owners"]
 

@@ -1,6 +1,7 @@
 """One rank's stage with its edges, and its way through the windows of the stream."""
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +10,18 @@ import torch.distributed as dist
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import stage_name
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import save_stage, saves_stop
+from unlocked.runtime.engines.one_process import saves_stop
 from unlocked.runtime.engines.processes.links import link_stages
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.rendezvous import meet
+from unlocked.runtime.engines.saver import StageSaver
 from unlocked.runtime.faults import faults_from_environment, trigger
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
 from unlocked.runtime.metrics.reporter import StageReporter
-from unlocked.runtime.result import pack_tensors
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.tensors import pack_tensors
 from unlocked.workers.actions import Item
 from unlocked.workers.cargo import CargoLayout
 from unlocked.workers.edges import SlotLayout
@@ -53,6 +55,7 @@ class Worker:
         self.cores = own_cores(world.local_rank, world.local_size) if options.pin and device.type == "cpu" else []
         if job.resume is not None:
             load_layers(job.resume, self.stage.layers)
+        self.saver = StageSaver(job, client.snapshot_done, rank=world.rank)
         self.stopwatch = Stopwatch(keep=job.settings.trace is not None)
         self.reporter = StageReporter(
             self.stage,
@@ -102,19 +105,24 @@ class Worker:
             rank=world.rank,
             inbox=inbox,
             outbox=outbox,
-            snapshot=self._snapshot,
+            snapshot=partial(self.saver.mark, self.stage),
             before_item=self.reporter.before,
             after_item=self._after,
             stopwatch=self.stopwatch,
             before_action=trigger(faults_from_environment(), self.index, incarnation=0),
         )
 
+    def close(self) -> None:
+        """Lets go of the data and of the thread that writes snapshots. Idempotent."""
+        self.stage.close()
+        self.saver.close()
+
     def run(self) -> dict[str, Any]:
         """Works through all windows; the stage's final payload."""
         self.stopwatch.restart()
         began = time.perf_counter()
         for window in self.client.windows(self.job.settings.timeout):
-            items = list(self.job.plan.items(window.start, window.stop))
+            items = list(self.job.plan.items(window.start, window.stop, self.client.marks))
             self.loop.run(items, stage_actions(self.index, self.num_stages, items))
         self.stage.close()
         if self.outbox is not None:
@@ -125,7 +133,8 @@ class Worker:
         seconds = time.perf_counter() - began
         self.reporter.check_weights(self.position)
         if self.client.stopped and saves_stop(self.job, self.position):
-            self._save(self.position)
+            self.saver.save(self.stage, self.position)
+        self.saver.finish()
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
         return {
@@ -142,11 +151,4 @@ class Worker:
     def _after(self, item: Item) -> None:
         self.position = item.position + 1
         self.reporter.after(item)
-
-    def _snapshot(self, item: Item) -> None:
-        self._save(item.position + 1)
-
-    def _save(self, position: int) -> None:
-        """This stage's part of the snapshot from which a run goes on at `position`."""
-        save_stage(self.job, self.stage, position)
-        self.client.snapshot_done(position)
+        self.saver.check()

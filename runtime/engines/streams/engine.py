@@ -24,18 +24,17 @@ from unlocked.models import LinearBlock, OutputBlock
 from unlocked.runtime.engines.one_process import (
     LocalOutlet,
     finish_result,
-    save_stopped,
     stop_position,
     threads_of,
     warn_of_threads,
-    write_stage_snapshot,
 )
 from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.fields import setting
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.reporter import StageReporter, read_together
 from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
@@ -115,6 +114,7 @@ class _Run:
 
     def __init__(self, job: Job, make_sinks: SinkMaker, options: Streams) -> None:
         self.job, self.device, self.plan, self.options = job, job.device, job.plan, options
+        self.saver = RunSaver(job)
         self.parts = _partition(job, options.stages)
         self.streams, self._contexts = make_streams(options.green_contexts, job.device, len(self.parts))
         self.traced = job.settings.trace is not None
@@ -159,7 +159,7 @@ class _Run:
             entry,
             exit,
             self.streams[k],
-            snapshot=partial(self._snapshot, k),
+            snapshot=lambda item: self.saver.mark(self.lanes[k].stage, item),
             before_item=lambda item: self.reporters[k].before(item),
             after_item=lambda item: self.reporters[k].after(item),
             stopwatch=self.stopwatches[k],
@@ -189,7 +189,8 @@ class _Run:
                     break
             self._synchronize()
             if signals.received is not None:
-                save_stopped(self.job, [lane.stage for lane in self.lanes], self._end)
+                self.saver.save_stopped([lane.stage for lane in self.lanes], self._end)
+            self.saver.finish()
         except BaseException:
             # Nobody may free or reuse what the device still works on. If that is what failed, the cause is on its way.
             with contextlib.suppress(RuntimeError):
@@ -212,17 +213,20 @@ class _Run:
                 self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
                     break
+            self.saver.marks.look(tick, time.monotonic())
             graph = self._launch_ticks(tick)
             if graph is None:
                 self._sample(tick)
                 self._issue(tick)
             tick += graph.ticks if graph else 1
-            for reporter in self.reporters:
-                reporter.poll()
+            # One by one: what the first still waits for is mostly what all wait for.
+            all(reporter.poll() for reporter in self.reporters)
+            self.saver.check()
         for reporter in self.reporters:  # what the next segment's learning rate may depend on
             reporter.poll(wait=True)
 
     def close(self) -> None:
+        self.saver.close()
         for lane in self.lanes:
             lane.stage.close()
 
@@ -251,16 +255,15 @@ class _Run:
 
     def _issue(self, tick: int) -> None:
         """One tick, stage by stage. Later stages first: they read a slot before the stage before them refills it."""
+        for graph in self.graphs.values():
+            graph.place.leave()
         for k, lane in reversed(list(enumerate(self.lanes))):
             position = tick - k
             if not self._first <= position < self._end:
                 continue
-            item = self.plan[position]
+            items = list(self.plan.items(position, position + 1, self.saver.marks.positions))
             with lane.on_stream():
-                lane.run([item], stage_actions(k, len(self.lanes), [item]))
-
-    def _snapshot(self, stage: int, item: Item) -> None:
-        write_stage_snapshot(self.job, self.lanes[stage].stage, item, last=stage == len(self.lanes) - 1)
+                lane.run(items, stage_actions(k, len(self.lanes), items))
 
     def _launch_ticks(self, tick: int) -> TickGraph | None:
         """Launches the tick graph that begins here, if there is one: all of its micro-batches are full ones of one kind
@@ -277,22 +280,27 @@ class _Run:
             return None
         if newest.epoch != oldest.epoch or newest.index - oldest.index != lag + graph.ticks - 1:
             return None
+        if self.plan.has_mark(tick - lag, tick + graph.ticks, self.saver.marks.positions):
+            return None
         self._launch(graph, oldest, lag)
         return graph
 
     def _launch(self, graph: TickGraph, oldest: Item, lag: int) -> None:
         if self.events is not None:
             self.events.cut()
-        firsts = [
-            Item(oldest.position + n, oldest.kind, oldest.epoch, oldest.index + n, oldest.size, False)
-            for n in range(lag, -1, -1)
-        ]
+
+        def items(later: int) -> list[Item]:
+            return [
+                Item(oldest.position + n, oldest.kind, oldest.epoch, oldest.index + n, oldest.size, False)
+                for n in range(lag + later, later - 1, -1)
+            ]
+
+        firsts = items(0)
         graph.launch(firsts[0])
-        for lane, reporter, first in zip(self.lanes, self.reporters, firsts, strict=True):
-            due = reporter.skip(first, graph.ticks)
-            if due is not None:
-                with lane.on_stream():
-                    reporter.read(due)
+        due = [reporter.skip(first, graph.ticks) for reporter, first in zip(self.reporters, firsts, strict=True)]
+        if due[-1]:  # the last stage's sums are reported; the others' are looked at on the way
+            with graph.place.on_stream():
+                read_together(self.reporters, items(graph.ticks - 1))
         self._collect()
         if graph.stream is not None:
             event = torch.cuda.Event()

@@ -5,7 +5,7 @@ others: on a GPU one CUDA graph, in which the stages run side by side.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from unlocked.workers.stamps import DeviceClock, DeviceStamp
 __all__ = ["TickGraph", "capture"]
 
 _WARM_UPS = 3  # of every kind of micro-batch before a capture, as torch's own capturing helpers make
-_SAMPLE = 16  # of so many launches one is timed, where not all are
+_SAMPLE = 32  # of so many launches one is timed, where not all are
 # An epoch has fewer micro-batches of the other kinds: their graphs have a part of the ticks, so that most fit in.
 _TAIL_SHARE = 4
 
@@ -42,8 +42,9 @@ def capture(
         The tick graphs: none of a kind of which an epoch has too few for one, nor where the data is not where captured
         work can read it.
     """
-    items = islice(job.plan.items(job.start), 2 * (len(job.plan) // job.plan.num_epochs + 1))
-    shapes = list(dict.fromkeys((item.kind, item.size) for item in items if item.kind != "snapshot"))
+    items = (item for item in job.plan.items(job.start) if item.kind != "snapshot")
+    some = islice(items, 2 * (len(job.plan) // job.plan.num_epochs + 1))
+    shapes = list(dict.fromkeys((item.kind, item.size) for item in some))
     source = lanes[0].stage.source
     runs: list[_Run] = []
     if isinstance(source, BatchSource):
@@ -56,7 +57,7 @@ def capture(
             with lane.on_stream():
                 for kind, size in shapes:
                     lane.capture(kind, size)
-        place = _Place.on(job.device)
+        place = Place(job.device, lanes)
         graphs = {run.kind: TickGraph(lanes, run, place, timed=timed) for run in runs}
         if on_device:
             for lane in lanes:
@@ -81,17 +82,44 @@ class _Run(NamedTuple):
     """The ticks at which a launch may begin are its multiples; there the rings' slots are those captured."""
 
 
-class _Place(NamedTuple):
-    """Where tick graphs are captured and launched: one after the other, so that they share their memory."""
+class Place:
+    """Where tick graphs are captured and launched: one after the other, so that they share their memory.
 
-    stream: torch.cuda.Stream | None
-    pool: Any
+    Between two tick graphs that follow each other the lanes have nothing to do: they are waited for at the first, and
+    wait for the last.
+    """
 
-    @classmethod
-    def on(cls, device: torch.device) -> "_Place":
-        if device.type != "cuda":
-            return cls(None, None)
-        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+    def __init__(self, device: torch.device, lanes: Sequence[Lane]) -> None:
+        self._lanes = list(lanes)
+        self._entered = False
+        self.stream: torch.cuda.Stream | None = None
+        """None on a CPU."""
+        self.pool: Any = None
+        if device.type == "cuda":
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def enter(self) -> None:
+        """What is issued to the place's stream from now on comes after all that the lanes have."""
+        if self.stream is None or self._entered:
+            return
+        for lane in self._lanes:
+            assert lane.stream is not None
+            self.stream.wait_stream(lane.stream)
+            lane.entry.forget_events()
+        self._entered = True
+
+    def leave(self) -> None:
+        """What the lanes get next comes after all that was issued to the place's stream."""
+        if self.stream is None or not self._entered:
+            return
+        for lane in self._lanes:
+            assert lane.stream is not None
+            lane.stream.wait_stream(self.stream)
+        self._entered = False
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Everything inside is issued to the place's stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
 class TickGraph:
@@ -102,20 +130,21 @@ class TickGraph:
     then; for a trace there are two such copies of every graph and no other, so that one is read while the other runs.
     """
 
-    def __init__(self, lanes: Sequence[Lane], run: _Run, place: _Place, *, timed: bool) -> None:
+    def __init__(self, lanes: Sequence[Lane], run: _Run, place: Place, *, timed: bool) -> None:
         self.kind, self.rows, self.ticks, self.alignment = run
         self._lanes = list(lanes)
         self._launches = 0
         self.clock: DeviceClock | None = None
         """Gets the times of timed launches, on a GPU."""
-        self.stream = place.stream
+        self.place, self.stream = place, place.stream
         self._set_mode()
         copies = 0 if self.stream is None else 2 if timed else self.kind == "train"
         self._timed = [_TimedCopy(self, place.pool) for _ in range(copies)]
         self._plain = None if timed and self._timed else self._capture(place.pool)
 
     def launch(self, first: Item) -> None:
-        """Runs the ticks whose stage 0 begins at `first`. Ordered after all lanes, and they after it."""
+        """Runs the ticks whose stage 0 begins at `first`. Ordered after all lanes; they come after it by
+        `place.leave`."""
         source = self._lanes[0].stage.source
         assert isinstance(source, BatchSource)
         if self.stream is None:
@@ -138,9 +167,11 @@ class TickGraph:
     def try_captured(self) -> None:
         """Launches each copy once; see `Lane.try_captured`."""
         self._set_mode()
-        with self._between_lanes():
+        self.place.enter()
+        with self.place.on_stream():
             for captured in [*([self._plain] if self._plain else []), *(copy.captured for copy in self._timed)]:
                 captured.launch()
+        self.place.leave()
 
     def _launch_on_device(self, source: BatchSource, first: Item) -> None:
         captured, copy = self._plain, None
@@ -150,26 +181,12 @@ class TickGraph:
             assert self.clock is not None
             copy.collect(self.clock, wait=True)  # before its events are recorded anew
         self._launches += 1
-        with self._between_lanes():
+        self.place.enter()
+        with self.place.on_stream():
             source.seek(first, self.ticks)
             captured.launch()
             if copy is not None:
                 copy.started(first.position)
-        for lane in self._lanes:
-            lane.entry.forget_events()
-
-    @contextmanager
-    def _between_lanes(self) -> Iterator[None]:
-        """What is issued inside comes after all that the lanes have, and before all that they get next."""
-        assert self.stream is not None
-        for lane in self._lanes:
-            assert lane.stream is not None
-            self.stream.wait_stream(lane.stream)
-        with torch.cuda.stream(self.stream):
-            yield
-        for lane in self._lanes:
-            assert lane.stream is not None
-            lane.stream.wait_stream(self.stream)
 
     def _capture(self, pool: Any) -> Captured:
         """One copy. What is captured waits for nothing outside, and nothing outside for what is in it."""

@@ -1,17 +1,15 @@
 """The page: complete, offline, honest about what is missing, and as a real browser shows it."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser import CONTRAST, Browser, open_browser
 from sample_report import sample_memory, sample_report, sample_stages
 
 pytest.importorskip("matplotlib")
@@ -22,23 +20,6 @@ from unlocked.comparison.report.page import write_page
 from unlocked.comparison.report.sections import Section
 from unlocked.comparison.results import Report
 from unlocked.comparison.stages.page import stages_section
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
-DRIVER = shutil.which("chromedriver") or ""
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-)
 
 
 def _studies() -> list[Section]:
@@ -136,81 +117,33 @@ def test_the_same_report_gives_the_same_page(page: Path, tmp_path: Path) -> None
     assert again.read_bytes() == page.read_bytes()
 
 
-# What a browser is asked: the smallest contrast of a text with what lies behind it, and how wide the page is.
-CONTRAST = """
-const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-  .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const behind = e => {
-  for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c.length < 4 || c[3] > 0) return c;
-  }
-  return [255, 255, 255];
-};
-const onColour = getComputedStyle(document.documentElement).getPropertyValue('--on-colour').trim();
-const probe = document.createElement('i'); probe.style.color = onColour; document.body.append(probe);
-const spare = getComputedStyle(probe).color; probe.remove();
-const found = [];
-for (const e of document.querySelectorAll('body *')) {
-  const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join('');
-  if (!text || !e.getClientRects().length) continue;
-  const inSvg = e instanceof SVGElement;
-  const colour = inSvg ? getComputedStyle(e).fill : getComputedStyle(e).color;
-  if (inSvg && colour === spare) continue;
-  const [a, b] = [light(parse(colour)), light(behind(inSvg ? e.closest('figure') : e))].sort((x, y) => y - x);
-  const height = inSvg ? e.getBoundingClientRect().height : parseFloat(getComputedStyle(e).fontSize);
-  found.push({text, contrast: (a + 0.05) / (b + 0.05), height});
-}
-return found;
-"""
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("needs chromium and chromedriver")
-    selenium = pytest.importorskip("selenium.webdriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(browser: Any, page: Path, width: int, scheme: str) -> None:
-    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get_log("performance")
-    browser.get(page.as_uri())
+def test_in_a_browser(browser: Browser, page: Path, width: int, scheme: str) -> None:
+    browser.look_as(width, scheme)
+    assert browser.open(page.as_uri()) == [page.as_uri()]
+    assert browser.complaints() == []
 
-    assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert [url for url in sent if not url.startswith("data:")] == [page.as_uri()]
-
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    shown = browser.find_element("id", "verdict")
+    assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    shown = browser.find("#verdict")
     assert shown.is_displayed()
     assert "1.15 times" in shown.text
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    background = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
 
-    texts = browser.execute_script(CONTRAST)
+    texts = browser.run(CONTRAST)
     assert len(texts) > 100
     assert [t for t in texts if t["contrast"] < 4.5] == []
     assert [t for t in texts if t["height"] < 9] == []
     visible = "return [...document.querySelectorAll('svg')].filter(e => e.getClientRects().length).length"
-    assert browser.execute_script(visible) == 7
+    assert browser.run(visible) == 7
     cut = """
         return [...document.querySelectorAll('svg')].filter(e => e.getClientRects().length).flatMap(svg => {
           const frame = svg.getBoundingClientRect();
@@ -220,21 +153,18 @@ def test_in_a_browser(browser: Any, page: Path, width: int, scheme: str) -> None
           }).map(t => t.textContent);
         });
     """
-    assert browser.execute_script(cut) == []
+    assert browser.run(cut) == []
 
 
 @pytest.mark.alone
-def test_a_browser_sees_a_request_and_an_overflow(browser: Any, tmp_path: Path) -> None:
+def test_a_browser_sees_a_request_and_an_overflow(browser: Browser, tmp_path: Path) -> None:
     """The check of the browser's checks: a page that breaks them is seen to."""
     bad = tmp_path / "bad.html"
     bad.write_text('<img src="missing.png" width="2000"><p style="color:#999">pale</p>')
-    browser.get_log("performance")
-    browser.get(bad.as_uri())
-    assert browser.get_log("browser") != []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    assert sum(m["method"] == "Network.requestWillBeSent" for m in messages) == 2
-    assert browser.execute_script("return document.documentElement.scrollWidth > window.innerWidth")
-    assert [t["text"] for t in browser.execute_script(CONTRAST) if t["contrast"] < 4.5] == ["pale"]
+    assert len(browser.open(bad.as_uri())) == 2
+    assert browser.complaints() != []
+    assert browser.run("return document.documentElement.scrollWidth > window.innerWidth")
+    assert [t["text"] for t in browser.run(CONTRAST) if t["contrast"] < 4.5] == ["pale"]
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path: Path) -> None:

@@ -27,18 +27,22 @@ class Device:
     Args:
         removed: waits that are left out, by the names that `waits` has.
         strict: see `Order`.
-        idle: graphs do nothing when they are launched.
 
     Attributes:
         waits: how often each wait was asked for: `kind: function < its caller`, with `in a graph` inside of a capture.
         host_waits: those of them in which the host waits for the device, reads of its values included.
         order: who accessed what after what.
         launches, operations: graphs launched, and operations on the device outside of their launches, so far.
+        uuid, count: the device's name, and how many devices there seem to be.
+        opens: whether memory and events that a process shows can be opened by another (threads stand for processes).
         most_ahead: graphs of many streams that were launched before the host knew that the first of them had begun.
     """
 
-    def __init__(self, removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False) -> None:
-        self.removed, self.idle = frozenset(removed), idle
+    def __init__(self, removed: Iterable[str] = (), *, strict: bool = False) -> None:
+        self.removed = frozenset(removed)
+        self.uuid, self.count = "GPU-0", 2
+        self.opens = True
+        self._exported: dict[bytes, Any] = {}
         self.memory, self.order = Memory(), Order(strict=strict)
         self.waits: Counter[str] = Counter()
         self.host_waits: Counter[str] = Counter()
@@ -74,6 +78,18 @@ class Device:
     @capture.setter
     def capture(self, capture: Any) -> None:
         self._local.capture = capture
+
+    def export(self, what: Any) -> bytes:
+        """The handle by which another process opens a tensor's memory, or an event."""
+        with self.lock:
+            handle = len(self._exported).to_bytes(8, "big")
+            self._exported[handle] = what
+            return handle
+
+    def open(self, handle: bytes) -> Any:
+        if not self.opens:
+            raise RuntimeError("CUDA error: invalid resource handle")
+        return self._exported[handle]
 
     def new_pool(self) -> tuple[int, int]:
         self._pools += 1
@@ -209,7 +225,7 @@ class Event:
         interprocess: bool = False,
         external: bool = False,
     ) -> None:
-        self._device, self._timed, self._external = device, enable_timing, external
+        self._device, self._timed, self._external, self._shown = device, enable_timing, external, interprocess
         self.moment: Moment | None = None
         self.captured: tuple[Any, int] | None = None
         self._asked = 0
@@ -227,6 +243,11 @@ class Event:
 
     def happened(self, moment: Moment) -> None:
         self.moment, self.captured, self._asked = moment, None, 0
+
+    def ipc_handle(self) -> bytes:
+        if not self._shown or self._timed:
+            raise RuntimeError("CUDA error: invalid resource handle")
+        return self._device.export(self)
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or self._device.current).wait_event(self)

@@ -140,7 +140,6 @@ class Graph:
         device.capture = None
         capture.end()
         self._is_whole = True
-        self._external = [s.external for s in capture.steps if isinstance(s, _Record) and s.external is not None]
         if len(capture.streams) > 1:
             name = capture.origin.agent.name
             self._agents = {s: device.order.agent(f"{s.agent.name} in a graph of {name}") for s in capture.streams}
@@ -156,10 +155,6 @@ class Graph:
             assert self._capture is not None
             device.begin(stream)
             device.launched(stream, of_many=bool(self._agents))
-            if device.idle:
-                for event in self._external:
-                    event.happened(stream.agent.release())
-                return
             with _disable_current_modes(), torch.no_grad():
                 self._run(self._capture, stream)
 

@@ -11,6 +11,7 @@ import torch
 from cuda_stand_in.device import Device, Event, Stream
 from cuda_stand_in.graphs import Graph
 from cuda_stand_in.operations import Functions, Operations
+from torch.multiprocessing import reductions
 
 __all__ = ["cuda_stand_in"]
 
@@ -18,15 +19,14 @@ _MEMORY_BYTES = 80 << 30
 
 
 @contextlib.contextmanager
-def cuda_stand_in(removed: Iterable[str] = (), *, strict: bool = False, idle: bool = False) -> Iterator[Device]:
+def cuda_stand_in(removed: Iterable[str] = (), *, strict: bool = False) -> Iterator[Device]:
     """Inside, `device="cuda"` runs on tensors of the CPU, in this thread and in those that it starts.
 
     Args:
         removed: waits to leave out, by names as `Device.waits` has them.
-        idle: graphs do nothing when they are launched: for who wants to know the host's time alone.
         strict: what is out of order is an `OutOfOrderError` at once, not a line in `Order.unordered`.
     """
-    device = Device(removed, strict=strict, idle=idle)
+    device = Device(removed, strict=strict)
     with contextlib.ExitStack() as stack:
         for place, names in _interface(device).items():
             for name, value in names.items():
@@ -70,6 +70,10 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
         def __init__(self, **options: Any) -> None:
             super().__init__(device, **options)
 
+        @classmethod
+        def from_ipc_handle(cls, _: Any, handle: bytes) -> Any:
+            return device.open(handle)
+
     class BoundGraph(Graph):
         def __init__(self, keep_graph: bool = False) -> None:
             super().__init__(device, keep_graph)
@@ -92,16 +96,25 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
         "init": lambda: None,
         "default_generators": (torch.Generator(), torch.Generator()),
         "current_device": lambda: device.selected,
-        "device_count": lambda: 2,
+        "device_count": lambda: device.count,
         "graph_pool_handle": device.new_pool,
         "reset_peak_memory_stats": lambda *_: None,
         "max_memory_allocated": lambda *_: device.memory.used,
         "mem_get_info": lambda *_: (_MEMORY_BYTES, _MEMORY_BYTES),
         "get_device_capability": lambda *_: (9, 0),
-        "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132),
+        "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132, uuid=device.uuid),
     }
+
+    def reduce_tensor(tensor: torch.Tensor) -> Any:
+        """As torch's of a tensor on a GPU: the last eight are what its memory is opened by."""
+        return None, (device.export(tensor), tensor.nbytes, 0, False, b"", 0, b"", False)
+
+    def rebuild_cuda_tensor(*arguments: Any) -> torch.Tensor:
+        return device.memory.by_address(device.open(arguments[7]))  # another tensor at the same place
+
     return {
         torch.cuda: cuda,
+        reductions: {"reduce_tensor": reduce_tensor, "rebuild_cuda_tensor": rebuild_cuda_tensor},
         torch._C: {"_host_emptyCache": lambda: None},
         torch: {"autocast": autocast_on_cpu},
         threading.Thread: {"run": run_with_modes},

@@ -81,30 +81,34 @@ def test_progress_and_epochs_reach_the_sink() -> None:
 
 
 def test_snapshot_callback_runs_once_after_the_last_stage() -> None:
-    called: queue.Queue[int] = queue.Queue()
-    with Coordinator(LAYERS, 5, on_snapshot=called.put) as coordinator, contextlib.ExitStack() as stack:
+    called: queue.Queue[tuple[int, m.Files]] = queue.Queue()
+    with (
+        Coordinator(LAYERS, 5, on_snapshot=lambda *one: called.put(one)) as coordinator,
+        contextlib.ExitStack() as stack,
+    ):
         clients = [stack.enter_context(make_client(coordinator.address, stage)) for stage in range(3)]
         clients[0].wait_started()
-        for client in clients[:2]:
-            client.snapshot_done(3)
-            client.snapshot_done(4)
-        clients[2].snapshot_done(4)
-        assert called.get(timeout=TIMEOUT) == 4
+        files: list[m.Files] = [{name: (100 * stage, "ab")} for stage, (name, *_) in enumerate(LAYERS)]
+        for client, own in zip(clients[:2], files, strict=False):
+            client.snapshot_done(3, own)
+            client.snapshot_done(4, own)
+        clients[2].snapshot_done(4, files[2])
+        assert called.get(timeout=TIMEOUT) == (4, files[0] | files[1] | files[2])
         assert called.empty()
-        clients[2].snapshot_done(3)
-        assert called.get(timeout=TIMEOUT) == 3
+        clients[2].snapshot_done(3, files[2])
+        assert called.get(timeout=TIMEOUT)[0] == 3
 
 
 def test_failing_snapshot_callback_fails_the_run() -> None:
     finished = threading.Event()
 
-    def full_disk(position: int) -> None:
+    def full_disk(position: int, files: m.Files) -> None:
         assert finished.wait(TIMEOUT)
         raise OSError(f"no space left for position {position}")
 
     with Coordinator(LAYERS[:1], 1, on_snapshot=full_disk) as coordinator:
         with make_client(coordinator.address, 0) as client:
-            client.snapshot_done(1)
+            client.snapshot_done(1, {})
             client.finish({})
         finished.set()
         with pytest.raises(m.RunFailed, match="no space left for position 1"):
@@ -158,14 +162,14 @@ def test_orderly_stop_ends_all_stages_at_the_same_position() -> None:
 def test_nothing_is_granted_after_a_stop() -> None:
     handled = threading.Event()
     with (
-        Coordinator(LAYERS[:1], 1000, on_snapshot=lambda _: handled.set()) as coordinator,
+        Coordinator(LAYERS[:1], 1000, on_snapshot=lambda *_: handled.set()) as coordinator,
         make_client(coordinator.address, 0) as client,
     ):
         window = next(client.windows(TIMEOUT))
         client.request_stop(signal.SIGINT)
         until(lambda: client.stopped is not None)
         client._mailbox.put(m.Need(position=window.stop))  # was under way when the stop was ordered
-        client.snapshot_done(window.stop)
+        client.snapshot_done(window.stop, {})
         assert handled.wait(TIMEOUT)
         assert coordinator.stopped == m.Stop(position=window.stop, signal=signal.SIGINT)
         assert coordinator._policy.granted == window.stop

@@ -16,9 +16,10 @@ from unlocked.data.synthetic import load_synthetic
 from unlocked.models import small_conv
 from unlocked.rules import LLS_M_Random
 from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.saving.snapshots import find_snapshot, snapshot_folder, state_digest, write_manifest
+from unlocked.runtime.saving import writer
+from unlocked.runtime.saving.layer_files import LayerFile, read_layer, state_digest, write_layer
+from unlocked.runtime.saving.snapshots import find_snapshot, snapshot_folder, write_manifest
 from unlocked.workers.errors import StageError
-from unlocked.workers.layer import Layer
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -83,7 +84,7 @@ def test_snapshots_of_streams_are_those_of_the_plain_loop(whole: tuple[RunResult
     _, folder, evaluate = whole
     _fit("streams", evaluate=evaluate, stages=3, queue_depth=2, snapshot_every=1, snapshot_dir=tmp_path)
     for path in sorted(folder.rglob("layer-*.pt")):
-        states = [torch.load(root / path.relative_to(folder), weights_only=True) for root in (folder, tmp_path)]
+        states = [read_layer(root / path.relative_to(folder), torch.device("cpu")) for root in (folder, tmp_path)]
         assert _equal(*states), path
     assert find_snapshot(tmp_path).steps == find_snapshot(folder).steps == 12
 
@@ -101,7 +102,7 @@ def _equal(a: Any, b: Any) -> bool:
 def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
     for steps in (3, 6):
         snapshot_folder(tmp_path, steps).mkdir()
-        write_manifest(tmp_path, position=steps + 1, steps=steps, settings={"seed": 0})
+        _declare(tmp_path, steps)
     snapshot_folder(tmp_path, 9).mkdir()
     found = find_snapshot(tmp_path)
     assert (found.steps, found.position, found.folder.name) == (6, 7, "step-00000006")
@@ -112,7 +113,7 @@ def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
 def test_the_newest_is_found_beyond_the_digits_that_names_are_padded_to(tmp_path: Path) -> None:
     for steps in (99_999_999, 100_000_000):
         snapshot_folder(tmp_path, steps).mkdir()
-        write_manifest(tmp_path, position=steps + 1, steps=steps, settings={"seed": 0})
+        _declare(tmp_path, steps)
     assert find_snapshot(tmp_path).steps == 100_000_000
 
 
@@ -120,15 +121,14 @@ def test_a_run_that_was_cut_does_not_leave_a_mixture_behind(tmp_path: Path, monk
     """Another run writes to the same folder with another learning rate, and ends between two layers of a snapshot."""
     _fit(snapshot_every=5, snapshot_dir=tmp_path)
     assert find_snapshot(tmp_path).steps == 10
-    original = Layer.state_dict
 
-    def state_dict(self: Layer) -> dict[str, Any]:
-        if self.name == "conv2" and self.clock >= 10:
-            raise OSError("no space left")
-        return original(self)
+    def write(path: Path, state: Any, *, run: str, position: int, layer: str) -> LayerFile:
+        if layer == "conv2" and state["clock"] >= 10:
+            raise RuntimeError("killed")
+        return write_layer(path, state, run=run, position=position, layer=layer)
 
-    monkeypatch.setattr(Layer, "state_dict", state_dict)
-    with pytest.raises(StageError, match="no space left"):
+    monkeypatch.setattr(writer, "write_layer", write)
+    with pytest.raises(StageError, match=r"0SNAP.*killed"):
         _fit(optimizer=partial(torch.optim.Adam, lr=1e-3), snapshot_every=5, snapshot_dir=tmp_path)
     assert find_snapshot(tmp_path).steps == 5
 
@@ -179,11 +179,15 @@ def test_a_checksum_covers_names_numbers_and_tensors() -> None:
 
 
 def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
-    write_manifest(_folder(tmp_path), position=4, steps=3, settings={})
+    _declare(_folder(tmp_path), 3)
     path = snapshot_folder(tmp_path, 3) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match="has format 1, this release reads 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(ValueError, match="has format 2, this release reads 3"):
         find_snapshot(tmp_path)
+
+
+def _declare(root: Path, steps: int) -> None:
+    write_manifest(root, run="run", position=steps + 1, steps=steps, settings={"seed": 0}, files={})
 
 
 def _folder(root: Path) -> Path:
@@ -201,6 +205,5 @@ def test_a_file_of_something_else_is_named(content: Any, tmp_path: Path) -> None
 
 def test_every_other_setting_is_listed(tmp_path: Path) -> None:
     _fit(snapshot_every=11, snapshot_dir=tmp_path)
-    wrong = "seed is 1 but was 0; precision is 'bf16' but was 'fp32'; snapshot_every is 5 but was 11; give the same"
-    with pytest.raises(ValueError, match=wrong):
-        _fit(seed=1, precision="bf16", snapshot_every=5, snapshot_dir=tmp_path, resume=tmp_path)
+    with pytest.raises(ValueError, match="seed is 1 but was 0; precision is 'bf16' but was 'fp32'; give the same"):
+        _fit(seed=1, precision="bf16", snapshot_dir=tmp_path, resume=tmp_path)

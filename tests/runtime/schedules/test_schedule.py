@@ -56,16 +56,16 @@ def test_texts_that_are_no_actions(text: str) -> None:
 def test_schedule_by_hand() -> None:
     items = [
         Item(5, "train", 0, 5, 4, True),
-        Item(6, "snapshot", 0, 0, 0, True),
-        Item(7, "statistics", 0, 0, 4, True),
-        Item(8, "evaluate", 0, 0, 4, True),
+        Item(5, "snapshot", 0, 5, 0, False),
+        Item(6, "statistics", 0, 0, 4, True),
+        Item(7, "evaluate", 0, 0, 4, True),
     ]
     assert build_schedule(3, items).to_text() == (
-        "0F5,0SEND5,0U5,0SNAP6,0F7,0SEND7,0E8,0SEND8\n"
-        "1RECV5,1F5,1SEND5,1U5,1SNAP6,1RECV7,1F7,1SEND7,1RECV8,1E8,1SEND8\n"
-        "2RECV5,2F5,2U5,2SNAP6,2RECV7,2F7,2RECV8,2E8\n"
+        "0F5,0SEND5,0U5,0SNAP5,0F6,0SEND6,0E7,0SEND7\n"
+        "1RECV5,1F5,1SEND5,1U5,1SNAP5,1RECV6,1F6,1SEND6,1RECV7,1E7,1SEND7\n"
+        "2RECV5,2F5,2U5,2SNAP5,2RECV6,2F6,2RECV7,2E7\n"
     )
-    assert build_schedule(1, items).to_text() == "0F5,0U5,0SNAP6,0F7,0E8\n"
+    assert build_schedule(1, items).to_text() == "0F5,0U5,0SNAP5,0F6,0E7\n"
     assert build_schedule(2, []).to_text() == "-\n-\n"
 
 
@@ -147,6 +147,7 @@ def test_faults_are_named() -> None:
     assert "1F2 names micro-batch 2, which is not in the stream (0 to 1)" in fault_of(f"{send}\n{good},1F2", items)
     assert "stage 1 of 2 needs RECV, F, U for train micro-batch 1" in fault_of(f"{send}\n{good},1SEND1", items)
     assert "stage 0 of 2 needs F, SEND, U" in fault_of(f"0RECV0,{send}\n{good}", items)
+    assert "1SNAP1 has no snapshot mark behind micro-batch 1" in fault_of(f"{send}\n{good},1SNAP1", items)
     assert "0F0 names micro-batch 0, which is not in the stream (none)" in fault_of(f"{send}\n{good}", [])
 
 

@@ -31,6 +31,7 @@ def recurrence(schedule: Schedule, costs: Costs, depth: int, fill: bool, plan: S
     for item in plan:
         for stage in range(stages):
             own = [action for action in schedule[stage] if action.microbatch == item.position]
+            own = [action for action in own if (action.kind == "SNAP") == (item.kind == "snapshot")]
             crossed = len(finished[stage])  # micro-batches this stage has finished
             before = delivered[stage + 1][-1] if delivered[stage + 1] else 0.0
             for action in own:
@@ -86,7 +87,8 @@ def test_no_stage_runs_further_ahead_than_the_queue(case: tuple) -> None:
     timeline = simulate(schedule, costs, depth, fill_in_place=fill)
     assert all(0 < most <= depth for most in timeline.max_in_flight.values())
     start = {span.action: span.start for span in timeline.spans}
-    end = {(span.stage, span.action.microbatch): span.end for span in sorted(timeline.spans, key=lambda s: s.end)}
+    spans = sorted((span for span in timeline.spans if span.action.kind != "SNAP"), key=lambda span: span.end)
+    end = {(span.stage, span.action.microbatch): span.end for span in spans}
     crossing = [item for item in plan if item.kind != "snapshot"]
     for stage in range(schedule.num_stages - 1):
         for early, late in zip(crossing, crossing[depth + 1 :], strict=False):

@@ -16,7 +16,8 @@ def naive(plan: StreamPlan) -> list[Item]:
 
     def put(kind, epoch: int, size: int) -> None:
         index = sum(item.kind == kind and item.epoch == epoch for item in items)
-        items.append(Item(len(items), kind, epoch, index, size, False))
+        position = sum(item.kind != "snapshot" for item in items)
+        items.append(Item(position, kind, epoch, index, size, False))
 
     def sizes(rows: int, batch: int) -> list[int]:
         found = []
@@ -38,14 +39,14 @@ def naive(plan: StreamPlan) -> list[Item]:
             put("train", epoch, size)
             steps += 1
             if plan.snapshot_every and steps % plan.snapshot_every == 0:
-                put("snapshot", epoch, 0)
+                items.append(replace(items[-1], kind="snapshot", size=0))
         if plan.eval_size:
             for size in batches[: plan.statistics_batches]:
                 put("statistics", epoch, size)
             for size in sizes(plan.eval_size, plan.eval_batch_size):
                 put("evaluate", epoch, size)
-    final = {(item.kind, item.epoch): item.position for item in items}
-    return [replace(item, last=final[item.kind, item.epoch] == item.position) for item in items]
+    final = {(item.kind, item.epoch): item.position for item in items if item.kind != "snapshot"}
+    return [replace(item, last=final.get((item.kind, item.epoch)) == item.position) for item in items]
 
 
 @st.composite
@@ -68,9 +69,10 @@ def plans(draw: st.DrawFn) -> StreamPlan:
 @given(plans())
 def test_plan_is_the_naive_list(plan: StreamPlan) -> None:
     expected = naive(plan)
-    assert len(plan) == len(expected)
     assert list(plan) == expected
-    assert [plan[position - len(plan)] for position in range(len(plan))] == expected
+    data = [item for item in expected if item.kind != "snapshot"]
+    assert len(plan) == len(data)
+    assert [plan[position - len(plan)] for position in range(len(plan))] == data
     for kind in ("train", "statistics", "evaluate"):
         assert plan.sizes(kind) == {item.size for item in expected if item.kind == kind}
 
@@ -79,10 +81,12 @@ def test_plan_is_the_naive_list(plan: StreamPlan) -> None:
 @given(plans(), st.data())
 def test_windows_and_positions(plan: StreamPlan, data: st.DataObject) -> None:
     expected = naive(plan)
-    start = data.draw(st.integers(0, len(expected)))
-    stop = data.draw(st.integers(start, len(expected)))
-    assert list(plan.items(start, stop)) == expected[start:stop]
-    assert list(plan.items(start)) == expected[start:]
+    start = data.draw(st.integers(0, len(plan)))
+    stop = data.draw(st.integers(start, len(plan)))
+    inside = [item for item in expected if start <= item.position < stop]
+    assert list(plan.items(start, stop)) == inside
+    assert list(plan.items(start)) == [item for item in expected if start <= item.position]
+    assert plan.has_mark(start, stop) == any(item.kind == "snapshot" for item in inside)
     assert sum(item.kind == "train" for item in expected) == plan.train_steps
     first: dict[int, int] = {}
     for item in expected:
@@ -94,7 +98,7 @@ def test_windows_and_positions(plan: StreamPlan, data: st.DataObject) -> None:
 @given(plan=plans(), data=st.data())
 def test_a_run_is_stopped_where_it_can_be_resumed(plan: StreamPlan, data: st.DataObject) -> None:
     """At the first place from where it is on that has no evaluation, or its statistics, on both sides."""
-    kinds = ["train" if item.kind in ("train", "snapshot") else "evaluate" for item in plan]
+    kinds = ["train" if item.kind == "train" else "evaluate" for item in map(plan.__getitem__, range(len(plan)))]
     asked = data.draw(st.integers(0, len(plan)))
     around = ["train", *kinds, "train"]  # of position p: around[p] before, around[p + 1] at it
     whole = [p for p in range(asked, len(plan) + 1) if "train" in around[p : p + 2]]
@@ -108,13 +112,19 @@ def test_an_epoch_by_hand() -> None:
     assert list(plan) == [
         Item(0, "train", 0, 0, 4, False),
         Item(1, "train", 0, 1, 4, False),
-        Item(2, "snapshot", 0, 0, 0, True),
-        Item(3, "train", 0, 2, 2, True),
-        Item(4, "statistics", 0, 0, 4, False),
-        Item(5, "statistics", 0, 1, 4, True),
-        Item(6, "evaluate", 0, 0, 3, False),
-        Item(7, "evaluate", 0, 1, 2, True),
+        Item(1, "snapshot", 0, 1, 0, False),
+        Item(2, "train", 0, 2, 2, True),
+        Item(3, "statistics", 0, 0, 4, False),
+        Item(4, "statistics", 0, 1, 4, True),
+        Item(5, "evaluate", 0, 0, 3, False),
+        Item(6, "evaluate", 0, 1, 2, True),
     ]
+    marked = list(plan.items(2, 7, marks={2, 4}))  # the clock's: never behind what is no training
+    assert [(item.position, item.kind) for item in marked[:3]] == [(2, "train"), (2, "snapshot"), (3, "statistics")]
+    assert len(marked) == 6
+    assert plan.has_mark(2, 3, {2})
+    assert not plan.has_mark(3, 7, {2})
+    assert [plan.next_training(position) for position in (0, 2, 3, 6)] == [0, 2, None, None]
 
 
 def test_a_cut_epoch_is_still_evaluated() -> None:
@@ -132,6 +142,7 @@ def test_a_very_long_run_is_reached_directly() -> None:
     plan = StreamPlan(epochs=10**9, train_size=10**9, batch_size=7, eval_size=100, snapshot_every=1000)
     tail = [plan[position] for position in range(len(plan) - 200, len(plan))]
     assert [item.last for item in tail if item.kind == "train"][-2:] == [False, True]
+    assert sum(item.kind == "snapshot" for item in plan.items(len(plan) - 2000)) == 2
     assert plan[-1] == Item(len(plan) - 1, "evaluate", 10**9 - 1, 0, 100, True)
     assert plan[plan.position_of_epoch(10**6)] == Item(plan.position_of_epoch(10**6), "train", 10**6, 0, 7, False)
 

@@ -1,0 +1,187 @@
+"""The caller's side of a run whose processes it starts by itself: from a script or a notebook, on this machine.
+
+The caller stays as it is, whatever happens to them: it sends the job, passes records on to its sinks and prints what
+they print, and gets the result, or the first cause of their failure, as an exception.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+import selectors
+import signal
+import sys
+import time
+from typing import IO, Any
+
+import torch
+
+from unlocked.data.cores import usable_cores
+from unlocked.runtime.engines.processes.local_launch import Started, start_processes
+from unlocked.runtime.engines.processes.options import ProcessesOptions
+from unlocked.runtime.engines.processes.parcel import pack_data, pack_job, set_global_state, set_loader_states
+from unlocked.runtime.engines.processes.reports import ENDED, FAILED, first_cause
+from unlocked.runtime.job import Job, SinkMaker
+from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.result import RunResult
+from unlocked.runtime.signals import StopSignals
+
+__all__ = ["has_launcher", "run_spawned"]
+
+_WORKER = "unlocked.runtime.engines.processes.spawned"
+_LOOK_SECONDS = 0.2  # between two looks at who lives
+_OWN_WORD = re.compile(r"error( \[rank \d+\])?: ")  # a worker's, which the exception says as well
+_LAST_WORDS = 20  # lines of a worker that ended without a report
+
+
+def has_launcher() -> bool:
+    """torchrun, or whatever else gives ranks, has started this process."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def run_spawned(engine: ProcessesOptions, job: Job, make_sinks: SinkMaker) -> RunResult:
+    """Runs the job in processes of its own, and gives their result and the states of generators to this one.
+
+    Raises:
+        ValueError: a user's mistake, in whatever process it was found.
+        RunFailed: a worker failed, or is lost; names its stage. A note has the worker's own traceback.
+    """
+    began = time.perf_counter()
+    count = _number_of_processes(engine, job)
+    threads = max(1, min(torch.get_num_threads(), usable_cores() // count))
+    with start_processes(count, _WORKER, threads=threads) as started:
+        run = _Run(started, make_sinks)
+        with StopSignals(run.stop) as signals:
+            run.send_job(engine, job)
+            run.follow()
+    if run.refusal is not None:
+        raise run.refusal
+    if run.result is None:
+        if signals.received is not None:
+            signal.raise_signal(signals.received)  # in set-up there is nothing to stop in order
+        raise first_cause(run.reports, run.last_words())
+    result, state, loaders = run.result
+    set_global_state(state, switches=False)
+    set_loader_states(job, loaders)
+    result.setup_seconds = time.perf_counter() - began - result.train_seconds
+    return result
+
+
+class _Run:
+    """What the processes have said so far."""
+
+    def __init__(self, started: list[Started], make_sinks: SinkMaker) -> None:
+        self._started, self._make_sinks = started, make_sinks
+        self._sinks: FanOut | None = None
+        self._stopping = False
+        self._tails: dict[int, list[str]] = {one.rank: [] for one in started}
+        self.result: tuple[RunResult, dict[str, Any], list[torch.Tensor]] | None = None
+        self.reports: list[tuple[str, str, str, str | None]] = []
+        self.refusal: Exception | None = None
+        """What a sink raised in `on_start`: the one way in which a sink can stop a run."""
+
+    def send_job(self, engine: ProcessesOptions, job: Job) -> None:
+        """While it is packed, the processes import torch."""
+        data, packed = pack_data(job), pack_job(engine, job)
+        for one in self._started:
+            with contextlib.suppress(OSError):  # who is gone already has said why, or its last words do
+                one.connection.send_bytes(packed)
+                if one.rank == 0:
+                    one.connection.send_bytes(data)
+
+    def stop(self, number: int) -> None:
+        """Passes a signal on: they stop in order, or end at once if they have not begun."""
+        self._stopping = True
+        for one in self._started:
+            one.tell(number)
+
+    def follow(self) -> None:
+        """Hears all of them until they have ended, or closed their ends."""
+        with selectors.DefaultSelector() as selector:
+            for one in self._started:
+                selector.register(one.connection, selectors.EVENT_READ, (one, None))
+                for stream, target in ((one.process.stdout, "stdout"), (one.process.stderr, "stderr")):
+                    assert stream is not None
+                    os.set_blocking(stream.fileno(), False)
+                    selector.register(stream, selectors.EVENT_READ, (one, target))
+            while selector.get_map():
+                ready = selector.select(_LOOK_SECONDS)
+                for key, _ in ready:
+                    one, target = key.data
+                    if not (self._hear(one) if target is None else self._relay(one, key.fileobj, target)):
+                        selector.unregister(key.fileobj)
+                # A child of a worker (a data loader's) may hold its ends open beyond the worker's own.
+                if not ready and all(one.process.poll() is not None for one in self._started):
+                    return
+
+    def last_words(self) -> str:
+        """Of the first worker that ended otherwise than by itself, for want of a report."""
+        ends = [(one, one.process.poll()) for one in self._started]
+        one, code = next(((one, code) for one, code in ends if code), ends[0])
+        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
+        said = self._tails[one.rank]
+        return f"the process of stage {one.rank} (rank {one.rank}) {how}" + (f": {' '.join(said)}" if said else "")
+
+    def _hear(self, one: Started) -> bool:
+        """One message; False: there will be none any more."""
+        try:
+            kind, *content = pickle.loads(one.connection.recv_bytes())
+        except (EOFError, OSError):
+            return False
+        if kind == "result":
+            result, state, loaders = content
+            self.result = (result, state, loaders)
+        elif kind == FAILED:
+            self.reports.append((kind, *content))
+        elif kind == ENDED:
+            self.reports.append((FAILED, "echo", content[0], None))
+        elif kind == "start":
+            reply = None
+            try:
+                self._sinks = FanOut(self._make_sinks())
+                self._sinks.on_start(content[0])
+            except Exception as error:
+                self.refusal, reply = error, f"a metrics sink refused the start: {error}"
+            one.connection.send_bytes(pickle.dumps(reply))
+        elif kind == "sink" and self._sinks is not None:
+            method, record = content
+            getattr(self._sinks, method)(record)
+        return True
+
+    def _relay(self, one: Started, stream: Any, target: str) -> bool:
+        """Prints what a worker prints, here, where the caller looks; False: it has closed its end."""
+        data = _read(stream)
+        if not data:
+            return False
+        tail = self._tails[one.rank]
+        quiet = self._stopping and self._sinks is None  # interrupted amid its imports, it tells of nothing else
+        for line in data.decode(errors="replace").splitlines(keepends=True):
+            if target == "stderr":
+                tail.append(line.strip())
+                del tail[:-_LAST_WORDS]
+            if not quiet and not _OWN_WORD.match(line):
+                getattr(sys, target).write(line)
+        getattr(sys, target).flush()
+        return True
+
+
+def _read(stream: IO[bytes]) -> bytes:
+    try:
+        return os.read(stream.fileno(), 1 << 16)
+    except BlockingIOError:
+        return b""
+    except OSError:
+        return b""
+
+
+def _number_of_processes(engine: ProcessesOptions, job: Job) -> int:
+    """One per stage; unless told: one per layer, but no more than there are GPUs, or cores."""
+    layers = len(job.network.blocks)
+    if isinstance(engine.stages, str):
+        return len(job.partition([1.0] * layers, engine.stages))
+    if engine.stages is None:
+        places = torch.cuda.device_count() if job.device.type == "cuda" else usable_cores()
+        return max(1, min(layers, places))
+    if engine.stages > layers:
+        raise ValueError(f"{engine.stages} stages for {layers} layers; give at most {layers}")
+    return engine.stages

@@ -1,0 +1,177 @@
+"""What a trained network says of samples: its scores, and how many of each class it gets right."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.data import Dataset, ImageDataset, LoaderDataset
+from unlocked.kernels.precision import float32_products
+from unlocked.runtime.input import as_dataset, rows_per_batch, with_classes
+from unlocked.runtime.machine import set_threads
+from unlocked.runtime.metrics.html import card, grid
+from unlocked.runtime.network import Network
+from unlocked.runtime.saving.scoring import evaluation_plan, make_stage, scores_of
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.settings import Settings
+from unlocked.workers.stage import Stage
+
+__all__ = ["Evaluation", "Trained", "as_samples"]
+
+_ROWS = 256  # of a micro-batch where no run has said
+
+_MOST_SHOWN = 25  # classes whose confusion matrix is shown as a table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class Evaluation:
+    """How good a network is on some data."""
+
+    loss: float
+    acc1: float
+    """Percent of the samples whose label has the highest score."""
+    acc5: float
+    """Percent of the samples whose label is among the five highest scores."""
+    confusion: Tensor
+    """int64 [classes, classes]: how many samples of the row's class were taken for the column's."""
+    classes: tuple[str, ...] = ()
+    """The classes' names."""
+
+    @property
+    def samples(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def class_accuracy(self) -> dict[str, float | None]:
+        """Percent of each class's samples that were taken for it; None for a class without any."""
+        hits, counts = self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist()
+        pairs = zip(self.classes, hits, counts, strict=True)
+        return {name: 100 * hit / count if count else None for name, hit, count in pairs}
+
+    def __repr__(self) -> str:
+        known = {name: value for name, value in self.class_accuracy.items() if value is not None}
+        text = f"Evaluation(accuracy {self.acc1:.2f} % of {self.samples} samples, loss {self.loss:.4f}"
+        if len(known) > 1:
+            worst = min(known, key=lambda name: known[name])
+            text += f", worst class {worst} {known[worst]:.2f} %"
+        return text + ")"
+
+    def _repr_html_(self) -> str:
+        lines = [
+            ("samples", f"{self.samples:,}"),
+            ("accuracy", f"{self.acc1:.2f} % first, {self.acc5:.2f} % among five"),
+            ("loss", f"{self.loss:.4f}"),
+        ]
+        shown = [
+            (f"class {name}", "no samples" if value is None else f"{value:.2f} %")
+            for name, value in self.class_accuracy.items()
+        ]
+        if len(self.classes) > _MOST_SHOWN:
+            return card("Evaluation", [*lines, *shown[:_MOST_SHOWN], ("...", f"{len(shown)} classes")])
+        return card("Evaluation", lines + shown, [grid("label \\ taken for", self.classes, self.confusion.tolist())])
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A network with its weights, and what is known of the samples that it reads."""
+
+    network: Network
+    train: Dataset | None = None
+    """What it was trained on."""
+    batch_size: int = _ROWS
+    """Rows of a micro-batch of its last evaluation."""
+    complete: bool = True
+    """This process has all of its weights."""
+
+    def predict(self, data: Dataset, batch_size: int | None, settings: Settings) -> Tensor:
+        """The class scores of every sample, in order: float32 [N, classes], on the CPU; see `Trainer.predict`."""
+        found = []
+        with self._evaluating(data, batch_size, settings) as (stage, plan):
+            for item in plan.items(1):
+                x, _ = stage.load(item)
+                for layer in stage.layers:
+                    x = layer.infer(x, "evaluate")
+                found.append(x.float().cpu())
+        return torch.cat(found)
+
+    def evaluate(self, data: Dataset, batch_size: int | None, settings: Settings) -> Evaluation:
+        """The figures are those of a run's own evaluation, bit for bit with its batch size and threads; see
+        `Trainer.evaluate`."""
+        classes = self.network.infos[-1].num_classes
+        confusion = torch.zeros(classes * classes, dtype=torch.int64)
+        with self._evaluating(data, batch_size, settings) as (stage, plan):
+            for item in plan.items(1):
+                x, labels = stage.load(item)
+                taken_for = stage.evaluate(item, x, labels).argmax(1)
+                confusion += torch.bincount((labels * classes + taken_for).cpu(), minlength=classes * classes)
+            scores = scores_of(stage, plan.eval_size)
+        names = tuple(getattr(data, "classes", ()))
+        return Evaluation(
+            loss=scores.loss,
+            acc1=scores.acc1,
+            acc5=scores.acc5,
+            confusion=confusion.view(classes, classes),
+            classes=names if len(names) == classes else tuple(map(str, range(classes))),
+        )
+
+    @contextlib.contextmanager
+    def _evaluating(
+        self, data: Dataset, batch_size: int | None, settings: Settings
+    ) -> Iterator[tuple[Stage, StreamPlan]]:
+        """All layers with the data; afterwards every module is in the mode of before."""
+        if not self.complete:
+            raise ValueError("this process trained its own stage; under torchrun, predict and evaluate in rank 0 alone")
+        network = self.network
+        if network.predicts_otherwise:
+            raise ValueError(
+                "the run's prediction is made of the layers' scores and not by the output layer alone, which is all "
+                "that is asked here; fit(eval_data=...) has its figures"
+            )
+        if data.image_shape != network.input_shape:
+            raise ValueError(
+                f"samples have the shape {data.image_shape} each, the network reads {network.input_shape}; a single "
+                "sample is given as samples[None]"
+            )
+        data = self._normalised(with_classes(data, network.infos[-1].num_classes))
+        set_threads(settings.threads)
+        plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))
+        modes = [(module, module.training) for block in network.blocks for module in block.modules()]
+        try:
+            stage = make_stage(network, data, data, plan, 1, settings.device, settings.precision)
+            with float32_products(settings.precision), closing(stage), torch.no_grad():
+                yield stage, plan
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _normalised(self, data: Dataset) -> Dataset:
+        """uint8 samples without statistics of their own get those of the training images."""
+        train = self.train
+        if not isinstance(data, ImageDataset) or not isinstance(train, ImageDataset) or data.mean or data.std:
+            return data
+        both = data.images.dtype == train.images.dtype == torch.uint8
+        return replace(data, mean=train.mean, std=train.std) if both else data
+
+
+def as_samples(given: Any) -> Dataset:
+    """What `predict` was given, as a dataset.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if isinstance(given, ImageDataset | LoaderDataset):
+        return given
+    try:
+        values = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"samples are a {type(given).__name__}; give a tensor or an array [N, ...]") from error
+    if values.dim() < 2 or not len(values):
+        raise ValueError(
+            f"samples have the shape {list(values.shape)}; give [N, ...] with N of at least 1, a single one as "
+            "samples[None]"
+        )
+    return as_dataset((values, torch.zeros(len(values), dtype=torch.int64)), "test")

@@ -1,0 +1,145 @@
+"""`Processes` outside torchrun: a script's run starts its own workers, and everything comes back to the caller."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unlocked.rules import LLS
+from unlocked.runtime import MetricsSink, Processes, RunResult, Trainer
+from unlocked.runtime.control.messages import RunFailed
+
+SCRIPT = Path(__file__).with_name("spawning_script.py")
+
+pytestmark = pytest.mark.alone
+
+
+def run(what: str, folder: Path) -> dict[str, Any]:
+    """From a folder that Python does not look for modules in."""
+    out = folder / "out.json"
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), what, str(out)],
+        cwd=folder,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_three_processes_leave_a_plain_model_with_the_bits_of_the_loop(tmp_path: Path) -> None:
+    for name, found in run("exact", tmp_path).items():
+        assert found["digests"][0] == found["digests"][1], name
+        assert found["test_loss"][0] == found["test_loss"][1], name
+        assert found["equal_logits"], name
+        assert found["stages"] == 3, name
+        assert found["kind"] == {"resnet": "ResNet"}.get(name, "Sequential"), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_script_goes_on_listens_on_loopback_alone_and_stops_in_order(tmp_path: Path) -> None:
+    found = run("sockets", tmp_path)
+    # The last number is drawn afterwards: a shuffling loader has moved the global generator as it would in one process.
+    processes, alone = found["digests"]
+    assert processes == alone
+    assert found["heard"] == ["start", "epoch", "finish", "close"] * 2
+    assert set(found["open"]) == {"0100007F"}  # 127.0.0.1, as proc(5) writes it
+    assert found["stopped_by"] == 2
+    assert 0 < found["stopped_steps"] < 600_000
+    assert found["children"] == 0
+
+
+class Breaks(nn.Module):
+    """In a worker, after some micro-batches; here it only computes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.how, self.calls = how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += "RANK" in os.environ
+        if self.calls == 30:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            print("the thirtieth call")
+            raise KeyError("no such word")
+        return torch.relu(self.linear(x))
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(64, 8, generator=generator), torch.randint(0, 4, (64,), generator=generator)
+
+
+def fit(how: str, samples: Any = None, rule: Any = None, **options: Any) -> RunResult:
+    torch.manual_seed(0)
+    model = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Breaks(how), nn.Linear(8, 4)]
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    one = Trainer(model, rule=rule or LLS(), optimizer=optimizer, engine=Processes(stages=2), **options)
+    if samples is None:
+        return one.fit(data(), epochs=20, batch_size=8)
+    return one.fit(samples, epochs=1, steps_per_epoch=4)
+
+
+def test_a_layer_that_fails_is_named_and_its_own_traceback_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    told = r"^stage 1 \(rank 1: breaks2, linear3\) failed in 1F\d+ \(epoch \d, train micro-batch \d\): 'no such word'"
+    with pytest.raises(RunFailed, match=told) as found:
+        fit("raises")
+    (note,) = found.value.__notes__
+    assert 'raise KeyError("no such word")' in note
+    assert capsys.readouterr() == ("the thirtieth call\n", "")
+
+
+def test_a_worker_that_is_killed_is_named_and_the_caller_lives(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFailed, match=r"^stage 1 \(rank 1: breaks2, linear3\) is lost"):
+        fit("killed")
+    assert not capsys.readouterr().err
+
+
+def endless() -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield data()[0][:8], data()[1][:8]
+
+
+def test_what_cannot_be_sent_is_named_in_one_line() -> None:
+    lock = threading.Lock()
+    instead = r"[^;]*; leave out of it .* or use engine 'streams' or 'sequential', which run in this process$"
+    with pytest.raises(ValueError, match=r"^the rule \(function\) can't be sent .*lock" + instead):
+        fit("", rule=lambda info: (lock, LLS()(info))[1])
+    with pytest.raises(ValueError, match=r"^the training data \(an iterator\) can't be sent .*generator" + instead):
+        fit("", samples=endless())
+
+
+def test_a_sink_that_refuses_the_start_stops_the_run_with_its_own_error() -> None:
+    class Refusing(MetricsSink):
+        def on_start(self, info: object) -> None:
+            raise LookupError("no room for figures")
+
+    with pytest.raises(LookupError, match="no room for figures"):
+        fit("", sinks=[Refusing()])
+
+
+def test_more_stages_than_layers_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="4 stages for 3 layers; give at most 3"):
+        Trainer(
+            [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)],
+            rule=LLS(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            engine=Processes(stages=4),
+        ).fit(data(), epochs=1, batch_size=8)
