@@ -121,7 +121,7 @@ def _try_pass(
     shape = network.output_shapes[index - 1] if index else network.input_shape
     x = torch.zeros(rows, *shape, dtype=torch.int64)
     if index or network.input_dtype.is_floating_point:
-        x = torch.randn(rows, *shape)
+        x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
     layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=torch.device("cpu"), sources=())
     before = {name: value.clone() for name, value in layer.tensors()}
@@ -155,7 +155,7 @@ def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | N
     rows = _SAMPLES * (1 if views is None else views.evaluate)
     try:
         with torch.no_grad():
-            scores = rule.scores(torch.randn(rows, *info.activation_shape))
+            scores = rule.scores(torch.randn(rows, *info.activation_shape, generator=_generator(info)))
     except (Exception, SystemExit) as error:
         raise misfit(info, chosen, error) from error
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (_SAMPLES, info.num_classes):
@@ -164,6 +164,11 @@ def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | N
             f"the rule {rule_name(chosen)} of layer {info.name} gives scores of {got} for {_SAMPLES} samples; they "
             f"must be [B, {info.num_classes}]"
         )
+
+
+def _generator(info: LayerInfo) -> torch.Generator:
+    """For made-up samples: the global ones must not move, or the rule would seem to draw."""
+    return torch.Generator().manual_seed(info.index)
 
 
 def _check_loss(loss: object, chosen: Rule, info: LayerInfo) -> None:
