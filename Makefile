@@ -1,4 +1,5 @@
-# `make demo` trains, `make compare` asks whether it pays, `make test` checks, `make docs` builds the documentation site.
+# `make demo` trains, `make compare` asks whether it pays, `make leaderboard` which rule learns best, `make test` checks,
+# `make docs` builds the documentation site.
 # All make the environment on first use.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ STAMP  := $(VENV)/.up-to-date
 # One thread per process: the stages are the parallelism.
 RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: demo compare test chaos lint docs notebooks clean
+.PHONY: demo compare leaderboard test chaos lint docs notebooks clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
@@ -18,14 +19,20 @@ demo: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python launch/compare.py
 
+# Cells are kept below runs/leaderboard: the same command goes on where it was stopped.
+leaderboard: $(STAMP)
+	$(RUN) $(BIN)/python -m unlocked leaderboard --jobs 2 --num-epochs 8
+
 # First what may share the cores; then, one after the other, the tests that have a time limit or start many processes.
 test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
 	$(RUN) $(BIN)/python -m pytest -m alone
 
-# Workers killed at many random moments of set-up and run, of which `make test` tries a few.
+# Workers killed at many random moments of set-up and run, and before every action of a short schedule, of which `make
+# test` tries a few.
 chaos: $(STAMP)
-	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py
+	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py \
+	    tests/launch/test_stage_recovery.py
 	UNLOCKED_RULES=all $(RUN) $(BIN)/python -m pytest tests/launch/test_every_rule_of_processes.py
 
 lint: $(STAMP)

@@ -1,11 +1,14 @@
 """The networks in figures: parameters, multiply-adds, how evenly layers make stages, and whether every layer learns.
 
-    python benchmarks/models.py cost --json cost.json                     # every model at 32 x 32 x 3
+    python benchmarks/models.py sizes                                     # every model at 32 x 32 x 3, without a clock
+    python benchmarks/models.py cost --json cost.json
     python benchmarks/models.py losses --model VGG8 --dataset CIFAR10 --dataset-dir datasets --max-steps 300
 
-`cost` times one local step of every layer alone (LLS, Adam, one thread; median of `--repeats`), as the pipeline does
-before it cuts stages, and cuts them for 2, 4 and 8. `losses` trains and reads each layer's local loss in intervals.
-Both print Markdown; multiply-adds are counted from the layers' shapes (convolutions, linear maps and the local head).
+`sizes` counts parameters, the forward pass's operations (by torch's counter, two per multiply-add, attention included)
+and what passes between layers, on tensors without memory. `cost` times one local step of every layer alone (LLS, Adam,
+one thread; median of `--repeats`), as the pipeline does before it cuts stages, and cuts them for 2, 4 and 8. `losses`
+trains and reads each layer's local loss in intervals. All print Markdown; multiply-adds are counted from the layers'
+shapes (convolutions, linear maps and the local head).
 """
 
 import argparse
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unlocked.comparison.environment import environment
 from unlocked.data import load_dataset
@@ -41,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     kept = {k: v for k, v in vars(options).items() if k not in ("json", "dataset_dir")}
     report: dict[str, Any] = {"environment": to_plain(environment()), "options": kept}
     print(f"{environment().line}, one thread\n")
-    if options.what == "cost":
+    if options.what == "sizes":
+        report["sizes"] = [sizes(name, options) for name in options.models]
+        print("\n".join(size_table(report["sizes"])))
+    elif options.what == "cost":
         report["models"] = [cost(name, options) for name in options.models]
         print("\n".join(cost_table(report["models"])))
     else:
@@ -55,10 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
+    first = commands.add_parser("sizes", help="layers, parameters, operations, bytes of activations")
     one = commands.add_parser("cost", help="parameters, multiply-adds, stage balance")
-    one.add_argument("--models", nargs="*", default=list(MODELS))
-    one.add_argument("--image-size", type=int, default=32)
-    one.add_argument("--num-classes", type=int, default=10)
+    for command in (first, one):
+        command.add_argument("--models", nargs="*", default=list(MODELS))
+        command.add_argument("--image-size", type=int, default=32)
+        command.add_argument("--num-classes", type=int, default=10)
     one.add_argument("--batch-size", type=int, default=64)
     one.add_argument("--repeats", type=int, default=3)
     other = commands.add_parser("losses", help="each layer's local loss over a run")
@@ -69,9 +78,43 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     other.add_argument("--batch-size", type=int, default=64)
     other.add_argument("--lr", type=float, default=1e-3)
     other.add_argument("--intervals", type=int, default=5)
-    for command in (one, other):
+    for command in (first, one, other):
         command.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
+
+
+def sizes(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model's row: what can be counted from shapes, per image, in float32."""
+    with torch.device("meta"):
+        blocks = get_model(name, num_classes=options.num_classes, image_size=options.image_size)
+        x = torch.zeros(1, 3, options.image_size, options.image_size)
+        seen, handed_on = [], []
+        with FlopCounterMode(display=False) as counter:
+            for block in blocks:
+                activations = block.eval().body(x)
+                x = block.tail(activations)
+                seen.append(activations.numel() * 4)
+                handed_on.append(x.numel() * 4)
+    return {
+        "model": name,
+        "layers": len(blocks),
+        "parameters": sum(p.numel() for block in blocks for p in block.parameters()),
+        "operations": counter.get_total_flops(),
+        "largest_activation_bytes": max(seen),
+        "all_activation_bytes": sum(seen),
+        "handed_on_bytes": sum(handed_on[:-1]),
+    }
+
+
+def size_table(models: list[dict[str, Any]]) -> list[str]:
+    heads = ["model", "layers", "parameters", "forward, MFLOP", "largest activations, KiB", "all activations, KiB"]
+    heads += ["handed on by all layers, KiB"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for m in models:
+        kib = [m[f"{what}_bytes"] / 1024 for what in ("largest_activation", "all_activation", "handed_on")]
+        cells = [m["model"], str(m["layers"]), f"{m['parameters']:,}", f"{m['operations'] / 1e6:,.1f}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{k:,.1f}' for k in kib)])} |")
+    return lines
 
 
 def cost(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -16,15 +16,12 @@ seeds to the authors' few.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +29,12 @@ from typing import Any
 
 from scipy import stats
 
+from unlocked.comparison.cells import claimed, read_cell
+from unlocked.comparison.significance import LEVEL, holm, welch
 from unlocked.runtime.saving.whole_file import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ("AdamWSF", "AdamWScheduleFree")
-LEVEL = 0.05
 Cell = dict[str, Any]
 
 
@@ -84,7 +82,9 @@ def run(options: argparse.Namespace) -> int:
             return code
     if options.train_only:
         return 0
-    cells = [c for key in wanted if (c := read_cell(cell_path(options.cells, *key), settings)) is not None]
+    cells = [
+        c for key in wanted if (c := read_cell(cell_path(options.cells, *key), settings, remedy="--cells")) is not None
+    ]
     if missing := len(wanted) - len(cells):
         print(f"{missing} of {len(wanted)} cells are not there yet (see --processes); compared are the others\n")
     if options.plain is not None:
@@ -114,22 +114,6 @@ def cell_path(folder: Path, optimizer: str, rule: str, seed: int) -> Path:
     return folder / f"{rule}_{optimizer}_{seed}.json"
 
 
-def read_cell(path: Path, settings: dict[str, Any]) -> Cell | None:
-    """The cell, if it has been trained.
-
-    Raises:
-        ValueError: it was trained with other settings.
-    """
-    if not path.exists():
-        return None
-    cell: Cell = json.loads(path.read_text())
-    pairs = {key: (cell["settings"].get(key), value) for key, value in settings.items()}
-    if other := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
-        told = ", ".join(f"{key} {was!r} instead of {wanted!r}" for key, (was, wanted) in other.items())
-        raise ValueError(f"{path} was trained with {told}; give another folder by --cells, or remove it")
-    return cell
-
-
 def train_apart(options: argparse.Namespace) -> int:
     """Trains in processes of one thread that share the cells out; the worst of their exit codes."""
     lists = {"--rules": options.rules, "--optimizers": options.optimizers, "--seeds": map(str, options.seeds)}
@@ -149,7 +133,7 @@ def train_missing(wanted: list[tuple[str, str, int]], settings: dict[str, Any], 
     for optimizer, rule, seed in wanted:
         path = cell_path(options.cells, optimizer, rule, seed)
         with claimed(path) as mine:
-            if not mine or read_cell(path, settings) is not None:
+            if not mine or read_cell(path, settings, remedy="--cells") is not None:
                 continue
             if data is None:
                 from unlocked import load_dataset
@@ -162,22 +146,6 @@ def train_missing(wanted: list[tuple[str, str, int]], settings: dict[str, Any], 
             last = cell["epochs"][-1]
             print(f"{path.stem}: {last['test_acc1']:.2f} % after {cell['seconds']:.0f} s", flush=True)
     return 0
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone is at the cell. The claim ends with the process, however it ends."""
-    lock = path.with_suffix(".lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def train_cell(
@@ -314,31 +282,6 @@ def plain_rows(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]
         for epoch in cell["epochs"]:
             epoch["local_losses"].pop("output", None)  # the reference has none
     return [epoch | {"rule": cell["rule"], "seed": cell["seed"]} for cell in more for epoch in cell["epochs"]]
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """The p of Welch's test that two means are equal, both sides.
-
-    Of a side with one value nothing is known but that value: the other side's deviation then counts for both. NaN where
-    each side has one.
-    """
-    if len(a) == len(b) == 1:
-        return math.nan
-    if len(set(a)) == len(set(b)) == 1:  # no deviation at all, after rounding
-        return 1.0 if a[0] == b[0] else 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly the same
-        return float(stats.ttest_ind(a, b, equal_var=min(len(a), len(b)) == 1).pvalue)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's correction: the k-th smallest of n times n - k + 1, never below the one before. NaN stays, uncounted."""
-    known = sorted((value, index) for index, value in enumerate(values) if not math.isnan(value))
-    corrected, largest = [math.nan] * len(values), 0.0
-    for rank, (value, index) in enumerate(known):
-        largest = max(largest, min(1.0, value * (len(known) - rank)))
-        corrected[index] = largest
-    return corrected
 
 
 def print_comparisons(optimizer: str, comparisons: list[Comparison]) -> None:

@@ -36,9 +36,9 @@ def run(way: str, options: argparse.Namespace) -> tuple[float, list[float]]:
     train, _ = load_synthetic(num_train=options.batch_size * options.steps, num_classes=10, image_size=32, seed=0)
     kept: list[float] = []
 
-    def save(writer: SnapshotWriter, *arguments: Any) -> None:
+    def save(writer: SnapshotWriter, *arguments: Any, **more: Any) -> None:
         began = time.perf_counter()
-        _save(writer, *arguments)
+        _save(writer, *arguments, **more)
         if way == "in the action":
             writer.finish()
         kept.append(time.perf_counter() - began)

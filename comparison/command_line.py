@@ -9,8 +9,18 @@ from pathlib import Path
 import torch
 
 from unlocked.runtime.engines.pipeline import PipelineOptions
-from unlocked.runtime.fields import LARGEST, LARGEST_SEED, LONGEST_WAIT, LineParser, add_flags, check, setting
+from unlocked.runtime.fields import (
+    LARGEST,
+    LARGEST_SEED,
+    LONGEST_WAIT,
+    LineParser,
+    add_flags,
+    check,
+    setting,
+    setting_names,
+)
 from unlocked.runtime.job import check_device
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.recipe import Recipe
 
 __all__ = ["CompareOptions", "parse"]
@@ -67,6 +77,7 @@ class CompareOptions:
 _SHARED = (
     *("dataset", "dataset_dir", "image_size", "model", "lr", "batch_size", "drop_last", "test_batch_size"),
     *("weight_decay", "momentum", "optimizer", "waveform", "temperature", "label_smoothing", "seed", "precision"),
+    *sorted(setting_names(ModelOptions)),
 )
 """The recipe's settings that the command line gives for all contenders, beside the device."""
 

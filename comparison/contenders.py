@@ -80,7 +80,9 @@ def all_contenders(device: str, *, cores: int, processes: int, queue_depth: int 
             Spec(
                 name=f"{rule}, {processes} processes",
                 family=rule,
-                engine=Processes(queue_depth=queue_depth),
+                engine=Processes(
+                    queue_depth=queue_depth, max_recoveries=0
+                ),  # the meter lives in the process that trains
                 processes=processes,
                 threads=threads,
             )
@@ -143,7 +145,9 @@ def _on_cuda(processes: int, queue_depth: int) -> list[Spec]:
             Spec(
                 name=f"{rule}, {processes} processes",
                 family=rule,
-                engine=Processes(queue_depth=queue_depth),
+                engine=Processes(
+                    queue_depth=queue_depth, max_recoveries=0
+                ),  # the meter lives in the process that trains
                 processes=processes,
                 not_run=missing,
             ),

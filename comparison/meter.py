@@ -88,9 +88,15 @@ class _MeasuredJob(Job):
     meter: Meter
 
     def stage(
-        self, index: int, layers: range, device: torch.device | None = None, *, prefetch: int | None = None
+        self,
+        index: int,
+        layers: range,
+        device: torch.device | None = None,
+        *,
+        prefetch: int | None = None,
+        start: int | None = None,
     ) -> Stage:
-        return self.meter.watch(Job.stage(self, index, layers, device, prefetch=prefetch))
+        return self.meter.watch(Job.stage(self, index, layers, device, prefetch=prefetch, start=start))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from unlocked.comparison.contenders import Spec
+from unlocked.comparison.leaderboard.results import Inspection
 from unlocked.comparison.results import EpochFigures, TimelineSpan, Trial
 from unlocked.data import ImageDataset
 from unlocked.runtime.recipe import Recipe
@@ -14,7 +15,7 @@ from unlocked.runtime.saving.whole_file import whole_file
 
 __all__ = ["Form", "LayerCosts", "RankAnswer", "Request", "Task", "load_data", "save_data"]
 
-Task = Literal["train", "trials", "costs"]
+Task = Literal["train", "trials", "costs", "inspect"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class Request:
     """One piece of work for the processes of one contender.
 
     Attributes:
-        task: train; train a few steps in each of `forms`, for the best one; or measure every layer's cost.
+        task: train; train a few steps in each of `forms`, for the best one; measure every layer's cost;
+            or inspect memory, traffic and locality.
         recipe: dataset, model, optimizer, rule, seed, epochs, steps, evaluation: the settings of the training.
         data: file with both splits, as `save_data` writes it.
         form: of a pipeline of backpropagation.
@@ -85,6 +87,7 @@ class RankAnswer:
     spans: tuple[TimelineSpan, ...] = field(default=(), repr=False)
     trials: tuple[Trial, ...] = ()
     costs: LayerCosts | None = None
+    inspection: Inspection | None = None
 
 
 def save_data(path: Path, splits: tuple[ImageDataset, ImageDataset]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from unlocked.comparison.leaderboard.inspection import inspect
 from unlocked.comparison.meter import MeasuredTrainer, Meter, reset_peak_memory
 from unlocked.comparison.request import LayerCosts, RankAnswer, Request, load_data
 from unlocked.comparison.results import EpochFigures, SpanKind, TimelineSpan
@@ -52,6 +53,8 @@ def work(request: Request, rank: int, port: int, log: Path, answer: Connection) 
 def _do(request: Request) -> RankAnswer:
     if request.task == "costs":
         return RankAnswer(costs=_measure_costs(request))
+    if request.task == "inspect":
+        return RankAnswer(inspection=inspect(request.recipe, load_data(request.data)[0]))
     if request.spec.is_bp_pipeline:
         return try_forms(request) if request.task == "trials" else train_pipeline(request)
     return _train(request)

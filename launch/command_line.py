@@ -8,6 +8,7 @@ from typing import Any
 from unlocked.runtime.engines import ENGINES, engine_class
 from unlocked.runtime.fields import LineParser, add_flags, flag_of, setting_names
 from unlocked.runtime.job import Engine
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.recipe import Recipe
 from unlocked.runtime.settings import Settings
 
@@ -31,7 +32,8 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str) -> Recipe:
         "--nnodes=... --nproc-per-node=... -m unlocked.launch.pipeline --dataset CIFAR10 ...",
     )
     training = parser.add_argument_group("training (the authors' flags, and more)")
-    add_flags(training, Recipe, setting_names(Recipe) - setting_names(Settings))
+    add_flags(training, Recipe, setting_names(Recipe) - setting_names(Settings) - setting_names(ModelOptions))
+    add_flags(parser.add_argument_group("options of single models"), ModelOptions)
     training.add_argument("--pool", choices=["MAX"], default="MAX", help="between the blocks")
     training.add_argument(
         "--record-gpu-mem", action="store_true", help="changes nothing: the summary always has the peak memory"

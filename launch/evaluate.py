@@ -12,8 +12,9 @@ from typing import Any
 
 from unlocked.launch.output import lasting_output
 from unlocked.models.errors import first_line
-from unlocked.runtime.fields import LineParser, add_flags
+from unlocked.runtime.fields import LineParser, add_flags, setting_names
 from unlocked.runtime.job import check_device
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.paths import checked_path
 from unlocked.runtime.recipe import Recipe, make_model
 from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
@@ -22,7 +23,10 @@ from unlocked.runtime.saving.whole_file import write_json
 
 __all__ = ["main", "score"]
 
-_TOLD = ("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout", "precision")
+_TOLD = (
+    *("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout", "precision"),
+    *sorted(setting_names(ModelOptions)),
+)
 """What of a run's settings its weights, and their scores, depend on."""
 _FLAGS = ("model", "training_mode", "dataset", "dataset_dir", "image_size", "test_batch_size", "device", "summary")
 _UNREAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
@@ -112,6 +116,7 @@ def _parser() -> LineParser:
     )
     parser.add_argument("weights", help="a model_final.pt, a model_best.pt, a snapshot, or a folder of snapshots")
     add_flags(parser.add_argument_group("the run's own unless given, but for the device"), Recipe, _FLAGS)
+    add_flags(parser.add_argument_group("the model's options, likewise"), ModelOptions)
     return parser
 
 

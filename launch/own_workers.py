@@ -1,58 +1,96 @@
 """Starting the workers of a pipeline on this machine, where no launcher has: what torchrun does."""
 
-import logging
-import os
+import contextlib
 import signal
+import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 __all__ = ["start_workers"]
 
+_LOOK_SECONDS = 0.05  # between two looks at who has ended
+_PATIENCE = 30.0  # seconds that the others have to end by themselves once a worker has failed
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+
 
 def start_workers(count: int, module: str, arguments: Sequence[str], *, threads: int) -> int:
-    """Runs `python -m module arguments` in `count` processes of torch's elastic agent.
+    """Runs `python -m module arguments` in `count` processes, on this process's terminal.
 
-    Workers meet at the loopback address; the agent's two stores listen on every interface, as torchrun's do.
+    They meet at the loopback address, where alone anything listens. Signals are passed on to them.
 
     Args:
         threads: intra-op threads of each worker, where OMP_NUM_THREADS says nothing else.
 
     Returns:
-        The exit code: of the worker that failed first, else 0; 128 + signal where this process was told to stop.
+        The exit code: of the worker that failed first, else 0.
+
+    Raises:
+        ValueError: they can't meet, or can't be started.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
+    from unlocked.runtime.engines.processes.local_launch import rank_environments
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # The workers say themselves what went wrong; the agent, all that is left of this process, would log it again.
-    logging.disable(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.05,
-    )
+    with rank_environments(count, threads=threads) as environments, _passing_signals() as started:
+        command = [sys.executable, "-m", module, *arguments]
+        try:
+            for environment in environments:
+                started.append(subprocess.Popen(command, env=environment))
+        except OSError as error:
+            _end(started)
+            raise ValueError(f"the {count} processes of the pipeline can't be started: {error}") from error
+        return _follow(started)
+
+
+def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all of them; the first exit code that is not 0."""
+    first, deadline = None, float("inf")
+    while any(process.poll() is None for process in started):
+        first = first or _failed(started)
+        if first is not None and deadline == float("inf"):
+            deadline = time.monotonic() + _PATIENCE
+        if time.monotonic() > deadline:  # a worker of its own accord ends within seconds of another's end
+            _end(started)
+        time.sleep(_LOOK_SECONDS)
+    first = first or _failed(started)
+    return 0 if first is None else _exit_code(*first)
+
+
+def _failed(started: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """Rank and return code of one that did not end well."""
+    return next(((rank, process.returncode) for rank, process in enumerate(started) if process.returncode), None)
+
+
+def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _passing_signals() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Inside, signals go to the processes in the list that it gives, and not to this one."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return _exit_code(failure.exitcode)
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
+        yield started
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _exit_code(status: int) -> int:
+def _exit_code(rank: int, status: int) -> int:
     """A process's status as a shell tells it: one that a signal ended is 128 + signal."""
+    from unlocked.runtime.control.world import stage_name
+
     if status < 0:
         told = signal.Signals(-status).name
-        print(f"error: a worker was ended by {told}", file=sys.stderr, flush=True)
+        print(f"error: {stage_name(rank)} was ended by {told}", file=sys.stderr, flush=True)
         return 128 - status
     return status

@@ -2,15 +2,28 @@
 
 import contextlib
 import copy
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from unlocked.kernels.philox import Purpose, philox_int
-from unlocked.models.blocks import Block
+from unlocked.models.blocks import Block, Origin
 from unlocked.models.generators import SOURCES, GlobalGenerators
 
-__all__ = ["initialise", "key_start_values", "keyed_generator"]
+__all__ = ["draw_by_layer", "initialise", "key_start_values", "keyed_generator"]
+
+
+def draw_by_layer(makers: Iterable[Callable[[], Block]], seed: int, origin: Origin) -> list[Block]:
+    """The blocks of `origin` that `makers` make, in order, each with its start values drawn by (seed, place)."""
+    blocks = []
+    for layer, make in enumerate(makers):
+        with keyed_generator(seed, layer):
+            block = make()
+        block.start_key = (seed, layer)
+        block.origin = origin
+        blocks.append(block)
+    return blocks
 
 
 def initialise(block: nn.Module, seed: int, layer: int) -> None:

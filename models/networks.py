@@ -4,13 +4,15 @@ What a row says: kind, width, latent size, stride, and whether a 2x2 max pool fo
 block ends in an adaptive average pool; a linear block reads its output flattened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 from unlocked.kernels.images import sides_of
 from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, Origin, OutputBlock, Pool
-from unlocked.models.initialisation import keyed_generator
+from unlocked.models.initialisation import draw_by_layer
+from unlocked.models.sizes import check_positive, too_small
 
 __all__ = ["mobilenet_v1", "mobilenet_v1_small", "small_conv", "small_conv_l", "vgg8", "vgg11"]
 
@@ -230,13 +232,11 @@ def _build(
     *,
     seed: int,
 ) -> list[Block]:
-    for word, size in {"in_channels": in_channels, "num_classes": num_classes}.items():
-        if size < 1:
-            raise ValueError(f"{word} is a positive integer, got {size}")
+    check_positive(in_channels=in_channels, num_classes=num_classes)
     height, width = sides_of(image_size)
+    makers: list[Callable[[], Block]] = []
     sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (height, width), "dropout": dropout}
     origin = Origin(architecture=(network.name, {**sizes, "same_padding": same_padding, "upsample": upsample}))
-    blocks: list[Block] = []
     counts = {"conv": 0, "depthwise": 0, "linear": 0}
     last_conv = max(i for i, row in enumerate(network.rows) if row.kind != "linear")
     features, sides = in_channels, [height, width]
@@ -248,24 +248,16 @@ def _build(
             padding = row.stride if row.kind == "depthwise" and not same_padding else 1
             sides = [(side + 2 * padding - 3) // row.stride + 1 for side in sides]
         if pool == "max" and min(sides) < 2:
-            raise ValueError(
-                f"block {name}: a 2x2 max pool needs at least 2 x 2 pixels, got {sides[0]} x {sides[1]}"
-                f" from images of {height} x {width}; use larger images or a network with fewer pools"
-            )
+            raise too_small(name, (sides[0], sides[1]), (height, width))
         if not upsample:
             most = row.width if row.kind == "linear" else min(sides)
             row = row._replace(latent_size=min(row.latent_size, most))
             network = replace(network, average=min(network.average, *sides)) if i == last_conv else network
-        with keyed_generator(seed, i):
-            blocks.append(_make_block(network, row, name, features, pool, dropout, same_padding))
+        makers.append(partial(_make_block, network, row, name, features, pool, dropout, same_padding))
         features = row.width * (network.average**2 if i == last_conv else 1)
         sides = [side // 2 for side in sides] if pool == "max" else sides
-    with keyed_generator(seed, len(blocks)):
-        blocks.append(OutputBlock(features, num_classes))
-    for i, block in enumerate(blocks):
-        block.start_key = (seed, i)
-        block.origin = origin
-    return blocks
+    makers.append(partial(OutputBlock, features, num_classes))
+    return draw_by_layer(makers, seed, origin)
 
 
 def _make_block(

@@ -1,11 +1,16 @@
-"""Networks by the authors' names."""
+"""Networks by their names: the LLS authors', and those of other local rules' papers."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from unlocked.models.blocks import Block
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
+from unlocked.models.predictive import mlp, vgg8b, vgg11b
+from unlocked.models.residual import resnet18, resnet32, resnet110
+from unlocked.models.tokens import mlp_mixer, vit
 
-__all__ = ["MODELS", "find_model", "get_model"]
+__all__ = ["MODELS", "check_model_options", "find_model", "get_model", "model_options"]
 
 MODELS: dict[str, Callable[..., list[Block]]] = {
     "SmallConv": small_conv,
@@ -14,7 +19,18 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
     "VGG11": vgg11,
     "MobileNetV1": mobilenet_v1,
     "MobileNetV1_small": mobilenet_v1_small,
+    "MLP": mlp,
+    "VGG8B": vgg8b,
+    "VGG11B": vgg11b,
+    "ResNet18": resnet18,
+    "ResNet32": resnet32,
+    "ResNet110": resnet110,
+    "ViT": vit,
+    "MLPMixer": mlp_mixer,
 }
+_COMMON = ("in_channels", "num_classes", "image_size", "dropout", "seed")
+_NOT_GIVEN = {"same_padding": False, "upsample": True}
+"""Options that are not None where nobody gives them."""
 
 
 def find_model(name: str) -> Callable[..., list[Block]]:
@@ -29,6 +45,33 @@ def find_model(name: str) -> Callable[..., list[Block]]:
     return factory
 
 
+def model_options(name: str) -> list[str]:
+    """What the network called `name` takes beside the sizes of images, their classes, dropout and seed.
+
+    Raises:
+        ValueError: as `find_model`.
+    """
+    return [option for option in inspect.signature(find_model(name)).parameters if option not in _COMMON]
+
+
+def check_model_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are given: not None, and for the switches not what they are anyway.
+
+    Raises:
+        ValueError: the name is not known, or an option that the network does not take; says which do.
+    """
+    known = model_options(name)
+    given = {option: value for option, value in options.items() if value != _NOT_GIVEN.get(option)}
+    for option in given:
+        if option not in known:
+            takers = [other for other in MODELS if option in model_options(other)]
+            raise ValueError(
+                f"model {name!r} takes no {option}, but {', '.join(known) or 'no options'}; "
+                + (f"it is for {', '.join(takers)}" if takers else "no model takes it")
+            )
+    return given
+
+
 def get_model(
     name: str,
     *,
@@ -36,22 +79,18 @@ def get_model(
     num_classes: int = 10,
     image_size: int | Sequence[int] = 32,
     dropout: float = 0.0,
-    same_padding: bool = False,
-    upsample: bool = True,
     seed: int = 0,
+    **options: Any,
 ) -> list[Block]:
     """The blocks of the network called `name`, with or without the authors' prefix `LLS_`.
 
     Args:
-        in_channels, num_classes, image_size, dropout, upsample, seed: see `unlocked.models.small_conv`.
-        same_padding: for the MobileNets alone, see `unlocked.models.mobilenet_v1`.
+        in_channels, num_classes, image_size, dropout, seed: see `unlocked.models.small_conv`.
+        options: the network's own (`model_options`), by the names that its function has for them; None is not given.
 
     Raises:
-        ValueError: the name is not known (lists those that are), or a size does not fit the network.
+        ValueError: the name is not known (lists those that are), an option that the network does not take, or a size
+            that does not fit it.
     """
-    factory = find_model(name)
-    if not same_padding:
-        return factory(in_channels, num_classes, image_size, dropout, upsample=upsample, seed=seed)
-    if not name.removeprefix("LLS_").startswith("MobileNet"):
-        raise ValueError(f"same_padding is for the MobileNets; model {name!r} pads by 1 anyway, so leave it out")
-    return factory(in_channels, num_classes, image_size, dropout, same_padding=True, upsample=upsample, seed=seed)
+    given = check_model_options(name, options)
+    return find_model(name)(in_channels, num_classes, image_size, dropout, seed=seed, **given)

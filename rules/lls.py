@@ -3,6 +3,7 @@
 Every member is the same head with other ingredients: latents z = pool(activations), scores = f(z) basisT, modulated.
 
 | rule            | f         | basis                          | modulation (trained)       |
+| --------------- | --------- | ------------------------------ | -------------------------- |
 | LLS             | normalise | P [n, D], fixed waves          | -                          |
 | LLS_M           | normalise | P                              | m [n]                      |
 | LLS_MxM         | normalise | P                              | M [n, n], scores M         |

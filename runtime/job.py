@@ -107,10 +107,16 @@ class Job:
         return layer
 
     def stage(
-        self, index: int, layers: range, device: torch.device | None = None, *, prefetch: int | None = None
+        self,
+        index: int,
+        layers: range,
+        device: torch.device | None = None,
+        *,
+        prefetch: int | None = None,
+        start: int | None = None,
     ) -> Stage:
         """Stage `index` with its layers on `device`; stage 0 gets the data as well, read ahead by `prefetch` where the
-        settings leave that open."""
+        settings leave that open, from position `start` on (default: the run's first)."""
         device = device or self.device
         one = [self.layer(i, device) for i in layers]
         saved = self.settings.snapshot_dir is not None or self.resume is not None
@@ -124,7 +130,7 @@ class Job:
                 self.train,
                 self.test,
                 plan=self.plan,
-                start=self.start,
+                start=self.start if start is None else start,
                 seed=self.settings.seed,
                 device=device,
                 load_batch=torch_load_batch if backend is None else backend.load_batch,

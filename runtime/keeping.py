@@ -10,8 +10,9 @@ from unlocked.data import Dataset, ImageDataset
 from unlocked.models import architecture_of, plain_module
 from unlocked.runtime.network import Model, Network
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.tensors import give_strides
 
-__all__ = ["KeptModel", "describe_model"]
+__all__ = ["KeptModel", "describe_kept"]
 
 
 class KeptModel:
@@ -39,16 +40,14 @@ class KeptModel:
                 source = self._sources[key]
                 if source is not None:
                     value.copy_(result.weights[source])
-                if isinstance(value, nn.Parameter) and value.stride() != self._strides[key]:
-                    # Convolutions train with channels last; a fresh network would compute with other strides.
-                    plain = torch.empty_strided(value.shape, self._strides[key], dtype=value.dtype, device=value.device)
-                    value.data = plain.copy_(value)
+                if isinstance(value, nn.Parameter):  # convolutions train with channels last
+                    give_strides(value, self._strides[key])
                 kept = value.detach().cpu().clone() if source is None else result.weights[source]
                 result.plain_weights[key] = kept
         result.about = about
 
 
-def describe_model(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
+def describe_kept(model: Model, kept: KeptModel, network: Network, train: Dataset, rule: Any) -> dict[str, Any]:
     """What a file of the weights says beside them, as JSON values."""
     images = train if isinstance(train, ImageDataset) and train.images.dtype == torch.uint8 else None
     named = isinstance(train, ImageDataset) and len(train.classes) < 10_000

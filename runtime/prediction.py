@@ -18,6 +18,7 @@ from unlocked.runtime.network import Network
 from unlocked.runtime.saving.scoring import evaluation_plan, make_stage, scores_of
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
+from unlocked.runtime.tensors import give_strides
 from unlocked.workers.stage import Stage
 
 __all__ = ["Evaluation", "Trained", "as_samples"]
@@ -122,7 +123,7 @@ class Trained:
     def _evaluating(
         self, data: Dataset, batch_size: int | None, settings: Settings
     ) -> Iterator[tuple[Stage, StreamPlan]]:
-        """All layers with the data; afterwards every module is in the mode of before."""
+        """All layers with the data; afterwards every module has the mode, and its weights the strides, of before."""
         if not self.complete:
             raise ValueError("this process trained its own stage; under torchrun, predict and evaluate in rank 0 alone")
         network = self.network
@@ -140,6 +141,7 @@ class Trained:
         set_threads(settings.threads)
         plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))
         modes = [(module, module.training) for block in network.blocks for module in block.modules()]
+        strides = [(value, value.stride()) for block in network.blocks for value in block.parameters()]
         try:
             stage = make_stage(network, data, data, plan, 1, settings.device, settings.precision)
             with float32_products(settings.precision), closing(stage), torch.no_grad():
@@ -147,6 +149,8 @@ class Trained:
         finally:
             for module, training in modes:
                 module.training = training
+            for value, before in strides:  # convolutions evaluate with channels last
+                give_strides(value, before)
 
     def _normalised(self, data: Dataset) -> Dataset:
         """uint8 samples without statistics of their own get those of the training images."""

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from unlocked.data import DATASETS, ImageDataset, load_dataset
 from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
-from unlocked.models import Block, find_model, get_model, use_tanh
+from unlocked.models import Block, check_model_options, get_model, use_tanh
 from unlocked.rules import GLOBAL_RULES, OUTPUT_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.fields import LARGEST, saved, setting, values_of
@@ -23,6 +23,7 @@ from unlocked.runtime.metrics.dashboard import Dashboard
 from unlocked.runtime.metrics.run_log import RunLog
 from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
+from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.folder_lock import hold_folder
 from unlocked.runtime.saving.snapshots import sweep_unfinished
@@ -43,9 +44,9 @@ _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Settings):
-    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings`, and
-    the engine with its own.
+class Recipe(Settings, ModelOptions):
+    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings` and of
+    `ModelOptions`, and the engine with its own.
 
     Raises:
         ValueError: a setting is out of range, or a name not known; says what is valid.
@@ -128,7 +129,7 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "engine", as_engine(self.engine))
-        find_model(_network_of(self.model))
+        check_model_options(_network_of(self.model), values_of(self, ModelOptions))
         _check_experiment_name(self.experiment_name)
         if not self.lr_scheduler:
             object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
@@ -274,6 +275,7 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
         image_size=sides,
         dropout=recipe.dropout,
         seed=recipe.seed,
+        **values_of(recipe, ModelOptions),
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)
@@ -347,6 +349,7 @@ def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
     return {
         **{name: getattr(recipe, name) for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
+        "recoveries": [asdict(recovery) for recovery in result.recoveries],
         "torch": torch.__version__,
         "epochs": result.epochs_done,
         "epoch_results": [

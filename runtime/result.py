@@ -1,14 +1,14 @@
 """What a run leaves: figures per epoch, the final weights, and their digest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from unlocked.runtime.metrics.html import card, curves
-from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.metrics.records import EpochResult, Recovery
 from unlocked.runtime.saving.model_file import save_model
 
 __all__ = ["RunResult"]
@@ -54,6 +54,9 @@ class RunResult:
     about: Mapping[str, Any] = field(default_factory=dict)
     """What `save` writes beside the weights, as JSON values."""
 
+    recoveries: list[Recovery] = field(default_factory=list)
+    """Workers that died and were replaced (`processes`)."""
+
     @property
     def is_complete(self) -> bool:
         """This process knows the whole run (under torchrun: rank 0)."""
@@ -74,6 +77,7 @@ class RunResult:
             "predicted_stage_seconds": self.predicted_stage_seconds,
             "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,
+            "recoveries": [asdict(recovery) for recovery in self.recoveries],
         }
 
     @property

@@ -1,4 +1,4 @@
-"""Named tensors as plain bytes: for a digest, and for the way from one process to another."""
+"""Named tensors as plain bytes, for a digest and for the way from one process to another; and their strides."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
+__all__ = ["give_strides", "pack_tensors", "tensor_bytes", "unpack_tensors", "weights_digest"]
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -45,3 +45,10 @@ def tensor_bytes(tensor: Tensor) -> bytes:
         array = array.view(torch.int16)
     values = array.numpy()
     return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
+
+
+def give_strides(value: Tensor, strides: tuple[int, ...]) -> None:
+    """Lays the same values out anew, in place: a network computes other bits from weights with other strides."""
+    if value.stride() != strides:
+        laid_out = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+        value.data = laid_out.copy_(value.detach())

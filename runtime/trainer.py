@@ -32,7 +32,7 @@ from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
-from unlocked.runtime.keeping import KeptModel, describe_model
+from unlocked.runtime.keeping import KeptModel, describe_kept
 from unlocked.runtime.layer_optimizers import Optimizers, check_layers
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
@@ -228,7 +228,7 @@ class Trainer(Settings):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
-        kept.take(result, describe_model(self.model, kept, job.network, job.train, describe_rule(self.rule)))
+        kept.take(result, describe_kept(self.model, kept, job.network, job.train, describe_rule(self.rule)))
         trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
         object.__setattr__(self, "_trained", trained)
         return result

@@ -10,6 +10,7 @@ their sums, and the commands that a person would type.
 import argparse
 import hashlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -139,11 +140,13 @@ def _twine_problems(built: Sequence[Path]) -> Iterator[str]:
 def _install_problems(built: Sequence[Path], version: str) -> Iterator[str]:
     """The wheel, in an environment of its own and without its dependencies, says its version."""
     wheel = next(path for path in built if path.suffix == ".whl")
+    # A checkout on PYTHONPATH would count as an installation, and the wheel would not be installed.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         python = Path(folder, "bin", "python")
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-        subprocess.run([*pip, str(wheel)], check=True)
+        subprocess.run([*pip, str(wheel)], check=True, env=clean)
         command = [str(python), "-I", "-c", "import unlocked; print(unlocked.__version__)"]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if told.stdout.strip() != version:

@@ -145,10 +145,18 @@ def all_help() -> str:
 
 
 def _unlocked(*words: str) -> str:
-    """What the command prints, at 90 columns."""
-    environment = os.environ | {"COLUMNS": "90"}
+    """What the checkout's own command prints, at 90 columns.
+
+    Raises:
+        RuntimeError: it fails; with what it says.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"COLUMNS": "90", "PYTHONPATH": path}
     command = [sys.executable, "-m", "unlocked", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"unlocked {' '.join(words)} fails: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def source_page(path: Path) -> str:
@@ -196,4 +204,5 @@ def _picture(wide: Path, narrow: Path, text: str) -> str:
     for form, path in (("wide", wide), ("narrow", narrow)):
         svg = re.sub(r"<style>.*?</style>", "", path.read_text(), count=1, flags=re.DOTALL)
         shown.append(svg.replace("<svg ", f'<svg class="{form}" ', 1))
-    return f'<figure class="picture">{"".join(shown)}<figcaption>{escape(text)}</figcaption></figure>'
+    caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<figure class="picture">{"".join(shown)}<figcaption>{caption}</figcaption></figure>'

@@ -28,28 +28,11 @@ ALLOWED = {
 # Inside a room, from the ground up: a file imports from its own layer and from those below it.
 LAYERS = {
     "runtime": [
-        [
-            "schedules",
-            "typed",
-            "paths",
-            "fields",
-            "settings",
-            "layouts",
-            "saving.whole_file",
-            "metrics.records",
-            "tensors",
-        ],
-        ["saving.tensor_file"],
-        [
-            "batch_statistics",
-            "faults",
-            "learning_rate",
-            "machine",
-            "signals",
-            "saving.model_file",
-            "metrics.html",
-            "exporting",
-        ],
+        ["schedules", "typed", "paths", "fields", "settings", "layouts", "saving.whole_file", "metrics.records"],
+        ["saving.tensor_file", "tensors"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
+        ["saving.model_file", "metrics.html", "exporting"],
+        ["fault_fixtures"],
         ["shapes"],
         ["layer_rules", "layer_optimizers", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],
@@ -67,12 +50,16 @@ LAYERS = {
         ["sequential"],
     ],
     "comparison": [
-        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "request", "results"],
+        ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "results"],
+        ["cells", "significance", "leaderboard.results"],
+        ["request"],
         ["excerpts"],
         ["report"],
-        ["rival", "memory", "stages"],
+        ["rival", "memory", "stages", "chaos"],
+        ["leaderboard.inspection"],
         ["worker", "pool"],
         ["measure"],
+        ["leaderboard"],
     ],
 }
 WITHOUT_TORCH = ("runtime.schedules", "runtime.control")

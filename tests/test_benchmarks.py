@@ -21,7 +21,7 @@ SCRIPTS = (
     "host_per_tick",
     "snapshots",
     *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
-    *("reproduce", "single_gpu"),
+    *("reproduce", "single_gpu", "start_up"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -348,6 +348,21 @@ def test_models_count_multiply_adds_as_torch_does(load: Any) -> None:
         assert step == 2 * forward + pointwise + head
 
 
+def test_models_counts_sizes(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of networks whose figures are known: ResNet-32 has 69 million multiply-adds (He et al., CVPR 2016)."""
+    models = load("models")
+    assert models.main(["sizes", "--models", "ResNet32", "MLP"]) == 0
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    resnet, mlp = rows[2:]
+    assert resnet[:3] == ["ResNet32", "17", "466,906"]
+    assert float(resnet[3]) / 2 == pytest.approx(69, abs=0.5)
+    assert float(resnet[4]) == 16 * 32 * 32 * 4 / 1024
+    operations = 2 * (3072 * 1024 + 2 * 1024 * 1024 + 1024 * 10) / 1e6
+    assert mlp == ["MLP", "4", "5,262,346", f"{operations:.1f}", "4.0", "12.0", "12.0"]
+
+
 def test_models_prints_costs_and_losses(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = load("models")
     threads = torch.get_num_threads()
@@ -377,3 +392,12 @@ def test_a_loss_curve_takes_means_apart(load: Any) -> None:
         {"from": 0, "to": 20, "losses": {"a": 3.0}},
         {"from": 20, "to": 60, "losses": {"a": 1.5}},
     ]
+
+
+def test_a_start_is_timed(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "start_up.json"
+    assert load("start_up").main(["--repeats", "2", "--only", "unlocked --help", "--json", str(path)]) == 0
+    assert "unlocked --help" in capsys.readouterr().out
+    (pairs,) = json.loads(path.read_text())["wall and processor seconds"].values()
+    assert len(pairs) == 2
+    assert all(processor > 0 for _, processor in pairs)

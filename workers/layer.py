@@ -258,15 +258,46 @@ class Layer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, in place: device addresses stay, so captured graphs stay valid."""
+        self._load(state, None if self.optimizer is None else self.optimizer.load_state_dict)
+        self._mode = None  # the optimizer's weights may be at another point now
+
+    def exact_state(self) -> dict[str, Any]:
+        """What a worker needs that goes on amid anything: `state_dict`, an evaluation's sums so far, and the mode,
+        which a schedule-free optimizer can't leave and take up again without rounding."""
+        self._sync_clock()
+        optimizer: Any = {}
+        if self.optimizer is not None:
+            exact = getattr(self.optimizer, "exact_state", None)
+            optimizer = self.optimizer.state_dict() if exact is None else exact()
+        return {
+            "rule": self.rule.state_dict(),
+            "block": self.block.state_dict(),
+            "optimizer": optimizer,
+            "totals": self.totals,
+            "clock": self.clock,
+            "eval_totals": self.eval_totals,
+            "mode": self._mode,
+        }
+
+    def load_exact_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `exact_state`, in a layer that has just been built."""
+        exact = getattr(self.optimizer, "load_exact_state", None)
+        self._load(state, self.optimizer.load_state_dict if exact is None and self.optimizer is not None else exact)
+        self.eval_totals.copy_(state["eval_totals"])
+        self._mode = state["mode"]
+        self.block.train(self._mode != "evaluate")
+        for module in self.frozen:
+            module.training = False
+
+    def _load(self, state: dict[str, Any], load_optimizer: Callable[[dict[str, Any]], object] | None) -> None:
         self.rule.load_state_dict(state["rule"])
         self.block.load_state_dict(state["block"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        if load_optimizer is not None:
+            load_optimizer(state["optimizer"])
         self.totals.copy_(state["totals"])
         self.set_clock(state["clock"])
         self._counted.copy_(self.clock)
         self._pending = 0
-        self._mode = None  # the optimizer's weights may be at another point now
 
 
 class AutogradStep:

@@ -1,10 +1,13 @@
-"""Edges between two processes of one machine: slots in shared memory, one byte on a Unix socket per slot.
+"""Edges between two processes of one machine: slots in shared memory, a Unix socket to wake the neighbour.
 
-The receiver owns the ring and lends its slots; the sender computes an output straight into the next one and sends a
-byte, the receiver works on it in place and sends a byte back when it is done. The ring has one slot more than the
-receiver may hold: the one that the sender writes meanwhile. Nothing is copied, and a neighbour's death is an
-end-of-file, seen at once. A hop costs two small system calls, where Gloo's handshakes over TCP take about a millisecond
-on a busy two-core machine (`benchmarks/pipeline_scaling.py`).
+The receiver makes the ring and lends its slots; the sender computes an output straight into the next one and counts it,
+the receiver works on it in place and counts it as done (`workers.slot_log`). A byte on the socket says that a count has
+grown; what counts is the memory, so that a byte may be lost or come twice. Nothing is copied, and a neighbour's death
+is an end-of-file, seen at once. A hop costs two small system calls, where Gloo's handshakes over TCP take about a
+millisecond on a busy two-core machine (`benchmarks/pipeline_scaling.py`).
+
+Where workers are recovered, the ring has room for more than the neighbour may be ahead: what lies in it is kept until
+the receiver has saved itself, and a supervisor holds memory and socket open while a worker is replaced.
 """
 
 import contextlib
@@ -15,20 +18,19 @@ import select
 import shutil
 import socket
 import tempfile
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.errors import LinkLostError
+from unlocked.workers.slot_log import SlotLog
 
 __all__ = ["NoRoomError", "SharedInEdge", "SharedListener", "SharedOutEdge"]
-
-_PAGE = mmap.PAGESIZE
 
 
 class NoRoomError(OSError):
@@ -44,15 +46,25 @@ class SharedListener:
     Args:
         depth: micro-batches that the sender may be ahead.
         timeout: seconds to wait for the neighbour, now and later.
+        log_slots: how many slots the ring should have, if there is room for them; it has `depth` + 1 at least.
 
     Raises:
         NoRoomError: no place has room for the ring.
     """
 
-    def __init__(self, layout: SlotLayout, *, depth: int, timeout: float) -> None:
-        self._layout, self._slots, self._timeout = layout, depth + 1, timeout
-        size = self._slots * _slot_bytes(layout)
-        self._folder, self._memory = _reserve(size)
+    def __init__(self, layout: SlotLayout, *, depth: int, timeout: float, log_slots: int = 0) -> None:
+        self._layout, self._depth, self._timeout = layout, depth, timeout
+        wanted = max(log_slots, depth + 1)
+        while True:
+            try:
+                self._folder, self._memory = _reserve(SlotLog.nbytes(layout, wanted))
+                break
+            except NoRoomError:
+                if wanted == depth + 1:
+                    raise
+                wanted = max(wanted // 4, depth + 1)
+        self.slots = wanted
+        """Of the ring."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.settimeout(timeout)
         try:
@@ -64,7 +76,7 @@ class SharedListener:
 
     @property
     def address(self) -> str:
-        """What the sender needs."""
+        """What the sender needs, beside the number of slots."""
         return self._folder
 
     def accept(self, neighbour: str) -> "SharedInEdge":
@@ -79,7 +91,8 @@ class SharedListener:
             raise LinkLostError(f"{neighbour} did not connect within {self._timeout:g} s") from error
         finally:
             self.close()
-        return SharedInEdge(self._layout, self._memory, link, self._slots, self._timeout, neighbour)
+        log = SlotLog(self._memory, self._layout, self.slots)
+        return SharedInEdge(log, _Link(link, neighbour, self._timeout), self._depth)
 
     def close(self) -> None:
         """Idempotent."""
@@ -92,27 +105,25 @@ class SharedListener:
 
 
 class SharedInEdge:
-    """The receiving end. Slots are used in the order of the stream, so nothing but their count has to be told."""
+    """The receiving end. Micro-batches are numbered in the order of the stream, so nothing but counts has to be told.
 
-    def __init__(
-        self,
-        layout: SlotLayout,
-        memory: mmap.mmap,
-        link: socket.socket,
-        slots: int,
-        timeout: float,
-        neighbour: str,
-    ) -> None:
-        self._layout, self._slots = layout, _slots(layout, memory, slots)
-        self._link, self._neighbour, self._timeout = link, neighbour, timeout
-        link.settimeout(timeout)
-        self._waiting = select.poll()  # unlike `select.select` it takes descriptors above 1023
-        self._waiting.register(link, select.POLLIN)
+    `keeps_log` (False at first): slots stay as they are until `keep` says otherwise.
+    """
+
+    def __init__(self, log: SlotLog, link: "_Link", depth: int) -> None:
+        self._log, self._link, self._depth = log, link, depth
+        self.keeps_log = False
         self.fill = 0.0
         """Moving average of the share of slots that were full when the stage asked for the next one."""
-        self._arrived = 0
+        self.count = 0
+        """Micro-batches that this end has released: the number of the next one."""
         self._next = 0
         self._expected: deque[Item] = deque()
+
+    @property
+    def unkept(self) -> float:
+        """How full the log is, 0 to 1, of micro-batches that wait for `keep`; 1: the sender will soon have to wait."""
+        return (self.count - self._log.kept) / max(self._log.slots - self._depth - 1, 1)
 
     def expect(self, items: Iterable[Item]) -> None:
         self._expected.extend(items)
@@ -120,18 +131,28 @@ class SharedInEdge:
     def receive(self, item: Item) -> Slot:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
-        if self._waiting.poll(0):  # a flag of recv would not do: a socket with a timeout waits first
-            self._arrived += _count_waiting(self._link)
-        self.fill += 0.1 * (self._arrived / (len(self._slots) - 1) - self.fill)
-        while not self._arrived:
-            self._arrived += _count_bytes(self._link, self._neighbour, self._timeout)
-        self._arrived -= 1
-        slot = self._slots[self._next % len(self._slots)]
+        number = self._next
+        self.fill += 0.1 * (min((self._log.sent - number) / self._depth, 1.0) - self.fill)
+        self._link.wait_until(lambda: self._log.has(number))
         self._next += 1
-        return self._layout.views(slot, item.size, item.kind)
+        return self._log.views(number, item.size, item.kind)
 
     def release(self) -> None:
-        _send_byte(self._link, self._neighbour)
+        self.count += 1
+        if self.count > self._log.done:  # not so where a dead incarnation's work is done again
+            self._log.done = self.count
+        if not self.keeps_log:
+            self._log.kept = self.count
+        self._link.wake()
+
+    def keep(self) -> None:
+        """This stage has saved itself as it is now: it will never ask again for what it has released."""
+        self._log.kept = self.count
+        self._link.wake()
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`, which is still kept."""
+        self.count = self._next = count
 
 
 class SharedOutEdge:
@@ -139,55 +160,108 @@ class SharedOutEdge:
 
     Args:
         address: the receiver's.
+        slots: of its ring; default: `depth` + 1.
     """
 
-    def __init__(self, layout: SlotLayout, address: str, *, depth: int, timeout: float, neighbour: str) -> None:
-        self._layout, self._neighbour, self._timeout = layout, neighbour, timeout
-        size = (depth + 1) * _slot_bytes(layout)
-        self._link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(
+        self,
+        layout: SlotLayout,
+        address: str,
+        *,
+        depth: int,
+        timeout: float,
+        neighbour: str,
+        slots: int | None = None,
+    ) -> None:
+        slots = depth + 1 if slots is None else slots
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with open(Path(address) / "ring", "r+b") as file:
-                self._memory = mmap.mmap(file.fileno(), size)
-            self._link.settimeout(timeout)
-            self._link.connect(str(Path(address) / "link"))
+                memory = mmap.mmap(file.fileno(), SlotLog.nbytes(layout, slots))
+            link.settimeout(timeout)
+            link.connect(str(Path(address) / "link"))
         except (OSError, ValueError) as error:
-            self._link.close()
+            link.close()
             raise LinkLostError(f"can't reach {neighbour} ({error})") from error
-        self._slots = _slots(layout, self._memory, depth + 1)
-        self._depth = self._free = depth  # slots that the receiver has not been given
-        self._next = 0
+        self._log, self._link, self._depth = SlotLog(memory, layout, slots), _Link(link, neighbour, timeout), depth
+        self.count = 0
+        """Micro-batches that this end has let go: the number of the next one."""
+        self._scratch: Tensor | None = None
 
     def reserve(self, item: Item) -> Slot:
-        return self._layout.views(self._slots[self._next % len(self._slots)], item.size, item.kind)
+        if self.count < self._log.sent:  # the neighbour has it from a dead incarnation, and may be reading it
+            if self._scratch is None:
+                layout = self._log.layout
+                self._scratch = layout.allocate(self._log.slot(0).device)
+            return self._log.layout.views(self._scratch, item.size, item.kind)
+        # Always there, but for a log that is full: then the neighbour is about to save itself.
+        self._link.wait_until(lambda: self._log.has_room(self.count))
+        return self._log.views(self.count, item.size, item.kind)
 
     def send(self, item: Item) -> None:
-        self._await_free(1)
-        self._free -= 1
-        self._next += 1
-        _send_byte(self._link, self._neighbour)
+        if self.count >= self._log.sent:
+            self._link.wait_until(lambda: self.count - self._log.done < self._depth)
+            self._log.sent = self.count + 1
+            self._link.wake()
+        self.count += 1
 
     def flush(self) -> None:
         """Waits until the receiver has done everything."""
-        self._await_free(self._depth)
+        self._link.wait_until(lambda: self._log.done >= self.count)
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`: what the neighbour has already is computed, but not sent again."""
+        self.count = count
 
     def close(self) -> None:
         """Lets the neighbour go; for edges that are not used after all."""
         self._link.close()
 
-    def _await_free(self, count: int) -> None:
-        while self._free < count:
-            self._free += _count_bytes(self._link, self._neighbour, self._timeout)
 
+class _Link:
+    """A socket whose bytes mean: look at the counts again."""
 
-def _slots(layout: SlotLayout, memory: mmap.mmap, count: int) -> list[Tensor]:
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    size = _slot_bytes(layout)
-    return [whole[i * size : (i + 1) * size] for i in range(count)]
+    def __init__(self, link: socket.socket, neighbour: str, timeout: float) -> None:
+        self._link, self._neighbour, self._timeout = link, neighbour, timeout
+        link.setblocking(False)
+        self._arrival = select.poll()  # unlike `select.select` it takes descriptors above 1023
+        self._arrival.register(link, select.POLLIN)
 
+    def wake(self) -> None:
+        """Tells the neighbour, if it is there: its end is noticed where it is waited for."""
+        with contextlib.suppress(OSError):  # or so many wake it already
+            self._link.send(b"\0")
 
-def _slot_bytes(layout: SlotLayout) -> int:
-    """A slot begins on a page, so that the activations in it are aligned as torch's own."""
-    return -(-layout.capacity // _PAGE) * _PAGE
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Waits for a count.
+
+        Raises:
+            LinkLostError: the neighbour's end is gone, or it did not come in time.
+        """
+        if ready():
+            return
+        deadline = time.monotonic() + self._timeout
+        is_open = True
+        while not ready():
+            if not is_open:
+                raise LinkLostError(f"the link to {self._neighbour} broke (its process ended)")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise LinkLostError(f"{self._neighbour} did not answer within {self._timeout:g} s")
+            if self._arrival.poll(1000 * left):
+                is_open = self._take()  # what was counted before an end still counts
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _take(self) -> bool:
+        """False: the neighbour's end is closed."""
+        try:
+            return bool(self._link.recv(4096))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
 
 def _reserve(size: int) -> tuple[str, mmap.mmap]:
@@ -235,30 +309,3 @@ def _memory_folders() -> list[str]:
     kinds = {line.split()[1]: line.split()[2] for line in mounts.read_text().splitlines()}  # the latest mount counts
     home = next(str(p) for p in (Path(temporary).resolve(), *Path(temporary).resolve().parents) if str(p) in kinds)
     return list(dict.fromkeys([*folders, temporary])) if kinds[home] in ("tmpfs", "ramfs") else folders
-
-
-def _count_bytes(link: socket.socket, neighbour: str, timeout: float) -> int:
-    """How many slots the neighbour has filled or freed; waits for at least one."""
-    try:
-        received = len(link.recv(4096))
-    except TimeoutError as error:
-        raise LinkLostError(f"{neighbour} did not answer within {timeout:g} s") from error
-    except OSError as error:
-        raise LinkLostError(f"the link to {neighbour} broke ({error})") from error
-    if not received:
-        raise LinkLostError(f"the link to {neighbour} broke (its process ended)")
-    return received
-
-
-def _count_waiting(link: socket.socket) -> int:
-    """The same where something has come; what is wrong with the link shows when it is waited for."""
-    with contextlib.suppress(OSError):
-        return len(link.recv(4096))
-    return 0
-
-
-def _send_byte(link: socket.socket, neighbour: str) -> None:
-    try:
-        link.send(b"\0")
-    except OSError as error:
-        raise LinkLostError(f"the link to {neighbour} broke ({error})") from error

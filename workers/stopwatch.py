@@ -57,6 +57,14 @@ class Stopwatch:
                 TimedAction(action.stage, str(action), (start + self._offset) * us, (end + self._offset) * us)
             )
 
+    def sums(self) -> tuple[float, float, float, int]:
+        """All that it has added up."""
+        return self.busy, self.waiting, self.training, self.train_steps
+
+    def take_over(self, sums: tuple[float, float, float, int]) -> None:
+        """Goes on from what another worker's has added up."""
+        self.busy, self.waiting, self.training, self.train_steps = sums
+
     def seconds_per_step(self) -> float:
         """Busy seconds of a training micro-batch, on average; 0 where none was timed."""
         return self.training / self.train_steps if self.train_steps else 0.0

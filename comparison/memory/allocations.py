@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from unlocked.workers.actions import Item
 from unlocked.workers.stage import Stage
 
-__all__ = ["Count", "bytes_of", "count_allocations", "persistent_tensors"]
+__all__ = ["Count", "StepMemory", "bytes_of", "count_allocations", "count_steps", "persistent_tensors"]
 
 _CUDA_BLOCK: Final = 512  # bytes to which torch's CUDA allocator rounds up
 
@@ -22,6 +23,41 @@ _CUDA_BLOCK: Final = 512  # bytes to which torch's CUDA allocator rounds up
 class Count:
     peak: int = 0
     now: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of training steps on one stage, from `count_steps`."""
+
+    activation_bytes: int
+    """The most at once, without what persists: activations and the intermediate results of a step."""
+    persistent_bytes: int
+    """Weights, optimizer states, buffers, the batch; under a local rule the weights' gradients too."""
+    held_bytes: int
+    """What is left of activations after the last step."""
+
+
+def count_steps(stage: Stage, x: Tensor, labels: Tensor, *, steps: int, end_to_end: bool) -> StepMemory:
+    """Trains `steps` times on one micro-batch, and counts.
+
+    Args:
+        end_to_end: the stage is one layer that trains by backpropagation, whose gradients are made anew at every step.
+    """
+    device = x.device
+    built = bytes_of(persistent_tensors(stage, x, labels), device)
+    with count_allocations(device) as counted:
+        item = Item(0, "train", 0, 0, len(labels), False)
+        for _ in range(steps):
+            stage.forward(item, x, labels)
+            stage.update(item)
+            if end_to_end:
+                # Backpropagation makes all gradients anew while activations go: none needs to be there at its peak.
+                stage.layers[0].optimizer.zero_grad(set_to_none=True)
+        persistent = bytes_of(persistent_tensors(stage, x, labels), device)
+    grown = persistent - built
+    return StepMemory(
+        activation_bytes=counted.peak - grown, persistent_bytes=persistent, held_bytes=counted.now - grown
+    )
 
 
 @contextlib.contextmanager

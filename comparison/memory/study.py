@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from unlocked.comparison.memory.allocations import bytes_of, count_allocations, persistent_tensors
+from unlocked.comparison.memory.allocations import count_steps
 from unlocked.comparison.memory.chain import build_chain
 from unlocked.comparison.memory.page import memory_section
 from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
@@ -26,7 +26,6 @@ from unlocked.rules import LOCAL_RULES
 from unlocked.runtime.fields import LineParser, add_flags, check, setting
 from unlocked.runtime.job import check_device
 from unlocked.runtime.saving.whole_file import write_json, write_whole
-from unlocked.workers.actions import Item
 from unlocked.workers.fused import choose_step
 
 __all__ = ["MemoryOptions", "main", "measure", "parse", "run_memory_study", "write_memory_study"]
@@ -41,23 +40,13 @@ def measure(method: str, depth: int, settings: ChainSettings) -> MemoryPoint:
     device = torch.device(settings.device)
     # Before the counting begins: what building tries out is no part of training.
     stage, x, labels = build_chain(method, depth, settings, device)
-    built = bytes_of(persistent_tensors(stage, x, labels), device)
-    with count_allocations(device) as counted:
-        item = Item(0, "train", 0, 0, settings.batch_size, False)
-        for _ in range(settings.steps):
-            stage.forward(item, x, labels)
-            stage.update(item)
-            if method in (BP, CHECKPOINTED):
-                # Backpropagation makes all gradients anew while activations go: none needs to be there at its peak.
-                stage.layers[0].optimizer.zero_grad(set_to_none=True)
-        persistent = bytes_of(persistent_tensors(stage, x, labels), device)
-    grown = persistent - built
+    found = count_steps(stage, x, labels, steps=settings.steps, end_to_end=method in (BP, CHECKPOINTED))
     return MemoryPoint(
         method=method,
         depth=depth,
-        activation_bytes=counted.peak - grown,
-        persistent_bytes=persistent,
-        held_bytes=counted.now - grown,
+        activation_bytes=found.activation_bytes,
+        persistent_bytes=found.persistent_bytes,
+        held_bytes=found.held_bytes,
     )
 
 

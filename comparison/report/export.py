@@ -8,13 +8,13 @@ from pathlib import Path
 from unlocked.comparison.results import Contender, Report, Run
 from unlocked.runtime.saving.whole_file import write_whole
 
-__all__ = ["write_epochs_csv", "write_runs_csv"]
+__all__ = ["write_epochs_csv", "write_rows", "write_runs_csv"]
 
 
 def write_runs_csv(report: Report, path: Path) -> None:
     """One row per run; one per contender without runs, with its reason. Lists of processes are joined by spaces."""
     rows = [_run_row(c, run) for c in report.contenders for run in (c.runs or (None,))]
-    _write(path, rows)
+    write_rows(path, rows)
 
 
 def write_epochs_csv(report: Report, path: Path) -> None:
@@ -36,7 +36,7 @@ def write_epochs_csv(report: Report, path: Path) -> None:
         for run in contender.accuracy_runs
         for epoch in run.epochs
     ]
-    _write(path, rows)
+    write_rows(path, rows)
 
 
 def _run_row(contender: Contender, run: Run | None) -> dict[str, object]:
@@ -71,7 +71,8 @@ def _run_row(contender: Contender, run: Run | None) -> dict[str, object]:
     }
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """A table with a column for every key of the rows, in their order; None is empty."""
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = StringIO()

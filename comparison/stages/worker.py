@@ -46,6 +46,7 @@ def train_chain(*, blocks: int, stages: int, steps: int, rule: str, settings: Ch
         seed=s.seed,
         kernels=s.kernels,
         print_freq=1000,
+        progress=False,
     )
     return trainer.fit((images, labels), epochs=-(-steps // 8), batch_size=s.batch_size, max_steps=steps)
 

@@ -111,19 +111,18 @@ class FusedOptimizer:
         params = self._params
         given = gradients_of(params, grads)
         present = tuple(g is not None for g in given)
-        launches = self._launches.get(present)
-        if launches is None:
-            launches = self._launches[present] = self._launches_for(present)
+        if present not in self._launches:
+            self._launches[present] = self._launches_for(present)
         first, second = self._states
-        for launch in launches:
+        any_copy = next(iter(self._copies.values()), params[0])
+        for launch in self._launches[present]:
             matching = tuple(_matching(given, params, i) for i in launch.tensors)
             narrow = tuple(int(g.dtype == torch.bfloat16) for g in matching)
             copied = tuple(int(i in self._copies) for i in launch.tensors)
-            filler = next(iter(self._copies.values()), params[0])
             step_kernel[(launch.programs,)](
                 tuple(params[i] for i in launch.tensors),
                 matching,
-                tuple(self._copies.get(i, filler) for i in launch.tensors),
+                tuple(self._copies.get(i, any_copy) for i in launch.tensors),
                 self._counters if first is None else first,
                 self._counters if second is None else second,
                 self._counters,
@@ -131,8 +130,8 @@ class FusedOptimizer:
                 SIZES=launch.sizes,
                 PROGRAMS=launch.first_programs,
                 CHUNKS=launch.first_chunks,
-                NARROW=narrow if any(narrow) else (),
-                COPIED=copied if any(copied) else (),
+                NARROW=narrow * any(narrow),
+                COPIED=copied * any(copied),
                 KIND=self.kind,
                 MOMENTUM=self._momentum,
                 NESTEROV=bool(self.param_groups[0].get("nesterov", False)),
@@ -143,7 +142,7 @@ class FusedOptimizer:
     @torch.no_grad()
     def bfloat16_of(self, param: Tensor) -> Tensor:
         """A parameter's bfloat16 copy, which every step writes; after other changes `renew_bfloat16` does."""
-        number = next(i for i, p in enumerate(self._params) if p is param)
+        number = [id(p) for p in self._params].index(id(param))
         if number not in self._copies:
             self._copies[number] = param.detach().to(torch.bfloat16, copy=True)
         return self._copies[number]
@@ -391,8 +390,7 @@ def _matching(grads: Sequence[Tensor | None], params: list[Tensor], i: int) -> T
     """The gradient of parameter i, copied only if its memory layout is not the parameter's."""
     grad, param = grads[i], params[i]
     assert grad is not None
-    known = grad.dtype in (torch.float32, torch.bfloat16)
-    if grad.shape != param.shape or not known or grad.device != param.device:
+    if (grad.shape, grad.device) != (param.shape, param.device) or grad.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"the gradient of parameter {i} must be float32 or bfloat16, {list(param.shape)} on {param.device}, got "
             f"{grad.dtype} {list(grad.shape)} on {grad.device}"

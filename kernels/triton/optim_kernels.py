@@ -73,6 +73,37 @@ def _averaged(p, z, g, share, lr, beta1):
 
 
 @triton.jit
+def _gradient(grad_ptrs, program, offset, size, PROGRAMS: tl.constexpr, NARROW: tl.constexpr):
+    """The chunk's gradient, in float32."""
+    if len(NARROW) == 0:
+        grad = grad_ptrs[0]
+        for i in tl.static_range(1, len(PROGRAMS)):
+            grad = tl.where(program >= PROGRAMS[i], grad_ptrs[i], grad)
+        g = tl.load(grad + offset, mask=offset < size, other=0.0)
+    else:  # of two types, so it is addresses that are chosen between
+        address, narrow = grad_ptrs[0].to(tl.int64), tl.full((), NARROW[0], tl.int32)
+        for i in tl.static_range(1, len(PROGRAMS)):
+            address = tl.where(program >= PROGRAMS[i], grad_ptrs[i].to(tl.int64), address)
+            narrow = tl.where(program >= PROGRAMS[i], NARROW[i], narrow)
+        is_wide, is_half = offset < tl.where(narrow == 0, size, 0), offset < tl.where(narrow == 0, 0, size)
+        wide = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=is_wide, other=0.0)
+        half = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=is_half, other=0.0)
+        g = tl.where(narrow == 0, wide, half.to(tl.float32))
+    return g
+
+
+@triton.jit
+def _copy(copy_ptrs, p, program, offset, size, PROGRAMS: tl.constexpr, COPIED: tl.constexpr):
+    """Leaves the chunk's new weights in the tensor's copy, if it has one."""
+    if len(COPIED) > 0:
+        copy, copied = copy_ptrs[0], tl.full((), COPIED[0], tl.int32)
+        for i in tl.static_range(1, len(PROGRAMS)):
+            copy = tl.where(program >= PROGRAMS[i], copy_ptrs[i], copy)
+            copied = tl.where(program >= PROGRAMS[i], COPIED[i], copied)
+        tl.store(copy + offset, p.to(tl.bfloat16), mask=offset < tl.where(copied == 0, 0, size))
+
+
+@triton.jit
 def step_kernel(
     param_ptrs,  # tuple of float32 tensors; the name `params` would clash with one in Triton's own launcher
     grad_ptrs,  # tuple of float32 or bfloat16 tensors with the parameters' memory layout
@@ -94,43 +125,21 @@ def step_kernel(
     """One step on one chunk; see [Note: one launch]."""
     program = tl.program_id(0)
     param, size, first, chunk = param_ptrs[0], SIZES[0], PROGRAMS[0], CHUNKS[0]
-    if len(NARROW) > 0:  # of two types, so it is addresses that are chosen between
-        address, narrow = grad_ptrs[0].to(tl.int64), tl.full((), NARROW[0], tl.int32)
-    else:
-        grad = grad_ptrs[0]
-    if len(COPIED) > 0:
-        copy, copied = copy_ptrs[0], tl.full((), COPIED[0], tl.int32)
     for i in tl.static_range(1, len(SIZES)):
         mine = program >= PROGRAMS[i]
         param = tl.where(mine, param_ptrs[i], param)
-        if len(NARROW) > 0:
-            address = tl.where(mine, grad_ptrs[i].to(tl.int64), address)
-            narrow = tl.where(mine, NARROW[i], narrow)
-        else:
-            grad = tl.where(mine, grad_ptrs[i], grad)
-        if len(COPIED) > 0:
-            copy = tl.where(mine, copy_ptrs[i], copy)
-            copied = tl.where(mine, COPIED[i], copied)
         size = tl.where(mine, SIZES[i], size)
         first = tl.where(mine, PROGRAMS[i], first)
         chunk = tl.where(mine, CHUNKS[i], chunk)
     local = (program - first).to(tl.int64)
-    row = local + chunk
-    lane = tl.arange(0, CHUNK)
+    row, lane = local + chunk, tl.arange(0, CHUNK)
     offset = local * CHUNK + lane
     inside = offset < size
     p_ptrs, first_ptrs = param + offset, first_state_ptr + row * CHUNK + lane
     p = tl.load(p_ptrs, mask=inside, other=0.0)
-    if len(NARROW) > 0:
-        is_wide, is_half = offset < tl.where(narrow == 0, size, 0), offset < tl.where(narrow == 0, 0, size)
-        wide = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=is_wide, other=0.0)
-        half = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=is_half, other=0.0)
-        g = tl.where(narrow == 0, wide, half.to(tl.float32))
-    else:
-        g = tl.load(grad + offset, mask=inside, other=0.0)
+    g = _gradient(grad_ptrs, program, offset, size, PROGRAMS, NARROW)
     lr, beta1, weight_decay = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
     counters = counters_ptr + row * 4
-
     if KIND == "sgd":
         g += weight_decay.to(tl.float32) * p
         if MOMENTUM:
@@ -174,8 +183,7 @@ def step_kernel(
             tl.store(counters + 1, weight_sum)
             tl.store(counters + 2, lr_max)
     tl.store(p_ptrs, p, mask=inside)
-    if len(COPIED) > 0:
-        tl.store(copy + offset, p.to(tl.bfloat16), mask=offset < tl.where(copied == 0, 0, size))
+    _copy(copy_ptrs, p, program, offset, size, PROGRAMS, COPIED)
 
 
 @triton.jit

@@ -12,11 +12,11 @@ from typing import Any
 
 import zmq
 
-from unlocked.runtime.control.messages import MAX_FRAME_BYTES
+from unlocked.runtime.control.messages import MAX_FRAME_BYTES, pack
 
-__all__ = ["Address", "Door", "listen"]
+__all__ = ["Address", "Door", "Post", "listen"]
 
-_SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Address:
 
 
 class Door:
-    """The port of a bound socket."""
+    """The port of a bound socket. Open at first."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -70,6 +70,15 @@ class Door:
             program = struct.pack("HL", 1, ctypes.addressof(drop))  # struct sock_fprog
             with contextlib.suppress(OSError):
                 self._listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+    def open(self) -> None:
+        """Who comes in place of a worker that has died may come in. Idempotent."""
+        if self._listener.fileno() >= 0 and sys.platform == "linux":
+            with contextlib.suppress(OSError):  # it is open
+                self._listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+    def remove(self) -> None:
+        """The port is given back, once ZeroMQ has left it too. Idempotent."""
         self._listener.close()
 
 
@@ -110,3 +119,22 @@ def listen(
     if ":" in reachable and not reachable.startswith("["):
         reachable = f"[{reachable}]"
     return router, f"tcp://{reachable}:{port}", Door(listener)
+
+
+class Post:
+    """What goes out of a ROUTER socket; used in its thread."""
+
+    def __init__(self, router: "zmq.Socket[Any]", token: bytes) -> None:
+        self._router, self._token = router, token
+
+    def send(self, identity: bytes, message: Any) -> bool:
+        """False if the connection is gone. A connection that is congested loses the message."""
+        try:
+            self._router.send_multipart([identity, *pack(self._token, message)], zmq.DONTWAIT)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True

@@ -40,6 +40,7 @@ class CoordinatorClient:
         heartbeat_interval: seconds between signs of life.
         heartbeat_timeout: seconds without a sign of the coordinator after which it counts as lost.
         start_timeout: seconds for all workers to be there.
+        incarnation: which of the stage's workers this is; 0 is the first.
 
     Raises:
         ValueError: `address` is malformed.
@@ -56,13 +57,14 @@ class CoordinatorClient:
         heartbeat_interval: float = 1.0,
         heartbeat_timeout: float = 30.0,
         start_timeout: float = 120.0,
+        incarnation: int = 0,
     ) -> None:
         self._address = Address.parse(address)
         self.stage = stage
         self._rank, self._layers = stage if rank is None else rank, tuple(layers)
         self._on_abort = on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
-        self._start_timeout = start_timeout
+        self._start_timeout, self._incarnation = start_timeout, incarnation
         self._changed = threading.Condition()
         self._mailbox = Mailbox()
         self._latest_progress: StageProgress | None = None
@@ -81,6 +83,12 @@ class CoordinatorClient:
         """The micro-batch behind which every stage saves itself by the clock, if it lies ahead."""
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
+        self.generations: dict[int, int] = {}
+        """How often the links at this stage were formed anew, by the stage that they lead into."""
+        self.saved = 0
+        """The position of the latest snapshot in which the coordinator has counted this stage's part."""
+        self.kept = 0
+        """Micro-batches of the outgoing edge that the next stage will never ask for again."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
 
     @property
@@ -106,8 +114,9 @@ class CoordinatorClient:
         """
         self._wait(lambda: self._start is not None, self._start_timeout, "START: waiting for all workers")
 
-    def windows(self, timeout: float = 60.0) -> Iterator[range]:
-        """The stream, window by window: consecutive ranges of positions, all of which this stage must complete.
+    def windows(self, timeout: float = 60.0, first: int | None = None) -> Iterator[range]:
+        """The stream, window by window: consecutive ranges of positions, all of which this stage must complete, from
+        position `first` on (default: the run's first).
 
         Ends after the last position, or after an orderly stop's (see `stopped`); all stages end at the same one.
 
@@ -117,7 +126,7 @@ class CoordinatorClient:
         """
         self.wait_started()
         assert self._start is not None
-        position = self._start.first
+        position = self._start.first if first is None else first
         while position < self._start.total:
             self._position = position
             if self._granted <= position and self.stopped is None:
@@ -135,6 +144,27 @@ class CoordinatorClient:
             yield window
             position = window.stop
         self._position = position
+
+    def await_news(self, ready: Callable[[], bool], timeout: float) -> bool:
+        """Waits until `ready`, which is asked whenever something has come from the coordinator or by `wake`; False
+        after `timeout` seconds.
+
+        Raises:
+            RunFailed: the run was aborted.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: ready() or self._failed is not None, timeout)
+            self._check()
+            return done
+
+    def wake(self) -> None:
+        """Has whoever waits for news look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def tell(self, message: m.Kept | m.EdgeBroken | m.Replayed) -> None:
+        """Says something that is rare; reliable."""
+        self._mailbox.put(message)
 
     def progress_due(self) -> bool:
         """True if `progress` would send: read device counters only then."""
@@ -281,7 +311,9 @@ class CoordinatorClient:
         """Talks until the end; returns why the run is over, None if all is well."""
         outbox: deque[Any] = deque()
         pid, host = os.getpid(), socket.gethostname()
-        outbox.append(m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        layers, incarnation = self._layers, self._incarnation
+        hello = m.Hello(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=layers, incarnation=incarnation)
+        outbox.append(hello)
         poller = zmq.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
@@ -334,12 +366,19 @@ class CoordinatorClient:
         with self._changed:
             if isinstance(message, m.Start):
                 self._start, self._granted = message, max(self._granted, message.first)
+                self.saved = max(self.saved, message.saved)
+            elif isinstance(message, m.SnapshotSeen):
+                self.saved = max(self.saved, message.position)
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
                 self.marks = frozenset() if message.mark is None else frozenset((message.mark,))
             elif isinstance(message, m.Stop):
                 self.stopped, self._granted = message, max(self._granted, message.position)
+            elif isinstance(message, m.Rejoin):
+                self.generations[message.edge] = max(message.generation, self.generations.get(message.edge, 0))
+            elif isinstance(message, m.Kept):
+                self.kept = max(message.count, self.kept)
             elif isinstance(message, m.ChunkSeen):
                 self._chunks_seen = message.index + 1
             elif isinstance(message, m.Bye):

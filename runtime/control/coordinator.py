@@ -6,20 +6,22 @@ failure (or one signal) reach all. It never touches a tensor, and no step waits 
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgpack
 import zmq
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address, listen
+from unlocked.runtime.control.address import Address, Post, listen
 from unlocked.runtime.control.callbacks import CallbackThread
+from unlocked.runtime.control.edge_book import EdgeBook
 from unlocked.runtime.control.failures import Failures
+from unlocked.runtime.control.ledger import Ledger
 from unlocked.runtime.control.mailbox import Mailbox
-from unlocked.runtime.control.member import Member
+from unlocked.runtime.control.member import Member, Roster
+from unlocked.runtime.control.recoveries import Recoveries
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
-from unlocked.runtime.metrics.records import EpochAggregator, EpochResult
+from unlocked.runtime.metrics.records import EpochResult, Recovery
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.schedules.marks import TimedMarks
 
@@ -81,22 +83,9 @@ class Coordinator:
         self._sink = sink or FanOut()
         self._on_snapshot, self._stop_at = on_snapshot or (lambda *_: None), stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
-        self._epochs = EpochAggregator(len(stages))
-        self._snapshots: dict[int, dict[int, m.Files]] = {}
-        self._members: dict[int, Member] = {}
-        self._by_identity: dict[bytes, Member] = {}
-        self._results: dict[int, Any] = {}
+        self._ledger = Ledger(len(stages))
+        self._roster = Roster(self._stages)
         self._changed, self._mailbox = threading.Condition(), Mailbox()
-        self._callbacks = CallbackThread(self._callback_failed)
-        self._callback_error: str | None = None
-        self._failures = Failures(self._members, self._send, self._changed)
-        self._next_ping, self._running, self._complete = 0.0, True, False
-        self.stopped: m.Stop | None = None
-        """Set once an orderly stop was ordered: the final position and the signal."""
-        self.epochs: list[EpochResult] = []
-        """The epochs that all stages have reported, in order; final once `results` has returned."""
-        self.ignored_frames = 0
-        """Frames from strangers and malformed ones."""
         self._context = zmq.Context()
         try:
             self._socket, endpoint, self._door = listen(self._context, host, port, advertise)
@@ -105,12 +94,32 @@ class Coordinator:
             self._mailbox.close()
             raise
         self._address = Address.new(endpoint)
+        self._callbacks = CallbackThread(self._callback_failed)
+        self._callback_error: str | None = None
+        self._send = Post(self._socket, self._address.token).send
+        self._failures = Failures(self._roster.everybody, self._send, self._changed)
+        how: dict[str, Any] = {"on_recovery": self._recovered, "build_seconds": start_timeout, "door": self._door}
+        self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
+        self._edges = EdgeBook(self._roster, self._send)
+        self._next_ping = 0.0
+        self._running, self._complete = True, False
+        self.stopped: m.Stop | None = None
+        """Set once an orderly stop was ordered: the final position and the signal."""
+        self.recoveries: list[Recovery] = []
+        """Of workers that died, in order."""
+        self.ignored_frames = 0
+        """Frames from strangers and malformed ones."""
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
 
     @property
     def address(self) -> str:
         """What `CoordinatorClient` needs: endpoint and token. Hand it to the run's workers only."""
         return str(self._address)
+
+    @property
+    def epochs(self) -> list[EpochResult]:
+        """The epochs that all stages have reported, in order; final once `results` has returned."""
+        return self._ledger.epochs
 
     @property
     def first_failure(self) -> str | None:
@@ -121,6 +130,11 @@ class Coordinator:
         """Begins to serve; the start timeout runs from here."""
         self._callbacks.start()
         self._thread.start()
+
+    def expect_supervisors(self, max_recoveries: int) -> None:
+        """Every worker has a supervisor, and so many of them may be replaced within an hour. Before the last worker has
+        said hello."""
+        self._recoveries.most, self._roster.supervised = max_recoveries, True
 
     def request_stop(self, signal: int | None = None) -> None:
         """Orders an orderly stop: no further windows. From any thread or signal handler; returns at once."""
@@ -142,13 +156,15 @@ class Coordinator:
             if self.first_failure is not None:
                 raise m.RunFailed(self.first_failure)
             if not done:
-                missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._results)
+                missing = ", ".join(
+                    self._roster.name(s) for s in range(len(self._stages)) if s not in self._ledger.results
+                )
                 raise TimeoutError(f"coordinator: no final results after {timeout:g} s from {missing}")
         if not self._callbacks.drain(timeout):
             raise TimeoutError(f"coordinator: metrics sinks or the snapshot callback still run after {timeout:g} s")
         if self._callback_error is not None:
             raise m.RunFailed(self._callback_error)
-        return dict(self._results)
+        return dict(self._ledger.results)
 
     def close(self) -> None:
         """Ends the thread and frees the port. Idempotent."""
@@ -166,8 +182,6 @@ class Coordinator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the loop
-
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -176,20 +190,20 @@ class Coordinator:
         self._start_deadline = self._ticked + self._start_timeout
         try:
             while self._running:
-                poller.poll(50 if self._failures.pending else 250)
+                poller.poll(50 if self._failures.pending or self._recoveries.pending else 250)
                 self._receive()
                 for order in self._mailbox.drain():
                     self._obey(order)
                 self._tick(time.monotonic())
         except Exception as error:  # our own bug, but still nobody may hang
             self._failures.fail(f"coordinator: {type(error).__name__}: {error}")
-            self._send_all(m.Abort(message=self.first_failure or ""), self._members.values())
+            self._send_all(m.Abort(message=self.first_failure or ""))
             raise
         finally:
             self._shut()
 
     def _shut(self) -> None:
-        self._door.close()
+        self._door.remove()
         self._socket.close(linger=1000)
         self._context.term()
         self._mailbox.close()
@@ -203,8 +217,8 @@ class Coordinator:
             try:
                 message = m.unpack(self._address.token, frames)
                 handler = _HANDLERS.get(type(message))
-                member = self._by_identity.get(identity)
-                if isinstance(message, m.Hello):
+                member = self._roster.find(identity)
+                if isinstance(message, m.Hello | m.Supervise):
                     self._hello(identity, message)
                 elif handler is None or member is None:
                     raise m.MessageError("not a worker's message")
@@ -228,56 +242,63 @@ class Coordinator:
 
     def _tick(self, now: float) -> None:
         stood, self._ticked = now - self._ticked, now
-        if stood > self._heartbeat_timeout and len(self._members) == len(self._stages):
+        if stood > self._heartbeat_timeout and self._roster.is_complete:
             self._failures.fail(
-                f"{self._name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
+                f"{self._roster.name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
             )
         if now >= self._next_ping:
             self._next_ping = now + PING_SECONDS
-            for member in tuple(self._members.values()):
-                if not self._send(member.identity, m.Beat(position=self._policy.granted)):
-                    self._failures.lost(member, "its connection closed")
-                elif now - member.heard > self._heartbeat_timeout:
-                    self._failures.lost(member, f"no heartbeat for {self._heartbeat_timeout:g} s")
-        if len(self._members) < len(self._stages) and now > self._start_deadline:
-            missing = ", ".join(self._name(s) for s in range(len(self._stages)) if s not in self._members)
+            self._ping(now)
+        if not self._roster.is_complete and now > self._start_deadline:
+            missing = ", ".join(self._roster.missing)
             self._failures.fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
         self._failures.tick(now)
+        self._recoveries.tick(now)
 
-    # --- what workers say
+    def _ping(self, now: float) -> None:
+        silence = f"no heartbeat for {self._heartbeat_timeout:g} s"
+        for member in self._roster.everybody():
+            is_worker = isinstance(member.hello, m.Hello)
+            if member.gone:
+                continue
+            if not self._send(member.identity, m.Beat(position=self._policy.granted)):
+                (self._recoveries.gone if is_worker else self._failures.lost)(member, "its connection closed")
+            elif now - member.heard > self._heartbeat_timeout:
+                (self._recoveries.silent if is_worker else self._failures.lost)(member, silence)
 
-    def _hello(self, identity: bytes, hello: m.Hello) -> None:
+    def _hello(self, identity: bytes, hello: m.Hello | m.Supervise) -> None:
         member = Member(identity, hello, time.monotonic(), self._first)
         if self.first_failure is not None:
             self._send(identity, m.Abort(message=self.first_failure))
             return
-        problem = self._hello_problem(member)
+        problem = self._roster.problem(member)
         if problem:
             self._send(identity, m.Abort(message=problem))
             self._failures.fail(problem)
             return
-        self._members[hello.stage] = self._by_identity[identity] = member
-        if len(self._members) == len(self._stages):
+        started = self._roster.is_complete
+        self._roster.add(member)
+        if started:
+            self._recoveries.came_back(member)
+            self._edges.came_back(member)  # before its start: its links of before are not to be tried
+            self._begin(member)
+        elif self._roster.is_complete:
             self._door.close()
             self._policy.observe(self._first, time.monotonic())
-            self._send_all(m.Start(first=self._first, total=self._total), self._members.values())
+            for one in self._roster.everybody():
+                self._begin(one)
             self._extend()
-            if self.stopped:
-                self._send_all(self.stopped, self._members.values())
 
-    def _hello_problem(self, member: Member) -> str | None:
-        stage, layers = member.hello.stage, member.hello.layers
-        if not 0 <= stage < len(self._stages):
-            return f"{member.name} joined a run of {len(self._stages)} stages; start as many workers as stages"
-        if layers != self._stages[stage]:
-            return f"{member.name} should run {', '.join(self._stages[stage])}; give all workers the same settings"
-        if stage in self._members:
-            other = self._members[stage].hello
-            return (
-                f"{member.name} joined twice: pid {other.pid} on {other.host}, pid {member.hello.pid} on "
-                f"{member.hello.host}; give each worker its own rank"
-            )
-        return None
+    def _begin(self, member: Member) -> None:
+        saved = self._ledger.saved(member.hello.stage)
+        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved))
+        self._send(member.identity, self._grant())
+        if self.stopped:
+            self._send(member.identity, self.stopped)
+
+    def _recovered(self, recovery: Recovery) -> None:
+        self.recoveries.append(recovery)
+        self._callbacks.post(self._sink.on_message, recovery.told(self._roster.name(recovery.stage)))
 
     def _beat(self, member: Member, beat: m.Beat | m.Need) -> None:
         self._advance(member, beat.position)
@@ -289,17 +310,14 @@ class Coordinator:
         self._callbacks.post(self._sink.on_progress, message.progress, lossy=True)
 
     def _step(self, member: Member, message: m.Step) -> None:
-        self._callbacks.post(self._sink.on_step, message.step)
+        if self._ledger.is_new(message.step):
+            self._callbacks.post(self._sink.on_step, message.step)
 
     def _epoch(self, member: Member, message: m.Epoch) -> None:
-        try:
-            results = self._epochs.add(message.part)
-        except ValueError as error:
-            raise m.MessageError(str(error)) from error
-        self.epochs += results
+        is_new, results = self._ledger.epoch(message.part)
         for result in results:
             self._callbacks.post(self._sink.on_epoch, result)
-        if self._gate is not None and message.part.evaluation is not None:
+        if self._gate is not None and is_new and message.part.evaluation is not None:
             text = self._gate.observe(message.part.epoch, message.part.evaluation.loss)
             if text is not None:
                 self._callbacks.post(self._sink.on_message, text)
@@ -307,29 +325,23 @@ class Coordinator:
             self._extend()
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
-        done = self._snapshots.setdefault(message.position, {})
-        done[member.hello.stage] = message.files
-        if len(done) == len(self._stages):
-            files = {name: file for part in done.values() for name, file in part.items()}
-            del self._snapshots[message.position]
+        files = self._ledger.snapshot(member.hello.stage, message.position, message.files)
+        if files is not None:
             self._callbacks.post(self._on_snapshot, message.position, files, important=True)
+        self._send(member.identity, m.SnapshotSeen(position=message.position))
 
     def _chunk(self, member: Member, chunk: m.Chunk) -> None:
-        if member.finished or chunk.index != len(member.chunks):
-            raise m.MessageError(f"chunk {chunk.index} where {len(member.chunks)} is due")
-        member.chunks.append(chunk.data)
-        if len(member.chunks) == chunk.count:
-            try:
-                payload = msgpack.unpackb(b"".join(member.chunks), strict_map_key=False)
-            except Exception as error:  # see messages.unpack
-                self._failures.fail(f"{member.name} sent a final payload that can't be read: {error}")
-                return
-            member.finished, member.chunks = True, []
+        try:
             with self._changed:
-                self._results[member.hello.stage] = payload
+                self._ledger.chunk(member, chunk)
+        except m.MessageError:
+            raise
+        except ValueError as error:
+            self._failures.fail(str(error))
+            return
         self._send(member.identity, m.ChunkSeen(index=chunk.index))
-        if len(self._results) == len(self._stages) and not self._complete and self.first_failure is None:
-            self._send_all(m.Bye(), self._members.values())
+        if self._ledger.is_finished and not self._complete and self.first_failure is None:
+            self._send_all(m.Bye())
             with self._changed:
                 self._complete = True
                 self._changed.notify_all()
@@ -340,23 +352,21 @@ class Coordinator:
             source = "the coordinator" if member is None else member.name
             text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
             self._callbacks.post(self._sink.on_message, text)
-            self._send_all(self.stopped, self._members.values())
+            self._send_all(self.stopped)
 
     def _failed(self, member: Member, failure: m.Failure) -> None:
         if self._failures.reported(member, failure):
             self._next_ping = 0.0  # finds out whose connection is gone
 
-    # --- what the coordinator does
-
     def _advance(self, member: Member, position: int) -> None:
         member.position = max(member.position, position)
-        if len(self._members) == len(self._stages):
+        if self._roster.is_complete:
             self._policy.observe(position, time.monotonic())
             self._extend()
 
     def _extend(self) -> None:
         if self.stopped is None and self.first_failure is None and self._policy.extend():
-            self._send_all(self._grant(), self._members.values())
+            self._send_all(self._grant())
 
     def _grant(self) -> m.Grant:
         factor = self._gate.factor if self._gate else 1.0
@@ -366,24 +376,9 @@ class Coordinator:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
         self.abort(self._callback_error)
 
-    def _send_all(self, message: Any, members: Iterable[Member]) -> None:
-        for member in tuple(members):
+    def _send_all(self, message: Any) -> None:
+        for member in self._roster.everybody():
             self._send(member.identity, message)
-
-    def _send(self, identity: bytes, message: Any) -> bool:
-        """False if the connection is gone (the next ping acts on it)."""
-        try:
-            self._socket.send_multipart([identity, *m.pack(self._address.token, message)], zmq.DONTWAIT)
-        except zmq.Again:
-            return True
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
-                return False
-            raise
-        return True
-
-    def _name(self, stage: int) -> str:
-        return self._members[stage].name if stage in self._members else m.stage_name(stage, None, self._stages[stage])
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
@@ -396,5 +391,9 @@ _HANDLERS: dict[type, Callable[[Coordinator, Member, Any], None]] = {
     m.Chunk: Coordinator._chunk,
     m.StopRequest: Coordinator._stop,
     m.Failure: Coordinator._failed,
-    m.AbortSeen: lambda coordinator, member, _: coordinator._failures.told(member),
+    m.AbortSeen: lambda self, member, _: self._failures.told(member),
+    m.Died: lambda self, member, message: self._recoveries.died(member, message),
+    m.Kept: lambda self, member, message: self._edges.kept(member, message),
+    m.EdgeBroken: lambda self, member, message: self._edges.broken(member, message),
+    m.Replayed: lambda self, member, message: self._recoveries.replayed(member, message),
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-__all__ = ["Verdict", "end_process", "error_line", "last_act"]
+__all__ = ["Verdict", "end_process", "error_line", "forget_acts", "last_act"]
 
 _ACTS_SECONDS = 3.0  # that the last acts may take together
 _ends = threading.Lock()
@@ -33,6 +33,13 @@ def last_act(act: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         _acts.remove(act)
+
+
+def forget_acts() -> None:
+    """In a forked child: what is to be given back is its parent's."""
+    global _ends
+    _ends = threading.Lock()
+    _acts.clear()
 
 
 def end_process(verdict: Verdict, line: str | None) -> NoReturn:

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from unlocked.runtime.control.member import Member
@@ -21,20 +21,20 @@ class Failures:
     """Of one run; its methods are called in the coordinator's thread.
 
     Args:
-        members: the workers that have said hello, by stage; the coordinator adds to it.
+        everybody: the processes that have said hello so far.
         send: takes a connection's identity and a message; False if the connection is gone.
         changed: notified when there is a first cause.
     """
 
     def __init__(
         self,
-        members: Mapping[int, Member],
+        everybody: Callable[[], Iterable[Member]],
         send: Callable[[bytes, Any], bool],
         changed: threading.Condition,
     ) -> None:
-        self._members, self._send, self._changed = members, send, changed
+        self._everybody, self._send, self._changed = everybody, send, changed
         self._echo: tuple[str, float] | None = None
-        self._waits: set[int] = set()  # stages of other processes that have yet to hear of the abort
+        self._waits: set[bytes] = set()  # connections of other processes that have yet to hear of the abort
         self._deadline = math.inf
         self.first: str | None = None
         """The first cause; None while all is well."""
@@ -52,12 +52,12 @@ class Failures:
         with self._changed:
             self.first = cause
             self._changed.notify_all()
-        remote = [member for member in self._members.values() if not member.local]
-        self._waits = {member.hello.stage for member in remote}
+        remote = [member for member in self._everybody() if not member.local]
+        self._waits = {member.identity for member in remote}
         self._deadline = time.monotonic() + ABORT_SECONDS
         for member in remote:
             if not self._send(member.identity, Abort(message=cause)):
-                self._waits.discard(member.hello.stage)
+                self._waits.discard(member.identity)
         if not self._waits:
             self._abort_local()
 
@@ -85,8 +85,8 @@ class Failures:
 
     def told(self, member: Member) -> None:
         """This worker knows of the abort, or will never hear of it."""
-        if member.hello.stage in self._waits:
-            self._waits.discard(member.hello.stage)
+        if member.identity in self._waits:
+            self._waits.discard(member.identity)
             if not self._waits:
                 self._abort_local()
 
@@ -99,6 +99,6 @@ class Failures:
             self._abort_local()
 
     def _abort_local(self) -> None:
-        for member in tuple(self._members.values()):
+        for member in self._everybody():
             if member.local:
                 self._send(member.identity, Abort(message=self.first or ""))

@@ -25,27 +25,35 @@ __all__ = [
     "Bye",
     "Chunk",
     "ChunkSeen",
+    "Died",
+    "EdgeBroken",
     "Epoch",
     "Failure",
     "Files",
     "Grant",
     "Hello",
+    "Kept",
     "MessageError",
     "Need",
     "Progress",
+    "Rejoin",
+    "Replayed",
+    "Revive",
     "RunFailed",
     "SnapshotDone",
+    "SnapshotSeen",
     "Start",
     "Step",
     "Stop",
     "StopRequest",
+    "Supervise",
     "VersionError",
     "pack",
     "stage_name",
     "unpack",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CHUNK_BYTES = 8 << 20
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected: nobody can make the coordinator swallow gigabytes."""
@@ -77,6 +85,55 @@ class Hello:
     pid: int
     host: str
     layers: tuple[str, ...]
+    incarnation: int = 0
+    """Which of the stage's workers it is; 0 is the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervise:
+    """The hello of the process that starts a stage's workers, one after the other as they die."""
+
+    stage: int
+    rank: int
+    pid: int
+    host: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Died:
+    """From a supervisor: its worker has ended without a word, after the items before `position`. `signal`: the one that
+    ended it; None: it left."""
+
+    incarnation: int
+    position: int
+    how: str
+    signal: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """A later incarnation has come to where the dead one was: it began at `position`, and did so many items again."""
+
+    incarnation: int
+    position: int
+    replayed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """A stage has saved itself: it will never ask for the first `count` micro-batches of its incoming edge again. Also
+    from the coordinator to the stage that has sent them."""
+
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeBroken:
+    """The link into stage `edge` broke, in the state of that `generation`."""
+
+    edge: int
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,10 +209,17 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """All stages are there; the run covers the stream positions `first` to `total` - 1."""
+    """All stages are there; the run covers the stream positions `first` to `total` - 1. `saved`: the position of the
+    latest snapshot that the stage has its part in, by a worker before this one."""
 
     first: int
     total: int
+    saved: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotSeen:
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +241,21 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Revive:
+    """To a supervisor: end whatever worker there is, and start number `incarnation`."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoin:
+    """The two workers of the link into stage `edge` form it anew, as that `generation`."""
+
+    edge: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkSeen:
     index: int
 
@@ -194,8 +273,9 @@ class Bye:
 _KINDS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        *(Hello, Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
-        *(Start, Grant, Stop, ChunkSeen, Abort, Bye),
+        *(Hello, Supervise, Died, Replayed, Revive, Kept, EdgeBroken, Rejoin),
+        *(Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
+        *(Start, SnapshotSeen, Grant, Stop, ChunkSeen, Abort, Bye),
     )
 }
 

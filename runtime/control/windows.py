@@ -1,7 +1,6 @@
 """How far ahead the stages may run: enough that none starves, little enough that an orderly stop is quick."""
 
 import math
-import time
 from collections.abc import Callable
 
 from unlocked.runtime.learning_rate import LearningRate
@@ -34,6 +33,7 @@ class WindowPolicy:
         self._leader = first
         self._rate = 0.0  # positions per second
         self._anchor: tuple[float, int] | None = None
+        self._now = 0.0  # when a stage was heard of last
 
     @property
     def mark(self) -> int | None:
@@ -47,6 +47,7 @@ class WindowPolicy:
 
     def observe(self, position: int, now: float) -> None:
         """A stage has completed the positions < `position` at time `now` (seconds)."""
+        self._now = now
         self._leader = max(self._leader, min(position, self.granted))
         if self._anchor is None:
             self._anchor = (now, self._leader)
@@ -64,7 +65,7 @@ class WindowPolicy:
         ahead = 2 * self.lookahead if self._rate > 0.0 else self._minimum
         before, self.granted = self.granted, max(self.granted, min(self.limit, self._leader + ahead))
         if self.marks is not None and self.granted > before:
-            self.marks.look(before, time.monotonic())
+            self.marks.look(before, self._now)
         return self.granted > before
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "EpochResult",
     "Meters",
     "Rates",
+    "Recovery",
     "RunInfo",
     "Scores",
     "StageProgress",
@@ -141,6 +142,32 @@ class EpochResult:
     """(layer, evaluation accuracy in percent of its own prediction) of those that make one, in network order."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """One worker that died and was replaced, while the others went on."""
+
+    stage: int
+    incarnation: int
+    """The number of the worker that took over; the first one of a stage is 0."""
+    cause: str
+    """How the one before it ended."""
+    position: int
+    """Where the new one began: the stream position of the stage's last snapshot of itself."""
+    replayed: int
+    """Items that it did again before it came to where the other was."""
+    seconds: float
+    """From the news of the death to the first item that had not been done."""
+    ended: float
+    """When that was, in seconds of the machine's clock."""
+
+    def told(self, name: str) -> str:
+        """One line for the user; `name` is the stage's."""
+        return (
+            f"recovered {name}: its worker {self.cause}; the next one began at position {self.position}, did "
+            f"{self.replayed} items again, and went on after {self.seconds:.2f} s"
+        )
+
+
 class EpochAggregator:
     """Joins the stages' `EpochPart`s into `EpochResult`s, released in epoch order.
 
@@ -156,8 +183,14 @@ class EpochAggregator:
         self._next = first_epoch
         self._parts: dict[int, dict[int, EpochPart]] = {}
 
+    def is_new(self, part: EpochPart) -> bool:
+        """Whether it has not come before: a worker that does a dead one's work again reports again."""
+        is_over = self._next is not None and part.epoch < self._next
+        return not is_over and part.stage not in self._parts.get(part.epoch, ())
+
     def add(self, part: EpochPart) -> list[EpochResult]:
-        """Takes one part; returns the epochs that are now complete (usually none or one).
+        """Takes one part; returns the epochs that are now complete (usually none or one). A part that comes again
+        counts once.
 
         Raises:
             ValueError: the part's stage does not exist, or the last stage's part has no training scores.
@@ -168,7 +201,8 @@ class EpochAggregator:
             raise ValueError(f"epoch {part.epoch}: the last stage ({part.stage}) must report its training scores")
         if self._next is None:
             self._next = part.epoch  # every stage passes the epochs in order, so the first part is the first epoch
-        self._parts.setdefault(part.epoch, {})[part.stage] = part
+        if self.is_new(part):
+            self._parts.setdefault(part.epoch, {})[part.stage] = part
         done = []
         while len(self._parts.get(self._next, ())) == self._stages:
             done.append(_join(self._parts.pop(self._next)))

@@ -2,10 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,8 @@ class StageReporter:
         self._steps = 0  # of this epoch, in this run
         self._epoch_base = self._recent = _Base(self._run_began, 0.0, 0, 0, (0.0, 0.0, 0.0))
         self._readings: deque[_Reading] = deque()
+        self.done_before = start
+        """Items before this position have been reported: by a worker that has died, whose work this one does again."""
         if start:
             stage.resume_epoch(images_trained(plan, start))
 
@@ -165,14 +167,14 @@ class StageReporter:
             self.images += item.size
             self._steps += 1
         ends = self._ends_epoch(item)
-        if ends and item.kind == "evaluate" and self._best_dir is not None:
+        if ends and item.kind == "evaluate" and self._best_dir is not None and item.position >= self.done_before:
             save_candidate(self._best_dir, item.epoch, self._stage.layers)
         if ends or (item.kind == "train" and ((item.index + 1) % self._print_freq == 0 or item.last)):
             self.read(item, ends)
         if ends and self._waits_for_losses:
             self.poll(wait=True)
         now = time.perf_counter()
-        if now - self._progress_at >= _PROGRESS_SECONDS:
+        if now - self._progress_at >= _PROGRESS_SECONDS and item.position >= self.done_before:
             self._progress_at = now
             self._outlet.progress(self.progress(item.position + 1, item.epoch))
 
@@ -257,6 +259,31 @@ class StageReporter:
             queue_fill=self._queue_fill(),
             local_losses=self._losses,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What a worker that takes over between two items needs to report as this one would. Nothing is being read."""
+        assert not self._readings
+        now = time.perf_counter()
+        bases = [base._replace(time=now - base.time) for base in (self._epoch_base, self._recent)]
+        return {
+            "images": self.images,
+            "epoch_lr": self._epoch_lr,
+            "losses": self._losses,
+            "steps": self._steps,
+            "bases": [tuple(base) for base in bases],
+            "seconds": now - self._run_began,
+            "counts": (self._stage.images_this_epoch, self._stage.images_evaluated),
+        }
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        now = time.perf_counter()
+        self.images, self._epoch_lr, self._losses = state["images"], state["epoch_lr"], state["losses"]
+        self._steps = state["steps"]
+        bases = (_Base(*base) for base in state["bases"])
+        self._epoch_base, self._recent = (base._replace(time=now - base.time) for base in bases)
+        self._run_began = now - state["seconds"]
+        self._stage.images_this_epoch, self._stage.images_evaluated = state["counts"]
 
     def _begin(self, item: Item) -> None:
         self._epoch_lr = item.epoch

@@ -8,7 +8,7 @@ the disk waits for it. What fails in the thread is the failure of the action tha
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from unlocked.workers.stage import Stage
 
 __all__ = ["SnapshotWriter"]
 
+_CLOSE_SECONDS = 10.0  # for what is under way when a run fails
 _Done = Callable[[Mapping[str, LayerFile]], None]
 
 
@@ -81,9 +82,10 @@ class SnapshotWriter:
             self._wait(index)
 
     def close(self) -> None:
-        """Ends the thread once it has written what it has. Idempotent."""
+        """Ends the thread once it has written what it has; a disk that does not answer is given up. Idempotent."""
         if self._thread is not None:
-            self._thread.shutdown()
+            wait(self._written.values(), _CLOSE_SECONDS)
+            self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = None
 
     def _wait(self, index: int) -> None:

@@ -3,6 +3,7 @@
 python spawning_script.py exact|sockets OUT.json
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -87,7 +88,8 @@ def children() -> list[str]:
     """Those that this process has started, and itself."""
     found = [str(os.getpid())]
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        found += (task / "children").read_text().split()
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found += (task / "children").read_text().split()
     return found
 
 

@@ -1,5 +1,6 @@
 """`Processes` outside torchrun: a script's run starts its own workers, and everything comes back to the caller."""
 
+import contextlib
 import json
 import os
 import signal
@@ -133,6 +134,48 @@ def test_a_sink_that_refuses_the_start_stops_the_run_with_its_own_error() -> Non
 
     with pytest.raises(LookupError, match="no room for figures"):
         fit("", sinks=[Refusing()])
+
+
+def children() -> list[str]:
+    """Of this process; a thread of it may end while it is looked at."""
+    found: list[str] = []
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += (task / "children").read_text().split()
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_that_stand_still_are_given_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped before they take their job, which is larger than a socket holds."""
+    samples = torch.randn(4000, 500), torch.arange(4000) % 4
+    trainer = Trainer(
+        [nn.Linear(500, 8), nn.Linear(8, 4)],
+        rule=LLS(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        engine=Processes(stages=2, start_timeout=1),
+    )
+    over = threading.Event()
+
+    def stop_all() -> None:
+        stopped: set[str] = set()
+        while not over.is_set():
+            for pid in set(children()) - stopped:
+                # Not before it is a program of its own: until then the one that starts it waits for it.
+                with contextlib.suppress(OSError):
+                    if b"processes.spawned" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(int(pid), signal.SIGSTOP)
+                        stopped.add(pid)
+
+    stopping = threading.Thread(target=stop_all)
+    stopping.start()
+    try:
+        with pytest.raises(RunFailed, match=r"the process of stage 0 \(rank 0\) stands still: .* within 1 s"):
+            trainer.fit(samples, epochs=1, batch_size=64)
+    finally:
+        over.set()
+        stopping.join()
+    assert not capsys.readouterr().err
 
 
 def test_more_stages_than_layers_are_refused_before_anything_starts() -> None:

@@ -89,6 +89,19 @@ def test_nothing_is_accessed_out_of_order_and_the_bits_are_those_of_the_plain_lo
     assert device.most_ahead <= engine._GRAPHS_AHEAD + 1
 
 
+@pytest.mark.parametrize("cut", [5, 15])
+def test_a_resumed_run_goes_on_in_order_and_exactly(cut: int, tmp_path: Path) -> None:
+    """In the first epoch and in the second, whose sums so far come out of the snapshot."""
+    options: dict[str, Any] = {"snapshot_every": 5, "snapshot_dir": tmp_path, "layers": 3, "graph_ticks": 2}
+    whole, _ = run_on_stand_in(**options)
+    resumed, device = run_on_stand_in(**options, resume=tmp_path / f"step-{cut:08d}")
+    assert device.order.unordered == []
+    assert device.launches > 0
+    assert (resumed.first_step, resumed.steps) == (cut, whole.steps)
+    assert resumed.weights_sha256 == whole.weights_sha256 == fit_plainly(**options).weights_sha256
+    assert figures(resumed)[-1] == figures(whole)[-1]
+
+
 class StopAfter(MetricsSink):
     """Asks for a stop at the first step that is reported."""
 

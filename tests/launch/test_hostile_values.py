@@ -15,10 +15,11 @@ import torch
 from source_tree import ROOMS
 
 from unlocked.comparison import command_line as comparison
+from unlocked.comparison.leaderboard import options as leaderboard
 from unlocked.comparison.memory import study as memory
 from unlocked.comparison.stages import study as stages
 from unlocked.kernels.triton import aot
-from unlocked.launch import evaluate, pipeline
+from unlocked.launch import chaos, evaluate, pipeline
 from unlocked.models import small_conv
 from unlocked.runtime.metrics import dashboard_demo
 from unlocked.runtime.schedules import simulate
@@ -39,13 +40,16 @@ class Command:
     flags: Sequence[str] = ()
 
 
+PARSERS = ("parse_args", "parse_known_args")
 TINY = ("--plain", "--num-epochs", "1", "--max-steps", "1", "--no-eval", "--batch-size", "16")
 # What a comparison or a study is told is all read before the first contender or chain trains: here it is read only, and
 # tests of their own run them.
 COMMANDS = {
     "launch/command_line.py": Command(pipeline.main, TINY),
+    "launch/chaos.py": Command(lambda given: chaos.parse(given) and 0, ("--stages", "2")),
     "launch/evaluate.py": Command(evaluate.main, ("weights.pt", "--model", "SmallConv")),
     "comparison/command_line.py": Command(comparison.parse),
+    "comparison/leaderboard/options.py": Command(leaderboard.parse),
     "comparison/memory/study.py": Command(memory.parse),
     "comparison/stages/study.py": Command(stages.parse),
     "runtime/schedules/simulate.py": Command(simulate.main),
@@ -59,7 +63,7 @@ def test_every_command_is_here() -> None:
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-            if any(isinstance(call, ast.Attribute) and call.attr == "parse_args" for call in calls):
+            if any(isinstance(call, ast.Attribute) and call.attr in PARSERS for call in calls):
                 found.add(str(path.relative_to(ROOT)))
     assert found == COMMANDS.keys()
 

@@ -49,7 +49,9 @@ NEEDED: dict[str, dict[str, Any]] = {
         "recipe": _RECIPE,
         "command": "",
     },
+    "LeaderboardOptions": {"recipe": _RECIPE, "command": ""},
     "Trainer": _TRAINER,
+    "_Jobs": _TRAINER,
     "MeasuredTrainer": {**_TRAINER, "meter": Meter(torch.device("cpu"))},
 }
 

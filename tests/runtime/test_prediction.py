@@ -126,3 +126,24 @@ def test_labels_beyond_the_network_and_a_broken_network_are_refused() -> None:
         one.module[1].bias[0] = float("nan")  # type: ignore[index,union-attr,operator]
     with pytest.raises(ValueError, match="the evaluation loss is nan"):
         one.evaluate((x, labels))
+
+
+def test_the_users_module_computes_the_same_bits_before_and_after() -> None:
+    torch.manual_seed(0)
+
+    def network() -> nn.Sequential:
+        first = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        second = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        return nn.Sequential(first, second, nn.Sequential(nn.Flatten(), nn.Linear(32 * 64, 4)))
+
+    module, fresh = network(), network()
+    one = trainer(module)
+    result = one.fit(images(), epochs=1, batch_size=10)
+    strides = [value.stride() for value in module.parameters()]
+    one.evaluate(images())
+    one.predict(images())
+    assert [value.stride() for value in module.parameters()] == strides
+    fresh.load_state_dict(result.state_dict())
+    x = torch.rand(7, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(module.eval()(x), fresh.eval()(x))

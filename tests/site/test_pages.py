@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("start.md", "your_network.md", "your_rule.md")
+PAGES = ("start.md", "your_network.md", "your_rule.md", "python.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -30,13 +30,11 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
-    pages = ("start.md", "engines.md")
-    lines = [line for page in pages for block in blocks(page, "sh") for line in block.splitlines()]
-    lines = [line for line in lines if line.startswith("unlocked ")]
-    assert len(lines) == 5
-    for line in lines:
+def test_the_commands_of_the_first_page_run(tmp_path: Path) -> None:
+    lines = [line for block in blocks("start.md", "sh") for line in block.splitlines()]
+    assert [line.split()[1] for line in lines] == ["install", "train", "simulate"]
+    for line in lines[1:]:
         command = [sys.executable, "-m", *shlex.split(line)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, (line, done.stderr)
         assert "test accuracy" in done.stdout or "Timeline" in done.stdout, (line, done.stdout)

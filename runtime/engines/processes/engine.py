@@ -15,37 +15,35 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.ending import Verdict, end_process, error_line, last_act
-from unlocked.runtime.control.messages import RunFailed, stage_name
+from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
+from unlocked.runtime.control.zygote import CAN_FORK
 from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, SupervisedWork, slot_layouts
 from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
-from unlocked.runtime.engines.processes.links import SharedRefusal
+from unlocked.runtime.engines.processes.links import share_memory
 from unlocked.runtime.engines.processes.options import (
     ProcessesOptions,
     check_same_settings,
-    heartbeat_timeout,
+    log_slots,
     settings_of,
 )
-from unlocked.runtime.engines.processes.rendezvous import connect, exchange
+from unlocked.runtime.engines.processes.rendezvous import connect, exchange, meet
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
-from unlocked.runtime.engines.processes.worker import Worker
+from unlocked.runtime.engines.processes.telling import COORDINATOR, with_stage
 from unlocked.runtime.job import Job, SinkMaker
-from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
 from unlocked.runtime.tensors import unpack_tensors
-from unlocked.workers.errors import CalledExitError, LinkLostError, StageError
+from unlocked.workers.errors import CalledExitError, LinkLostError
 
 __all__ = ["Processes"]
-
-_COORDINATOR = "the coordinator"  # how the client begins where it misses that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,49 +88,72 @@ class Processes(ProcessesOptions):
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
                 job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
-                names = [[job.network.names[i] for i in part] for part in parts]
-                client = self._client(job, world, terms["address"], names, set_up)
-                with _telling(client, names):
-                    check_same_settings(settings_of(job, self), terms["settings"])
-                    agree_on_start_weights(job, store, world, self.start_timeout)
-                    worker = Worker(job, self, world, store, parts, client, device)
-                    closing.callback(worker.close)
-                    if hub is not None:
-                        hub.learn_threads(parts, worker.threads)
-                    client.wait_started()
+                check_same_settings(settings_of(job, self), terms["settings"])
+                agree_on_start_weights(job, store, world, self.start_timeout)
+                crew = self._crew(job, world, store, parts, terms["address"], device, set_up, hub)
+                closing.callback(crew.close)
+                threads = _agree_on_threads(store, world, crew.build(), self.start_timeout)
+                if hub is not None:
+                    hub.learn_threads(parts, threads)
+                crew.connect(store)
+                crew.wait_started()
             # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker
             # died: this worker must live to say why.
             previous = set_up.hand_over_signals()
-            with StopSignals(client.request_stop, previous=previous), _telling(client, names):
+            with StopSignals(crew.request_stop, previous=previous):
                 if hub is not None:
                     roll_call.release()
                 set_up.settle()
                 setup = time.perf_counter() - began
                 remember_owners(job, parts[world.rank])
-                with occupy_cores(worker.cores):
-                    payload = worker.run()
-                payload["setup_seconds"] = setup
-                client.finish(payload)
-            result = hub.collect(parts, terms["costs"], client) if hub else _own_result(job, names, worker, payload)
-            client.close()
+                payload = crew.run()
+            if hub is not None:
+                result = hub.collect(parts, terms["costs"], setup_seconds=setup, stopped=crew.stopped)
+            else:
+                names = [[job.network.names[i] for i in part] for part in parts]
+                result = _own_result(job, names, payload, threads, setup_seconds=setup, stopped=crew.stopped)
+            crew.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
         return result
 
-    def _client(self, job: Job, world: World, address: str, names: list[list[str]], set_up: SetUp) -> CoordinatorClient:
-        """This rank's, which has said hello."""
-        client = CoordinatorClient(
-            address,
-            stage=world.rank,
-            rank=world.rank,
-            layers=names[world.rank],
-            on_abort=lambda message: _abort(message, names[0], set_up),
-            start_timeout=self.start_timeout,
-            heartbeat_interval=min(1.0, heartbeat_timeout(job) / 5),
-            heartbeat_timeout=heartbeat_timeout(job),
+    def _crew(
+        self,
+        job: Job,
+        world: World,
+        store: dist.Store,
+        parts: list[range],
+        address: str,
+        device: torch.device,
+        set_up: SetUp,
+        hub: Hub | None,
+    ) -> Crew:
+        """Who works for this rank."""
+        recovers = self._recovers(job)
+        names = [stage_name(i, i, [job.network.names[j] for j in part]) for i, part in enumerate(parts)]
+        shared = share_memory(
+            store,
+            world,
+            *slot_layouts(job, world, parts),
+            transport=self.transport,
+            depth=self.queue_depth,
+            device=device,
+            timeout=job.settings.timeout,
+            names=names,
+            log_slots=partial(log_slots, job, self) if recovers else lambda _: 0,
         )
-        client.open()
-        return client
+        task = Assignment(
+            job=job, options=self, world=world, parts=parts, address=address, device=device, shared=shared
+        )
+        first_layers = [job.network.names[i] for i in parts[0]]
+        if recovers and hub is not None:
+            hub.expect_supervisors(self.max_recoveries)
+        kind = SupervisedWork if recovers else OwnWork
+        return kind(task, lambda message: _abort(message, first_layers, set_up))
+
+    def _recovers(self, job: Job) -> bool:
+        """Whether workers are processes of their own, which can be replaced."""
+        return self.max_recoveries > 0 and CAN_FORK and job.device.type == "cpu" and not job.settings.compile
 
 
 def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
@@ -182,69 +203,46 @@ def _leaving_word(set_up: SetUp) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _telling(client: CoordinatorClient, names: list[list[str]]) -> Iterator[None]:
-    """Whatever fails inside reaches every other worker before it leaves this one."""
-    try:
-        yield
-    except SharedRefusal:
-        raise  # all of them raise it
-    except Exception as error:
-        first = _tell(client, names, error)
-        if first is not None:
-            raise RunFailed(first) from error
-        raise
-    except SystemExit as error:
-        called = CalledExitError(error.code)
-        _tell(client, names, called)
-        raise called from error
-
-
-def _tell(client: CoordinatorClient, names: list[list[str]], error: Exception) -> str | None:
-    """Another worker's failure, if that is behind this one's lost link."""
-    if client.failure is not None:
-        client.close()  # waits for its thread, which is about to end this process
-        return None
-    cause = error.cause if isinstance(error, StageError) else error
-    is_echo = isinstance(cause, LinkLostError)
-    first = client.fail(
-        ", ".join(names[client.stage]),
-        error.action if isinstance(error, StageError) else "set-up",
-        str(cause) or type(cause).__name__,
-        echo=is_echo,
-    )
-    is_own = not is_echo or first.startswith(f"{client.name} failed in ")
-    return None if is_own else _with_stage(first, names[0])
-
-
 def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
     """Ends this process at once: its main thread may be waiting inside native code."""
     rank = set_up.world.rank
-    lost = message.startswith(_COORDINATOR)
-    message = _with_stage(message, first_layers)
+    lost = message.startswith(COORDINATOR)
+    message = with_stage(message, first_layers)
     if not set_up.is_over:
         if lost:
             set_up.await_verdict()  # rank 0's own word on why
         set_up.end(Verdict(message))
-    end_process(Verdict(message), error_line(rank, message) if lost or rank == 0 else None)
+    is_own = message.startswith(f"stage {rank} (")  # of others' failures one line is enough
+    end_process(Verdict(message), error_line(rank, message) if lost or is_own or rank == 0 else None)
 
 
-def _with_stage(message: str, first_layers: Sequence[str]) -> str:
-    """The coordinator's end is that of the process that it lives in."""
-    return f"{stage_name(0, 0, first_layers)} is lost: {message}" if message.startswith(_COORDINATOR) else message
+def _agree_on_threads(store: dist.Store, world: World, threads: int, timeout: float) -> list[int]:
+    """Of every stage's process, once all have built their stages. Building takes as long as it takes; the neighbours'
+    time limit is for the run."""
+    store.set(f"threads-{world.rank}", str(threads))
+    meet(store, world, "stage-built", timeout)
+    return [int(store.get(f"threads-{rank}")) for rank in range(world.size)]
 
 
-def _own_result(job: Job, names: list[list[str]], worker: Worker, payload: Mapping[str, Any]) -> RunResult:
+def _own_result(
+    job: Job,
+    names: list[list[str]],
+    payload: Mapping[str, Any],
+    threads: list[int],
+    *,
+    setup_seconds: float,
+    stopped: Stop | None,
+) -> RunResult:
     """What a rank other than 0 knows: its own stage."""
     return RunResult(
         engine=job.engine,
         stages=names,
-        epochs_done=epochs_before(job.plan, worker.position),
-        steps=job.plan.steps_before(worker.position),
+        epochs_done=epochs_before(job.plan, payload["position"]),
+        steps=job.plan.steps_before(payload["position"]),
         first_step=job.plan.steps_before(job.start),
-        threads=worker.threads,
+        threads=threads,
         train_seconds=payload["train_seconds"],
-        setup_seconds=payload["setup_seconds"],
+        setup_seconds=setup_seconds,
         weights=unpack_tensors(payload["weights"]),
-        stopped_by=worker.client.stopped.signal if worker.client.stopped else None,
+        stopped_by=stopped.signal if stopped else None,
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.control.messages import Files, RunFailed
+from unlocked.runtime.control.messages import Files, RunFailed, Stop
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.one_process import (
@@ -90,11 +89,19 @@ class Hub:
         }
         warn_of_threads(self._job, self._layer_threads)
 
+    def expect_supervisors(self, max_recoveries: int) -> None:
+        """Workers are processes of their own, and may be replaced so often within an hour. Before any rank's crew."""
+        assert self._coordinator is not None
+        self._coordinator.expect_supervisors(max_recoveries)
+
     def close_sinks(self, message: str) -> None:
         """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one."""
         FanOut(self._own_sinks).__exit__(RunFailed, RunFailed(message), None)
 
-    def collect(self, parts: list[range], predicted: list[float], client: CoordinatorClient) -> RunResult:
+    def collect(
+        self, parts: list[range], predicted: list[float], *, setup_seconds: float, stopped: Stop | None
+    ) -> RunResult:
+        """The whole run's result, once all stages have finished."""
         assert self._coordinator is not None
         payloads = self._coordinator.results()
         self._coordinator.close()
@@ -105,6 +112,10 @@ class Hub:
         names = [[job.network.names[i] for i in part] for part in parts]
         if job.settings.trace is not None:
             spans = [TimedAction(i, *span) for i, payload in enumerate(stages) for span in payload["spans"]]
+            spans += [
+                TimedAction(r.stage, f"recovery {r.incarnation}", 1e6 * (r.ended - r.seconds), 1e6 * r.ended)
+                for r in self._coordinator.recoveries
+            ]
             rows = {i: f"stage {i}: {', '.join(layers)}" for i, layers in enumerate(names)}
             write_chrome_trace(job.settings.trace, spans, rows)
         return RunResult(
@@ -115,16 +126,17 @@ class Hub:
             steps=job.plan.steps_before(stages[0]["position"]),
             first_step=job.plan.steps_before(job.start),
             train_seconds=seconds,
-            setup_seconds=stages[0]["setup_seconds"],
+            setup_seconds=setup_seconds,
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
             weights=weights,
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
             busy_fraction=[payload["busy"] for payload in stages],
             threads=self._threads,
-            stopped_by=client.stopped.signal if client.stopped else None,
+            stopped_by=stopped.signal if stopped else None,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
+            recoveries=self._coordinator.recoveries,
         )
 
 

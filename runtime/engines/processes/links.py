@@ -3,8 +3,9 @@
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,9 @@ from unlocked.runtime.engines.processes.rendezvous import await_keys
 from unlocked.workers.device_edges import SIGNAL
 from unlocked.workers.edges import InEdge, OutEdge, SlotLayout, make_edges
 from unlocked.workers.errors import LinkLostError
-from unlocked.workers.shared_edges import SharedListener, SharedOutEdge
+from unlocked.workers.shared_edges import SharedInEdge, SharedListener, SharedOutEdge
 
-__all__ = ["TRANSPORTS", "SharedRefusal", "link_stages"]
+__all__ = ["TRANSPORTS", "SharedRefusal", "link_group", "link_stages", "share_memory"]
 
 TRANSPORTS = ("auto", "shared", "group")
 _PATIENCE = 4  # times the edges' own time limit
@@ -52,26 +53,36 @@ def link_stages(
         ValueError: shared memory was asked for where it is not possible, on every rank.
         LinkLostError: a neighbour did not come.
     """
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport {transport!r} is not known; valid: {', '.join(TRANSPORTS)}")
+    shared = share_memory(
+        store, world, incoming, outgoing, transport=transport, depth=depth, device=device, timeout=timeout, names=names
+    )
+    if shared is not None:
+        return shared
+    return link_group(
+        store, world, incoming, outgoing, transport=transport, depth=depth, device=device, timeout=timeout, names=names
+    )
+
+
+def link_group(
+    store: dist.Store,
+    world: World,
+    incoming: SlotLayout | None,
+    outgoing: SlotLayout | None,
+    *,
+    transport: str,
+    depth: int,
+    device: torch.device,
+    timeout: float,
+    names: Sequence[str],
+) -> tuple[InEdge | None, OutEdge | None]:
+    """The edges where they are not in the machine's memory: in that of one GPU, or through a process group of all
+    ranks. Arguments are those of `link_stages`."""
     if device.type == "cuda":
         on_device, problem = may_share(store, world, device, transport, timeout)
         if on_device:
             return _link_on_device(store, world, incoming, outgoing, depth, device, timeout, names)
         if problem is not None:
             raise SharedRefusal(problem)
-    elif transport == "shared" and device.type != "cpu":
-        raise SharedRefusal(f"transport 'shared' needs stages on CPUs, not on {device.type}; use 'group' or 'auto'")
-    if transport != "group" and device.type == "cpu":
-        shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names)
-        problem = shared.agree()
-        if problem is None:
-            return shared.inbox, shared.outbox
-        shared.close()
-        if transport == "shared":
-            raise SharedRefusal(f"transport 'shared' is not possible: {problem}; use 'group' or 'auto'")
-        if world.rank == 0:
-            print(f"edges go through a process group, which is slower than memory: {problem}", file=sys.stderr)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -82,6 +93,45 @@ def link_stages(
         timeout=timedelta(seconds=timeout * (_PATIENCE if on_gpu else 1)),
     )
     return make_edges(incoming, outgoing, rank=world.rank, depth=depth, device=device, timeout=timeout)
+
+
+def share_memory(
+    store: dist.Store,
+    world: World,
+    incoming: SlotLayout | None,
+    outgoing: SlotLayout | None,
+    *,
+    transport: str,
+    depth: int,
+    device: torch.device,
+    timeout: float,
+    names: Sequence[str],
+    log_slots: Callable[[SlotLayout], int] = lambda _: 0,
+) -> tuple[SharedInEdge | None, SharedOutEdge | None] | None:
+    """The edges in shared memory; None where some edge can't have it, or another transport was asked for.
+
+    Args:
+        log_slots: how many slots an edge's ring should have; fewer where there is no room.
+        The others are those of `link_stages`.
+
+    Raises: as `link_stages` does.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport {transport!r} is not known; valid: {', '.join(TRANSPORTS)}")
+    if transport == "shared" and device.type not in ("cpu", "cuda"):
+        raise SharedRefusal(f"transport 'shared' needs stages on CPUs, not on {device.type}; use 'group' or 'auto'")
+    if transport == "group" or device.type != "cpu":
+        return None
+    shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names, log_slots)
+    problem = shared.agree()
+    if problem is None:
+        return shared.inbox, shared.outbox
+    shared.close()
+    if transport == "shared":
+        raise SharedRefusal(f"transport 'shared' is not possible: {problem}; use 'group' or 'auto'")
+    if world.rank == 0:
+        print(f"edges go through a process group, which is slower than memory: {problem}", file=sys.stderr)
+    return None
 
 
 def _link_on_device(
@@ -128,11 +178,13 @@ class _SharedLinks:
         depth: int,
         timeout: float,
         names: Sequence[str],
+        log_slots: Callable[[SlotLayout], int] = lambda _: 0,
     ) -> None:
-        self.inbox: InEdge | None = None
+        self.inbox: SharedInEdge | None = None
         self.outbox: SharedOutEdge | None = None
         self._store, self._world, self._names, self._timeout = store, world, names, timeout
         self._incoming, self._outgoing, self._depth = incoming, outgoing, depth
+        self._log_slots = log_slots
 
     def agree(self) -> str | None:
         """Makes the edges; why some rank could not, or None. Every rank hears the same."""
@@ -159,12 +211,13 @@ class _SharedLinks:
         if self.outbox is not None:
             self.outbox.close()
 
-    def _offer(self, layout: SlotLayout) -> tuple[SharedListener | None, dict[str, str]]:
+    def _offer(self, layout: SlotLayout) -> tuple[SharedListener | None, dict[str, Any]]:
         try:
-            listener = SharedListener(layout, depth=self._depth, timeout=self._timeout)
+            slots = self._log_slots(layout)
+            listener = SharedListener(layout, depth=self._depth, timeout=self._timeout, log_slots=slots)
         except OSError as error:
             return None, {"problem": f"{self._names[self._world.rank]}: {error}"}
-        return listener, {"address": listener.address}
+        return listener, {"address": listener.address, "slots": listener.slots}
 
     def _reach(self, layout: SlotLayout) -> str | None:
         """Opens the edge to the next rank, or says why not."""
@@ -176,7 +229,12 @@ class _SharedLinks:
         neighbour = self._names[self._world.rank + 1]
         try:
             self.outbox = SharedOutEdge(
-                layout, offer["address"], depth=self._depth, timeout=self._timeout, neighbour=neighbour
+                layout,
+                offer["address"],
+                depth=self._depth,
+                timeout=self._timeout,
+                neighbour=neighbour,
+                slots=offer["slots"],
             )
         except LinkLostError as error:
             return f"{self._names[self._world.rank]} {error}"

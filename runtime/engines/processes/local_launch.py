@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Started", "start_processes"]
+__all__ = ["Started", "rank_environments", "start_processes"]
 
-_END_SECONDS = 10.0  # that a process may take to leave once its work is done or it was told to
+_END_SECONDS = 5.0  # that all of them may take to leave once their work is done or they were told to
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,42 +39,60 @@ class Started:
 
 
 @contextlib.contextmanager
-def start_processes(count: int, module: str, *, threads: int) -> Iterator[list[Started]]:
-    """Runs `python -m module FD` in `count` processes; FD is the number of the connection's other end.
+def rank_environments(count: int, *, threads: int) -> Iterator[list[dict[str, str]]]:
+    """The environment of each of `count` processes, which find each other while the block lasts.
 
-    They have what torchrun's workers have in their environment, this process's folder, search path and standard
-    streams (standard output and error as pipes), and a session of their own: a terminal's Ctrl-C reaches this process
-    alone. They end when the block does, and when this process ends, however it ends.
+    They have what torchrun's workers have there; the store at which they meet is this process's.
 
     Args:
         threads: intra-op threads of each, where OMP_NUM_THREADS says nothing else.
 
     Raises:
-        ValueError: this machine lets nobody listen at its loopback address, or start a process.
+        ValueError: nobody may listen at this machine's loopback address.
     """
-    started: list[Started] = []
     try:
         listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, count))
         port = listener.getsockname()[1]
-        # torch binds its own sockets to every interface; this one is bound already.
+        # torch would bind a socket of its own to every interface; this one is bound already.
         store = dist.TCPStore(
             "127.0.0.1", port, None, True, timedelta(seconds=60), False, master_listen_fd=listener.detach()
         )
-        run_id = uuid.uuid4().hex
-        for rank in range(count):
-            environment = _environment(rank, count, port, run_id, threads)
-            started.append(_start(rank, [sys.executable, "-P", "-m", module], environment))
     except (OSError, RuntimeError) as error:
-        _end(started)
         raise ValueError(
-            f"the {count} processes of the pipeline can't be started here ({error}); use engine 'streams' or "
-            "'sequential', which run in this process"
+            f"the {count} processes of the pipeline would meet at 127.0.0.1, but nothing can listen there ({error}); "
+            "use engine 'streams' or 'sequential', which run in this process"
         ) from error
-    try:
-        yield started
-    finally:
-        _end(started)
-        del store
+    run_id = uuid.uuid4().hex
+    yield [_environment(rank, count, port, run_id, threads) for rank in range(count)]
+    del store
+
+
+@contextlib.contextmanager
+def start_processes(count: int, module: str, *, threads: int) -> Iterator[list[Started]]:
+    """Runs `python -m module FD` in `count` processes; FD is the number of the connection's other end.
+
+    They have this process's folder and search path, pipes for standard output and error, and a session of their own: a
+    terminal's Ctrl-C reaches this process alone. They end when the block does, and when this process ends, however it
+    ends.
+
+    Args:
+        threads: as for `rank_environments`.
+
+    Raises:
+        ValueError: as `rank_environments`; or no more processes can be started.
+    """
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    started: list[Started] = []
+    with rank_environments(count, threads=threads) as environments:
+        try:
+            for rank, environment in enumerate(environments):
+                environment |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+                started.append(_start(rank, [sys.executable, "-P", "-m", module], environment))
+            yield started
+        except BlockingIOError as error:  # fork's, where there are too many processes
+            raise ValueError(f"the {count} processes of the pipeline can't be started: {error}") from error
+        finally:
+            _end(started)
 
 
 def _start(rank: int, command: Sequence[str], environment: dict[str, str]) -> Started:
@@ -103,8 +122,6 @@ def _environment(rank: int, count: int, port: int, run_id: str, threads: int) ->
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": 0,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "PYTHONUNBUFFERED": 1,
     }
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": loopback}
@@ -118,9 +135,10 @@ def _end(started: Sequence[Started]) -> None:
     for one in started:
         if one.process.poll() is None:
             one.tell(signal.SIGTERM)
+    deadline = time.monotonic() + _END_SECONDS
     for one in started:
         try:
-            one.process.wait(_END_SECONDS)
+            one.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()

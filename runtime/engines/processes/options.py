@@ -10,9 +10,12 @@ from unlocked.runtime.engines.processes.links import TRANSPORTS
 from unlocked.runtime.fields import LONGEST_WAIT, setting
 from unlocked.runtime.job import Job
 from unlocked.runtime.saving.identity import differences
+from unlocked.workers.edges import SlotLayout
+from unlocked.workers.slot_log import SlotLog
 
-__all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "settings_of"]
+__all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "log_slots", "settings_of"]
 
+_MOST_SLOTS = 1024  # of an edge's log: stages save themselves more often than that
 _HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
 
 
@@ -39,6 +42,20 @@ class ProcessesOptions(PipelineOptions):
     coordinator_port: int = setting(
         0, "port of the coordinator, in rank 0 (0: any free one)", at_least=0, at_most=65535
     )
+    max_recoveries: int = setting(
+        100,
+        "workers within an hour that die by a signal and are replaced, while the others go on (0: the first ends the "
+        "run)",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    log_bytes: int = setting(
+        256 << 20,
+        "memory of each edge for what a worker that is replaced reads again; the less, the more often stages save "
+        "themselves",
+        at_least=0,
+        at_most=1 << 40,
+    )
 
 
 def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
@@ -50,6 +67,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
         "first position": job.start,
         "queue_depth": options.queue_depth,
         "transport": options.transport,
+        "max_recoveries": options.max_recoveries,
         "device": job.device.type,
     }
     return dict(json.loads(json.dumps(settings, allow_nan=False)))
@@ -59,6 +77,13 @@ def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
     wrong = [f"{name} is {here} here and {there} in rank 0" for name, here, there in differences(mine, theirs)]
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags")
+
+
+def log_slots(job: Job, options: ProcessesOptions, layout: SlotLayout) -> int:
+    """Micro-batches that an edge keeps for a worker that is replaced: one more at least than its neighbour may be
+    ahead, and no more than the run has."""
+    wanted = min(options.log_bytes // SlotLog.slot_bytes(layout), len(job.plan) - job.start, _MOST_SLOTS)
+    return max(wanted, options.queue_depth + 2)
 
 
 def heartbeat_timeout(job: Job) -> float:

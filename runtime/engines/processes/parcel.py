@@ -90,7 +90,8 @@ def set_global_state(state: Mapping[str, Any], *, switches: bool = True) -> None
     if switches:
         torch.set_default_dtype(state["dtype"])
         enabled, warn_only = state["deterministic"]
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        if enabled:  # the setter imports torch's compiler, which takes seconds; a process begins with False
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
         torch.set_float32_matmul_precision(state["matmul"])
 
 

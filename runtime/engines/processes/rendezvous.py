@@ -16,12 +16,13 @@ import torch.distributed as dist
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.world import World, attempt
 
-__all__ = ["await_keys", "connect", "exchange", "meet"]
+__all__ = ["await_keys", "connect", "connect_again", "exchange", "meet"]
 
 _HANDSHAKE_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
 _AGENT_SECONDS = 2.0  # who finds no store of torchrun's on this machine has lost its launcher
 _runs = count()  # of this process
+_run = ""  # the name of the latest one
 _stores: dict[tuple[str, int], dist.TCPStore] = {}  # kept open until the process ends
 _LONGEST_PAUSE = 0.25  # seconds between two questions to the store
 
@@ -46,7 +47,22 @@ def connect(world: World, timeout: float) -> dist.Store:
         except (RuntimeError, ValueError) as error:
             raise ValueError(_no_store(world, serve)) from error
     store.set_timeout(timedelta(seconds=timeout))
-    return dist.PrefixStore(f"attempt-{attempt()}/run-{next(_runs)}", store)
+    global _run
+    _run = f"attempt-{attempt()}/run-{next(_runs)}"
+    return dist.PrefixStore(_run, store)
+
+
+def connect_again(world: World, timeout: float) -> dist.Store:
+    """The same part of the store by a connection of its own: in a forked process, which must not use its parent's, or
+    for another thread.
+
+    Raises:
+        ValueError: nobody answers within `timeout` seconds.
+    """
+    try:
+        return dist.PrefixStore(_run, _open_store(world, False, timeout))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(_no_store(world, False)) from error
 
 
 def await_keys(store: dist.Store, keys: Sequence[str], timeout: float) -> None:

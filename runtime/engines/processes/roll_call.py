@@ -57,6 +57,8 @@ class RollCall:
 
     def release(self) -> None:
         """From now on a process that ends is the coordinator's business. Idempotent."""
+        with contextlib.suppress(OSError):  # it was released before
+            self._wake.send(b"\0")  # its end alone would not be seen where a forked child holds it open too
         self._wake.close()
         self._thread.join()
 

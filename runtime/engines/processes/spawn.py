@@ -11,12 +11,14 @@ import re
 import selectors
 import signal
 import sys
+import threading
 import time
 from typing import IO, Any
 
 import torch
 
 from unlocked.data.cores import usable_cores
+from unlocked.runtime.control.messages import RunFailed
 from unlocked.runtime.engines.processes.local_launch import Started, start_processes
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.parcel import pack_data, pack_job, set_global_state, set_loader_states
@@ -53,7 +55,7 @@ def run_spawned(engine: ProcessesOptions, job: Job, make_sinks: SinkMaker) -> Ru
         run = _Run(started, make_sinks)
         with StopSignals(run.stop) as signals:
             run.send_job(engine, job)
-            run.follow()
+            run.follow(engine.start_timeout)
     if run.refusal is not None:
         raise run.refusal
     if run.result is None:
@@ -74,6 +76,7 @@ class _Run:
         self._started, self._make_sinks = started, make_sinks
         self._sinks: FanOut | None = None
         self._stopping = False
+        self._sending, self._taking = threading.Thread(), 0
         self._tails: dict[int, list[str]] = {one.rank: [] for one in started}
         self.result: tuple[RunResult, dict[str, Any], list[torch.Tensor]] | None = None
         self.reports: list[tuple[str, str, str, str | None]] = []
@@ -81,13 +84,18 @@ class _Run:
         """What a sink raised in `on_start`: the one way in which a sink can stop a run."""
 
     def send_job(self, engine: ProcessesOptions, job: Job) -> None:
-        """While it is packed, the processes import torch."""
-        data, packed = pack_data(job), pack_job(engine, job)
+        """Packs it while the processes import torch, and lets a thread wait for them to take it."""
+        parts = [pack_job(engine, job), pack_data(job)]
+        self._sending = threading.Thread(target=self._send, args=(parts,), name="job", daemon=True)
+        self._sending.start()
+
+    def _send(self, parts: list[bytes]) -> None:
         for one in self._started:
-            with contextlib.suppress(OSError):  # who is gone already has said why, or its last words do
-                one.connection.send_bytes(packed)
-                if one.rank == 0:
-                    one.connection.send_bytes(data)
+            self._taking = one.rank
+            # Who is gone has said why, or its last words do; a TypeError is of an end that was closed meanwhile.
+            with contextlib.suppress(OSError, TypeError):
+                for part in parts if one.rank == 0 else parts[:1]:
+                    one.connection.send_bytes(part)
 
     def stop(self, number: int) -> None:
         """Passes a signal on: they stop in order, or end at once if they have not begun."""
@@ -95,8 +103,13 @@ class _Run:
         for one in self._started:
             one.tell(number)
 
-    def follow(self) -> None:
-        """Hears all of them until they have ended, or closed their ends."""
+    def follow(self, start_timeout: float) -> None:
+        """Hears all of them until they have ended, or closed their ends.
+
+        Raises:
+            RunFailed: one does not take its job within `start_timeout` seconds (it stands still, say).
+        """
+        deadline = time.monotonic() + start_timeout
         with selectors.DefaultSelector() as selector:
             for one in self._started:
                 selector.register(one.connection, selectors.EVENT_READ, (one, None))
@@ -110,6 +123,12 @@ class _Run:
                     one, target = key.data
                     if not (self._hear(one) if target is None else self._relay(one, key.fileobj, target)):
                         selector.unregister(key.fileobj)
+                if time.monotonic() > deadline and self._sending.is_alive():
+                    rank = self._taking
+                    raise RunFailed(
+                        f"the process of stage {rank} (rank {rank}) stands still: it did not take its part of the run "
+                        f"within {start_timeout:g} s"
+                    )
                 # A child of a worker (a data loader's) may hold its ends open beyond the worker's own.
                 if not ready and all(one.process.poll() is not None for one in self._started):
                     return

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Mapping
 from datetime import timedelta
 
 import msgpack
@@ -16,7 +17,7 @@ from unlocked.runtime.engines.processes.rendezvous import exchange
 from unlocked.runtime.job import Job
 from unlocked.runtime.tensors import pack_tensors, unpack_tensors, weights_digest
 
-__all__ = ["agree_on_start_weights", "remember_owners"]
+__all__ = ["adopt_weights", "agree_on_start_weights", "remember_owners"]
 
 _CHUNK_BYTES = 4 << 20  # the store takes at most 8 MiB in one piece
 
@@ -63,6 +64,20 @@ def remember_owners(job: Job, own: range) -> None:
         trained, other = (_trained_here, _trained_elsewhere)[:: 1 if index in own else -1]
         trained.add(block.body)
         other.discard(block.body)
+
+
+def adopt_weights(job: Job, own: range, weights: Mapping[str, torch.Tensor]) -> None:
+    """Brings what a worker has trained into the modules of this process, which has only watched.
+
+    Args:
+        own: the layers that it has trained.
+        weights: by the names that `Layer.tensors` gives them.
+    """
+    with torch.no_grad():
+        for index in own:
+            block = job.network.blocks[index]
+            for name, value in block.state_dict().items():
+                value.copy_(weights[f"{job.network.names[index]}.block.{name}"])
 
 
 def _send(block: Block, key: str, store: dist.Store) -> None:

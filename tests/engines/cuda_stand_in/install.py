@@ -12,6 +12,7 @@ from cuda_stand_in.device import Device, Event, Stream
 from cuda_stand_in.graphs import Graph
 from cuda_stand_in.operations import Functions, Operations
 from torch.multiprocessing import reductions
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["cuda_stand_in"]
 
@@ -105,6 +106,31 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
         "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132, uuid=device.uuid),
     }
 
+    return {
+        torch.cuda: cuda,
+        reductions: _sharing(device),
+        torch._C: {"_host_emptyCache": lambda: None},
+        torch: {"autocast": autocast_on_cpu, **_loading()},
+        threading.Thread: {"run": run_with_modes},
+    }
+
+
+def _loading() -> dict[str, Any]:
+    load = torch.load
+
+    def load_on_device(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        """A torch without CUDA reads to the host; what was to lie on the device goes there."""
+        found = load(*args, map_location="cpu", **kwargs)
+        if map_location is None or torch.device(map_location).type == "cpu":
+            return found
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cuda"), found)
+
+    return {"load": load_on_device}
+
+
+def _sharing(device: Device) -> dict[str, Any]:
+    """What opens a tensor's memory to other processes."""
+
     def reduce_tensor(tensor: torch.Tensor) -> Any:
         """As torch's of a tensor on a GPU: the last eight are what its memory is opened by."""
         return None, (device.export(tensor), tensor.nbytes, 0, False, b"", 0, b"", False)
@@ -112,10 +138,4 @@ def _interface(device: Device) -> dict[Any, dict[str, Any]]:
     def rebuild_cuda_tensor(*arguments: Any) -> torch.Tensor:
         return device.memory.by_address(device.open(arguments[7]))  # another tensor at the same place
 
-    return {
-        torch.cuda: cuda,
-        reductions: {"reduce_tensor": reduce_tensor, "rebuild_cuda_tensor": rebuild_cuda_tensor},
-        torch._C: {"_host_emptyCache": lambda: None},
-        torch: {"autocast": autocast_on_cpu},
-        threading.Thread: {"run": run_with_modes},
-    }
+    return {"reduce_tensor": reduce_tensor, "rebuild_cuda_tensor": rebuild_cuda_tensor}

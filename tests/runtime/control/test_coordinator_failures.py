@@ -229,7 +229,7 @@ def test_missing_stages_are_named() -> None:
 )
 def test_worker_that_does_not_fit_fails_the_run(stage: int, layers: tuple[str, ...], message: str) -> None:
     with Coordinator(LAYERS, 10) as coordinator, make_client(coordinator.address, 1):
-        until(lambda: 1 in coordinator._members)
+        until(lambda: 1 in coordinator._roster.workers)
         box: queue.Queue[str] = queue.Queue()
         with CoordinatorClient(coordinator.address, stage=stage, layers=layers, on_abort=box.put):
             assert message in box.get(timeout=TIMEOUT)

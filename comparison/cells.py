@@ -1,0 +1,62 @@
+"""Work that several processes share out among themselves: cells, each a JSON file that one process makes, once.
+
+A lock file beside a cell says that somebody is at it. Locks are the kernel's (flock), so that they end with their
+process, however it ends, and nothing is left to clean up before a run goes on.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["claimed", "machine_held", "read_cell"]
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone is at the cell. The claim ends with the process, however it ends."""
+    lock = path.with_suffix(".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def machine_held(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Waits until the processes that share `folder` leave the machine: all of them where this one needs it `alone`
+    (for measuring time), else only one that does."""
+    with (folder / ".machine").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def read_cell(path: Path, settings: Mapping[str, Any], *, remedy: str) -> dict[str, Any] | None:
+    """The cell, if it has been made.
+
+    Args:
+        settings: what it must have been made with, as JSON values; compared with its "settings".
+        remedy: the flag that gives another folder.
+
+    Raises:
+        ValueError: it was made with other settings, or is no JSON object; names the file.
+    """
+    if not path.exists():
+        return None
+    try:
+        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {key: (cell["settings"].get(key), value) for key, value in settings.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no cell of this program ({type(error).__name__}); remove it") from error
+    if other := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
+        told = ", ".join(f"{key} {was!r} instead of {wanted!r}" for key, (was, wanted) in other.items())
+        raise ValueError(f"{path} was trained with {told}; give another folder by {remedy}, or remove it")
+    return cell

@@ -1,0 +1,121 @@
+"""What a campaign of faults has seen, and its table."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from unlocked.comparison.results import Environment
+
+__all__ = ["Campaign", "FaultRecord", "RunRecord", "format_table"]
+
+MOMENTS = ("set-up", "steady state", "snapshot", "evaluation", "replay")
+
+
+@dataclass(kw_only=True, slots=True)
+class FaultRecord:
+    """One fault and what came of it."""
+
+    kind: str
+    moment: str
+    """One of `MOMENTS`: in which part of the run it came; replay: where a resumed run did over what had been done."""
+    rank: int | None
+    """Whose worker it hit."""
+    action: str = ""
+    """Before which action, where that was chosen: `kill@1SEND17`."""
+    outcome: str = ""
+    """recovered: the run went on by itself; restarted: the same command line did; unharmed: nobody had to notice."""
+    named: bool = True
+    """Whether the first error names the victim."""
+    words: str = ""
+    """The first error."""
+    seconds: float = 0.0
+    """Until the run had ended, or had made progress again."""
+    hung: bool = False
+    orphans: int = 0
+    """Processes that were left behind."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunRecord:
+    """One training under faults."""
+
+    starts: int = 1
+    seconds: float = 0.0
+    """From the first start to the end."""
+    is_exact: bool = False
+    """Whether it came to the undisturbed run's `weights_sha256`."""
+    epochs_are_exact: bool = False
+    """Whether every epoch's figures are the undisturbed run's, once each."""
+    problem: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Campaign:
+    """All of it."""
+
+    command: list[str]
+    stages: int
+    environment: Environment
+    undisturbed_seconds: float
+    weights_sha256: str
+    mean_seconds_between_faults: float
+    """That was asked for."""
+    is_interrupted: bool = False
+    """Somebody stopped it: what the last faults came to is not known."""
+    runs: list[RunRecord] = field(default_factory=list)
+    faults: list[FaultRecord] = field(default_factory=list)
+
+    @property
+    def ettr(self) -> float:
+        """Effective training time: the undisturbed run's seconds over those that the same work took under faults."""
+        taken = sum(run.seconds for run in self.runs)
+        return len(self.runs) * self.undisturbed_seconds / taken if taken else 0.0
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that must not be, in words; empty: all is well."""
+        found = [f"run {i}: {run.problem}" for i, run in enumerate(self.runs) if run.problem]
+        found += [f"run {i}: other weights" for i, run in enumerate(self.runs) if not run.problem and not run.is_exact]
+        found += [
+            f"run {i}: an epoch was lost or counted twice"
+            for i, run in enumerate(self.runs)
+            if not run.problem and not run.epochs_are_exact
+        ]
+        for i, fault in enumerate(self.faults):
+            what = f"fault {i} ({fault.kind} {fault.action}in {fault.moment})"
+            if fault.hung:
+                found.append(f"{what}: it hung")
+            if fault.orphans:
+                found.append(f"{what}: {fault.orphans} processes were left")
+            if not fault.named:
+                found.append(f"{what}: its cause was not named, but {fault.words or 'nothing said'!r}")
+        return found
+
+
+def format_table(campaign: Campaign) -> str:
+    """By kind and by moment: how many, what came of them, how long it took."""
+    heads = ("recovered", "restarted", "unharmed", "hung", "unnamed", "median s")
+    lines = [f"{'':<14}{'faults':>7}" + "".join(f"{head:>11}" for head in heads)]
+    for name in dict.fromkeys(one.kind for one in campaign.faults):
+        lines.append(_row(name, [one for one in campaign.faults if one.kind == name]))
+    lines.append("")
+    for name in MOMENTS:
+        if some := [one for one in campaign.faults if one.moment == name]:
+            lines.append(_row(name, some))
+    lines += ["", _row("all", campaign.faults)]
+    exact = sum(run.is_exact and run.epochs_are_exact for run in campaign.runs)
+    starts = sum(run.starts for run in campaign.runs)
+    lines += [
+        "",
+        f"{exact} of {len(campaign.runs)} runs came to the undisturbed weights and epochs, in {starts} starts",
+        f"effective training time {campaign.ettr:.3f} at a fault every {campaign.mean_seconds_between_faults:g} s "
+        f"(the undisturbed run takes {campaign.undisturbed_seconds:.1f} s)",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, faults: Sequence[FaultRecord]) -> str:
+    cells = [sum(one.outcome == what for one in faults) for what in ("recovered", "restarted", "unharmed")]
+    cells += [sum(one.hung for one in faults), sum(not one.named for one in faults)]
+    seconds = statistics.median(one.seconds for one in faults) if faults else 0.0
+    return f"{name:<14}{len(faults):>7}" + "".join(f"{cell:>11}" for cell in cells) + f"{seconds:>11.2f}"

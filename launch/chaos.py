@@ -1,0 +1,108 @@
+"""A training under faults: `unlocked chaos --stages 2 FLAGS`, with the training's flags beside those of the faults."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from unlocked.launch.output import lasting_output
+
+if TYPE_CHECKING:
+    from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.runtime.recipe import Recipe
+
+__all__ = ["main", "parse"]
+
+_USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
+"""Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
+after 4 seconds, in set-up after 45."""
+_OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
+
+
+@lasting_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the training undisturbed and under faults. 0: all came to the same bits, nothing hung and every cause was
+    named; 1: something was not so; 2: a mistake."""
+    from unlocked.comparison.chaos.campaign import run_campaign
+    from unlocked.comparison.chaos.records import format_table
+    from unlocked.runtime.saving.whole_file import write_json
+    from unlocked.runtime.typed import to_plain
+
+    try:
+        options, recipe, rest = parse(sys.argv[1:] if arguments is None else arguments)
+        plan = recipe.plan(*recipe.load_data())
+        command = [sys.executable, "-m", "unlocked.launch.pipeline", *_USUAL, *rest]
+        campaign = run_campaign(
+            command,
+            plan,
+            _stages(recipe),
+            options,
+            start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
+            root=recipe.save_path,
+            say=lambda line: print(line, flush=True),
+        )
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        return 130
+    print(format_table(campaign))
+    for problem in campaign.problems:
+        print(f"problem: {problem}")
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        told = {"ettr": campaign.ettr, "problems": campaign.problems, "table": format_table(campaign).splitlines()}
+        write_json(options.report, to_plain(campaign) | told)
+    return 130 if campaign.is_interrupted else 1 if campaign.problems else 0
+
+
+def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
+    """The faults' options, the training's, and the command line that is left for the training.
+
+    Raises:
+        ValueError: a mistake, in one line.
+    """
+    from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.launch.command_line import parse as parse_training
+    from unlocked.runtime import Processes
+    from unlocked.runtime.fields import LineParser, add_flags
+
+    parser = LineParser(
+        prog="unlocked chaos",
+        description="Runs a training under faults, again and again by --resume auto, and compares it with the "
+        "undisturbed run. Takes the flags of unlocked train as well; --stages tells the number of processes.",
+        allow_abbrev=False,
+    )
+    add_flags(parser.add_argument_group("faults"), ChaosOptions)
+    given, rest = parser.parse_known_args(arguments)
+    options = ChaosOptions(**vars(given))
+    recipe = parse_training(rest, default_engine="processes")
+    if not isinstance(recipe.engine, Processes) or recipe.engine.stages is None:
+        raise ValueError("faults are for a pipeline of processes on this machine; give --stages N")
+    recipe = parse_training([*_USUAL, *rest], default_engine="processes")
+    taken = [name for name in _OURS if name != "save_path" and _is_given(rest, name)]
+    if taken:
+        raise ValueError(f"--{taken[0].replace('_', '-')} is set for every run by itself; leave it out")
+    return options, recipe, _without(rest, "--save-path")
+
+
+def _is_given(rest: Sequence[str], name: str) -> bool:
+    flag = f"--{name.replace('_', '-')}"
+    return any(word == flag or word.startswith(f"{flag}=") for word in rest)
+
+
+def _without(rest: Sequence[str], flag: str) -> list[str]:
+    """The command line without a flag and its value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag)
+    return parser.parse_known_args(rest)[1]
+
+
+def _stages(recipe: "Recipe") -> int:
+    stages = getattr(recipe.engine, "stages", 1)
+    return stages if isinstance(stages, int) else str(stages).count(",") + 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What becomes of a worker that has died: its supervisor is told to start the next one, or the run ends by name.
+
+Local rules make this cheap: a stage depends on nothing but its own history and what came in. So the others go on; the
+new incarnation begins at the stage's own last snapshot and reads again what its neighbour has logged.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from unlocked.runtime.control import messages as m
+from unlocked.runtime.control.address import Door
+from unlocked.runtime.control.failures import Failures
+from unlocked.runtime.control.member import Member, Roster
+from unlocked.runtime.metrics.records import Recovery
+
+__all__ = ["Recoveries"]
+
+HOUR = 3600.0
+WORD_SECONDS = 5.0
+"""That a supervisor may take to say how its worker ended, after the worker's connection has closed."""
+SAME_PLACE = 4
+"""Deaths of one stage at the same position, after which a further one is taken to be no accident."""
+
+
+@dataclass(slots=True)
+class _Revival:
+    """A stage that is between two workers, or whose new one does the old one's work again."""
+
+    cause: str
+    incarnation: int
+    began: float
+
+
+class Recoveries:
+    """Of one run; its methods are called in the coordinator's thread.
+
+    Args:
+        send: takes a connection's identity and a message.
+        on_recovery: told of every recovery that has succeeded.
+        build_seconds: that a new worker may take to say hello.
+        door: open while one is expected.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        failures: Failures,
+        *,
+        send: Callable[[bytes, Any], bool],
+        on_recovery: Callable[[Recovery], object],
+        build_seconds: float,
+        door: Door,
+    ) -> None:
+        self._roster, self._failures = roster, failures
+        self.most = 0
+        """Recoveries within an hour; a further one ends the run. 0: workers have no supervisors."""
+        self._send, self._on_recovery, self._build_seconds = send, on_recovery, build_seconds
+        self._door = door
+        self._revivals: dict[int, _Revival] = {}
+        self._silent_since: dict[int, float] = {}  # stages whose worker's connection has closed
+        self._times: deque[float] = deque()  # of the last hour's recoveries
+        self._places: dict[int, tuple[int, int]] = {}  # stage -> position of its last death, and deaths there
+
+    @property
+    def pending(self) -> bool:
+        """Some stage has no worker just now."""
+        return bool(self._revivals or self._silent_since)
+
+    def died(self, supervisor: Member, message: m.Died) -> None:
+        """A supervisor says that its worker has ended."""
+        stage = supervisor.hello.stage
+        worker = self._roster.workers.get(stage)
+        if all(one.finished for one in self._roster.workers.values()):
+            return  # the run is complete
+        if self._failures.first is not None or worker is None or not self._is_latest(worker, message.incarnation):
+            return
+        worker.position = max(worker.position, message.position)
+        if message.signal is None:
+            self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {message.how}")
+        else:
+            self._revive(worker, message.how)
+
+    def gone(self, worker: Member, why: str) -> None:
+        """A worker's connection has closed: with a supervisor, that one will say more."""
+        if worker.gone:
+            return
+        if not self.most or worker.hello.stage not in self._roster.supervisors:
+            self._failures.lost(worker, why)
+        else:
+            self._silent_since.setdefault(worker.hello.stage, time.monotonic())
+
+    def silent(self, worker: Member, why: str) -> None:
+        """A worker gives no sign of life. Whatever it is about: it won't come back as part of this run."""
+        if worker.gone or worker.finished:
+            return
+        if not self.most or worker.hello.stage not in self._roster.supervisors:
+            self._failures.lost(worker, why)
+        else:
+            self._revive(worker, why)
+
+    def came_back(self, worker: Member) -> None:
+        """A worker has said hello."""
+        self._silent_since.pop(worker.hello.stage, None)
+        if not any(worker.gone for worker in self._roster.workers.values()):
+            self._door.close()
+
+    def replayed(self, worker: Member, message: m.Replayed) -> None:
+        """A new worker has come to where the one before it was."""
+        stage = worker.hello.stage
+        revival = self._revivals.get(stage)
+        if revival is None or revival.incarnation != message.incarnation:
+            return
+        del self._revivals[stage]
+        recovery = Recovery(
+            stage=stage,
+            incarnation=message.incarnation,
+            cause=revival.cause,
+            position=message.position,
+            replayed=message.replayed,
+            seconds=time.monotonic() - revival.began,
+            ended=time.time(),
+        )
+        self._on_recovery(recovery)
+
+    def tick(self, now: float) -> None:
+        """What is due at `now` (monotonic seconds)."""
+        for stage, since in tuple(self._silent_since.items()):
+            if now - since > WORD_SECONDS:
+                del self._silent_since[stage]
+                self._failures.lost(self._roster.workers[stage], "its connection closed")
+        for stage, revival in self._revivals.items():
+            if self._roster.workers[stage].gone and now - revival.began > self._build_seconds:
+                self._failures.fail(
+                    f"{self._roster.name(stage)} is lost: its worker {revival.cause}, and the next one did not report "
+                    f"within {self._build_seconds:g} s"
+                )
+
+    def _is_latest(self, worker: Member, incarnation: int) -> bool:
+        """Whether the news is not about a worker that has been replaced."""
+        revival = self._revivals.get(worker.hello.stage)
+        assert isinstance(worker.hello, m.Hello)
+        latest = revival.incarnation if revival is not None else worker.hello.incarnation
+        return incarnation == latest
+
+    def _revive(self, worker: Member, cause: str) -> None:
+        stage, now = worker.hello.stage, time.monotonic()
+        place, deaths = self._places.get(stage, (-1, 0))
+        deaths = deaths + 1 if place == worker.position else 1
+        self._places[stage] = worker.position, deaths
+        while self._times and now - self._times[0] > HOUR:
+            self._times.popleft()
+        if deaths > SAME_PLACE:
+            problem = f"for the {deaths}th time at the same place"
+        elif len(self._times) >= self.most:
+            problem = f"and {self.most} recoveries within an hour are used up (--max-recoveries)"
+        else:
+            self._times.append(now)
+            revival = self._revivals.get(stage)
+            assert isinstance(worker.hello, m.Hello)
+            number = 1 + (worker.hello.incarnation if revival is None else revival.incarnation)
+            began = now if revival is None else revival.began
+            self._revivals[stage] = _Revival(cause, number, began)
+            self._silent_since.pop(stage, None)
+            worker.gone, worker.chunks = True, []
+            self._door.open()
+            self._send(self._roster.supervisors[stage].identity, m.Revive(incarnation=number))
+            return
+        self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {cause}, {problem}")

@@ -1,0 +1,264 @@
+"""A rank's supervisor: starts its stage's workers one after the other, and tells the coordinator how they end.
+
+It does no work of the stage's, so that nothing of a layer, a rule or a library can harm it: it holds what must outlive
+a worker (the memory between the stages, the worker's own snapshot), takes the signals, and keeps the caller's process.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from unlocked.runtime.control import messages as m
+from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.mailbox import Mailbox
+from unlocked.runtime.control.zygote import Ended, Told, Zygote, how_it_ended
+
+__all__ = ["Supervisor", "WorkerEnd"]
+
+LAST_WORDS_SECONDS = 2.0
+"""That a worker may take to say why it fails, when the run is known to be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """What a worker has left: word of its `result`, or of its `failure`."""
+
+    what: str
+    content: dict[str, Any]
+
+
+class Supervisor:
+    """Use: construct (the first worker is there already), `open`, `wait_started`, `run`, `close`.
+
+    Args:
+        address: the coordinator's.
+        stage, rank, layers: whose worker it is; named in all errors.
+        position: to which the stage's workers have come.
+        on_abort: called when the run is over for a reason outside this rank; ends the process.
+        heartbeat_interval: seconds between signs of life.
+        heartbeat_timeout: seconds without a sign of the coordinator after which it counts as lost.
+
+    Raises:
+        ValueError: `address` is malformed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        zygote: Zygote,
+        *,
+        stage: int,
+        rank: int,
+        layers: Sequence[str],
+        position: Callable[[], int],
+        on_abort: Callable[[str], None],
+        heartbeat_interval: float = 1.0,
+        heartbeat_timeout: float = 30.0,
+    ) -> None:
+        self._address, self._zygote = Address.parse(address), zygote
+        self.stage, self._rank, self._layers = stage, rank, tuple(layers)
+        self._position, self._on_abort = position, on_abort
+        self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
+        self._mailbox = Mailbox()
+        self._end: WorkerEnd | None = None
+        self._started = self._bye = False
+        self.stopped: m.Stop | None = None
+        """Set once an orderly stop is under way."""
+        self._connection: _Connection | None = None
+
+    @property
+    def name(self) -> str:
+        return m.stage_name(self.stage, self._rank, self._layers)
+
+    def open(self) -> None:
+        """Says hello."""
+        self._connection = _Connection(self._address)
+        pid, host = os.getpid(), socket.gethostname()
+        self._connection.send(m.Supervise(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+
+    def await_word(self, what: str) -> dict[str, Any]:
+        """Waits for the first worker to say that, before there is a connection.
+
+        Raises:
+            _WorkerFailed: it has failed.
+        """
+        while True:
+            for event in self._zygote.events(1.0):
+                if isinstance(event, Told) and event.what == what:
+                    return event.content
+                self._take(event)
+                if self._end is not None:
+                    return {}
+
+    @property
+    def end(self) -> WorkerEnd | None:
+        """What the worker has left so far."""
+        return self._end
+
+    def wait_started(self, timeout: float) -> None:
+        """Until all of the run are there, or the worker has failed.
+
+        Raises:
+            TimeoutError: some did not come.
+        """
+        deadline = time.monotonic() + timeout
+        while not (self._started or self._end):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name}: not all processes were there after {timeout:g} s")
+            self._turn()
+
+    def run(self) -> WorkerEnd:
+        """Until the stage's work is done, or has failed for good."""
+        while not (self._end is not None and (self._bye or self._end.what != "result")):
+            self._turn()
+        return self._end
+
+    def request_stop(self, signal: int | None = None) -> None:
+        """Asks for an orderly stop of all stages. Returns at once; safe in a signal handler."""
+        self._mailbox.put(m.StopRequest(signal=signal))
+
+    def close(self) -> None:
+        """Ends the worker, if there is one, and all that was for it. Idempotent."""
+        self._zygote.close()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._mailbox.close()
+
+    # --- one turn of the loop
+
+    def _turn(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        connection.wait([*self._zygote.descriptors(), self._mailbox.fileno()], self._beat_interval)
+        for order in self._mailbox.drain():
+            connection.send(order)
+        for event in self._zygote.events(0.0):
+            self._take(event)
+        for message in connection.receive():
+            self._obey(message)
+        connection.beat(self._beat_interval)
+        problem = connection.problem(self._beat_timeout, self.name)
+        if problem is not None and not self._bye:
+            self._abort(problem)
+
+    def _take(self, event: Ended | Told) -> None:
+        if isinstance(event, Told):
+            if event.what in ("result", "failure"):
+                self._end = WorkerEnd(event.what, event.content)
+        elif self._end is None or (self._end.what == "result" and event.status < 0 and not self._bye):
+            how = how_it_ended(event.status)
+            if self._started and self._connection is not None:
+                signal = -event.status if event.status < 0 else None
+                self._connection.send(
+                    m.Died(incarnation=event.incarnation, position=self._position(), how=how, signal=signal)
+                )
+            else:
+                self._end = WorkerEnd("lost", {"how": how})
+
+    def _obey(self, message: Any) -> None:
+        if isinstance(message, m.Start):
+            self._started = True
+        elif isinstance(message, m.Stop):
+            self.stopped = message
+        elif isinstance(message, m.Bye):
+            self._bye = True
+        elif isinstance(message, m.Revive):
+            self._end = None
+            self._zygote.start(message.incarnation)
+        elif isinstance(message, m.Abort):
+            assert self._connection is not None
+            self._connection.send(m.AbortSeen())
+            self._abort(message.message)
+
+    def _abort(self, message: str) -> None:
+        """The run is over, and this process with it, unless it is its own worker that has failed: that one's story
+        goes to the caller."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        is_there = True
+        while is_there and self._end is None and time.monotonic() < deadline:
+            for event in self._zygote.events(0.05):
+                if isinstance(event, Ended):
+                    is_there = False
+                else:
+                    self._take(event)
+        if self._end is None or self._end.what != "failure":
+            self._zygote.close()
+            self._on_abort(message)
+
+
+class _Connection:
+    """To the coordinator, in the thread that uses it."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._context = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._dealer.setsockopt(zmq.IPV6, int("[" in address.endpoint))
+        self._dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_FRAME_BYTES)
+        self._dealer.connect(address.endpoint)
+        self._waiting: deque[Any] = deque()
+        self._heard = self._beaten = self._before = time.monotonic()
+        self._stood = 0.0
+        self._dropped = False
+
+    def wait(self, others: list[int], timeout: float) -> None:
+        """Until there is something to read, here or on the other descriptors."""
+        poller = zmq.Poller()
+        poller.register(self._dealer, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        for descriptor in others:
+            poller.register(descriptor, zmq.POLLIN)
+        self._dropped = self._monitor in dict(poller.poll(max(1, int(1000 * timeout))))
+
+    def send(self, message: Any) -> None:
+        self._waiting.append(message)
+        with contextlib.suppress(zmq.Again):
+            while self._waiting:
+                self._dealer.send_multipart(m.pack(self._address.token, self._waiting[0]), zmq.DONTWAIT)
+                self._waiting.popleft()
+
+    def receive(self) -> list[Any]:
+        received = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                frames = self._dealer.recv_multipart(zmq.DONTWAIT)
+                with contextlib.suppress(m.MessageError):
+                    received.append(m.unpack(self._address.token, frames))
+        now = time.monotonic()
+        self._stood, self._before = now - self._before, now
+        if received:
+            self._heard = now
+        return received
+
+    def beat(self, interval: float) -> None:
+        now = time.monotonic()
+        if now - self._beaten >= interval:
+            self._beaten = now
+            self.send(m.Beat(position=0))
+
+    def problem(self, limit: float, name: str) -> str | None:
+        """Why the coordinator can't be counted on any more."""
+        place = f"the coordinator in rank 0's process ({self._address.endpoint})"
+        if self._stood > limit:  # by now the others have left because of this process, not it because of them
+            return f"{name} stood still for {self._stood:.1f} s"
+        if self._dropped:
+            return f"{place} is gone: its connection closed"
+        if time.monotonic() - self._heard > limit:
+            return f"{place} is silent for {limit:g} s"
+        return None
+
+    def close(self) -> None:
+        self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
+        self._dealer.close(linger=300)
+        self._context.term()

@@ -1,0 +1,306 @@
+"""Edges through process groups of two ranks each, which are formed anew when one of the two has a new worker.
+
+The sender computes into a log that its supervisor holds (`workers.slot_log`); a thread sends what the log has from
+where the receiver wants it, so that a receiver that comes back is served whatever its neighbour's stage does meanwhile.
+What of the log may be overwritten, and when a link is to be formed anew, comes by way of the coordinator.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unlocked.models.errors import first_line
+from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.control.messages import EdgeBroken, Kept
+from unlocked.workers.actions import Item
+from unlocked.workers.edges import Slot, SlotLayout
+from unlocked.workers.errors import LinkLostError
+from unlocked.workers.slot_log import SlotLog
+
+__all__ = ["PairInEdge", "PairLink", "PairOutEdge"]
+
+_SENDER, _RECEIVER = 0, 1
+_FORM_SECONDS = 1.0  # of one of Gloo's about five attempts to connect; it waits for all of them if the other one dies
+_PAUSE = 0.005  # seconds between two looks for the other one
+_DATA, _PLACE = 0, 1  # tags
+
+
+class PairLink:
+    """One worker's end of a link, through all its generations.
+
+    Args:
+        open_store: makes a connection of its own to the run's key-value store.
+        edge: the stage that the link leads into.
+        side: 0 sends, 1 receives.
+        timeout: seconds that the link may be down, and that a message may take.
+        neighbour: for errors.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[], dist.Store],
+        client: CoordinatorClient,
+        *,
+        edge: int,
+        side: int,
+        timeout: float,
+        neighbour: str,
+    ) -> None:
+        self._open_store, self._client, self._edge, self._side = open_store, client, edge, side
+        self.timeout, self._neighbour = timedelta(seconds=timeout), neighbour
+        self._store: dist.Store | None = None
+        self._generation = -1
+        self.closing = False
+
+    @property
+    def is_stale(self) -> bool:
+        """It is to be formed anew."""
+        return self._generation != self._client.generations.get(self._edge, 0)
+
+    def form(self) -> Any:
+        """The process group of the newest generation.
+
+        Raises:
+            LinkLostError: it could not be formed in time.
+            RunFailed: the run is over.
+        """
+        if self._store is None:
+            self._store = self._open_store()
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        failed = -1
+        while time.monotonic() < deadline and not self.closing:
+            generation = self._client.generations.get(self._edge, 0)
+            if generation == failed:
+                self._client.await_news(lambda old=failed: self._news(old), 1.0)  # type: ignore[misc]
+                continue
+            store = dist.PrefixStore(f"edge-{self._edge}/generation-{generation}", self._store)
+            if not self._meet(store, generation, deadline):
+                continue
+            try:
+                group = dist.ProcessGroupGloo(store, self._side, 2, timeout=timedelta(seconds=_FORM_SECONDS))
+            except RuntimeError:
+                failed = generation
+                self._client.tell(EdgeBroken(edge=self._edge, generation=generation))
+                continue
+            self._generation = generation
+            return group
+        raise LinkLostError(f"the link to {self._neighbour} could not be formed within {self.timeout}")
+
+    def broke(self) -> None:
+        """A message has failed: the coordinator is asked for the next generation."""
+        self._client.tell(EdgeBroken(edge=self._edge, generation=self._generation))
+
+    def lost(self, error: Exception) -> LinkLostError:
+        return LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})")
+
+    def _news(self, old: int) -> bool:
+        return self.closing or self._client.generations.get(self._edge, 0) != old
+
+    def _meet(self, store: dist.Store, generation: int, deadline: float) -> bool:
+        """Both are here, and about to connect; False: there is a newer generation, or no time left."""
+        store.set(f"here-{self._side}", "")
+        other = [f"here-{1 - self._side}"]
+        while not store.check(other):
+            if time.monotonic() > deadline or self._news(generation):
+                return False
+            self._client.await_news(lambda: self._news(generation), _PAUSE)
+        return True
+
+
+class PairInEdge:
+    """The receiving end. `keeps_log` is always so here."""
+
+    def __init__(
+        self, layout: SlotLayout, link: PairLink, client: CoordinatorClient, *, depth: int, slots: int
+    ) -> None:
+        self._layout, self._link, self._client = layout, link, client
+        self._depth, self._slots = depth, slots
+        self._free = deque(layout.allocate(torch.device("cpu")) for _ in range(depth))
+        self._expected: deque[Item] = deque()
+        self._posted: deque[tuple[Item, Tensor, Any]] = deque()
+        self._held: deque[Tensor] = deque()
+        self._group: Any = None
+        self.keeps_log = True
+        self.count = 0
+        """Micro-batches that this end has released: the number of the next one."""
+        self._received = self._kept = 0
+
+    @property
+    def unkept(self) -> float:
+        """How full the sender's log is, 0 to 1, of micro-batches that wait for `keep`."""
+        return (self.count - self._kept) / max(self._slots - self._depth - 2, 1)
+
+    def expect(self, items: Iterable[Item]) -> None:
+        self._expected.extend(items)
+        if self._group is not None:
+            self._post()
+
+    def receive(self, item: Item) -> Slot:
+        while True:
+            if self._group is None or self._link.is_stale:
+                self._join()
+            expected, slot, work = self._posted[0]
+            assert expected == item, f"expected {expected}, asked for {item}"
+            try:
+                work.wait(self._link.timeout)
+                break
+            except RuntimeError:
+                self._link.broke()
+                self._group = None
+        self._posted.popleft()
+        self._received += 1
+        self._held.append(slot)
+        return self._layout.views(slot, item.size, item.kind)
+
+    def release(self) -> None:
+        self.count += 1
+        self._free.append(self._held.popleft())
+        if self._group is not None:
+            self._post()
+
+    def keep(self) -> None:
+        """This stage has saved itself as it is now."""
+        self._kept = self.count
+        self._client.tell(Kept(count=self.count))
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`."""
+        self.count = self._received = self._kept = count
+
+    def _join(self) -> None:
+        """Connects, and says which micro-batch is wanted next."""
+        deadline = time.monotonic() + self._link.timeout.total_seconds()
+        while True:
+            while self._posted:  # what had arrived is asked for again
+                item, slot, _ = self._posted.pop()
+                self._expected.appendleft(item)
+                self._free.append(slot)
+            self._group = None
+            self._group = self._link.form()
+            try:
+                self._group.send([torch.tensor([self._received])], _SENDER, _PLACE).wait(self._link.timeout)
+            except RuntimeError as error:
+                self._link.broke()
+                if time.monotonic() > deadline:
+                    raise self._link.lost(error) from error
+                continue
+            self._post()
+            if self._posted or not self._expected:
+                return
+
+    def _post(self) -> None:
+        """Receives ahead, as far as there are slots. A link that is broken shows when the next one is waited for."""
+        while self._free and self._expected:
+            item, slot = self._expected[0], self._free[0]
+            try:
+                work = self._group.recv([self._layout.message(slot, item.size, item.kind)], _SENDER, _DATA)
+            except RuntimeError:
+                if not self._posted:
+                    self._link.broke()
+                    self._group = None
+                return
+            self._expected.popleft()
+            self._posted.append((item, self._free.popleft(), work))
+
+
+class PairOutEdge:
+    """The sending end."""
+
+    def __init__(self, log: SlotLog, link: PairLink, client: CoordinatorClient) -> None:
+        self._log, self._link, self._client = log, link, client
+        self.count = 0
+        """Micro-batches that this end has let go: the number of the next one."""
+        self._left = 0  # those that the neighbour has taken
+        self._error: BaseException | None = None
+        self._scratch: Tensor | None = None
+        self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+
+    def start(self) -> None:
+        """From here on what the log has is sent."""
+        self._thread.start()
+
+    def reserve(self, item: Item) -> Slot:
+        if self.count < self._log.sent:  # it is in the log, from a dead incarnation
+            if self._scratch is None:
+                self._scratch = self._log.layout.allocate(torch.device("cpu"))
+            return self._log.layout.views(self._scratch, item.size, item.kind)
+        self._wait(self._has_room)
+        return self._log.views(self.count, item.size, item.kind)
+
+    def send(self, item: Item) -> None:
+        if self.count >= self._log.sent:
+            self._wait(lambda: self._left >= self.count)
+            self._log.note_length(self.count, self._log.layout.nbytes(item.size, item.kind))
+            self._log.sent = self.count + 1
+            self._client.wake()
+        self.count += 1
+
+    def flush(self) -> None:
+        """Waits until the receiver has saved itself after everything: it may need it again until then."""
+        self._wait(lambda: self._trim() >= self.count)
+        self._link.closing = True
+        self._client.wake()
+
+    def go_back(self, count: int) -> None:
+        """Begins again with micro-batch `count`: what the log has is computed, but not written again."""
+        self.count = count
+
+    def _has_room(self) -> bool:
+        self._trim()
+        return self._log.has_room(self.count)
+
+    def _trim(self) -> int:
+        if self._client.kept > self._log.kept:
+            self._log.kept = self._client.kept
+        return self._log.kept
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        timeout = self._link.timeout.total_seconds()
+        done = self._client.await_news(lambda: self._error is not None or ready(), timeout)
+        if self._error is not None:
+            raise self._error
+        if not done:
+            raise LinkLostError(f"nothing was taken from the link within {timeout:g} s")
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._link.closing:
+                self._serve()
+        except BaseException as error:  # raised where the stage waits
+            if not self._link.closing:
+                self._error = error
+                self._client.wake()
+
+    def _serve(self) -> None:
+        """One generation of the link, to its end."""
+        group = self._link.form()
+        try:
+            place = torch.zeros(1, dtype=torch.int64)
+            group.recv([place], _RECEIVER, _PLACE).wait(self._link.timeout)
+            number = int(place)
+            self._took(number)
+            while self._client.await_news(lambda: self._is_due(number), 3600.0):  # noqa: B023 - called at once
+                if self._link.closing or self._link.is_stale:
+                    return
+                message = self._log.message(number)
+                group.send([message], _RECEIVER, _DATA).wait(self._link.timeout)
+                number += 1
+                self._took(number)
+        except RuntimeError:
+            self._link.broke()
+
+    def _is_due(self, number: int) -> bool:
+        return self._link.closing or self._link.is_stale or self._log.has(number)
+
+    def _took(self, number: int) -> None:
+        self._left = max(self._left, number)
+        self._client.wake()

@@ -1,0 +1,119 @@
+"""Faults are drawn reproducibly, told in a table, and a run under them comes to the undisturbed bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unlocked.comparison.chaos.arming import Armoury
+from unlocked.comparison.chaos.kinds import KINDS
+from unlocked.comparison.chaos.options import ChaosOptions
+from unlocked.comparison.chaos.records import Campaign, FaultRecord, RunRecord, format_table
+from unlocked.comparison.environment import environment
+from unlocked.launch import chaos
+from unlocked.launch.console import COMMANDS
+from unlocked.runtime.fault_fixtures import FailAt
+from unlocked.runtime.faults import faults_from_environment
+from unlocked.runtime.schedules.schedule import stage_actions
+from unlocked.runtime.schedules.stream import StreamPlan
+
+pytest_plugins = ["unlocked.runtime.fault_fixtures"]
+PLAN = StreamPlan(epochs=3, train_size=20, batch_size=4, eval_size=8, eval_batch_size=4, snapshot_every=3)
+
+
+def test_faults_are_drawn_reproducibly_and_exist() -> None:
+    options = ChaosOptions(at_actions=0.5, chaos_seed=3)
+    first, second = (Armoury(options, PLAN, 3) for _ in range(2))
+    first.furthest = second.furthest = 12
+    drawn = [first.draw(10) for _ in range(200)]
+    assert [second.draw(10) for _ in range(200)] == drawn
+    timed = [one for one in drawn if one.fault is None]
+    assert {one.kind for one in timed} == set(KINDS)
+    assert 5 < sum(one.seconds for one in timed) / len(timed) < 20
+    typed = [one for one in drawn if one.fault is not None]
+    assert {one.moment for one in typed} == {"steady state", "snapshot", "evaluation", "replay"}
+    actions = [set(stage_actions(stage, 3, PLAN.items(10))) for stage in range(3)]
+    for one in typed:
+        assert one.fault is not None
+        assert one.fault.action in actions[one.fault.action.stage]
+        assert (one.moment == "replay") == (one.fault.action.microbatch < 12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stages", "2", "--mtbf", "7"], "mtbf is '7'; it must be a time"),
+        (["--stages", "2", "--faults", "kill,flood"], "faults are 'kill,flood'; valid: kill, segv"),
+        (["--stages", "2", "--fault-count", "0"], "fault_count is 0"),
+        (["--stages", "2", "--lr", "much"], "--lr"),
+        (["--stages", "2", "--resume", "auto"], "--resume is set for every run by itself"),
+        (["--engine", "streams"], "give --stages N"),
+        ([], "--stages"),
+    ],
+)
+def test_a_mistake_is_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chaos.main(flags) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert len(text.splitlines()) == 1
+    assert words in text
+
+
+def test_the_table_and_what_is_not_well() -> None:
+    campaign = Campaign(
+        command=["train"],
+        stages=2,
+        environment=environment(),
+        undisturbed_seconds=10.0,
+        weights_sha256="ab",
+        mean_seconds_between_faults=5.0,
+    )
+    good = {"is_exact": True, "epochs_are_exact": True}
+    campaign.runs += [RunRecord(starts=3, seconds=30.0, **good), RunRecord(starts=1, seconds=10.0, **good)]
+    campaign.faults += [
+        FaultRecord(kind="kill", moment="set-up", rank=1, outcome="restarted", seconds=1.0),
+        FaultRecord(kind="kill", moment="replay", rank=0, outcome="recovered", seconds=3.0),
+        FaultRecord(kind="link", moment="steady state", rank=0, outcome="unharmed", seconds=8.0),
+    ]
+    assert campaign.ettr == 0.5
+    assert campaign.problems == []
+    table = format_table(campaign)
+    assert "kill                2          1          1          0          0          0       2.00" in table
+    assert "2 of 2 runs came to the undisturbed weights and epochs, in 4 starts" in table
+    assert "effective training time 0.500 at a fault every 5 s" in table
+    campaign.runs[0].is_exact = campaign.runs[1].epochs_are_exact = False
+    campaign.faults[0].named, campaign.faults[1].hung, campaign.faults[2].orphans = False, True, 2
+    assert [problem.split(":")[0] for problem in campaign.problems] == [
+        *("run 0", "run 1"),
+        "fault 0 (kill in set-up)",
+        "fault 1 (kill in replay)",
+        "fault 2 (link in steady state)",
+    ]
+
+
+def test_the_fixture_arms_faults_for_one_test(fail_at: FailAt) -> None:
+    one, two = fail_at(1, "SEND", 17), fail_at(0, "E", 3, kind="stop", incarnation=2)
+    assert faults_from_environment() == [one, two]
+    assert [str(one), str(two)] == ["kill@1SEND17", "stop@0E3#2"]
+    with pytest.raises(ValueError, match="no action"):
+        fail_at(0, "REST")
+
+
+def test_no_fault_is_left_of_another_test() -> None:
+    assert faults_from_environment() == []
+
+
+@pytest.mark.alone
+def test_a_run_under_faults_comes_to_the_undisturbed_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "chaos" in COMMANDS
+    flags = ["--stages", "2", "--num-epochs", "2", "--batch-size", "100", "--save-path", str(tmp_path / "runs")]
+    faults = ["--faults", "kill,preempt", "--fault-count", "2", "--mtbf", "2s", "--at-actions", "0.4"]
+    code = chaos.main([*flags, *faults, "--hang-limit", "60", "--report", str(tmp_path / "report.json")])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["problems"] == []
+    assert len(report["faults"]) == 2
+    assert all(run["is_exact"] and run["epochs_are_exact"] for run in report["runs"])
+    assert 0 < report["ettr"] <= 1.5
+    assert report["table"][0].split()[0] == "faults"

@@ -1,0 +1,109 @@
+"""An edge that keeps what was sent: whoever comes back at either end finds it, and nothing is lost or comes twice."""
+
+import random
+
+import pytest
+import torch
+
+from unlocked.workers.actions import Item
+from unlocked.workers.edges import SlotLayout
+from unlocked.workers.errors import LinkLostError
+from unlocked.workers.shared_edges import SharedInEdge, SharedListener, SharedOutEdge
+
+LAYOUT = SlotLayout(4, (3,))
+DEPTH, SLOTS = 2, 6
+
+
+def edge(timeout: float = 5.0) -> tuple[SharedOutEdge, SharedInEdge]:
+    listener = SharedListener(LAYOUT, depth=DEPTH, timeout=timeout, log_slots=SLOTS)
+    address, slots = listener.address, listener.slots
+    outbox = SharedOutEdge(LAYOUT, address, depth=DEPTH, timeout=timeout, neighbour="the next", slots=slots)
+    inbox = listener.accept("the one before")
+    inbox.keeps_log = True
+    return outbox, inbox
+
+
+def item(number: int) -> Item:
+    return Item(number, "train", 0, number, 1 + number % 4, False)
+
+
+def send(outbox: SharedOutEdge, number: int) -> None:
+    values, labels = outbox.reserve(item(number))
+    values.fill_(number)
+    labels.fill_(number)
+    outbox.send(item(number))
+
+
+def receive(inbox: SharedInEdge, number: int) -> None:
+    """Asserts that it is the right one."""
+    inbox.expect([item(number)])
+    values, labels = inbox.receive(item(number))
+    assert torch.equal(values, torch.full((item(number).size, 3), float(number)))
+    assert torch.equal(labels, torch.full((item(number).size,), number))
+    inbox.release()
+
+
+def test_a_receiver_reads_again_from_its_snapshot() -> None:
+    outbox, inbox = edge()
+    for number in range(4):
+        send(outbox, number)
+        receive(inbox, number)
+        if number == 1:
+            inbox.keep()
+    inbox.go_back(2)
+    for number in (2, 3):
+        receive(inbox, number)
+    send(outbox, 4)
+    receive(inbox, 4)
+
+
+def test_a_sender_does_not_touch_what_was_sent() -> None:
+    outbox, inbox = edge()
+    for number in range(2):
+        send(outbox, number)
+    outbox.go_back(0)
+    values, _ = outbox.reserve(item(0))
+    values.fill_(99.0)  # nobody reads this
+    outbox.send(item(0))
+    receive(inbox, 0)
+    send(outbox, 1)
+    receive(inbox, 1)
+    send(outbox, 2)
+    receive(inbox, 2)
+    assert outbox.count == inbox.count == 3
+
+
+def test_a_full_log_waits_for_the_receivers_snapshot() -> None:
+    outbox, inbox = edge(timeout=0.2)
+    for number in range(SLOTS):
+        send(outbox, number)
+        receive(inbox, number)
+    assert inbox.unkept >= 1
+    with pytest.raises(LinkLostError, match="the next did not answer"):
+        outbox.reserve(item(SLOTS))
+    inbox.keep()
+    send(outbox, SLOTS)
+    receive(inbox, SLOTS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_at_either_end_every_micro_batch_is_read_as_it_was_sent(seed: int) -> None:
+    chance = random.Random(seed)
+    outbox, inbox = edge()
+    sent = done = saved_out = 0  # as an edge that nothing ever happens to would count
+    while done < 60:
+        deed = chance.choice(["send", "receive", "save sender", "save receiver", "sender dies", "receiver dies"])
+        if deed == "send" and (outbox.count < sent or (sent - done < DEPTH and sent - inbox._log.kept < SLOTS)):
+            send(outbox, outbox.count)
+            sent = max(sent, outbox.count)
+        elif deed == "receive" and inbox.count < sent:
+            receive(inbox, inbox.count)
+            done = max(done, inbox.count)
+        elif deed == "save sender":
+            saved_out = outbox.count
+        elif deed == "save receiver":
+            inbox.keep()
+        elif deed == "sender dies":
+            outbox.go_back(saved_out)
+        elif deed == "receiver dies":
+            inbox.go_back(inbox._log.kept)
