@@ -44,6 +44,8 @@ class RunResult:
     """Intra-op threads of each stage's process. On a CPU, equal bits need equal numbers of them."""
     stopped_by: int | None = None
     """The signal number of an orderly stop, or None."""
+    stop_reason: str = ""
+    """Why a metrics sink has stopped the run (`MetricsSink.stop`); empty: none has."""
     predicted_stage_seconds: list[float] = field(default_factory=list)
     """Of a training micro-batch, from timing each layer alone before the stages were cut; empty for one stage."""
     measured_stage_seconds: list[float] = field(default_factory=list)
@@ -77,6 +79,7 @@ class RunResult:
             "predicted_stage_seconds": self.predicted_stage_seconds,
             "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,
+            "stop_reason": self.stop_reason,
             "recoveries": [asdict(recovery) for recovery in self.recoveries],
         }
 
@@ -88,6 +91,11 @@ class RunResult:
     @property
     def test_loss(self) -> float | None:
         return next((e.eval_loss for e in reversed(self.epochs) if e.eval_loss is not None), None)
+
+    @property
+    def layer_acc1(self) -> dict[str, float]:
+        """Percent, of every layer that makes a prediction of its own, after the last evaluated epoch."""
+        return next((dict(e.layer_acc1) for e in reversed(self.epochs) if e.layer_acc1), {})
 
     @property
     def local_losses(self) -> dict[str, float]:

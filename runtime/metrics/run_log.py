@@ -1,8 +1,9 @@
 """The files a run leaves in its save path: `train.log`, `metrics.csv` and `config.json`.
 
-`train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one row
-per epoch with the columns `CSV_COLUMNS` and one `local_loss/LAYER` per layer. `config.json` holds all settings and the
-versions of what computed with them.
+`train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one
+row per epoch with the columns `CSV_COLUMNS`, one `local_loss/LAYER` per layer, and where layers make predictions of
+their own one `eval_acc1/LAYER` in percent for each of them. `config.json` holds all settings and the versions of what
+computed with them.
 """
 
 import csv
@@ -13,23 +14,14 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
+from unlocked.runtime.metrics.csv_file import CSV_COLUMNS
+from unlocked.runtime.metrics.records import EpochResult, Meters, Metric, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.run_folder import RUN_FILES
 from unlocked.runtime.saving.whole_file import append_line, json_text, write_json, write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
-CSV_COLUMNS = (
-    "epoch",  # from 0
-    "train_loss",  # mean cross-entropy of the output layer over the epoch's training samples
-    "train_acc1",  # percent
-    "train_acc5",
-    "eval_loss",  # after the epoch; empty without evaluation
-    "eval_acc1",
-    "eval_acc5",
-    "seconds",  # wall clock of the epoch, evaluation included
-)
-_FILES = ("train.log", "metrics.csv", "config.json")
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 
 
@@ -49,9 +41,10 @@ class RunLog(MetricsSink):
         self.path = Path(path)
         self._config = dict(config or {})
         self._layers: tuple[str, ...] = ()
+        self._scored: tuple[str, ...] = ()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"save path {self.path} is a file; give a folder")
-        present = [name for name in _FILES if (self.path / name).exists()]
+        present = [name for name in RUN_FILES if (self.path / name).exists()]
         if present and not resume:
             raise ValueError(
                 f"{self.path} holds a run already ({', '.join(present)}); choose another --experiment-name, or go on "
@@ -65,6 +58,7 @@ class RunLog(MetricsSink):
             ValueError: the run to be resumed has other layers.
         """
         self._layers = info.layers
+        self._scored = info.scored if len(info.scored) > 1 else ()
         self._check_columns()
         self.path.mkdir(parents=True, exist_ok=True)
         run = {
@@ -92,7 +86,13 @@ class RunLog(MetricsSink):
             self._line(f" @Testing * Acc@1 {result.eval_acc1:.3f} Acc@5 {result.eval_acc5:.3f}")
         losses = " - ".join(f"L{i}: {value:.4f}" for i, (_, value) in enumerate(result.local_losses, start=1))
         self._line(f"Losses - {losses}")
+        if len(result.layer_acc1) > 1:  # the output layer's alone is the line above
+            layers = " - ".join(f"{layer}: {value:.3f}" for layer, value in result.layer_acc1)
+            self._line(f" @Layers Acc@1 {layers}")
         self._row(result)
+
+    def on_metric(self, metric: Metric) -> None:
+        self._line(f"Metric {metric.name} {metric.value:.6g} (epoch {metric.epoch})")
 
     def on_message(self, text: str) -> None:
         self._line(text)
@@ -104,7 +104,8 @@ class RunLog(MetricsSink):
         append_line(self.path / "train.log", text)
 
     def _columns(self) -> list[str]:
-        return [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in self._layers)]
+        losses = (f"local_loss/{layer}" for layer in self._layers)
+        return [*CSV_COLUMNS, *losses, *(f"eval_acc1/{layer}" for layer in self._scored)]
 
     def _rows(self) -> list[list[str]]:
         """What `metrics.csv` holds, header included."""
@@ -116,7 +117,7 @@ class RunLog(MetricsSink):
 
     def _check_columns(self) -> None:
         rows, columns = self._rows(), self._columns()
-        if rows and rows[0] != columns:
+        if rows and rows[0] != columns[: len(rows[0])]:  # an earlier release had no columns of layers' accuracies
             raise ValueError(
                 f"{self.path / 'metrics.csv'} has the columns {', '.join(rows[0])}, this run {', '.join(columns)}; "
                 "resume with the same model, or choose another --experiment-name"
@@ -125,8 +126,10 @@ class RunLog(MetricsSink):
     def _row(self, result: EpochResult) -> None:
         losses = dict(result.local_losses)
         values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
+        accuracies = dict(result.layer_acc1)
+        values += [accuracies.get(layer) for layer in self._scored]
         row = ["" if value is None else repr(value) for value in values]
-        kept = [old for old in self._rows()[1:] if int(old[0]) < result.epoch]
+        kept = [old + [""] * (len(row) - len(old)) for old in self._rows()[1:] if int(old[0]) < result.epoch]
         write_whole(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
 
     def _free_config(self) -> Path:

@@ -1,13 +1,14 @@
 """TensorBoard's event files of a run: a metrics sink. Needs the package `tensorboard`.
 
 Per epoch (the step is the number of finished epochs): `loss/train`, `loss/test`, `accuracy/train`, `accuracy/test` in
-percent, `time/epoch` in seconds, and one `local_loss/LAYER` per layer. While it runs (the step is the number of
+percent, `time/epoch` in seconds, one `local_loss/LAYER` per layer, and `layer_accuracy/LAYER` in percent, on the test
+data, of each layer that makes a prediction of its own. While it runs (the step is the number of
 training micro-batches done): `steps/loss`, `steps/accuracy`, `steps/seconds`, of which `steps/waiting`.
 """
 
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, RunInfo, StepResult
+from unlocked.runtime.metrics.records import EpochResult, Metric, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["TensorBoard", "require_tensorboard"]
@@ -64,11 +65,15 @@ class TensorBoard(MetricsSink):
             "accuracy/test": result.eval_acc1,
             "time/epoch": result.seconds,
             **{f"local_loss/{layer}": loss for layer, loss in result.local_losses},
+            **{f"layer_accuracy/{layer}": value for layer, value in result.layer_acc1},
         }
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, result.epoch + 1)
         self._writer.flush()
+
+    def on_metric(self, metric: Metric) -> None:
+        self._writer.add_scalar(metric.name, metric.value, metric.epoch + 1)
 
     def on_message(self, text: str) -> None:
         self._writer.add_text("messages", text)

@@ -3,7 +3,6 @@
 import mmap
 import os
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,9 +32,10 @@ from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker
-from unlocked.runtime.job import Job, prepare_process
+from unlocked.runtime.job import Job, needs_compiler, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
+from unlocked.workers.cargo import CargoLayout
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
@@ -52,6 +52,7 @@ class Assignment:
     Attributes:
         parts: the layers of each stage.
         address: the coordinator's.
+        waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         shared: this stage's edges in memory; None: through a process group.
     """
 
@@ -60,6 +61,7 @@ class Assignment:
     world: World
     parts: Sequence[range]
     address: str
+    waits: bool
     device: torch.device
     shared: Shared | None
 
@@ -144,7 +146,9 @@ class OwnWork:
     def build(self) -> int:
         task = self._task
         with telling(self._client, task.names):
-            self._worker = Worker(task.job, task.options, task.world, task.parts, self._client, task.device)
+            self._worker = Worker(
+                task.job, task.options, task.world, task.parts, self._client, task.device, waits=task.waits
+            )
             return self._worker.threads
 
     def connect(self, store: dist.Store) -> None:
@@ -201,7 +205,9 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        self._zygote = Zygote(self._work, prepare_process)
+        if needs_compiler(task.job):
+            prepare_process()  # once here instead of in every worker
+        self._zygote = Zygote(self._work)
         rank = task.world.rank
         self._supervisor = Supervisor(
             task.address,
@@ -222,8 +228,6 @@ class SupervisedWork:
     def build(self) -> int:
         built = self._supervisor.await_word("built")
         self._check()
-        if built["compiler"]:
-            self._zygote.prepare()
         return int(built["threads"])
 
     def connect(self, store: dist.Store) -> None:
@@ -284,12 +288,13 @@ class SupervisedWork:
                 task.parts,
                 client,
                 task.device,
-                self._memory,
-                line.incarnation,
+                waits=task.waits,
+                memory=self._memory,
+                incarnation=line.incarnation,
             )
             inbox, outbox = task.shared or self._pair(client)
             worker.connect(inbox, outbox)
-            line.tell("built", threads=worker.threads, compiler="torch._dynamo" in sys.modules)
+            line.tell("built", threads=worker.threads)
             line.await_go()
             client.wait_started()
             if isinstance(outbox, PairOutEdge):
@@ -378,7 +383,9 @@ def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLa
     """What travels on the edges into and out of this rank's stage; None at the ends of the pipeline."""
 
     def layout(first_layer: int) -> SlotLayout:
-        return SlotLayout(job.plan.max_rows, job.network.output_shapes[first_layer - 1], job.storage)
+        rows, shape = job.plan.max_rows, job.network.output_shapes[first_layer - 1]
+        traffic = job.network.side_channel.traffic(first_layer - 1)
+        return CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
 
     rank, last = world.rank, world.size - 1
     return layout(parts[rank].start) if rank > 0 else None, layout(parts[rank].stop) if rank < last else None
