@@ -33,6 +33,7 @@ test: $(STAMP) lint
 chaos: $(STAMP)
 	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py \
 	    tests/launch/test_stage_recovery.py
+	UNLOCKED_RULES=all $(RUN) $(BIN)/python -m pytest tests/launch/test_every_rule_of_processes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     RULE = 7
     DRAW = 8
     CLASSES = 9
+    VIEWS = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

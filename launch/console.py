@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
     "launch": ("unlocked.launch.cluster", "the same by torchrun, on one machine or many"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
+    "check-rule": ("unlocked.launch.check_rule", "is a rule of one's own local, exact and resumable"),
     "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "chaos": ("unlocked.launch.chaos", "a training under faults: does it come to the same bits, and what does it cost"),

@@ -80,6 +80,7 @@ def score(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         snapshot = find_snapshot(path / "snapshots" if (path / "snapshots").is_dir() else path)
     else:
         weights = load_weights(path)
+    _check_rule(recipe.training_mode, is_snapshot=snapshot is not None)
     train, test = recipe.load_data()
     model = make_model(recipe, train)
     how: dict[str, Any] = {"batch_size": recipe.test_batch_size, "device": recipe.device}
@@ -102,6 +103,20 @@ def score(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         "test_acc1": scores.acc1,
         "test_acc5": scores.acc5,
     }
+
+
+def _check_rule(name: str, *, is_snapshot: bool) -> None:
+    """Raises: ValueError: the run's figures were not those of the output layer on the data as it is."""
+    if name == "ForwardForward":
+        raise ValueError(
+            "the prediction of ForwardForward is made of all layers' scores on labels laid over the data, which "
+            "weights alone don't give; the run's log and summary have its figures"
+        )
+    if name == "BarlowTwins" and is_snapshot:
+        raise ValueError(
+            "BatchNorm's statistics of a BarlowTwins run belong to its two views, which are not made here; score its "
+            "final or best weights"
+        )
 
 
 def make_parser() -> LineParser:

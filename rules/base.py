@@ -1,21 +1,21 @@
 """What a layer minimises: the interface between a layer and its local rule.
 
-A rule of one's own is a `LocalRule` with a `forward(activations, labels) -> loss`; hand its class (or any callable that
-takes a `LayerInfo`) to `Trainer(rule=...)`:
+A rule of one's own is a `LocalRule` with a `forward(activations, labels) -> loss`, and nothing else if it needs nothing
+else; hand its class (or any callable that takes a `LayerInfo`) to `Trainer(rule=...)`:
 
     class Prototype(LocalRule):
         def __init__(self, layer: LayerInfo) -> None:
-            super().__init__()
+            super().__init__(layer)
             self.centres = nn.Parameter(torch.zeros(layer.num_classes, layer.num_features))
 
         def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
             return -torch.cdist(activations.flatten(1), self.centres).log_softmax(1).gather(1, labels[:, None]).mean()
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, philox_int
 from unlocked.kernels.reference import HeadResult, Layout
+from unlocked.rules.passes import Carried, LayerPass, Views
 
-__all__ = ["CrossEntropy", "HeadArguments", "LayerInfo", "LocalRule", "Rule"]
+__all__ = ["CrossEntropy", "HeadArguments", "LayerInfo", "LocalRule", "Rule", "has_scores", "needs_pass"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,10 @@ class LayerInfo:
     reduced_rank: int
     """Rows r of LLS_MxM_reduced's basis."""
     seed: int
+    following_shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of one sample's activations in the layers after this one, without the output layer."""
+    input_shape: tuple[int, ...] = ()
+    """Of one sample of the network's input."""
     layout: Layout | None = None
     """Of two-dimensional activations: "channels_first" (C, L) or "tokens" (T, D). None: nobody knows."""
 
@@ -92,7 +97,34 @@ class HeadArguments(NamedTuple):
 
 
 class LocalRule(nn.Module):
-    """Turns one layer's activations and the labels into a loss. Owns its parameters; its optimizer is the layer's."""
+    """Turns one layer's activations and the labels into a loss. Owns its parameters; its optimizer is the layer's.
+
+    A rule is written at the lowest of three levels that it needs:
+
+    1. `forward(activations, labels) -> loss`.
+    2. `step(layer_pass) -> loss`: sees the layer's input, block and weights, the time, a keyed generator.
+    3. What is declared: `carries` and `receives` (the side channel), `views`, `scores`, `read_out`.
+
+    Whatever it keeps from step to step lies in buffers: those are saved, resumed and part of the digest.
+    """
+
+    optimizer: Any = "layer"
+    """Of the block's and the rule's parameters: "layer", the run's; None: `step` changes the weights itself; or what
+    builds one from parameters."""
+    needs_graph: bool = True
+    """False: `step` gets its activations without a graph, which costs less."""
+    receives: Sequence[str] = ()
+    """Names of the side channel's tensors that it reads. Every layer between passes them on."""
+    carries: Mapping[str, Carried] = {}
+    """What it hands on beside the layer's output, by name: what `carry` gives."""
+    views: Views | None = None
+    """How stage 0 makes its rows of the data; all local layers of a network have the same."""
+    read_out: float | None = None
+    """The weight of its `scores` in the run's prediction, which then is the sum over all layers that have one; None:
+    not in it. Where no layer has one, the output layer's scores are the prediction."""
+
+    def __init__(self, layer: "LayerInfo | None" = None) -> None:
+        super().__init__()
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the batch, a scalar that autograd can follow.
@@ -103,6 +135,33 @@ class LocalRule(nn.Module):
         """
         raise NotImplementedError
 
+    def step(self, layer_pass: LayerPass) -> Tensor:
+        """The mean loss over the samples of a training micro-batch, a scalar.
+
+        If it has a graph, its gradients are taken; if not, those that `step` has left in the parameters' `grad`
+        (which are None before it) count, and the layer's optimizer makes its step by them. With `optimizer = None`
+        there is no such step. The output has been handed on before: what `step` changes counts from the next
+        micro-batch on.
+        """
+        loss: Tensor = self(layer_pass.activations, layer_pass.labels)
+        return loss
+
+    def carry(self, layer_pass: LayerPass) -> Mapping[str, Tensor]:
+        """What leaves on the side channel with this micro-batch's output: a tensor for every name in `carries`.
+
+        Called before `step`, without gradients: what leaves was computed by the weights before the update.
+        """
+        raise NotImplementedError
+
+    def scores(self, activations: Tensor) -> Tensor:
+        """The layer's own prediction: [B, num_classes], the larger the likelier. With it every evaluation also tells
+        how often the layer is right.
+
+        Args:
+            activations: in eval mode; [evaluate * B, ...] where the rule has views.
+        """
+        raise NotImplementedError
+
     def head_arguments(self) -> HeadArguments | None:
         """The closed form's inputs, or None: the layer then trains through autograd."""
         return None
@@ -110,6 +169,18 @@ class LocalRule(nn.Module):
     def head_gradients(self, result: HeadResult) -> list[Tensor]:
         """The gradients of this rule's trained parameters, in the order of `parameters()`, from the closed form."""
         raise NotImplementedError
+
+
+def needs_pass(rule: LocalRule) -> bool:
+    """It has more to it than a loss of activations and labels: it runs by whole passes."""
+    kind = type(rule)
+    declares = bool(rule.carries or rule.receives) or rule.views is not None or rule.optimizer != "layer"
+    return declares or kind.step is not LocalRule.step or kind.carry is not LocalRule.carry
+
+
+def has_scores(rule: LocalRule) -> bool:
+    """It makes a prediction of its own."""
+    return type(rule).scores is not LocalRule.scores
 
 
 Rule = Callable[[LayerInfo], LocalRule]
@@ -124,6 +195,9 @@ class CrossEntropy(LocalRule):
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(activations, labels)
+
+    def scores(self, activations: Tensor) -> Tensor:
+        return activations
 
     def head_arguments(self) -> HeadArguments:
         return HeadArguments(None, None, False, 1.0, 0.0, False)

@@ -92,6 +92,9 @@ class LLSHead(LocalRule):
         self.register_buffer("basis", None, persistent=False)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.scores(activations), labels, label_smoothing=self.label_smoothing)
+
+    def scores(self, activations: Tensor) -> Tensor:
         z = pool_latents(activations, self.latent_size, self.layout)
         if self.normalize:
             z = F.normalize(z, dim=1, eps=NORM_EPS)
@@ -99,7 +102,7 @@ class LLSHead(LocalRule):
         matrix = self.matrix()
         if matrix is not None:
             raw = raw * matrix if matrix.dim() == 1 else raw @ matrix
-        return F.cross_entropy(raw / self.temperature, labels, label_smoothing=self.label_smoothing)
+        return raw / self.temperature
 
     def project_basis(self) -> Tensor:
         """The basis [R, D]: fixed waves, or the feedback R pooled to the number of latents."""

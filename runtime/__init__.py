@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.processes.engine import Processes
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
-    from unlocked.runtime.learning_rate import ReduceLROnPlateau
+    from unlocked.runtime.learning_rate import PerStep, ReduceLROnPlateau, WarmUp
     from unlocked.runtime.metrics.csv_file import CsvFile
     from unlocked.runtime.metrics.early_stopping import EarlyStopping
     from unlocked.runtime.metrics.sinks import MetricsSink
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "MLflow",
     "MetricsSink",
+    "PerStep",
     "Processes",
     "ReduceLROnPlateau",
     "RunResult",
@@ -32,6 +33,7 @@ __all__ = [
     "Trackio",
     "Trainer",
     "Wandb",
+    "WarmUp",
 ]
 
 _HOMES = {
@@ -41,7 +43,9 @@ _HOMES = {
     **dict.fromkeys(("MLflow", "Trackio", "Wandb"), "unlocked.runtime.metrics.trackers"),
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
+    "PerStep": "unlocked.runtime.learning_rate",
     "ReduceLROnPlateau": "unlocked.runtime.learning_rate",
+    "WarmUp": "unlocked.runtime.learning_rate",
     "RunResult": "unlocked.runtime.result",
     "Sequential": "unlocked.runtime.engines.sequential",
     "Streams": "unlocked.runtime.engines.streams.engine",

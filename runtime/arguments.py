@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from unlocked.rules import GLOBAL_RULES, LocalRule
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 from unlocked.workers.optimizers import build_optimizer
 
+_LARGEST_NORM = 3.4e38  # float32's largest number
+
 __all__ = [
+    "check_clip",
     "check_lr_factor",
     "check_model",
     "check_names",
@@ -49,7 +53,13 @@ def check_rule(rule: object) -> None:
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raises: ValueError if nothing that builds an optimizer."""
+    """Raises: ValueError if nothing that builds an optimizer, or several by the layers' names."""
+    if isinstance(optimizer, Mapping):
+        for one in optimizer.values():
+            if isinstance(one, Mapping):
+                raise ValueError(f"optimizer is {_shown(optimizer)}; give what builds one, by the layer's name")
+            check_optimizer(one)
+        return
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__} that is built already; every layer builds its own: give "
@@ -94,6 +104,14 @@ def check_lr_factor(schedule: object) -> None:
         )
 
 
+def check_clip(norm: object) -> None:
+    """Raises: ValueError if it is no norm to clip gradients at."""
+    number: Any = norm
+    good = isinstance(norm, Real) and not isinstance(norm, bool) and bool(0 < number <= _LARGEST_NORM)
+    if norm is not None and not good:
+        raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive number that float32 can hold, or None")
+
+
 def check_sinks(sinks: object) -> None:
     """Raises: ValueError if neither a list of metrics sinks nor what makes one."""
     if isinstance(sinks, type) or not (callable(sinks) or _are_sinks(sinks)):
@@ -110,7 +128,8 @@ def check_names(names: object) -> None:
 def _check_one_rule(rule: object, where: str) -> None:
     advice = "give a rule such as LLS(), or a LocalRule class"
     if isinstance(rule, type):
-        if not issubclass(rule, LocalRule) and any("__call__" in vars(base) for base in rule.__mro__[:-1]):
+        bases = [base for base in rule.__mro__[:-1] if base is not nn.Module]
+        if not issubclass(rule, LocalRule) and any("__call__" in vars(base) for base in bases):
             raise ValueError(f"{where} is the class {rule.__name__}; write {rule.__name__}()")
     elif isinstance(rule, LocalRule):
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a step of each layer costs, measured: the stages are cut by it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
@@ -12,6 +12,7 @@ from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.runtime.network import Network
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
+from unlocked.workers.passing import PassLayer
 
 __all__ = ["measure_costs"]
 
@@ -27,18 +28,23 @@ def measure_costs(
         RuntimeError: a layer or its rule fails; names the layer.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *network.input_shape, generator=generator).to(device)
+    channel = network.side_channel
+    x = torch.randn(channel.rows(0, batch_size), *network.input_shape, generator=generator).to(device)
     if not network.input_dtype.is_floating_point:
         x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
     costs = []
+    carried: dict[str, Tensor] = {}
     with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
         for index, block in enumerate(network.blocks):
             saved = {name: value.clone() for name, value in block.state_dict().items()}
             try:
-                seconds, x = _measure(make_layer(index), x, labels, repeats)
+                x = x[: channel.rows(index, batch_size)]
+                arriving = {name: carried[name] for name in channel.arriving(index)}
+                seconds, x, left = _measure(make_layer(index), x, labels, arriving, repeats)
+                carried |= left
             except (Exception, SystemExit) as error:
                 cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
                 name = network.infos[index].name
@@ -48,15 +54,22 @@ def measure_costs(
     return costs
 
 
-def _measure(layer: Layer, x: Tensor, labels: Tensor, repeats: int) -> tuple[float, Tensor]:
-    """The median of the seconds that a step takes, and the layer's output."""
+def _measure(
+    layer: Layer, x: Tensor, labels: Tensor, arriving: Mapping[str, Tensor], repeats: int
+) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """The median of the seconds that a step takes, the layer's output, and what leaves on the side channel."""
     times = []
+    left: dict[str, Tensor] = {}
     for _ in range(repeats + 2):
         start = _now(x.device)
+        if isinstance(layer, PassLayer):
+            layer.begin(0, labels, arriving)
         out = layer.forward(x)
+        if isinstance(layer, PassLayer):
+            left = {name: value.clone() for name, value in layer.carry().items()}
         layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
         times.append(_now(x.device) - start)
-    return median(times[2:]), out.clone()
+    return median(times[2:]), out.clone(), left
 
 
 def _now(device: torch.device) -> float:

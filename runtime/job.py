@@ -6,27 +6,34 @@ from typing import Any, Protocol
 
 import torch
 
-from unlocked.data import Dataset
+from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
+from unlocked.kernels.optim import kind_of
 from unlocked.kernels.precision import storage_dtype
+from unlocked.rules import CrossEntropy, Rule, Views
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
+from unlocked.runtime.layer_optimizers import Optimizers, clipped, optimizer_for
+from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.metrics.records import RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.network import Network, Rules, build_layer
+from unlocked.runtime.network import Network, build_layer
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
-from unlocked.workers.layer import AutogradStep, Layer, OptimizerFactory
+from unlocked.workers.layer import AutogradStep, Layer
+from unlocked.workers.optimizers import build_optimizer
+from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
+from unlocked.workers.views import ViewMaker
 
-__all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "prepare_process"]
+__all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "needs_compiler", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +42,7 @@ class Job:
 
     network: Network
     rule: Rules
-    optimizer: OptimizerFactory
+    optimizer: Optimizers
     lr_factor: LearningRate
     train: Dataset
     test: Dataset | None
@@ -50,6 +57,9 @@ class Job:
     ranks."""
     run: str
     """The run's id, which its snapshots carry; a resumed run keeps it."""
+    output_rule: Rule = CrossEntropy
+    clip_grad_norm: float | None = None
+    """Of each layer's gradients; None: they are taken as they are."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +101,8 @@ class Job:
             self.network,
             index,
             rule=self.rule,
-            optimizer=self.optimizer,
+            optimizer=clipped(optimizer_for(self.optimizer, self.network.names[index]), self.clip_grad_norm),
+            output_rule=self.output_rule,
             device=device,
             step=choose_step(self.settings.kernels, device),
             precision=self.settings.precision,
@@ -132,7 +143,23 @@ class Job:
                 prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
-        return Stage(index, one, source)
+        if not self.network.needs_passes:
+            return Stage(index, one, source)
+        channel = self.network.side_channel
+        return PassStage(
+            index, one, source, leaves=[channel.leaves[i] for i in layers], views=self._view_maker(channel.views)
+        )
+
+    def _view_maker(self, views: Views | None) -> ViewMaker | None:
+        if views is None:
+            return None
+        return ViewMaker(
+            views,
+            seed=self.settings.seed,
+            num_classes=self.network.infos[-1].num_classes,
+            train_size=len(self.train) if isinstance(self.train, ImageDataset) else None,
+            batch_size=self.plan.batch_size,
+        )
 
     def costs(self, device: torch.device | None = None) -> list[float]:
         """Measured seconds per layer and micro-batch."""
@@ -160,6 +187,7 @@ class Job:
             batch_size=self.plan.batch_size,
             start=self.start,
             device=self.settings.device,
+            scored=self.network.scored if self.plan.eval_size else (),
         )
 
 
@@ -210,6 +238,16 @@ def check_compile(backend: bool | str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"compile {backend!r} is no backend of torch.compile; valid: {', '.join(known)}")
+
+
+def needs_compiler(job: Job) -> bool:
+    """Whether workers are going to import torch's compiler, as far as can be told before any layer is built: for
+    snapshots, or for an optimizer that nothing stands in for."""
+    if job.settings.snapshot_dir is not None or job.resume is not None:
+        return True
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    made = (build_optimizer(optimizer_for(job.optimizer, layer), parameters) for layer in job.network.names)
+    return any(kind_of(optimizer) is None for optimizer in made)
 
 
 def prepare_process() -> None:

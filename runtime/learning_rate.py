@@ -16,9 +16,12 @@ __all__ = [
     "LearningRate",
     "LrSchedule",
     "MultiStepLR",
+    "PerStep",
     "ReduceLROnPlateau",
+    "WarmUp",
     "constant",
     "lr_schedule",
+    "warmed_up",
 ]
 
 LR_SCHEDULES = ("none", "MultiStepLR", "CosineAnnealingLR", "ReduceLROnPlateau")
@@ -112,8 +115,61 @@ class ReduceLROnPlateau:
         return rate
 
 
-LrSchedule = Callable[[int], float] | ReduceLROnPlateau
-"""Epoch -> factor of the initial learning rate; or the one schedule that needs the test losses."""
+@dataclass(frozen=True, slots=True)
+class PerStep:
+    """A factor for every training micro-batch instead of every epoch: `factor(step)`, counted over the run from 0."""
+
+    factor: Callable[[int], float]
+
+    def __call__(self, step: int) -> float:
+        return self.factor(step)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """From 1/steps of the rate to all of it over the first `steps` training micro-batches, evenly; times `then`, a
+    schedule of epochs or a `PerStep`."""
+
+    steps: int
+    then: Callable[[int], float] = constant
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.steps) or self.steps < 1:
+            raise ValueError(f"WarmUp has steps {self.steps!r}; it must be a whole number of at least 1")
+        if isinstance(self.then, ReduceLROnPlateau) or not callable(self.then):
+            raise ValueError(
+                f"WarmUp is followed by {self.then!r}; give a function from the epoch, or PerStep, whose factor does "
+                "not wait for a test loss"
+            )
+
+    def at(self, epoch: int, step: int) -> float:
+        """The factor of a training micro-batch."""
+        after = self.then(step) if isinstance(self.then, PerStep) else self.then(epoch)
+        return min(1.0, (step + 1) / self.steps) * after
+
+    def __call__(self, epoch: int) -> float:
+        """What it comes to in that epoch."""
+        return self.then(epoch)
+
+
+LrSchedule = Callable[[int], float] | ReduceLROnPlateau | PerStep | WarmUp
+"""Epoch -> factor of the initial learning rate; or the one schedule that needs the test losses; or one with a factor
+for every training micro-batch."""
+
+
+def warmed_up(schedule: LrSchedule, steps: int) -> LrSchedule:
+    """`schedule` after a warm-up of so many micro-batches, if there are any.
+
+    Raises:
+        ValueError: a schedule that waits for the test loss.
+    """
+    if steps == 0:
+        return schedule
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ValueError(
+            "--warmup-steps goes with any --lr-scheduler but ReduceLROnPlateau, which waits for a test loss"
+        )
+    return WarmUp(steps, schedule)
 
 
 class LearningRate:
@@ -132,6 +188,21 @@ class LearningRate:
         """An epoch's factor is not known before the evaluation of the epoch before."""
         return isinstance(self.schedule, ReduceLROnPlateau)
 
+    @property
+    def per_step(self) -> bool:
+        """The rate changes with every training micro-batch."""
+        return isinstance(self.schedule, PerStep | WarmUp)
+
+    def at(self, epoch: int, step: int) -> float:
+        """The factor of training micro-batch `step`, counted over the run, of a schedule that is `per_step`.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        schedule: Any = self.schedule
+        call = schedule.at if isinstance(schedule, WarmUp) else lambda _, step: schedule(step)
+        return _factor(lambda: call(epoch, step), f"training micro-batch {step}")
+
     def __call__(self, epoch: int) -> float:
         """The factor of `epoch`.
 
@@ -140,18 +211,8 @@ class LearningRate:
         """
         if isinstance(self.schedule, ReduceLROnPlateau):
             return self.schedule([loss for _, loss in self.losses_before(epoch)])
-        try:
-            factor = self.schedule(epoch)
-        except OverflowError:
-            factor = math.inf
-        except Exception as error:
-            raise ValueError(f"the learning-rate schedule fails for epoch {epoch}: {error!r}") from error
-        if not _is_factor(factor):
-            raise ValueError(
-                f"the learning-rate schedule gives {factor!r} for epoch {epoch}; a factor of the initial rate is a "
-                "finite number of at least 0"
-            )
-        return factor
+        schedule = self.schedule
+        return _factor(lambda: schedule(epoch), f"epoch {epoch}")
 
     def observe(self, epoch: int, loss: float) -> str | None:
         """Takes the test loss of `epoch`. Returns a line for the user if the rate changes after it."""
@@ -167,6 +228,21 @@ class LearningRate:
     def losses_before(self, epoch: int) -> list[tuple[int, float]]:
         """(epoch, test loss) of the epochs before `epoch`: the schedule's whole state, for snapshots."""
         return sorted((e, loss) for e, loss in self._losses.items() if e < epoch)
+
+
+def _factor(call: Callable[[], float], when: str) -> float:
+    try:
+        factor = call()
+    except OverflowError:
+        factor = math.inf
+    except Exception as error:
+        raise ValueError(f"the learning-rate schedule fails for {when}: {error!r}") from error
+    if not _is_factor(factor):
+        raise ValueError(
+            f"the learning-rate schedule gives {factor!r} for {when}; a factor of the initial rate is a finite number "
+            "of at least 0"
+        )
+    return factor
 
 
 def _is_factor(value: object) -> bool:

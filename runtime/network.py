@@ -2,46 +2,40 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from unlocked.kernels.philox import Purpose, philox_int
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise, key_start_values
 from unlocked.models.chance import find_draws
-from unlocked.models.errors import first_line
-from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.models.named_draws import named_draws
-from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, needs_pass
 from unlocked.runtime.batch_statistics import BatchStatistics
+from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
+from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
+from unlocked.workers.passing import PassLayer
 
 __all__ = [
     "Model",
     "Network",
-    "Rules",
     "backpropagation_network",
     "build_layer",
     "build_network",
-    "check_rules",
-    "check_trainable",
     "check_weights",
     "kept_modes",
+    "optimizer_of",
 ]
 
 Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
 """The layers in order: `unlocked.models.Block`s, or any modules."""
-
-Rules = Rule | Sequence[Rule] | Mapping[str, Rule]
-"""One rule for all local layers, one per local layer in order, or by the layer's name. The output layer needs none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +50,9 @@ class Network:
         input_dtype: its type: float32, or int64 where the first layer reads tokens.
         batch_statistics: every normalisation by the micro-batch's own statistics.
         draws: the global generators that each layer draws from (`unlocked.models.generators.SOURCES`).
+        side_channel: what the rules send beside activations and labels.
+        scored: the layers whose own prediction is counted in evaluation; the output layer's is in any case.
+        passes: some rule takes whole passes.
     """
 
     blocks: list[Block]
@@ -65,6 +62,20 @@ class Network:
     input_dtype: torch.dtype = torch.float32
     batch_statistics: list[BatchStatistics] = field(default_factory=list)
     draws: list[frozenset[str]] = field(default_factory=list)
+    side_channel: SideChannel = field(default_factory=SideChannel)
+    scored: tuple[str, ...] = ()
+    passes: bool = False
+
+    @property
+    def needs_passes(self) -> bool:
+        """Some rule needs more than a loss of activations and labels."""
+        return self.passes or any(self.side_channel.sums)
+
+    @property
+    def predicts_otherwise(self) -> bool:
+        """The run's prediction is not that of the output layer for the data as it is."""
+        views = self.side_channel.views
+        return any(self.side_channel.sums) or (views is not None and views.evaluate > 1)
 
     @property
     def names(self) -> list[str]:
@@ -125,6 +136,8 @@ def build_network(
             hidden=block.hidden or 2048,
             reduced_rank=block.reduced_rank or 20,
             seed=seed,
+            following_shapes=tuple(activations[i + 1 : -1]),
+            input_shape=tuple(input_shape),
             layout=layouts[i],
         )
         for i, block in enumerate(blocks)
@@ -132,30 +145,6 @@ def build_network(
     inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
     draws = [find_draws(block, partial(_made_up, like, seed)) for block, like in zip(blocks, inputs, strict=True)]
     return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics, draws)
-
-
-def check_rules(network: Network, rules: Rules) -> Network:
-    """Builds every layer's rule and asks it for a loss of made-up samples and its gradient, so that what doesn't fit is
-    said before training starts. What is built is thrown away, and the global random states are left as they were.
-
-    Returns:
-        The network, whose layers also draw from what their rules were seen to draw from.
-
-    Raises:
-        ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
-            rule and the activations' shape.
-    """
-    generators = GlobalGenerators(SOURCES, torch.device("cpu"))
-    draws = []
-    for index, info in enumerate(network.infos):
-        chosen = _choose_rule(network, index, rules)
-        with generators.keyed(info.seed):
-            rule = _make_rule(chosen, info)
-            activations = torch.randn(2, *info.activation_shape, requires_grad=True)
-            before = generators.states()
-            _try_rule(rule, activations, chosen, info)
-            draws.append(network.draws[index] | generators.moved(before))
-    return replace(network, draws=draws)
 
 
 @contextlib.contextmanager
@@ -189,24 +178,6 @@ def check_weights(network: Network) -> None:
                     f"layer {block.name} begins with values that are not finite in {name}; give finite weights, or let "
                     "them be drawn (redraw=True)"
                 )
-
-
-def check_trainable(network: Network, rules: Rules | str) -> None:
-    """Raises a ValueError that names the layers if none of them has anything to train.
-
-    Args:
-        rules: the local rules, whose own parameters count; or the name of a global one, which has none.
-    """
-    parameters = [p for block in network.blocks for p in block.parameters()]
-    if any(p.requires_grad for p in parameters):
-        return
-    if not isinstance(rules, str):
-        with torch.random.fork_rng(devices=[]):
-            made = [_make_rule(_choose_rule(network, i, rules), info) for i, info in enumerate(network.infos)]
-        if any(p.requires_grad for rule in made for p in rule.parameters()):
-            return
-    problem = "all their parameters are frozen (requires_grad=False)" if parameters else "they have no parameters"
-    raise ValueError(f"no layer has anything to train: {', '.join(network.names)}; {problem}")
 
 
 def backpropagation_network(network: Network) -> Network:
@@ -245,13 +216,28 @@ def build_layer(
     device: torch.device,
     step: StepFactory | None,
     precision: str = "fp32",
+    output_rule: Rule = CrossEntropy,
 ) -> Layer:
-    """Layer `index`, on its device. The output layer always trains on cross-entropy."""
+    """Layer `index`, on its device; the last one trains by `output_rule`."""
     info = network.infos[index]
-    local_rule = _make_rule(_choose_rule(network, index, rule), info)
+    local_rule = make_rule(choose_rule(network.infos, index, rule, output_rule), info)
     sources = network.draws[index].union(*map(named_draws, local_rule.modules()), named_draws(optimizer))
+    block = network.blocks[index]
+    if needs_pass(local_rule):
+        own = optimizer_of(local_rule, optimizer)
+        return PassLayer(block, local_rule, info, own, device=device, precision=precision, sources=sources)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    return kind(network.blocks[index], local_rule, info, optimizer, device=device, step=step, precision=precision)
+    return kind(block, local_rule, info, optimizer, device=device, step=step, precision=precision)
+
+
+def optimizer_of(rule: LocalRule, optimizer: OptimizerFactory) -> OptimizerFactory:
+    """What builds the optimizer of a layer with this rule: the run's, the rule's own, or what builds none."""
+    if isinstance(rule.optimizer, str):
+        return optimizer
+    if rule.optimizer is None:
+        return lambda parameters: None  # type: ignore[return-value]
+    own: OptimizerFactory = rule.optimizer
+    return own
 
 
 def _made_up(sample: Tensor, seed: int) -> Tensor:
@@ -296,72 +282,3 @@ def _blocks(model: Model) -> list[Block]:
             kind = f"{type(module).__name__.lower()}{number}"
             blocks.append(Block.wrap(module, kind if name.isdigit() or not name else name))
     return blocks
-
-
-def _choose_rule(network: Network, index: int, rules: Rules) -> Rule:
-    if network.blocks[index].is_output:
-        return CrossEntropy
-    local = [info.name for info in network.infos[:-1]]
-    if isinstance(rules, Mapping):
-        missing, unknown = [n for n in local if n not in rules], [n for n in rules if n not in local]
-        if missing or unknown:
-            problems = [f"no rule for {', '.join(missing)}"] * bool(missing)
-            problems += [f"a rule for {', '.join(map(str, unknown))}"] * bool(unknown)
-            raise ValueError(f"{' and '.join(problems)}; the local layers are {', '.join(local) or 'none'}")
-        return rules[local[index]]
-    if isinstance(rules, Sequence):
-        if len(rules) != len(local):
-            raise ValueError(f"{len(rules)} rules for {len(local)} local layers; give one or one per layer")
-        return rules[index]
-    return rules
-
-
-def _make_rule(chosen: Rule, info: LayerInfo) -> LocalRule:
-    """Built with a keyed generator, for rules that hold modules with start values."""
-    generators = GlobalGenerators(SOURCES, torch.device("cpu"))
-    try:
-        with generators.keyed(philox_int(info.seed, Purpose.RULE, info.index, 1)):
-            rule = chosen(info)
-    except (Exception, SystemExit) as error:
-        raise _misfit(info, chosen, error) from error
-    if not isinstance(rule, LocalRule):
-        raise ValueError(
-            f"the rule of layer {info.name} makes a {type(rule).__name__}; give a LocalRule class, a configured rule "
-            "such as LLS(), or a function from a LayerInfo to a LocalRule"
-        )
-    return rule
-
-
-def _try_rule(rule: LocalRule, activations: Tensor, chosen: Rule, info: LayerInfo) -> None:
-    depends = False
-    try:
-        with torch.enable_grad():
-            loss = rule(activations, torch.zeros(2, dtype=torch.int64))
-            if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-                depends = torch.autograd.grad(loss, activations, allow_unused=True)[0] is not None
-    except (Exception, SystemExit) as error:
-        raise _misfit(info, chosen, error) from error
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"the rule {_name_of(chosen)} of layer {info.name} gives a loss of {got}; it must be a scalar "
-            "tensor, the mean over the micro-batch"
-        )
-    if not depends:
-        raise ValueError(
-            f"the rule {_name_of(chosen)} of layer {info.name} gives a loss that does not depend on the activations, "
-            "so the layer can't learn from it"
-        )
-
-
-def _misfit(info: LayerInfo, rule: Rule, error: BaseException) -> ValueError:
-    if isinstance(error, SystemExit):
-        error = CalledExitError(error.code)
-    return ValueError(
-        f"the rule {_name_of(rule)} does not fit layer {info.name} with activations {info.activation_shape} per sample "
-        f"and {info.num_classes} classes: {first_line(error)}"
-    )
-
-
-def _name_of(rule: Rule) -> str:
-    return str(getattr(rule, "__name__", type(rule).__name__))

@@ -127,6 +127,11 @@ class Trained:
         if not self.complete:
             raise ValueError("this process trained its own stage; under torchrun, predict and evaluate in rank 0 alone")
         network = self.network
+        if network.predicts_otherwise:
+            raise ValueError(
+                "the run's prediction is made of the layers' scores and not by the output layer alone, which is all "
+                "that is asked here; fit(eval_data=...) has its figures"
+            )
         if data.image_shape != network.input_shape:
             raise ValueError(
                 f"samples have the shape {data.image_shape} each, the network reads {network.input_shape}; a single "

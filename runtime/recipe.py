@@ -14,15 +14,15 @@ from unlocked.data import DATASETS, ImageDataset, load_dataset
 from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
 from unlocked.models import Block, check_model_options, get_model, use_average_pools, use_tanh
-from unlocked.rules import GLOBAL_RULES, TRAINING_MODES, Rule, get_rule
+from unlocked.rules import GLOBAL_RULES, OUTPUT_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.fields import LARGEST, saved, setting, values_of
 from unlocked.runtime.job import Engine
-from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
+from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule, warmed_up
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.run_sinks import make_sinks, require_packages
-from unlocked.runtime.saving.run_folder import claim_folder, find_run, folder_name, give_up_claim
+from unlocked.runtime.saving.run_folder import check_experiment_name, claim_folder, find_run, folder_name, give_up_claim
 from unlocked.runtime.saving.tensor_file import save_weights
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.schedules.marks import Period
@@ -84,6 +84,13 @@ class Recipe(Settings, ModelOptions):
     test_batch_size: int = setting(128, "rows of an evaluation micro-batch", at_least=1, at_most=LARGEST)
     weight_decay: float = setting(0.0, "of the optimizer", at_least=0, at_most=_LARGEST_FACTOR)
     momentum: float = setting(0.9, "of SGD", at_least=0, below=1)
+    output_loss: str = setting("cross-entropy", "of the output layer", choices=tuple(OUTPUT_RULES))
+    clip_grad_norm: float | None = setting(
+        None, "scale each layer's gradients down to this norm", above=0, at_most=_LARGEST_RATE
+    )
+    warmup_steps: int = setting(
+        0, "training micro-batches over which the learning rate rises from 0 to --lr", at_least=0, at_most=LARGEST
+    )
     optimizer: str = setting(
         "Adam",
         "SGD, Adam, AdamW, AdamWSF (the authors' release), AdamWScheduleFree (the library's), SGDSF",
@@ -155,7 +162,7 @@ class Recipe(Settings, ModelOptions):
         super().__post_init__()
         object.__setattr__(self, "engine", as_engine(self.engine))
         check_model_options(_network_of(self.model), values_of(self, ModelOptions))
-        _check_experiment_name(self.experiment_name)
+        check_experiment_name(self.experiment_name)
         if not self.lr_scheduler:
             object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
         object.__setattr__(self, "milestone", self.milestone or _MILESTONES)
@@ -228,6 +235,7 @@ class Recipe(Settings, ModelOptions):
         how["names"] = {"model": self.model, "dataset": self.dataset, "rule": self.training_mode}
         makers = {"rule": make_rule, "optimizer": make_optimizer, "lr_factor": make_lr_factor}
         how |= {name: make(self) for name, make in makers.items() if name not in other}
+        how |= {"output_rule": OUTPUT_RULES[self.output_loss], "clip_grad_norm": self.clip_grad_norm}
         if "model" not in other:
             how["model"] = make_model(self, data)
         return kind(**how | other)
@@ -364,7 +372,7 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
     Raises:
         ValueError: a value of the schedule is out of range.
     """
-    return lr_schedule(
+    schedule = lr_schedule(
         recipe.lr_scheduler,
         epochs=recipe.num_epochs,
         milestones=recipe.milestone,
@@ -372,19 +380,12 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
         patience=recipe.patience,
         lr=recipe.lr,
     )
+    return warmed_up(schedule, recipe.warmup_steps)
 
 
 def _leave_folder(folder: Path, kind: object, *_: object) -> None:
     if kind is not None or os.environ.get("RANK", "0") == "0":
         give_up_claim(folder, failed=kind is not None)
-
-
-def _check_experiment_name(name: str | None) -> None:
-    """It is one folder's name, so that all of a run's files lie below its own folder."""
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255):
-        raise ValueError(
-            f"experiment_name is {name!r}; it must be the name of one folder, which is made below --save-path"
-        )
 
 
 def _network_of(model: str) -> str:

@@ -93,6 +93,11 @@ class RunResult:
         return next((e.eval_loss for e in reversed(self.epochs) if e.eval_loss is not None), None)
 
     @property
+    def layer_acc1(self) -> dict[str, float]:
+        """Percent, of every layer that makes a prediction of its own, after the last evaluated epoch."""
+        return next((dict(e.layer_acc1) for e in reversed(self.epochs) if e.layer_acc1), {})
+
+    @property
     def local_losses(self) -> dict[str, float]:
         """Mean local loss per layer in the last epoch."""
         return dict(self.epochs[-1].local_losses) if self.epochs else {}

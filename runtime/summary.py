@@ -31,6 +31,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
                 "train_acc1": e.train_acc1,
                 "test_loss": e.eval_loss,
                 "test_acc1": e.eval_acc1,
+                "layer_acc1": dict(e.layer_acc1),
             }
             for e in result.epochs
         ],
@@ -39,7 +40,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
 
 _FIGURES = (
     *("engine", "stages", "threads", "steps", "first_step", "train_seconds", "setup_seconds", "images_per_second"),
-    *("test_acc1", "test_loss", "local_losses", "weights_sha256", "peak_memory_bytes", "busy_fraction"),
+    *("test_acc1", "test_loss", "local_losses", "layer_acc1", "weights_sha256", "peak_memory_bytes", "busy_fraction"),
     *("predicted_stage_seconds", "measured_stage_seconds", "stopped_by", "stop_reason"),
 )
 _TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")

@@ -4,7 +4,6 @@ import os
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,24 +14,27 @@ from torch import Tensor, nn
 
 from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.precision import check_precision, float32_products
-from unlocked.kernels.trial import bfloat16_gain
 from unlocked.models import plain_module
+from unlocked.rules import CrossEntropy, Rule
 from unlocked.runtime.arguments import (
+    check_clip,
     check_lr_factor,
     check_model,
     check_names,
     check_optimizer,
     check_rule,
     check_sinks,
-    try_optimizer,
 )
 from unlocked.runtime.batch_statistics import check_batch_statistics
+from unlocked.runtime.before_run import by_layer, check_resume, tried_optimizers, warn_of_slow_precision
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
 from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
 from unlocked.runtime.keeping import KeptModel, describe_kept
+from unlocked.runtime.layer_optimizers import Optimizers, check_layers
+from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
@@ -41,23 +43,20 @@ from unlocked.runtime.metrics.notebook import in_notebook
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
-    Rules,
     backpropagation_network,
     build_network,
-    check_rules,
-    check_trainable,
     check_weights,
     kept_modes,
 )
 from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.identity import describe_data, describe_network
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.whole import feedback_alignment_network
-from unlocked.workers.layer import OptimizerFactory
 
 __all__ = ["Trainer"]
 
@@ -72,7 +71,10 @@ class Trainer(Settings):
         rule: builds each layer's local rule (`LLS(temperature=0.5)`, or a `LocalRule` class), one for all layers, one
             per local layer in order, or a mapping by their names. For comparison, in one stage only: "BP" trains end to
             end by backpropagation, "DFA" by direct feedback alignment.
-        optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2).
+        optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2); one for all
+            layers, or a mapping by the layers' names (the output layer's too), each with a rate of its own.
+        output_rule: builds what the output layer trains on; `unlocked.rules.SquaredError`, `Margin`, or one's own.
+        clip_grad_norm: each layer's gradients are scaled down to this norm, where theirs is larger.
         engine: `Sequential()`, `Streams(...)` or `Processes(...)` with their options, or "sequential", "streams" or
             "processes" for the defaults. All give the same numbers. Outside torchrun, `Processes` starts its own
             processes on this machine.
@@ -80,7 +82,8 @@ class Trainer(Settings):
             model holds, so a second `fit` goes on from the first one's (with new optimizers and rules); a network of
             `unlocked.models` that nobody has loaded, trained or changed is drawn by `seed`.
         lr_factor: epoch -> factor of the initial learning rate; or `unlocked.ReduceLROnPlateau(...)`, which needs
-            the test loss: then the pipeline drains at the end of every epoch. May be another one after a resume.
+            the test loss: then the pipeline drains at the end of every epoch; or `WarmUp(steps, then=...)` or
+            `PerStep(function)`, which change the rate with every micro-batch. May be another one after a resume.
         sinks: receive metrics (`unlocked.runtime.MetricsSink`), or a function that makes them, which is
             called in the process that reports (rank 0's) alone.
         names: how model, dataset and rule are called in logs.
@@ -93,7 +96,9 @@ class Trainer(Settings):
 
     model: Model = field(kw_only=False)
     rule: Rules | str
-    optimizer: OptimizerFactory
+    optimizer: Optimizers
+    output_rule: Rule = CrossEntropy
+    clip_grad_norm: float | None = None
     engine: Engine | str = "sequential"
     redraw: bool = False
     lr_factor: LrSchedule = constant
@@ -114,7 +119,9 @@ class Trainer(Settings):
         super().__post_init__()
         check_model(self.model)
         check_rule(self.rule)
+        check_rule(self.output_rule)
         check_optimizer(self.optimizer)
+        check_clip(self.clip_grad_norm)
         check_lr_factor(self.lr_factor)
         check_sinks(self.sinks)
         check_names(self.names)
@@ -129,7 +136,7 @@ class Trainer(Settings):
         check_device(self.device)
         check_compile(self.compile)
         check_precision(self.precision, torch.device(self.device))
-        _warn_of_slow_precision(self.precision, self.device)
+        warn_of_slow_precision(self.precision, self.device)
         object.__setattr__(self, "_engine", engine)
         object.__setattr__(self, "_resume", self._find_resume())
 
@@ -310,17 +317,24 @@ class Trainer(Settings):
         check_trainable(network, self.rule)
         check_weights(network)
         model = describe_network(network)
-        parameters = next(filter(None, (list(block.parameters()) for block in reversed(network.blocks))), [])
-        try_optimizer(self.optimizer, parameters)
         if isinstance(self.rule, str):
             whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
             network = whole(network)
-        else:
-            network = check_rules(network, self.rule)
+        check_layers(self.optimizer, network.names)
+        tried = tried_optimizers(self.optimizer, network)
+        network = check_rules(
+            network,
+            [] if isinstance(self.rule, str) else self.rule,
+            output_rule=self.output_rule,
+            optimizer=self.optimizer,
+            sample=probe_sample(train_set),
+        )
         fingerprint = {
             "layers": network.names,
             "rule": describe_rule(self.rule),
-            "optimizer": describe_optimizer(self.optimizer, parameters),
+            "output_rule": describe_rule(self.output_rule),
+            "clip_grad_norm": self.clip_grad_norm,
+            "optimizer": by_layer(self.optimizer, tried, describe_optimizer),
             "seed": self.seed,
             "precision": self.precision,
             "model": model,
@@ -332,11 +346,13 @@ class Trainer(Settings):
             fingerprint["classes_per_batch"] = train_set.classes_per_batch
         resume = self._resume
         if resume is not None:
-            _check_resume(resume, fingerprint, plan)
+            check_resume(resume, fingerprint, plan)
         return Job(
             network=network,
             rule=[] if isinstance(self.rule, str) else self.rule,
             optimizer=self.optimizer,
+            output_rule=self.output_rule,
+            clip_grad_norm=self.clip_grad_norm,
             lr_factor=LearningRate(self.lr_factor, dict(resume.test_losses) if resume else None),
             train=train_set,
             test=test_set,
@@ -345,32 +361,13 @@ class Trainer(Settings):
             engine=self._engine.name,
             fingerprint=fingerprint,
             rates={
-                "learning rate": learning_rates(self.optimizer, parameters),
+                "learning rate": by_layer(self.optimizer, tried, learning_rates),
                 "learning-rate schedule": describe_lr_factor(self.lr_factor, plan.epochs),
                 "snapshot_every": str(self.snapshot_period),
             },
             run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,
             names=self.names or {},
-        )
-
-
-def _warn_of_slow_precision(precision: str, device: str) -> None:
-    if precision == "bf16" and torch.device(device).type == "cpu" and (gain := bfloat16_gain(device)) < 1:
-        warnings.warn(
-            f"precision bf16 is slower than fp32 on this processor, which has no unit for it: a matrix product takes "
-            f"{1 / gain:.1f} times as long; take fp32, or auto",
-            stacklevel=2,
-        )
-
-
-def _check_resume(resume: Snapshot, fingerprint: Mapping[str, Any], plan: StreamPlan) -> None:
-    """Raises a ValueError if the snapshot is another run's, or lies beyond this run's end."""
-    resume.check(fingerprint)
-    if resume.position >= len(plan):
-        raise ValueError(
-            f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs has "
-            "nothing left to do; give more epochs"
         )
 
 

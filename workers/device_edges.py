@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import InEdge, OutEdge, SlotLayout
+from unlocked.workers.edges import InEdge, OutEdge, Slot, SlotLayout
 from unlocked.workers.lead import HostLead
 
 __all__ = ["SIGNAL", "DeviceInEdge", "DeviceOutEdge"]
@@ -65,12 +65,12 @@ class DeviceInEdge:
     def expect(self, items: Iterable[Item]) -> None:
         self._signals.expect(map(_signal, items))
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         self._signals.receive(_signal(item))
         slot = self._received % len(self._slots)
         self._received += 1
         torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
-        return self._layout.views(self._slots[slot], item.size)
+        return self._layout.views(self._slots[slot], item.size, item.kind)
 
     def release(self) -> None:
         self._free[self._released % len(self._slots)].record(torch.cuda.current_stream(self._device))
@@ -111,13 +111,13 @@ class DeviceOutEdge:
         """What the receiver takes; JSON."""
         return {"ready": [event.ipc_handle().hex() for event in self._ready]}
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+    def reserve(self, item: Item) -> Slot:
         self._signals.reserve(_signal(item))
         slot = self._sent % len(self._slots)
         if self._sent >= len(self._slots):
             # The signal for the micro-batch before this one left only when the receiver had released this slot.
             torch.cuda.current_stream(self._device).wait_event(self._free[slot])
-        return self._layout.views(self._slots[slot], item.size)
+        return self._layout.views(self._slots[slot], item.size, item.kind)
 
     def send(self, item: Item) -> None:
         self._ready[self._sent % len(self._slots)].record(torch.cuda.current_stream(self._device))

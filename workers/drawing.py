@@ -16,7 +16,7 @@ from unlocked.workers.layer import Layer
 
 __all__ = ["DrawingLayer"]
 
-_USES = ("train", "update", "statistics", "evaluate")
+_USES = ("train", "update", "statistics", "evaluate", "carry")
 
 
 class DrawingLayer(Layer):
@@ -52,6 +52,11 @@ class DrawingLayer(Layer):
         step = 0 if mode == "evaluate" else self._steps
         with self._generators.keyed(mixed(self._bases[mode], step)):
             return super().infer(x, mode)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self._generators.keyed(mixed(self._bases["evaluate"], 0)):
+            return super().evaluate(x)
 
     def advance(self, steps: int, *, on_device: bool = True) -> None:
         super().advance(steps, on_device=on_device)

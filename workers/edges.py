@@ -10,18 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from unlocked.models.errors import first_line
-from unlocked.workers.actions import Item
+from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.lead import HostLead
 
-__all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "SlotLayout", "make_edges"]
+__all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "Slot", "SlotLayout", "make_edges"]
+
+Slot = tuple[Any, Tensor]
+"""What passes (activations [B, ...], or a `workers.cargo.Cargo` where rules send more) and the labels [B]."""
 
 _ALIGNMENT = 64  # bytes: activations begin on a cache line, as torch's own allocations do
 
@@ -38,18 +41,23 @@ class SlotLayout:
     sample_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
-    def nbytes(self, rows: int) -> int:
+    @property
+    def capacity(self) -> int:
+        """Bytes of a slot."""
+        return self.nbytes(self.max_rows)
+
+    def nbytes(self, rows: int, kind: ItemKind = "train") -> int:
         """Bytes of a micro-batch of `rows` samples: the length of its message."""
         return self._labels_bytes(rows) + rows * prod(self.sample_shape) * self.dtype.itemsize
 
     def allocate(self, device: torch.device) -> Tensor:
-        return torch.empty(self.nbytes(self.max_rows), dtype=torch.uint8, device=device)
+        return torch.empty(self.capacity, dtype=torch.uint8, device=device)
 
-    def message(self, slot: Tensor, rows: int) -> Tensor:
+    def message(self, slot: Tensor, rows: int, kind: ItemKind = "train") -> Tensor:
         """The bytes that travel."""
-        return slot[: self.nbytes(rows)]
+        return slot[: self.nbytes(rows, kind)]
 
-    def views(self, slot: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def views(self, slot: Tensor, rows: int, kind: ItemKind = "train") -> Slot:
         """(activations [rows, *sample_shape], labels [rows] int64) as views of the slot."""
         labels = slot[: rows * 8].view(torch.int64)
         flat = slot[self._labels_bytes(rows) : self.nbytes(rows)].view(self.dtype)
@@ -70,7 +78,7 @@ class InEdge(Protocol):
         """Tells which micro-batches will come, in order, so that receives can be posted ahead."""
         ...
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         """Waits for `item`; (activations, labels), valid until `release`."""
         ...
 
@@ -82,7 +90,7 @@ class InEdge(Protocol):
 class OutEdge(Protocol):
     """Where a stage puts its outputs."""
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+    def reserve(self, item: Item) -> Slot:
         """(activations, labels) of the slot from which `item` will be sent, for the stage to write. The host doesn't
         wait here: room for one micro-batch more than the neighbour may have is always there."""
         ...
@@ -138,12 +146,12 @@ class ProcessInEdge:
         self._expected.extend(items)
         self._post()
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         expected, slot, work = self._posted.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
         _wait(work, self._device, self._timeout, f"stage {self._rank}")
         self._held.append(slot)
-        return self._layout.views(slot, item.size)
+        return self._layout.views(slot, item.size, item.kind)
 
     def release(self) -> None:
         self._free.append(self._held.popleft())
@@ -154,7 +162,7 @@ class ProcessInEdge:
         while self._free and self._expected:
             item, slot = self._expected.popleft(), self._free.popleft()
             with _link(f"stage {self._rank}"):
-                work = dist.irecv(self._layout.message(slot, item.size), src=self._rank)
+                work = dist.irecv(self._layout.message(slot, item.size, item.kind), src=self._rank)
             assert work is not None
             self._posted.append((item, slot, work))
 
@@ -168,14 +176,14 @@ class ProcessOutEdge:
         self._slot, self._leaving = layout.allocate(device), layout.allocate(device)
         self._work: dist.Work | None = None
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
-        return self._layout.views(self._slot, item.size)
+    def reserve(self, item: Item) -> Slot:
+        return self._layout.views(self._slot, item.size, item.kind)
 
     def send(self, item: Item) -> None:
         self._wait_for_last()
         self._slot, self._leaving = self._leaving, self._slot
         with _link(f"stage {self._rank}"):
-            self._work = dist.isend(self._layout.message(self._leaving, item.size), dst=self._rank)
+            self._work = dist.isend(self._layout.message(self._leaving, item.size, item.kind), dst=self._rank)
         self._lead.count()
 
     def flush(self) -> None:

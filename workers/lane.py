@@ -13,8 +13,9 @@ import torch
 
 from unlocked.workers.actions import Action, Item, ItemKind
 from unlocked.workers.captured import Captured
+from unlocked.workers.edges import Slot
 from unlocked.workers.errors import NonFiniteLossError, StageError
-from unlocked.workers.loop import Slot, StageLoop
+from unlocked.workers.loop import StageLoop
 from unlocked.workers.ring import Ring, RingInEdge, RingOutEdge
 from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.reference import label_ranks
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
-from unlocked.rules import LayerInfo, LocalRule
+from unlocked.rules import LayerInfo, LocalRule, has_scores
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
@@ -85,6 +85,9 @@ class Layer:
         # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.eval_totals = torch.zeros(3, dtype=torch.float64, device=device)
+        # Of the layer's own prediction in evaluation: 0, correct, correct among the first five.
+        self.score_totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self.has_scores = has_scores(rule) and not self.is_output
         # Training micro-batches seen, on the device: the key of everything random in this layer.
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
         self._keeps_clock = any(isinstance(m, KeyedDropout) and m.p > 0 for m in block.modules())
@@ -122,6 +125,7 @@ class Layer:
             return
         self._mode = mode
         self.block.train(mode != "evaluate")
+        self.rule.train(mode != "evaluate")
         for module in self.frozen:
             module.training = False
         switch = getattr(self.optimizer, "train" if mode == "train" else "eval", None)
@@ -178,6 +182,25 @@ class Layer:
         with self.autocast():
             result: Tensor = self.block(self._entering(x))
         return as_delivered(self.leaving(result))
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Eval-mode forward: the output, and the layer's own scores [B, num_classes] if its rule makes some."""
+        if not self.has_scores:
+            return self.infer(x, "evaluate"), None
+        self.set_mode("evaluate")
+        with self.autocast():
+            activations: Tensor = self.block.body(self._entering(x))
+            result: Tensor = self.block.tail(activations)
+        scores = self.rule.scores(activations.float() if activations.dtype == torch.bfloat16 else activations)
+        return as_delivered(self.leaving(result)), scores
+
+    @torch.no_grad()
+    def score(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Adds up how often the layer's own prediction is right; returns the hits among these samples, [2]."""
+        hits = count_correct(scores, labels)
+        self.score_totals[1:] += hits
+        return hits
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""

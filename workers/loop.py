@@ -8,18 +8,13 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Final
 
-from torch import Tensor
-
 from unlocked.workers.actions import Action, ActionKind, Item, ItemKind
-from unlocked.workers.edges import InEdge, OutEdge
+from unlocked.workers.edges import InEdge, OutEdge, Slot
 from unlocked.workers.errors import CalledExitError, MissingActionError, StageError, StopRun
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["Slot", "StageLoop"]
-
-Slot = tuple[Tensor, Tensor]
-"""Activations [B, ...] and labels [B] of one micro-batch."""
+__all__ = ["StageLoop"]
 
 # What makes an item's output, or saves the stage: missed where an item has no action at all.
 _WORK: Final[dict[ItemKind, ActionKind]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
+from unlocked.workers.edges import Slot
 
 __all__ = ["Ring", "RingInEdge", "RingOutEdge"]
 
@@ -40,23 +41,25 @@ class Ring:
         size = max_rows * prod(sample_shape)
         # Zeros are valid data, should a slot be read before it is written (a captured graph's trial launch may).
         self._values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(depth)]
-        self._labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
+        self.labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
         self.ready: list[torch.cuda.Event | None] = [None] * depth
         self.free: list[torch.cuda.Event | None] = [None] * depth
 
     def slot(self, position: int) -> int:
         return position % self.depth
 
-    def views(self, item: Item) -> tuple[Tensor, Tensor]:
+    def views(self, item: Item) -> Slot:
         """(activations [size, *sample_shape], labels [size]) of the item's slot. A partial batch is a prefix."""
         slot, rows = self.slot(item.position), item.size
+        return self.activations(slot, rows), self.labels[slot][:rows]
+
+    def activations(self, slot: int, rows: int) -> Tensor:
+        """[rows, *sample_shape]"""
         flat = self._values[slot][: rows * prod(self.sample_shape)]
         if self._channels_last:
             channels, height, width = self.sample_shape
-            values = flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
-        else:
-            values = flat.view(rows, *self.sample_shape)
-        return values, self._labels[slot][:rows]
+            return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
+        return flat.view(rows, *self.sample_shape)
 
     def forget_events(self) -> None:
         """Whatever the events ordered has been waited for as a whole."""
@@ -78,7 +81,7 @@ class RingInEdge:
     def expect(self, items: Iterable[Item]) -> None:
         """Nothing is posted ahead."""
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         slot = self.ring.slot(item.position)
         _wait(self.ring.ready[slot], self._stream)
         self._held.append(slot)
@@ -98,7 +101,7 @@ class RingOutEdge:
     def __init__(self, ring: Ring, stream: torch.cuda.Stream | None) -> None:
         self.ring, self._stream = ring, stream
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+    def reserve(self, item: Item) -> Slot:
         _wait(self.ring.free[self.ring.slot(item.position)], self._stream)
         return self.ring.views(item)
 

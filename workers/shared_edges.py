@@ -26,7 +26,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import SlotLayout
+from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.slot_log import SlotLog
 
@@ -128,14 +128,14 @@ class SharedInEdge:
     def expect(self, items: Iterable[Item]) -> None:
         self._expected.extend(items)
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
         number = self._next
         self.fill += 0.1 * (min((self._log.sent - number) / self._depth, 1.0) - self.fill)
         self._link.wait_until(lambda: self._log.has(number))
         self._next += 1
-        return self._log.views(number, item.size)
+        return self._log.views(number, item.size, item.kind)
 
     def release(self) -> None:
         self.count += 1
@@ -188,15 +188,15 @@ class SharedOutEdge:
         """Micro-batches that this end has let go: the number of the next one."""
         self._scratch: Tensor | None = None
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+    def reserve(self, item: Item) -> Slot:
         if self.count < self._log.sent:  # the neighbour has it from a dead incarnation, and may be reading it
             if self._scratch is None:
                 layout = self._log.layout
                 self._scratch = layout.allocate(self._log.slot(0).device)
-            return self._log.layout.views(self._scratch, item.size)
+            return self._log.layout.views(self._scratch, item.size, item.kind)
         # Always there, but for a log that is full: then the neighbour is about to save itself.
         self._link.wait_until(lambda: self._log.has_room(self.count))
-        return self._log.views(self.count, item.size)
+        return self._log.views(self.count, item.size, item.kind)
 
     def send(self, item: Item) -> None:
         if self.count >= self._log.sent:

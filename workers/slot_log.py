@@ -12,12 +12,13 @@ import threading
 import torch
 from torch import Tensor
 
-from unlocked.workers.edges import SlotLayout
+from unlocked.workers.actions import ItemKind
+from unlocked.workers.edges import Slot, SlotLayout
 
 __all__ = ["SlotLog"]
 
 _PAGE = mmap.PAGESIZE
-_SENT, _DONE, _KEPT, _COUNTS = range(4)  # places in the header; behind the last one, every slot's rows
+_SENT, _DONE, _KEPT, _COUNTS = range(4)  # places in the header; behind the last one, every slot's length
 _HANDSHAKE = threading.Lock()
 
 
@@ -41,7 +42,7 @@ class SlotLog:
     @staticmethod
     def slot_bytes(layout: SlotLayout) -> int:
         """A slot begins on a page, so that the activations in it are aligned as torch's own."""
-        return -(-layout.nbytes(layout.max_rows) // _PAGE) * _PAGE
+        return -(-layout.capacity // _PAGE) * _PAGE
 
     @classmethod
     def nbytes(cls, layout: SlotLayout, slots: int) -> int:
@@ -89,20 +90,20 @@ class SlotLog:
         """Whether micro-batch `number` can be written: nobody will ask for what lies in its slot."""
         return number - self.kept < self.slots
 
-    def rows(self, number: int) -> int:
-        """Of micro-batch `number`, as its sender has noted them."""
-        return self._counts[_COUNTS + number % self.slots]
+    def message(self, number: int) -> Tensor:
+        """The bytes of micro-batch `number` that travel, as many as its sender has noted."""
+        return self.slot(number)[: self._counts[_COUNTS + number % self.slots]]
 
-    def note_rows(self, number: int, rows: int) -> None:
+    def note_length(self, number: int, nbytes: int) -> None:
         """For whoever sends it again; before it counts as sent."""
-        self._counts[_COUNTS + number % self.slots] = rows
+        self._counts[_COUNTS + number % self.slots] = nbytes
 
     def slot(self, number: int) -> Tensor:
         return self._slots[number % self.slots]
 
-    def views(self, number: int, rows: int) -> tuple[Tensor, Tensor]:
-        """(activations [rows, ...], labels [rows]) of micro-batch `number`."""
-        return self.layout.views(self.slot(number), rows)
+    def views(self, number: int, rows: int, kind: ItemKind = "train") -> Slot:
+        """What passes, and labels [rows], of micro-batch `number`."""
+        return self.layout.views(self.slot(number), rows, kind)
 
 
 def _head_bytes(slots: int) -> int:

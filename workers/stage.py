@@ -62,13 +62,14 @@ class Stage:
 
     def evaluate(self, item: Item, x: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
         """Action E: eval-mode forward; the last stage adds up loss and correct counts on the device."""
-        result = self._infer(x, "evaluate", out)
+        for layer in self.layers:
+            x, scores = layer.evaluate(x)
+            if scores is not None:
+                layer.score(scores, labels)
         if self.is_last:
-            with torch.no_grad():
-                totals = self.layers[-1].eval_totals
-                totals[0] += torch.nn.functional.cross_entropy(result, labels, reduction="sum")
-                totals[1:] += count_correct(result, labels)
-        return result
+            self.layers[-1].score(x, labels)
+            self._count_evaluation(x, labels)
+        return x if out is None else out.copy_(x)
 
     def set_lr_factor(self, factor: float) -> None:
         for layer in self.layers:
@@ -84,19 +85,29 @@ class Stage:
 
     def sums(self) -> list[Tensor]:
         """All sums, on the device, each [3] float64. A layer's are (loss, correct, correct among the first five) over
-        `images_this_epoch`; the last are the evaluation's over `images_evaluated`."""
-        return [*(layer.totals for layer in self.layers), self.layers[-1].eval_totals]
+        `images_this_epoch`; then come the evaluation's over `images_evaluated`; then each layer's own prediction's, (0,
+        correct, correct among the first five), over those."""
+        layers = self.layers
+        return [*(one.totals for one in layers), layers[-1].eval_totals, *(one.score_totals for one in layers)]
 
     def begin_epoch(self) -> None:
         """The sums start anew."""
         for layer in self.layers:
             layer.totals.zero_()
+            layer.score_totals.zero_()
         self.layers[-1].eval_totals.zero_()
         self.images_this_epoch = self.images_evaluated = 0
 
     def resume_epoch(self, images_seen: int) -> None:
         """Tells a stage that was restored in the middle of an epoch how many images its sums hold."""
         self.images_this_epoch = images_seen
+
+    @torch.no_grad()
+    def _count_evaluation(self, result: Tensor, labels: Tensor) -> None:
+        """What the run predicts [B, num_classes], on the last stage."""
+        output = self.layers[-1]
+        output.eval_totals[0] += torch.nn.functional.cross_entropy(result, labels, reduction="sum")
+        output.eval_totals[1:] += count_correct(result, labels)
 
     def _infer(self, x: Tensor, mode: str, out: Tensor | None) -> Tensor:
         for layer in self.layers:

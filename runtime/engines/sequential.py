@@ -89,6 +89,8 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         waits_for_losses=job.lr_factor.needs_losses or fan_out.waits,
         best_dir=job.settings.best_dir,
     )
+    if job.lr_factor.per_step:
+        reporter.set_rates_per_step(job.lr_factor.at)
     position = job.start
     with StopSignals() as signals, contextlib.closing(RunSaver(job)) as saver:
 

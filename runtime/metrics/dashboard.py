@@ -92,6 +92,7 @@ class Dashboard(MetricsSink):
                 return
             self._view.epochs = [*self._view.epochs[-49:], result]
             self._view.losses.update(result.local_losses)
+            self._view.accuracies.update(result.layer_acc1)
             epochs = self._view.info.epochs
             self._view.complete = result.epoch + 1 >= epochs
         if self._plain:
@@ -190,4 +191,6 @@ def _epoch_line(result: EpochResult, epochs: int) -> str:
     parts.append(f"{result.seconds:.2f} s")
     if result.local_losses:
         parts.append("local " + " ".join(f"{layer} {value:.3f}" for layer, value in result.local_losses))
+    if len(result.layer_acc1) > 1:
+        parts.append("test acc1 of layers " + " ".join(f"{layer} {value:.1f}" for layer, value in result.layer_acc1))
     return " | ".join(parts)

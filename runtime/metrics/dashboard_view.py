@@ -36,6 +36,9 @@ class View:
     losses: dict[str, float] = field(default_factory=dict)
     """Each layer's mean local loss in the last complete epoch; shown until a stage reports newer ones."""
 
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """Test accuracy in percent of each layer that makes a prediction of its own, after the last epoch."""
+
     complete: bool = False
     """The last epoch's result is in."""
 
@@ -44,7 +47,13 @@ class View:
             self.stages = [None] * len(self.info.stages)
 
     def copy(self) -> "View":
-        return replace(self, stages=list(self.stages), epochs=list(self.epochs), losses=dict(self.losses))
+        return replace(
+            self,
+            stages=list(self.stages),
+            epochs=list(self.epochs),
+            losses=dict(self.losses),
+            accuracies=dict(self.accuracies),
+        )
 
     @property
     def position(self) -> int:
@@ -138,13 +147,17 @@ def _stage_table(view: View, rows: int, width: int, tall: bool) -> Table:
     table.add_column("busy", no_wrap=True, min_width=13 if wide else 10)
     table.add_column("queue", no_wrap=True, min_width=8 if wide else 5)
     table.add_column("local losses", no_wrap=True, overflow="ellipsis", ratio=3)
+    scored = wide and len(view.accuracies) > 1
+    if scored:
+        table.add_column("test acc1", justify="right", no_wrap=True, overflow="ellipsis", ratio=2)
     chosen = list(range(len(view.stages))) if tall else _chosen(len(view.stages), rows)
     for index in chosen:
         if index is None:
             hidden = len(view.stages) - (rows - 1)
             table.add_row("⋮", Text(f"{hidden} more stages", style="dim"))
         else:
-            table.add_row(*_stage_row(view, index, wide, tall))
+            row = _stage_row(view, index, wide, tall)
+            table.add_row(*row, *([_accuracies(view, index, tall)] if scored else []))
     return table
 
 
@@ -173,6 +186,11 @@ def _stage_row(view: View, index: int, wide: bool, tall: bool) -> list[Renderabl
         busy = Text.assemble((bar(share, 8 if wide else 5), f"{style} on grey23"), f" {share:4.0%}")
     queue = Text(bar(stage.progress.queue_fill, 8 if wide else 5), style="blue on grey23") if index else Text("")
     return [str(index), names, speed, busy, queue, loss_text]
+
+
+def _accuracies(view: View, index: int, tall: bool) -> str:
+    values = [view.accuracies.get(layer) for layer in view.info.stages[index]]
+    return ("\n" if tall else " ").join(_number(value, 1) for value in values)
 
 
 def _epoch_table(epochs: list[EpochResult], total: int, wide: bool) -> Table:

@@ -43,6 +43,8 @@ class RunInfo:
     start: int = 0
     """First position this run executes (above 0 after a resume)."""
     device: str = "cpu"
+    scored: tuple[str, ...] = ()
+    """The layers whose own prediction is counted in evaluation."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -118,6 +120,8 @@ class EpochPart:
     """Wall-clock seconds this stage spent from the epoch's first position to its last."""
     train: Scores | None = None
     evaluation: Scores | None = None
+    layer_acc1: NamedLosses = ()
+    """Evaluation accuracy in percent of each of the stage's layers that make a prediction of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +139,8 @@ class EpochResult:
     """(layer, mean local loss) in network order."""
     seconds: float
     """Wall-clock seconds of the epoch at the last stage."""
+    layer_acc1: NamedLosses = ()
+    """(layer, evaluation accuracy in percent of its own prediction) of those that make one, in network order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,4 +257,5 @@ def _join(parts: Mapping[int, EpochPart]) -> EpochResult:
         eval_acc5=evaluation.acc5 if evaluation else None,
         local_losses=tuple(pair for stage in sorted(parts) for pair in parts[stage].local_losses),
         seconds=last.seconds,
+        layer_acc1=tuple(pair for stage in sorted(parts) for pair in parts[stage].layer_acc1),
     )

@@ -7,11 +7,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from unlocked.runtime.metrics.best import save_candidate
 from unlocked.runtime.metrics.records import EpochPart, Meters, Scores, StageProgress, StepResult
+from unlocked.runtime.metrics.transfer import Transfer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError, StageError
@@ -33,42 +33,10 @@ class Outlet(Protocol):
     def epoch(self, part: EpochPart) -> None: ...
 
 
-class _Transfer:
-    """Sums on their way from the device: one copy, on the current stream.
-
-    Args:
-        sums: of one or more stages, each [3] float64, on `device`.
-    """
-
-    @torch.no_grad()
-    def __init__(self, sums: Sequence[Tensor], device: torch.device) -> None:
-        self._sums = torch.stack(list(sums))
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            host = torch.empty(self._sums.shape, dtype=self._sums.dtype, pin_memory=True)
-            self._sums = host.copy_(self._sums, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def has_come(self, wait: bool) -> bool:
-        """Whether it is done; with `wait` it is."""
-        if self._event is not None:
-            if wait:
-                self._event.synchronize()
-            elif not self._event.query():
-                return False
-            self._event = None
-        return True
-
-    def rows(self, first: int, count: int) -> list[list[float]]:
-        """Once it has come."""
-        return self._sums[first : first + count].tolist()
-
-
 class _Reading(NamedTuple):
     """A stage's part of a transfer, and what it belongs to."""
 
-    transfer: _Transfer
+    transfer: Transfer
     first_row: int
     item: Item
     ends_epoch: bool
@@ -139,6 +107,21 @@ class StageReporter:
         if start:
             stage.resume_epoch(images_trained(plan, start))
 
+    def set_rates_per_step(self, factor: Callable[[int, int], float]) -> None:
+        """From now on the learning rate is set before every training micro-batch.
+
+        Args:
+            factor: (epoch, training micro-batch of the run) -> what the rate is multiplied by.
+        """
+        plain, steps = self.before, self._plan.steps_per_epoch
+
+        def before(item: Item) -> None:
+            plain(item)
+            if item.kind == "train":
+                self._stage.set_lr_factor(factor(item.epoch, item.epoch * steps + item.index))
+
+        self.before = before  # type: ignore[method-assign]
+
     def before(self, item: Item) -> None:
         if item.kind == "train":
             if item.index == 0:
@@ -187,10 +170,10 @@ class StageReporter:
 
     def read(self, item: Item, ends_epoch: bool = False) -> None:
         """Begins to read the sums as they are after `item`, on the current stream."""
-        self.expect(_Transfer(self.sums(), self.device), 0, item, ends_epoch)
+        self.expect(Transfer(self.sums(), self.device), 0, item, ends_epoch)
         self.poll()
 
-    def expect(self, transfer: _Transfer, first_row: int, item: Item, ends_epoch: bool = False) -> None:
+    def expect(self, transfer: Transfer, first_row: int, item: Item, ends_epoch: bool = False) -> None:
         """The rows of the transfer from `first_row` on are this stage's sums as they are after `item`."""
         stage = self._stage
         self._readings.append(
@@ -282,22 +265,23 @@ class StageReporter:
         self._recent = self._epoch_base = _Base(time.perf_counter(), self._stopwatch.waiting, seen, 0, sums)
 
     def _resolve(self, reading: _Reading) -> None:
-        rows = reading.transfer.rows(reading.first_row, len(self._stage.layers) + 1)
+        rows = reading.transfer.rows(reading.first_row, 2 * len(self._stage.layers) + 1)
         item, images = reading.item, max(reading.images, 1)
         for layer, row in zip(self._stage.layers, rows, strict=False):
             if not isfinite(row[0]):
                 where = f" by epoch {item.epoch}, micro-batch {item.index}"
                 error = NonFiniteLossError(layer.name, row[0], where)
                 raise self._failure(f"{self._stage.index}U{item.position}", error) from error
-        if item.kind == "evaluate" and not isfinite(rows[-1][0]):
-            raise self._evaluation_error(item, rows[-1][0])
+        evaluation = rows[len(self._stage.layers)][0]
+        if item.kind == "evaluate" and not isfinite(evaluation):
+            raise self._evaluation_error(item, evaluation)
         self._losses = tuple(
             (layer.name, row[0] / images) for layer, row in zip(self._stage.layers, rows, strict=False)
         )
         if reading.ends_epoch:
             self._finish_epoch(reading, rows)
         if item.kind == "train" and self._stage.is_last:
-            self._report_step(reading, tuple(rows[-2]))
+            self._report_step(reading, tuple(rows[len(self._stage.layers) - 1]))
 
     def _evaluation_error(self, item: Item, loss: float) -> StageError:
         """A loss that is not finite ends a run here as in training: no learning rate, best or rank may read it."""
@@ -331,10 +315,16 @@ class StageReporter:
 
     def _finish_epoch(self, reading: _Reading, rows: list[list[float]]) -> None:
         train = evaluation = None
+        layers = self._stage.layers
         if self._stage.is_last:
-            train = _scores(rows[-2], reading.images)
+            train = _scores(rows[len(layers) - 1], reading.images)
             if self._plan.eval_size:
-                evaluation = _scores(rows[-1], reading.images_evaluated)
+                evaluation = _scores(rows[len(layers)], reading.images_evaluated)
+        accuracies = [
+            (layer.name, 100 * row[1] / max(reading.images_evaluated, 1))
+            for layer, row in zip(layers, rows[len(layers) + 1 :], strict=True)
+            if self._plan.eval_size and (layer.has_scores or layer.is_output)
+        ]
         self._outlet.epoch(
             EpochPart(
                 stage=self._stage.index,
@@ -343,6 +333,7 @@ class StageReporter:
                 seconds=reading.time - self._epoch_base.time,
                 train=train,
                 evaluation=evaluation,
+                layer_acc1=tuple(accuracies),
             )
         )
 
@@ -351,7 +342,7 @@ def read_together(reporters: Sequence[StageReporter], items: Sequence[Item]) -> 
     """Begins to read the sums of all stages, each as it is after its item, in one copy on the current stream, which
     comes after what the stages have done."""
     sums = [reporter.sums() for reporter in reporters]
-    transfer, row = _Transfer([one for of_stage in sums for one in of_stage], reporters[0].device), 0
+    transfer, row = Transfer([one for of_stage in sums for one in of_stage], reporters[0].device), 0
     for reporter, item, of_stage in zip(reporters, items, sums, strict=True):
         reporter.expect(transfer, row, item)
         row += len(of_stage)

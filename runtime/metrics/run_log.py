@@ -1,8 +1,9 @@
 """The files a run leaves in its save path: `train.log`, `metrics.csv` and `config.json`.
 
-`train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one row
-per epoch with the columns `CSV_COLUMNS` and one `local_loss/LAYER` per layer. `config.json` holds all settings and the
-versions of what computed with them.
+`train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one
+row per epoch with the columns `CSV_COLUMNS`, one `local_loss/LAYER` per layer, and where layers make predictions of
+their own one `eval_acc1/LAYER` in percent for each of them. `config.json` holds all settings and the versions of what
+computed with them.
 """
 
 import csv
@@ -40,6 +41,7 @@ class RunLog(MetricsSink):
         self.path = Path(path)
         self._config = dict(config or {})
         self._layers: tuple[str, ...] = ()
+        self._scored: tuple[str, ...] = ()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"save path {self.path} is a file; give a folder")
         present = [name for name in RUN_FILES if (self.path / name).exists()]
@@ -56,6 +58,7 @@ class RunLog(MetricsSink):
             ValueError: the run to be resumed has other layers.
         """
         self._layers = info.layers
+        self._scored = info.scored if len(info.scored) > 1 else ()
         self._check_columns()
         self.path.mkdir(parents=True, exist_ok=True)
         run = {
@@ -83,6 +86,9 @@ class RunLog(MetricsSink):
             self._line(f" @Testing * Acc@1 {result.eval_acc1:.3f} Acc@5 {result.eval_acc5:.3f}")
         losses = " - ".join(f"L{i}: {value:.4f}" for i, (_, value) in enumerate(result.local_losses, start=1))
         self._line(f"Losses - {losses}")
+        if len(result.layer_acc1) > 1:  # the output layer's alone is the line above
+            layers = " - ".join(f"{layer}: {value:.3f}" for layer, value in result.layer_acc1)
+            self._line(f" @Layers Acc@1 {layers}")
         self._row(result)
 
     def on_metric(self, metric: Metric) -> None:
@@ -98,7 +104,8 @@ class RunLog(MetricsSink):
         append_line(self.path / "train.log", text)
 
     def _columns(self) -> list[str]:
-        return [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in self._layers)]
+        losses = (f"local_loss/{layer}" for layer in self._layers)
+        return [*CSV_COLUMNS, *losses, *(f"eval_acc1/{layer}" for layer in self._scored)]
 
     def _rows(self) -> list[list[str]]:
         """What `metrics.csv` holds, header included."""
@@ -110,7 +117,7 @@ class RunLog(MetricsSink):
 
     def _check_columns(self) -> None:
         rows, columns = self._rows(), self._columns()
-        if rows and rows[0] != columns:
+        if rows and rows[0] != columns[: len(rows[0])]:  # an earlier release had no columns of layers' accuracies
             raise ValueError(
                 f"{self.path / 'metrics.csv'} has the columns {', '.join(rows[0])}, this run {', '.join(columns)}; "
                 "resume with the same model, or choose another --experiment-name"
@@ -119,8 +126,10 @@ class RunLog(MetricsSink):
     def _row(self, result: EpochResult) -> None:
         losses = dict(result.local_losses)
         values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
+        accuracies = dict(result.layer_acc1)
+        values += [accuracies.get(layer) for layer in self._scored]
         row = ["" if value is None else repr(value) for value in values]
-        kept = [old for old in self._rows()[1:] if int(old[0]) < result.epoch]
+        kept = [old + [""] * (len(row) - len(old)) for old in self._rows()[1:] if int(old[0]) < result.epoch]
         write_whole(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
 
     def _free_config(self) -> Path:

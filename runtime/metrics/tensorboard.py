@@ -1,7 +1,8 @@
 """TensorBoard's event files of a run: a metrics sink. Needs the package `tensorboard`.
 
 Per epoch (the step is the number of finished epochs): `loss/train`, `loss/test`, `accuracy/train`, `accuracy/test` in
-percent, `time/epoch` in seconds, and one `local_loss/LAYER` per layer. While it runs (the step is the number of
+percent, `time/epoch` in seconds, one `local_loss/LAYER` per layer, and `layer_accuracy/LAYER` in percent, on the test
+data, of each layer that makes a prediction of its own. While it runs (the step is the number of
 training micro-batches done): `steps/loss`, `steps/accuracy`, `steps/seconds`, of which `steps/waiting`.
 """
 
@@ -64,6 +65,7 @@ class TensorBoard(MetricsSink):
             "accuracy/test": result.eval_acc1,
             "time/epoch": result.seconds,
             **{f"local_loss/{layer}": loss for layer, loss in result.local_losses},
+            **{f"layer_accuracy/{layer}": value for layer, value in result.layer_acc1},
         }
         for name, value in values.items():
             if value is not None:

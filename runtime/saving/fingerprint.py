@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unlocked.runtime.learning_rate import LearningRate
+from unlocked.runtime.learning_rate import LearningRate, PerStep, WarmUp
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = ["describe_lr_factor", "describe_optimizer", "describe_rule", "learning_rates"]
@@ -67,12 +67,15 @@ def describe_lr_factor(lr_factor: object, epochs: int) -> str:
     Raises:
         ValueError: a value is no factor; names the epoch.
     """
-    if is_dataclass(lr_factor) or not callable(lr_factor):
+    if isinstance(lr_factor, WarmUp):
+        return f"WarmUp(steps={lr_factor.steps}, then={describe_lr_factor(lr_factor.then, epochs)})"
+    if not isinstance(lr_factor, PerStep) and (is_dataclass(lr_factor) or not callable(lr_factor)):
         return repr(lr_factor)
     factor = LearningRate(lr_factor)
     spread = range(_FIRST_EPOCHS, epochs, max(1, epochs // _FIRST_EPOCHS))
     values = repr([float(factor(epoch)) for epoch in (*range(min(epochs, _FIRST_EPOCHS)), *spread)])
-    return f"{_name(lr_factor)} with values of checksum {zlib.crc32(values.encode()):08x}"
+    name = f"PerStep of {_name(lr_factor.factor)}" if isinstance(lr_factor, PerStep) else _name(lr_factor)
+    return f"{name} with values of checksum {zlib.crc32(values.encode()):08x}"
 
 
 def _describe(thing: object) -> str:

@@ -20,7 +20,7 @@ from unlocked.data import Dataset
 from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models.errors import first_line
-from unlocked.rules import CrossEntropy
+from unlocked.rules import LocalRule
 from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
@@ -166,7 +166,7 @@ def make_stage(
     check_precision(precision, place)
     optimizer = partial(torch.optim.SGD, lr=0.0)  # never steps
     layers = [
-        build_layer(network, i, rule=CrossEntropy, optimizer=optimizer, device=place, step=None, precision=precision)
+        build_layer(network, i, rule=LocalRule, optimizer=optimizer, device=place, step=None, precision=precision)
         for i in range(len(network.blocks))
     ]
     source = make_source(

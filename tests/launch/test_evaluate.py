@@ -241,3 +241,14 @@ def test_a_resumed_run_keeps_the_best_of_its_earlier_part(tmp_path: Path) -> Non
         assert found.keys() == ({"mark"} if better else whole.keys())
         assert better or all(torch.equal(found[name], value) for name, value in whole.items())
     assert not list(record.parent.glob("candidate-*"))
+
+
+def test_rules_whose_prediction_is_another_are_refused() -> None:
+    from unlocked.launch.evaluate import _check_rule
+
+    with pytest.raises(ValueError, match="made of all layers' scores"):
+        _check_rule("ForwardForward", is_snapshot=False)
+    with pytest.raises(ValueError, match="belong to its two views"):
+        _check_rule("BarlowTwins", is_snapshot=True)
+    _check_rule("BarlowTwins", is_snapshot=False)
+    _check_rule("LLS", is_snapshot=True)

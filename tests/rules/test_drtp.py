@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.models import Block
-from unlocked.rules import DRTP, RULES, TRAINING_MODES, LayerInfo, get_rule
+from unlocked.rules import DRTP, OTHER_RULES, RULES, TRAINING_MODES, LayerInfo, get_rule
 from unlocked.workers.layer import Layer
 
 LAYER = LayerInfo(
@@ -77,8 +77,8 @@ def test_nothing_of_it_is_trained_or_saved() -> None:
 
 
 def test_names() -> None:
-    assert (*RULES, "DRTP", "BP", "DFA") == TRAINING_MODES
+    assert (*RULES, *OTHER_RULES, "BP", "DFA") == TRAINING_MODES
     assert len(RULES) == 8
-    for name in TRAINING_MODES[:-2]:
+    for name in (*RULES, "DRTP"):
         rule = get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")(FLAT)
         assert rule(torch.randn(2, 11), torch.tensor([0, 4])).shape == ()

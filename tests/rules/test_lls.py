@@ -233,5 +233,5 @@ def test_bad_values_say_what_is_valid(options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("name", ["lls", "LLS_", "Hebb", ""])
 def test_unknown_names_list_the_valid(name: str) -> None:
-    with pytest.raises(ValueError, match=r"valid: LLS, LLS_M, .*LocalLosses, DRTP, BP, DFA"):
+    with pytest.raises(ValueError, match=r"valid: LLS, LLS_M, .*LocalLosses, DRTP, MonoForward, .*BP, DFA"):
         get_rule(name, temperature=0.5, label_smoothing=0.0, waveform="cosine")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from unlocked.rules import DRTP, LLS, LayerInfo, LLS_MxM_reduced, LLSConfig, LocalLosses, LocalRule
 from unlocked.runtime import RunResult, Trainer
-from unlocked.runtime.network import build_network, check_rules
+from unlocked.runtime.network import build_network
+from unlocked.runtime.rule_trial import check_rules
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 3

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from unlocked.models import small_conv
 from unlocked.rules import LLS, LocalRule
 from unlocked.rules.base import LayerInfo
-from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network, check_rules
+from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
+from unlocked.runtime.rule_trial import check_rules
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.layer import Layer
 

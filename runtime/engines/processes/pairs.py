@@ -20,7 +20,7 @@ from unlocked.models.errors import first_line
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import EdgeBroken, Kept
 from unlocked.workers.actions import Item
-from unlocked.workers.edges import SlotLayout
+from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.slot_log import SlotLog
 
@@ -142,7 +142,7 @@ class PairInEdge:
         if self._group is not None:
             self._post()
 
-    def receive(self, item: Item) -> tuple[Tensor, Tensor]:
+    def receive(self, item: Item) -> Slot:
         while True:
             if self._group is None or self._link.is_stale:
                 self._join()
@@ -157,7 +157,7 @@ class PairInEdge:
         self._posted.popleft()
         self._received += 1
         self._held.append(slot)
-        return self._layout.views(slot, item.size)
+        return self._layout.views(slot, item.size, item.kind)
 
     def release(self) -> None:
         self.count += 1
@@ -200,7 +200,7 @@ class PairInEdge:
         while self._free and self._expected:
             item, slot = self._expected[0], self._free[0]
             try:
-                work = self._group.recv([self._layout.message(slot, item.size)], _SENDER, _DATA)
+                work = self._group.recv([self._layout.message(slot, item.size, item.kind)], _SENDER, _DATA)
             except RuntimeError:
                 if not self._posted:
                     self._link.broke()
@@ -226,18 +226,18 @@ class PairOutEdge:
         """From here on what the log has is sent."""
         self._thread.start()
 
-    def reserve(self, item: Item) -> tuple[Tensor, Tensor]:
+    def reserve(self, item: Item) -> Slot:
         if self.count < self._log.sent:  # it is in the log, from a dead incarnation
             if self._scratch is None:
                 self._scratch = self._log.layout.allocate(torch.device("cpu"))
-            return self._log.layout.views(self._scratch, item.size)
+            return self._log.layout.views(self._scratch, item.size, item.kind)
         self._wait(self._has_room)
-        return self._log.views(self.count, item.size)
+        return self._log.views(self.count, item.size, item.kind)
 
     def send(self, item: Item) -> None:
         if self.count >= self._log.sent:
             self._wait(lambda: self._left >= self.count)
-            self._log.note_rows(self.count, item.size)
+            self._log.note_length(self.count, self._log.layout.nbytes(item.size, item.kind))
             self._log.sent = self.count + 1
             self._client.wake()
         self.count += 1
@@ -291,7 +291,7 @@ class PairOutEdge:
             while self._client.await_news(lambda: self._is_due(number), 3600.0):  # noqa: B023 - called at once
                 if self._link.closing or self._link.is_stale:
                     return
-                message = self._log.layout.message(self._log.slot(number), self._log.rows(number))
+                message = self._log.message(number)
                 group.send([message], _RECEIVER, _DATA).wait(self._link.timeout)
                 number += 1
                 self._took(number)

@@ -83,6 +83,8 @@ class Worker:
             best_dir=job.settings.best_dir,
             queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
+        if job.lr_factor.per_step:
+            self.reporter.set_rates_per_step(job.lr_factor.at)
         self._incarnation, self._state = incarnation, state
         self._began_at = self._again = 0  # where this worker took over, and the items that it does again
         self._memory = None if memory is None else MemorySaver(memory, job, self.stage, self._settle)

@@ -15,7 +15,8 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
@@ -42,6 +43,7 @@ from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.signals import StopSignals
 from unlocked.workers.actions import Item, ItemKind
+from unlocked.workers.cargo import CargoRing
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.lane import Lane
 from unlocked.workers.ring import Ring
@@ -141,6 +143,9 @@ class _Run:
             )
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
+        if job.lr_factor.per_step:
+            for reporter in self.reporters:
+                reporter.set_rates_per_step(job.lr_factor.at)
         self.captures = options.graphs and self._capturable()
         self.graphs: Mapping[ItemKind, TickGraph] = {}
         self.clock: DeviceClock | None = None
@@ -165,6 +170,7 @@ class _Run:
         """Captures after a warm-up whose effects are undone, and waits for everything that was begun."""
         if self.captures:
             depth, ticks = self.options.queue_depth, self.options.graph_ticks
+            ticks = 0 if self.job.lr_factor.per_step else ticks  # in one launch the rate is one
             self.graphs = capture(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
@@ -351,7 +357,7 @@ class _Run:
             if self.device.type != "cpu":
                 warnings.warn(
                     f"streams: no CUDA graphs, because layer {', '.join(drawing)} draws from a global generator, which "
-                    "only the host can seed; nn.Dropout is keyed on the device",
+                    "only the host can seed (nn.Dropout is keyed on the device), or has a rule that takes whole passes",
                     stacklevel=2,
                 )
             return False
@@ -382,5 +388,7 @@ def _rings(job: Job, parts: list[range], queue_depth: int) -> list[Ring]:
         flat = isinstance(network.blocks[part.start], LinearBlock | OutputBlock)
         depth = queue_depth if k else 1
         dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
-        rings.append(Ring(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
+        traffic = network.side_channel.traffic(part.start - 1) if k else {}
+        kind: Any = partial(CargoRing, traffic=traffic) if traffic else Ring
+        rings.append(kind(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
     return rings

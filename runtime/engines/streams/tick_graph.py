@@ -294,16 +294,20 @@ class _Restored:
 
     def __enter__(self) -> None:
         self._layers = [layer for lane in self._lanes for layer in lane.stage.layers]
-        self._saved = [(_clone(layer.state_dict()), layer.eval_totals.clone()) for layer in self._layers]
+        self._saved = [
+            (_clone(layer.state_dict()), layer.eval_totals.clone(), layer.score_totals.clone())
+            for layer in self._layers
+        ]
         _synchronize(self._lanes)
 
     def __exit__(self, kind: object, *_: object) -> None:
         # After a failure the device may be in no state to be restored; then that failure is the news.
         with suppress(RuntimeError) if kind is not None else nullcontext():
             _synchronize(self._lanes)
-            for layer, (state, eval_totals) in zip(self._layers, self._saved, strict=True):
+            for layer, (state, eval_totals, score_totals) in zip(self._layers, self._saved, strict=True):
                 layer.load_state_dict(state)
                 layer.eval_totals.copy_(eval_totals)
+                layer.score_totals.copy_(score_totals)
 
 
 def _runs(plan: StreamPlan, stages: int, queue_depth: int, graph_ticks: int) -> list[_Run]:

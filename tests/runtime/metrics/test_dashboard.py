@@ -90,6 +90,17 @@ def test_every_frame_fits_its_screen(stages: int, layers: int, epochs: int, widt
     assert any(line.lstrip().startswith(f"{stages - 1} ") for line in lines), "the last stage must be in sight"
 
 
+@settings(max_examples=10, deadline=None)
+@given(stages=st.integers(1, 30), width=st.integers(50, 200), height=st.integers(12, 60))
+def test_accuracies_of_layers_fit_too(stages: int, width: int, height: int) -> None:
+    view = full_view(stages, 2, 1)
+    view.accuracies = {layer: 98.76 for layers in view.info.stages for layer in layers}
+    lines = frame(view, width, height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    assert any("98.8" in line for line in lines) == (width >= 90)
+
+
 def test_small_terminal_shows_all_that_matters() -> None:
     text = "\n".join(frame(full_view(3, 2, 2), 80, 24))
     for part in ("SmallConv on digits", "LLS", "50%", "epoch 2/5", "123,456", "0:10 left", "layer1.0", "1.875"):

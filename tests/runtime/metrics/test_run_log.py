@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,20 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="resume with the same model"):
         log.on_start(other)
+
+
+def test_layers_that_predict_have_columns_and_a_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.on_start(replace(INFO, scored=("conv2", "output")))
+    log.on_epoch(replace(epoch(0), layer_acc1=(("conv2", 41.25), ("output", 70.1234))))
+    (row,) = rows(tmp_path)
+    assert (row["eval_acc1/conv2"], row["eval_acc1/output"]) == ("41.25", "70.1234")
+    assert " @Layers Acc@1 conv2: 41.250 - output: 70.123\n" in (tmp_path / "train.log").read_text()
+
+
+def test_an_earlier_releases_run_gets_the_columns_on_resume(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    log = RunLog(tmp_path, resume=True)
+    log.on_start(replace(INFO, scored=("conv2", "output"), start=40))
+    log.on_epoch(replace(epoch(2), layer_acc1=(("conv2", 41.25), ("output", 70.1234))))
+    assert [row["eval_acc1/conv2"] for row in rows(tmp_path)] == ["", "", "41.25"]

@@ -1,0 +1,61 @@
+"""What is looked at before a run begins: optimizers, precision, and the snapshot that it goes on from."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from unlocked.kernels.trial import bfloat16_gain
+from unlocked.runtime.arguments import try_optimizer
+from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
+from unlocked.runtime.network import Network
+from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.workers.optimizers import OptimizerFactory
+
+__all__ = ["by_layer", "check_resume", "tried_optimizers", "warn_of_slow_precision"]
+
+
+def tried_optimizers(optimizers: Optimizers, network: Network) -> dict[str, list[nn.Parameter]]:
+    """The parameters that each layer's optimizer was tried with; of one for all layers, the last layer's that has some.
+
+    Raises:
+        ValueError: an optimizer can't be built (`try_optimizer`).
+    """
+    of_layers = {name: list(block.parameters()) for name, block in zip(network.names, network.blocks, strict=True)}
+    if not isinstance(optimizers, Mapping):
+        last = next((name for name in reversed(of_layers) if of_layers[name]), network.names[-1])
+        of_layers = {last: of_layers[last]}
+    for name, parameters in of_layers.items():
+        try_optimizer(optimizer_for(optimizers, name), parameters)
+    return of_layers
+
+
+def by_layer(
+    optimizers: Optimizers, tried: Mapping[str, list[nn.Parameter]], tell: Callable[[OptimizerFactory, Any], Any]
+) -> Any:
+    """What `tell` says of the optimizer, or of each layer's by name."""
+    if not isinstance(optimizers, Mapping):
+        return tell(optimizers, *tried.values())
+    return {name: tell(optimizers[name], parameters) for name, parameters in tried.items()}
+
+
+def warn_of_slow_precision(precision: str, device: str) -> None:
+    if precision == "bf16" and torch.device(device).type == "cpu" and (gain := bfloat16_gain(device)) < 1:
+        warnings.warn(
+            f"precision bf16 is slower than fp32 on this processor, which has no unit for it: a matrix product takes "
+            f"{1 / gain:.1f} times as long; take fp32, or auto",
+            stacklevel=2,
+        )
+
+
+def check_resume(resume: Snapshot, fingerprint: Mapping[str, Any], plan: StreamPlan) -> None:
+    """Raises a ValueError if the snapshot is another run's, or lies beyond this run's end."""
+    resume.check(fingerprint)
+    if resume.position >= len(plan):
+        raise ValueError(
+            f"the snapshot {resume.folder} is at step {resume.steps}, where this run of {plan.epochs} epochs has "
+            "nothing left to do; give more epochs"
+        )

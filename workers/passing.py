@@ -1,0 +1,233 @@
+"""Layers and stages by whole passes: for rules that need more than a loss of activations and labels.
+
+A `PassLayer` gives its rule a `LayerPass`; a `PassStage` makes rows of the data by the rules' views, and brings the
+side channel from layer to layer and into the slots. Where no rule of a network asks for any of this, neither is used.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels.philox import Purpose, philox_int
+from unlocked.models.generators import mixed
+from unlocked.rules import Carried, LayerPass
+from unlocked.workers.actions import Item
+from unlocked.workers.cargo import READ_OUT, Cargo, write
+from unlocked.workers.drawing import DrawingLayer
+from unlocked.workers.layer import AutogradStep, Layer, as_delivered, count_correct
+from unlocked.workers.source import Source
+from unlocked.workers.stage import Stage
+from unlocked.workers.views import ViewMaker
+
+__all__ = ["PassLayer", "PassStage", "PassStep"]
+
+
+class _Given(NamedTuple):
+    """What a pass has from outside its layer."""
+
+    epoch: int
+    labels: Tensor
+    carried: Mapping[str, Tensor]
+
+
+class PassLayer(DrawingLayer):
+    """Arguments as `DrawingLayer`. Whoever calls `forward` says by `begin` what the micro-batch brings."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._given: _Given | None = None
+        self.lr_factor = 1.0
+        super().__init__(*args, **options, step=PassStep)
+        self._pass_key = philox_int(self.info.seed, Purpose.RULE, self.info.index, 2)
+
+    def begin(self, epoch: int, labels: Tensor, carried: Mapping[str, Tensor]) -> None:
+        """The training micro-batch that comes next.
+
+        Args:
+            labels: [B], of the samples.
+            carried: what arrives on the side channel.
+        """
+        self._given = _Given(epoch, labels, carried)
+
+    def new_pass(self, x: Tensor, activations: Tensor) -> LayerPass:
+        """The rule's view of a micro-batch whose forward is done."""
+        assert self._given is not None, "forward without a begin"
+        epoch, labels, carried = self._given
+        self._given = None
+        return LayerPass(
+            input=x,
+            activations=activations,
+            labels=labels,
+            block=self.block.body,
+            step=self._steps,
+            epoch=epoch,
+            lr_factor=self.lr_factor,
+            carried=carried,
+            key=mixed(self._pass_key, self._steps),
+            forward=self._forward_again,
+        )
+
+    @torch.no_grad()
+    def carry(self) -> Mapping[str, Tensor]:
+        """What leaves on the side channel with the last `forward`.
+
+        Raises:
+            ValueError: it is not what the rule declares; names the tensor.
+        """
+        declared = self.rule.carries
+        if not declared:
+            return {}
+        step = self.step
+        assert isinstance(step, PassStep)
+        with self._generators.keyed(mixed(self._bases["carry"], self._steps)):
+            made = self.rule.carry(step.current())
+        return _checked(made, declared)
+
+    def set_lr_factor(self, factor: float) -> None:
+        super().set_lr_factor(factor)
+        self.lr_factor = factor
+
+    def _forward_again(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            activations: Tensor = self.block.body(x)
+        return activations.float() if activations.dtype == torch.bfloat16 else activations
+
+
+class PassStep(AutogradStep):
+    """The local step of a rule that takes whole passes."""
+
+    layer: PassLayer
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._pass: LayerPass | None = None
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        layer, x = self.layer, x.detach()
+        with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast():
+            activations = layer.block.body(x)
+        with torch.set_grad_enabled(layer.rule.needs_graph):
+            seen = activations.float() if activations.dtype == torch.bfloat16 else activations
+        self._pass = layer.new_pass(x, seen)
+        with torch.no_grad():
+            result = layer.leaving(layer.block.tail(activations.detach()))
+            return result if out is None else out.copy_(result)
+
+    def current(self) -> LayerPass:
+        """The micro-batch between `forward` and `update`."""
+        assert self._pass is not None, "no forward before"
+        return self._pass
+
+    def update(self, labels: Tensor) -> Tensor:
+        layer, one = self.layer, self.current()
+        self._pass = None
+        for parameter in layer.parameters:
+            parameter.grad = None
+        with torch.set_grad_enabled(layer.rule.needs_graph):
+            loss = layer.rule.step(one)
+            if loss.requires_grad:
+                loss.backward()
+        if layer.optimizer is not None:
+            layer.optimizer.step()
+        with torch.no_grad():
+            loss_sum = loss.detach() * labels.shape[0]
+            layer.totals[0] += loss_sum
+            if layer.is_output:
+                layer.totals[1:] += count_correct(one.activations, labels)
+        return loss_sum
+
+
+class PassStage(Stage):
+    """A stage of a network in which rules need more than activations and labels.
+
+    Args:
+        leaves: of each layer, what travels on to the next one beside training activations.
+        views: makes the rows of the data; None: a row per sample. Stage 0 makes them, all stages know of them.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[Layer],
+        source: Source | None = None,
+        *,
+        leaves: Sequence[Mapping[str, Carried]],
+        views: ViewMaker | None,
+    ) -> None:
+        super().__init__(index, layers, source)
+        self._leaves, self._views = leaves, views
+
+    def forward(self, item: Item, x: Any, labels: Tensor, out: Any = None) -> Tensor:
+        x, carried = self._unpacked(item, x, labels)
+        place = out.activations if isinstance(out, Cargo) else out
+        if item.kind == "statistics":
+            for layer in self.layers:
+                x = layer.infer(self._entering(layer, x, item), "statistics")
+            return x if place is None else place.copy_(x)
+        self._labels = labels
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = self._entering(layer, x, item)
+            if isinstance(layer, PassLayer):
+                layer.begin(item.epoch, labels, carried)
+            x = layer.forward(x, place if i == last else None)
+            made = layer.carry() if isinstance(layer, PassLayer) else {}
+            carried = {name: made[name] if name in made else carried[name] for name in self._leaves[i]}
+            if i < last:
+                layer.update(labels)
+        if isinstance(out, Cargo):
+            write(carried, out)
+        return x
+
+    @torch.no_grad()
+    def evaluate(self, item: Item, x: Any, labels: Tensor, out: Any = None) -> Tensor:
+        x, carried = self._unpacked(item, x, labels)
+        total = carried.get(READ_OUT)
+        for layer in self.layers:
+            x, scores = layer.evaluate(self._entering(layer, x, item))
+            if scores is not None:
+                layer.score(scores, labels)
+                weight = layer.rule.read_out
+                if weight is not None:
+                    total = weight * scores if total is None else total + weight * scores
+        if self.is_last:
+            self.layers[-1].score(x, labels)
+            self._count_evaluation(x if total is None else total, labels)
+        if isinstance(out, Cargo):
+            out.activations.copy_(x)
+            for place in out.carried.values():  # the running sum, if anything
+                place.zero_() if total is None else place.copy_(total)
+            return out.activations
+        return x if out is None else out.copy_(x)
+
+    def _unpacked(self, item: Item, x: Any, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if isinstance(x, Cargo):
+            return x.activations, x.carried
+        if self._views is not None and self.source is not None:
+            x = as_delivered(self._views.make(item, x, labels))
+        return x, {}
+
+    def _entering(self, layer: Layer, x: Tensor, item: Item) -> Tensor:
+        """The output layer sees the rows of one view."""
+        if layer.is_output and self._views is not None:
+            return self._views.probed(x, item.size)
+        return x
+
+
+def _checked(made: Mapping[str, Tensor], declared: Mapping[str, Carried]) -> dict[str, Tensor]:
+    if not isinstance(made, Mapping) or made.keys() != declared.keys():
+        got = ", ".join(map(str, made)) if isinstance(made, Mapping) else type(made).__name__
+        raise ValueError(f"carry() gives {got or 'nothing'}; the rule declares that it carries {', '.join(declared)}")
+    tensors = {}
+    for name, one in declared.items():
+        value = made[name]
+        if not isinstance(value, Tensor) or value.dtype != one.dtype or tuple(value.shape[1:]) != tuple(one.shape):
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            rows = "samples" if one.per_sample else "rows"
+            raise ValueError(
+                f"carry() gives {got} under the name {name!r}; declared is {one.dtype} [{rows}, "
+                f"{', '.join(map(str, one.shape))}]"
+            )
+        tensors[name] = as_delivered(value.detach())
+    return tensors
