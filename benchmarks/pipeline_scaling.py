@@ -176,7 +176,7 @@ def train(
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         flags = ["--dataset", options.dataset, "--dataset-dir", options.dataset_dir, "--engine", engine, "--no-eval"]
         flags += ["--max-steps", str(options.max_steps), "--kernels", options.kernels, "--plain", *more]
-        command = [*launcher, str(ROOT / "launch" / "pipeline.py"), *flags, "--summary", str(summary)]
+        command = [*launcher, str(ROOT / "launch" / "pipeline.py"), *flags, "--no-save", "--summary", str(summary)]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         content: dict[str, Any] = json.loads(summary.read_text())

@@ -59,6 +59,9 @@ def main() -> int:
     return 0
 
 
+NOTHING_SAVED = {"UNLOCKED_SAVE_PATH": ""}  # a flag would be unknown to an older checkout
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the checkout to compare with")
@@ -80,7 +83,7 @@ def train(checkout: Path, way: str, options: argparse.Namespace) -> float:
                 *("--dataset", "synthetic", "--num-epochs", "1000", "--max-steps", str(options.max_steps)),
                 *("--summary", str(summary), *flags),
             ],
-            env=os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": str(threads), **NOTHING_SAVED},
             check=True,
             stdout=subprocess.DEVNULL,
         )

@@ -23,7 +23,7 @@ from unlocked.runtime.job import check_device
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.recipe import Recipe
 
-__all__ = ["CompareOptions", "parse"]
+__all__ = ["CompareOptions", "make_parser", "parse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
     Raises:
         ValueError: a mistake, in one line.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = vars(make_parser().parse_args(arguments))
     shared = {name: given.pop(name) for name in (*_SHARED, "device") if name in given}
     recipe = Recipe(**shared, plain=True, print_freq=_NEVER)
     check_device(recipe.device)
@@ -112,7 +112,8 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
 _NEVER = 1_000_000  # training micro-batches between two readings of the losses, which cost time
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
     parser = LineParser(
         prog="unlocked compare",
         description="Compares local learning with backpropagation on this machine. Every contender trains in processes "

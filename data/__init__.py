@@ -5,10 +5,19 @@ Knows nothing of pipelines.
 
 from unlocked.data.dataset import Augmentation, ImageDataset
 from unlocked.data.loader import LoaderDataset
-from unlocked.data.order import epoch_order
+from unlocked.data.order import class_order, epoch_order
 from unlocked.data.registry import DATASETS, load_dataset
 
-__all__ = ["DATASETS", "Augmentation", "Dataset", "ImageDataset", "LoaderDataset", "epoch_order", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Dataset",
+    "ImageDataset",
+    "LoaderDataset",
+    "class_order",
+    "epoch_order",
+    "load_dataset",
+]
 
 Dataset = ImageDataset | LoaderDataset
 """Whatever a run can read."""

@@ -62,11 +62,13 @@ class ImageDataset:
     """True: the images stay where they are (in host memory, or in a file mapped into it), and micro-batches are read
     ahead of stage 0; False: they move to the device as a whole; None: as a whole where they fit. The numbers are the
     same."""
+    classes_per_batch: int | None = None
+    """Of how many classes a training micro-batch holds samples (see `class_order`); None: of any, all samples once."""
 
     def __post_init__(self) -> None:
         if not self.classes or isinstance(self.classes, _Numbers):
             object.__setattr__(self, "classes", _Numbers(max(self.num_classes, 0)))
-        problem = self._shape_problem() or self._label_problem() or self._statistics_problem()
+        problem = self._shape_problem() or self._label_problem() or self._statistics_problem() or self._order_problem()
         if problem:
             raise ValueError(f"dataset {self.name} ({self.split}): {problem}")
         object.__setattr__(self, "images", self.images.contiguous())
@@ -203,6 +205,15 @@ class ImageDataset:
         if self.augmentation.crop_padding or self.augmentation.erase_probability:
             return "float images can only be flipped; pass uint8 images to crop and erase"
         return None
+
+    def _order_problem(self) -> str | None:
+        most = self.classes_per_batch
+        if most is None:
+            return None
+        there = len(self.labels.unique())
+        if 1 <= most <= there:
+            return None
+        return f"classes_per_batch is {most}; the labels have {there} classes, give 1 to {there}"
 
 
 class _Numbers(Sequence[str]):

@@ -32,7 +32,8 @@ class Purpose(IntEnum):
     SYNTHETIC = 6
     RULE = 7
     DRAW = 8
-    VIEWS = 9
+    CLASSES = 9
+    VIEWS = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

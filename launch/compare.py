@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from unlocked.launch.output import lasting_output
 
 if TYPE_CHECKING:
+    import argparse
+
     from unlocked.comparison.results import Report
 
-__all__ = ["STUDIES", "main"]
+__all__ = ["STUDIES", "main", "make_parser"]
 
 STUDIES = {
     "memory": "unlocked.comparison.memory.study",
@@ -35,6 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
         return 130
+
+
+def make_parser() -> "argparse.ArgumentParser":
+    """All flags of the comparison; its studies have others."""
+    from unlocked.comparison.command_line import make_parser as comparison
+
+    parser = comparison()
+    parser.add_argument("--study", choices=list(STUDIES), help="measure this instead")
+    return parser
 
 
 def _compare(arguments: Sequence[str]) -> int:

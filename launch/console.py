@@ -1,4 +1,4 @@
-"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate, check rules, without a checkout.
+"""The command `unlocked`, also `python -m unlocked`: train, compare, evaluate and the others, without a checkout.
 
 Each command is an entry point of its own and gets the rest of the command line; nothing of torch is imported before a
 command is known.
@@ -15,14 +15,18 @@ __all__ = ["COMMANDS", "leave", "main"]
 
 COMMANDS = {
     "train": ("unlocked.launch.pipeline", "train a network by local rules, in one process or as a pipeline"),
+    "launch": ("unlocked.launch.cluster", "the same by torchrun, on one machine or many"),
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
     "check-rule": ("unlocked.launch.check_rule", "is a rule of one's own local, exact and resumable"),
     "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "chaos": ("unlocked.launch.chaos", "a training under faults: does it come to the same bits, and what does it cost"),
+    "compare-runs": ("unlocked.launch.compare_runs", "saved runs beside each other: a table, and curves"),
+    "completion": ("unlocked.launch.completion", "make your shell complete all of this"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),
 }
-"""Name -> a module with a `main(arguments) -> int`, and what it does in one line."""
+"""Name -> a module with a `main(arguments) -> int`, and what it does in one line. A `make_parser()` of that module
+gives its flags, for the shell."""
 
 
 @lasting_output()
@@ -63,7 +67,7 @@ def run() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<13}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<14}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: unlocked COMMAND [FLAGS]   (unlocked COMMAND --help lists the flags)",

@@ -21,14 +21,25 @@ from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_
 from unlocked.runtime.saving.snapshots import find_snapshot
 from unlocked.runtime.saving.whole_file import write_json
 
-__all__ = ["main", "score"]
+__all__ = ["main", "make_parser", "score"]
 
 _TOLD = (
-    *("model", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout", "precision"),
+    *("model", "pool", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout"),
+    "precision",
     *sorted(setting_names(ModelOptions)),
 )
 """What of a run's settings its weights, and their scores, depend on."""
-_FLAGS = ("model", "training_mode", "dataset", "dataset_dir", "image_size", "test_batch_size", "device", "summary")
+_FLAGS = (
+    "model",
+    "pool",
+    "training_mode",
+    "dataset",
+    "dataset_dir",
+    "image_size",
+    "test_batch_size",
+    "device",
+    "summary",
+)
 _UNREAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 """What a file that is not the run's can raise once it has been read, beside a ValueError."""
 
@@ -37,7 +48,7 @@ _UNREAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints loss and accuracies. A mistake ends in one line on standard error and exit code 2."""
     try:
-        given = vars(_parser().parse_args(arguments))
+        given = vars(make_parser().parse_args(arguments))
         path = checked_path("weights", given.pop("weights"), "")
         figures = score(path, given)
         if (summary := Recipe(**given).summary) is not None:
@@ -108,13 +119,16 @@ def _check_rule(name: str, *, is_snapshot: bool) -> None:
         )
 
 
-def _parser() -> LineParser:
+def make_parser() -> LineParser:
+    """All flags of the command."""
     parser = LineParser(
         prog="unlocked evaluate",
         description="Scores saved weights on the test data.",
         epilog="Model, data and batch size are the run's own, from the config.json beside its weights, unless given.",
     )
-    parser.add_argument("weights", help="a model_final.pt, a model_best.pt, a snapshot, or a folder of snapshots")
+    parser.add_argument(
+        "weights", metavar="FILE", help="model_final.pt, model_best.pt, a snapshot, or a folder of such"
+    )
     add_flags(parser.add_argument_group("the run's own unless given, but for the device"), Recipe, _FLAGS)
     add_flags(parser.add_argument_group("the model's options, likewise"), ModelOptions)
     return parser

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unlocked.launch.output import lasting_output
@@ -12,8 +13,9 @@ from unlocked.launch.output import lasting_output
 if TYPE_CHECKING:
     from unlocked.runtime import RunResult
     from unlocked.runtime.control.set_up import SetUp
+    from unlocked.runtime.fields import LineParser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @lasting_output()
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from unlocked.launch.own_workers import start_workers
         from unlocked.rules import GLOBAL_RULES
         from unlocked.runtime import Processes
-        from unlocked.runtime.recipe import run
+        from unlocked.runtime.recipe import place, run
 
         given = list(sys.argv[1:] if arguments is None else arguments)
         recipe = parse(given, default_engine="processes" if under_launcher else "sequential")
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return start_workers(count, "unlocked.launch.pipeline", given, threads=threads)
         elif set_up is not None:
             set_up.done()
-        return _tell(run(recipe))
+        recipe = place(recipe)
+        return _tell(run(recipe), recipe.folder)
     except ValueError as error:
         return _complain(rank, error, 2, set_up)
     except KeyboardInterrupt:
@@ -62,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if set_up is not None:
             set_up.done()
+
+
+def make_parser() -> "LineParser":
+    """All flags of `unlocked train`."""
+    from unlocked.launch.command_line import make_parser as train
+
+    return train()
 
 
 def _join() -> "SetUp | None":
@@ -89,8 +99,8 @@ def _number_of_processes(stages: int | str | None) -> int:
     return stages if isinstance(stages, int) else stages.count(",") + 1
 
 
-def _tell(result: "RunResult") -> int:
-    """Prints what came out; the exit code."""
+def _tell(result: "RunResult", folder: Path | None) -> int:
+    """Prints what came out, and where its files are; the exit code."""
     if result.is_complete:
         if result.epochs and result.test_acc1 is not None:
             print(f"test accuracy {result.test_acc1:.2f} % after {result.epochs_done} epochs", flush=True)
@@ -99,7 +109,11 @@ def _tell(result: "RunResult") -> int:
         print(f"{result.steps} micro-batches{part} in {result.train_seconds:.1f} s, {rate:.0f} images/s", flush=True)
         if result.predicted_stage_seconds:
             print(_stage_times(result), flush=True)
+        if folder is not None:
+            print(f"saved in {folder}", flush=True)
     if result.stopped_by is None:
+        if result.is_complete and result.stop_reason:
+            print(f"{result.stop_reason}; {result.steps} training micro-batches", flush=True)
         return 0
     if result.is_complete:
         print(f"stopped by signal {result.stopped_by} after {result.steps} training micro-batches", flush=True)

@@ -1,6 +1,14 @@
 """Networks as plain lists of blocks. Knows nothing of rules, optimizers or pipelines."""
 
-from unlocked.models.blocks import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock, use_tanh
+from unlocked.models.blocks import (
+    Block,
+    ConvBlock,
+    DepthwiseBlock,
+    LinearBlock,
+    OutputBlock,
+    use_average_pools,
+    use_tanh,
+)
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
@@ -41,6 +49,7 @@ __all__ = [
     "small_conv",
     "small_conv_l",
     "split",
+    "use_average_pools",
     "use_tanh",
     "vgg8",
     "vgg8b",

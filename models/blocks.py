@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from unlocked.kernels.reference import Layout
 from unlocked.models.dropout import KeyedDropout, replace_dropout
 
-__all__ = ["Block", "ConvBlock", "DepthwiseBlock", "LinearBlock", "Origin", "OutputBlock", "Pool", "use_tanh"]
+__all__ = [
+    "Block",
+    "ConvBlock",
+    "DepthwiseBlock",
+    "LinearBlock",
+    "Origin",
+    "OutputBlock",
+    "Pool",
+    "use_average_pools",
+    "use_tanh",
+]
 
 NEGATIVE_SLOPE = 0.01  # torch's default for LeakyReLU, and the authors'
-Pool = Literal["none", "max", "average"]
+Pool = Literal["none", "max", "mean", "average"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,8 +132,9 @@ class ConvBlock(Block):
     """Conv2d -> BatchNorm2d -> LeakyReLU, then pooling and dropout.
 
     Args:
-        pool: what follows the activations: "none", "max" (2x2, stride 2, odd rows dropped) or "average" (adaptive).
-        pool_size: the side that "average" pools to (default 1). "max" has 2 and "none" 1.
+        pool: what follows the activations: "none", "max" or "mean" (2x2, stride 2, odd rows dropped) or
+            "average" (adaptive).
+        pool_size: the side that "average" pools to (default 1). "max" and "mean" have 2 and "none" 1.
         dropout: probability, after the pool.
         latent_size, hidden, reduced_rank: see `Block`.
     """
@@ -281,9 +292,9 @@ class OutputBlock(Block):
 
 
 def _pool_side(name: str, pool: str, pool_size: int | None) -> int:
-    fixed = {"none": 1, "max": 2}
+    fixed = {"none": 1, "max": 2, "mean": 2}
     if pool not in (*fixed, "average"):
-        raise ValueError(f"block {name}: pool {pool!r} is not known; valid: none, max, average")
+        raise ValueError(f"block {name}: pool {pool!r} is not known; valid: {', '.join(get_args(Pool))}")
     size = fixed.get(pool, 1) if pool_size is None else pool_size
     if size < 1 or size != fixed.get(pool, size):
         valid = "a positive side" if pool == "average" else str(fixed[pool])
@@ -295,6 +306,8 @@ def _tail(pool: str, pool_size: int, dropout: float) -> nn.Module:
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     if pool == "max":
         steps["pool"] = nn.MaxPool2d(pool_size)
+    elif pool == "mean":
+        steps["pool"] = nn.AvgPool2d(pool_size)
     elif pool == "average":
         steps["pool"] = nn.AdaptiveAvgPool2d(pool_size)
     if dropout:
@@ -307,3 +320,17 @@ def use_tanh(blocks: Iterable[Block]) -> None:
     for block in blocks:
         if isinstance(block, ConvBlock | LinearBlock):
             block.body.add_module("act", nn.Tanh())
+
+
+def use_average_pools(blocks: Iterable[Block]) -> None:
+    """Puts 2x2 average pools in the place of the 2x2 max pools between the blocks, in place.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pooled = [b for b in blocks if isinstance(b, ConvBlock | DepthwiseBlock) and b.pool == "max"]
+    if not pooled:
+        raise ValueError("the network has no max pools between its blocks; leave --pool AVG out")
+    for block in pooled:
+        block.pool = "mean"
+        cast(nn.Sequential, block.tail).pool = nn.AvgPool2d(2)

@@ -10,13 +10,19 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
     from unlocked.runtime.learning_rate import PerStep, ReduceLROnPlateau, WarmUp
+    from unlocked.runtime.metrics.csv_file import CsvFile
+    from unlocked.runtime.metrics.early_stopping import EarlyStopping
     from unlocked.runtime.metrics.sinks import MetricsSink
+    from unlocked.runtime.metrics.trackers import MLflow, Trackio, Wandb
     from unlocked.runtime.prediction import Evaluation
     from unlocked.runtime.result import RunResult
     from unlocked.runtime.trainer import Trainer
 
 __all__ = [
+    "CsvFile",
+    "EarlyStopping",
     "Evaluation",
+    "MLflow",
     "MetricsSink",
     "PerStep",
     "Processes",
@@ -24,12 +30,17 @@ __all__ = [
     "RunResult",
     "Sequential",
     "Streams",
+    "Trackio",
     "Trainer",
+    "Wandb",
     "WarmUp",
 ]
 
 _HOMES = {
     "Evaluation": "unlocked.runtime.prediction",
+    "CsvFile": "unlocked.runtime.metrics.csv_file",
+    "EarlyStopping": "unlocked.runtime.metrics.early_stopping",
+    **dict.fromkeys(("MLflow", "Trackio", "Wandb"), "unlocked.runtime.metrics.trackers"),
     "MetricsSink": "unlocked.runtime.metrics.sinks",
     "Processes": "unlocked.runtime.engines.processes.engine",
     "PerStep": "unlocked.runtime.learning_rate",

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+from unlocked.runtime.line_parser import LineParser
 from unlocked.runtime.paths import Place, checked_path
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "LineParser",
     "add_flags",
     "check",
+    "checked_value",
+    "choices_of",
     "flag_of",
     "from_environment",
     "saved",
@@ -113,6 +116,11 @@ def flag_of(owner: type, name: str) -> str:
     return _flags(next(one for one in _settings(owner) if one.name == name))[-1]
 
 
+def choices_of(owner: type, name: str) -> Sequence[str]:
+    """The valid names of the setting `name` of the dataclass `owner`; empty: any value of its type may do."""
+    return next(_spec(one) for one in _settings(owner) if one.name == name).names()
+
+
 def add_flags(
     group: argparse._ArgumentGroup,
     owner: type,
@@ -145,11 +153,18 @@ def saved(instance: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values_of(instance).items()}
 
 
-class LineParser(argparse.ArgumentParser):
-    """Raises a ValueError of one line where argparse would print its usage and exit."""
+def checked_value(owner: type, name: str, value: Any) -> Any:
+    """`value` as the setting `name` of the dataclass `owner` holds it; a number may be written as text, as some files
+    do.
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ValueError(f"{message}; see --help")
+    Raises:
+        ValueError: names the setting, the value, and what is valid.
+    """
+    one = next(one for one in _settings(owner) if one.name == name)
+    kinds = _kinds(one)
+    if isinstance(value, str) and any(kind in (int, float) for kind in kinds) and not {str, bool} & set(kinds):
+        value = _from_text(one, value)
+    return _checked(one, value)
 
 
 _KEY = "setting"
@@ -308,11 +323,20 @@ def _form(one: Field[Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         return {"action": "store_true", "help": text}
     if default not in (None, "", (), MISSING):
         text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+    form: dict[str, Any] = {"help": text, "metavar": _metavar(one)}
     if (kind := _row_of(one)) is not None:
-        return {"type": kind, "nargs": "+", "help": text}
+        return {**form, "type": kind, "nargs": "+"}
     if int in kinds and str in kinds:
-        return {"type": _number_or_text, "help": text}
-    return {"type": next(_PARSED[kind] for kind in kinds if kind in _PARSED), "help": text}
+        return {**form, "type": _number_or_text}
+    return {**form, "type": next(_PARSED[kind] for kind in kinds if kind in _PARSED)}
+
+
+def _metavar(one: Field[Any]) -> str:
+    """What the help calls the value."""
+    kinds = (*_kinds(one), _row_of(one))
+    if Path in kinds:
+        return "FILE" if _spec(one).place == "new file" else "DIR"
+    return "N" if int in kinds else "X" if float in kinds else "NAME" if _spec(one).choices else "TEXT"
 
 
 _PARSED: Mapping[Any, Callable[[str], Any]] = {int: int, float: float, str: str, Path: str}

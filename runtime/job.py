@@ -77,10 +77,14 @@ class Job:
         """What activations are stored in between two layers."""
         return storage_dtype(self.settings.precision)
 
-    def segments(self) -> Iterator[tuple[int, int]]:
+    def segments(self, waits: bool = False) -> Iterator[tuple[int, int]]:
         """The parts of the stream, as (first, stop) positions, between which the pipeline must drain: the whole of it,
-        or its epochs where the learning rate of one depends on the test loss of the one before."""
-        if not self.lr_factor.needs_losses:
+        or its epochs where the learning rate of one depends on the test loss of the one before.
+
+        Args:
+            waits: a sink is to hear of every epoch before the next one begins.
+        """
+        if not (waits or self.lr_factor.needs_losses):
             yield self.start, len(self.plan)
             return
         first = self.start
@@ -147,11 +151,12 @@ class Job:
     def _view_maker(self, views: Views | None) -> ViewMaker | None:
         if views is None:
             return None
+        in_order = isinstance(self.train, ImageDataset) and self.train.classes_per_batch is None
         return ViewMaker(
             views,
             seed=self.settings.seed,
             num_classes=self.network.infos[-1].num_classes,
-            train_size=len(self.train) if isinstance(self.train, ImageDataset) else None,
+            train_size=len(self.train) if in_order else None,
             batch_size=self.plan.batch_size,
         )
 

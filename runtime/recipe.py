@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,40 @@ import torch
 from unlocked.data import DATASETS, ImageDataset, load_dataset
 from unlocked.kernels.reference import WAVEFORMS
 from unlocked.kernels.schedule_free import AdamWSF
-from unlocked.models import Block, check_model_options, get_model, use_tanh
+from unlocked.models import Block, check_model_options, get_model, use_average_pools, use_tanh
 from unlocked.rules import GLOBAL_RULES, OUTPUT_RULES, TRAINING_MODES, Rule, get_rule
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.fields import LARGEST, saved, setting, values_of
 from unlocked.runtime.job import Engine
 from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule, warmed_up
-from unlocked.runtime.metrics.dashboard import Dashboard
-from unlocked.runtime.metrics.run_log import RunLog
-from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.metrics.tensorboard import TensorBoard, require_tensorboard
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.saving.folder_lock import hold_folder
-from unlocked.runtime.saving.snapshots import sweep_unfinished
+from unlocked.runtime.run_sinks import make_sinks, require_packages
+from unlocked.runtime.saving.run_folder import claim_folder, find_run, folder_name, give_up_claim
 from unlocked.runtime.saving.tensor_file import save_weights
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.schedules.marks import Period
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
+from unlocked.runtime.summary import summary_of
 from unlocked.runtime.trainer import Trainer
 
-__all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "run", "summary"]
+__all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "place", "run"]
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "AdamWSF", "AdamWScheduleFree", "SGDSF")
 _LARGEST_SIDE = 16384  # of an image, in pixels: four times what any dataset here has
 _LARGEST_RATE = 3.4e38  # float32's largest number: how large a rate a network bears is for the run to find out
 _LARGEST_FACTOR = 1e6  # of decays and temperatures: beyond it float32 overflows within a step or two
+_OWN = (
+    "model",
+    "dataset",
+    "training_mode",
+    "waveform",
+    "optimizer",
+    "seed",
+    "pool",
+    "classes_per_batch",
+)  # by these a run of a table is found again
 _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milestones
 
 
@@ -96,20 +103,27 @@ class Recipe(Settings, ModelOptions):
         at_least=0,
         at_most=LARGEST,
     )
-    gamma: float = setting(
-        0.3,
-        "of MultiStepLR, and below 1 of ReduceLROnPlateau",
-        at_least=0,
-        at_most=_LARGEST_FACTOR,
-    )
+    gamma: float = setting(0.3, "of MultiStepLR, and below 1 of ReduceLROnPlateau", at_least=0, at_most=_LARGEST_FACTOR)
     lr_scheduler: str = setting(
         "",
         "none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau (drains the pipeline at the end of each epoch); "
         "unless given: MultiStepLR where there are milestones, else none",
         choices=("", *LR_SCHEDULES),
     )
-    experiment_name: str | None = setting(None, "folder below --save-path")
-    save_path: Path | None = setting(None, "where log, metrics, config, snapshots and weights go", place="new folder")
+    experiment_name: str | None = setting(
+        None,
+        "the run's folder below --save-path; a second run of that name gets NAME-2, and so on; unless given: made of "
+        "model, data, rule and optimizer",
+    )
+    save_path: Path | None = setting(
+        None,
+        "log, metrics, config, snapshots and weights go into a folder of the run's below this; unless given, on the "
+        "command line: experiments, or $UNLOCKED_SAVE_PATH",
+        place="new folder",
+    )
+    run_number: int | None = setting(
+        None, "of the runs of one name; None: the next that is free", is_flag=False, at_least=1, at_most=LARGEST
+    )
     save_best_model: bool = setting(False, "keep the weights of the best test accuracy")
     patience: int = setting(
         10, "epochs that ReduceLROnPlateau waits for a lower test loss", at_least=0, at_most=LARGEST
@@ -117,11 +131,24 @@ class Recipe(Settings, ModelOptions):
     temperature: float = setting(0.5, "the local scores are divided by it", above=0, at_most=_LARGEST_FACTOR)
     label_smoothing: float = setting(0.0, "of the local losses", at_least=0, below=1)
     dropout: float = setting(0.0, "between the blocks", at_least=0, below=1)
+    pool: str = setting("MAX", "2x2, between the blocks: MAX or AVG", choices=("MAX", "AVG"))
+    classes_per_batch: int | None = setting(
+        None,
+        "of so many classes a training micro-batch holds samples; unless given: of any, and all samples once an epoch",
+        at_least=1,
+        at_most=LARGEST,
+    )
     drop_last: bool = setting(False, "leave out the last training micro-batch of an epoch where it would be smaller")
     max_steps: int | None = setting(None, "stop after that many training micro-batches", at_least=1, at_most=LARGEST)
     no_eval: bool = setting(False, "train only")
     summary: Path | None = setting(None, "write a JSON summary here", place="new file")
+    early_stop: int | None = setting(
+        None, "stop after so many epochs without a lower test loss; drains at their ends", at_least=1, at_most=LARGEST
+    )
     tensorboard: Path | None = setting(None, "write TensorBoard's event files below this folder", place="new folder")
+    mlflow: Path | None = setting(None, "log to MLflow's mlflow.db in this folder", place="new folder")
+    wandb: Path | None = setting(None, "write an offline run of Weights & Biases here", place="new folder")
+    trackio: Path | None = setting(None, "write Trackio's database into this folder", place="new folder")
     plain: bool = setting(False, "lines instead of the dashboard")
     engine: Engine | str = "sequential"
     """As `Trainer` takes it."""
@@ -138,6 +165,11 @@ class Recipe(Settings, ModelOptions):
     @property
     def run_name(self) -> str:
         """The run's folder below the save path."""
+        return folder_name(self.series, self.run_number or 1)
+
+    @property
+    def series(self) -> str:
+        """What the run is called, and others like it."""
         return self.experiment_name or f"{self.model}-{self.dataset}-{self.training_mode}-{self.optimizer}"
 
     @property
@@ -157,7 +189,10 @@ class Recipe(Settings, ModelOptions):
             ValueError: no such dataset, or its files are missing or damaged.
         """
         sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
-        return load_dataset(self.dataset, self.dataset_dir, **sizes)
+        train, test = load_dataset(self.dataset, self.dataset_dir, **sizes)
+        return train if self.classes_per_batch is None else replace(
+            train, classes_per_batch=self.classes_per_batch
+        ), test
 
     def plan(self, train: ImageDataset, test: ImageDataset) -> StreamPlan:
         """The stream that `fit` makes of the data.
@@ -187,10 +222,9 @@ class Recipe(Settings, ModelOptions):
         Raises:
             ValueError: a name is not known, or a value out of range.
         """
-        folder = self.folder
-        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "progress": False}
-        how["resume"] = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
-        if folder is not None:
+        resume = self.resume if self.resumes_by_itself else _snapshots_of(self.resume)
+        how: dict[str, Any] = {**values_of(self, Settings), "engine": self.engine, "progress": False, "resume": resume}
+        if (folder := self.folder) is not None:
             how["snapshot_dir"] = self.snapshot_dir or folder / "snapshots"
             how["best_dir"] = self.best_dir or (folder / "best" if self.save_best_model else None)
         how["names"] = {"model": self.model, "dataset": self.dataset, "rule": self.training_mode}
@@ -214,6 +248,20 @@ class Recipe(Settings, ModelOptions):
         )
 
 
+def place(recipe: Recipe) -> Recipe:
+    """The recipe with the number of its run, whose folder it claims: the next number of its name that is free, or that
+    of the run which is to go on. All processes of a run come to the same.
+
+    Raises:
+        ValueError: the save path can't be written.
+    """
+    if recipe.save_path is None or recipe.run_number is not None:
+        return recipe
+    mine = {name: getattr(recipe, name) for name in _OWN} if recipe.resumes_by_itself else None
+    number = find_run(recipe.save_path, recipe.series, settings=mine, resume=recipe.resume)
+    return replace(recipe, run_number=claim_folder(recipe.save_path, recipe.series, number))
+
+
 def run(recipe: Recipe) -> RunResult:
     """One run with its dashboard, logs and files. Only a complete result (`RunResult.is_complete`) is written.
 
@@ -221,23 +269,27 @@ def run(recipe: Recipe) -> RunResult:
         ValueError: what is wrong with the recipe, its data or its files.
         StageError, RunFailed, TimeoutError: as `Trainer.fit`.
     """
-    if recipe.folder is None and (recipe.snapshot_every or recipe.save_best_model):
-        raise ValueError("--snapshot-every and --save-best-model need --save-path, the folder to write to")
-    if recipe.tensorboard is not None:
-        require_tensorboard()
-    ready: dict[str, Any] = {
-        "rule": make_rule(recipe),
-        "optimizer": make_optimizer(recipe),
-        "lr_factor": make_lr_factor(recipe),
-    }
-    train, test = recipe.load_data()
     with contextlib.ExitStack() as held:
-        trainer = recipe.trainer(train, **ready, sinks=partial(_make_sinks, recipe, held))
+        recipe = place(recipe)
+        if recipe.folder is not None:
+            held.push(partial(_leave_folder, recipe.folder))
+        elif recipe.snapshot_every or recipe.save_best_model:
+            raise ValueError("--snapshot-every and --save-best-model need --save-path, the folder to write to")
+        if recipe.early_stop is not None and recipe.no_eval:
+            raise ValueError("--early-stop needs the test loss, which --no-eval leaves out; leave out one of them")
+        require_packages(recipe)
+        ready: dict[str, Any] = {
+            "rule": make_rule(recipe),
+            "optimizer": make_optimizer(recipe),
+            "lr_factor": make_lr_factor(recipe),
+        }
+        train, test = recipe.load_data()
+        trainer = recipe.trainer(train, **ready, sinks=partial(make_sinks, recipe, recipe.folder, held))
         result = recipe.fit(trainer, train, test)
         if result.is_complete:
             if recipe.summary is not None:
                 recipe.summary.parent.mkdir(parents=True, exist_ok=True)
-                write_json(recipe.summary, summary(recipe, result))
+                write_json(recipe.summary, summary_of(values_of(recipe), result))
             if recipe.folder is not None:
                 save_weights(recipe.folder / "model_final.pt", result.weights)
     return result
@@ -279,6 +331,8 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
     )
     if recipe.training_mode == "DRTP":
         use_tanh(blocks)
+    if recipe.pool == "AVG":
+        use_average_pools(blocks)
     return blocks
 
 
@@ -313,70 +367,18 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
     Raises:
         ValueError: a value of the schedule is out of range.
     """
-    schedule = lr_schedule(
-        recipe.lr_scheduler,
-        epochs=recipe.num_epochs,
-        milestones=recipe.milestone,
-        gamma=recipe.gamma,
-        patience=recipe.patience,
-        lr=recipe.lr,
-    )
-    return warmed_up(schedule, recipe.warmup_steps)
-
-
-_FIGURES = (
-    *(
-        "engine",
-        "stages",
-        "threads",
-        "steps",
-        "first_step",
-        "train_seconds",
-        "setup_seconds",
-        "images_per_second",
-        "test_acc1",
-        "test_loss",
-    ),
-    *("local_losses", "layer_acc1", "weights_sha256", "peak_memory_bytes", "busy_fraction", "predicted_stage_seconds"),
-    *("measured_stage_seconds", "stopped_by"),
-)
-_TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")
-
-
-def summary(recipe: Recipe, result: RunResult) -> dict[str, Any]:
-    """What `--summary` writes, as JSON values. Of a resumed run, `epochs` and `steps` are the whole run's; the seconds,
-    the speed and `epoch_results` are those of the part after `first_step` training micro-batches."""
-    return {
-        **{name: getattr(recipe, name) for name in _TOLD},
-        **{name: getattr(result, name) for name in _FIGURES},
-        "recoveries": [asdict(recovery) for recovery in result.recoveries],
-        "torch": torch.__version__,
-        "epochs": result.epochs_done,
-        "epoch_results": [
-            {
-                "epoch": e.epoch,
-                "train_loss": e.train_loss,
-                "train_acc1": e.train_acc1,
-                "test_loss": e.eval_loss,
-                "test_acc1": e.eval_acc1,
-                "layer_acc1": dict(e.layer_acc1),
-            }
-            for e in result.epochs
-        ],
+    told: dict[str, Any] = {
+        "epochs": recipe.num_epochs,
+        "patience": recipe.patience,
+        "gamma": recipe.gamma,
+        "lr": recipe.lr,
     }
+    return warmed_up(lr_schedule(recipe.lr_scheduler, milestones=recipe.milestone, **told), recipe.warmup_steps)
 
 
-def _make_sinks(recipe: Recipe, held: contextlib.ExitStack) -> list[MetricsSink]:
-    """Called where the run reports: in the only process, or in rank 0's. That one has the run's folder, until `held`
-    closes."""
-    made: list[MetricsSink] = [Dashboard(plain=True if recipe.plain else None)]
-    if recipe.folder is not None:
-        held.enter_context(hold_folder(recipe.folder))
-        sweep_unfinished(recipe.folder)
-        made.append(RunLog(recipe.folder, recipe.config(), resume=recipe.resume is not None))
-    if recipe.tensorboard is not None:
-        made.append(TensorBoard(recipe.tensorboard / recipe.run_name))
-    return made
+def _leave_folder(folder: Path, kind: object, *_: object) -> None:
+    if kind is not None or os.environ.get("RANK", "0") == "0":
+        give_up_claim(folder, failed=kind is not None)
 
 
 def _check_experiment_name(name: str | None) -> None:

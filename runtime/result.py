@@ -44,6 +44,8 @@ class RunResult:
     """Intra-op threads of each stage's process. On a CPU, equal bits need equal numbers of them."""
     stopped_by: int | None = None
     """The signal number of an orderly stop, or None."""
+    stop_reason: str = ""
+    """Why a metrics sink has stopped the run (`MetricsSink.stop`); empty: none has."""
     predicted_stage_seconds: list[float] = field(default_factory=list)
     """Of a training micro-batch, from timing each layer alone before the stages were cut; empty for one stage."""
     measured_stage_seconds: list[float] = field(default_factory=list)
@@ -77,6 +79,7 @@ class RunResult:
             "predicted_stage_seconds": self.predicted_stage_seconds,
             "measured_stage_seconds": self.measured_stage_seconds,
             "stopped_by": self.stopped_by,
+            "stop_reason": self.stop_reason,
             "recoveries": [asdict(recovery) for recovery in self.recoveries],
         }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unlocked.data import Dataset
+from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models import plain_module
 from unlocked.rules import CrossEntropy, Rule
@@ -342,6 +342,8 @@ class Trainer(Settings):
             "evaluation data": None if test_set is None else describe_data(test_set),
             **plan.settings(),
         }
+        if isinstance(train_set, ImageDataset) and train_set.classes_per_batch is not None:
+            fingerprint["classes_per_batch"] = train_set.classes_per_batch
         resume = self._resume
         if resume is not None:
             check_resume(resume, fingerprint, plan)

@@ -22,6 +22,9 @@ sys.path[:0] = [
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Commands save their runs below the working folder; tests that are not about that leave nothing there.
+os.environ.setdefault("UNLOCKED_SAVE_PATH", "")
+
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")

@@ -52,3 +52,16 @@ def test_a_sink_of_ones_own_writes_a_line_per_epoch(tmp_path: Path) -> None:
     assert first["layers"][-1] == "output"
     assert [epoch["epoch"] for epoch in epochs] == [0, 1]
     assert last["finished"] is True
+
+
+def test_a_learning_rate_is_found_that_learns() -> None:
+    command = [sys.executable, str(EXAMPLES / "learning_rate_finder.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "metrics:" not in done.stderr
+    found = re.search(r"tried (\d+) rates; (.*)\nat the suggested rate of (\S+): test accuracy (\S+) %", done.stdout)
+    assert found, done.stdout
+    assert 10 < int(found[1]) < 40
+    assert found[2].startswith("the loss grows beyond a rate of ")
+    assert float(found[2].split()[-1]) > float(found[3]) > 1e-4
+    assert float(found[4]) > 85

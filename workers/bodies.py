@@ -65,7 +65,7 @@ def make_body(block: Block, info: LayerInfo, backend: ModuleType) -> Body | None
         return LinearBody(block, pooled(block, block.norm, p, backend))
     if isinstance(block, ConvBlock | DepthwiseBlock):
         sides = [p, block.pool_size] if block.pool == "average" else [p]
-        even = all(length % side == 0 for length in shape[1:] for side in sides)
+        even = block.pool != "mean" and all(length % side == 0 for length in shape[1:] for side in sides)
         pooled = Normalized if even else UnevenlyPooled
         if isinstance(block, ConvBlock):
             return ConvBody(block, pooled(block, block.norm, p, backend)) if _usable(block.norm) else None
@@ -159,7 +159,8 @@ class Normalized:
 
 
 class UnevenlyPooled(Normalized):
-    """The same where pooling windows do not tile the plane: they overlap, or repeat values where there are few.
+    """The same where pooling windows do not tile the plane (they overlap, or repeat values where there are few), and
+    for the 2x2 average pool, which the kernels don't have.
 
     The kernels normalise and activate; the library pools, and spreads the latents' gradient over the activations, so
     that here a gradient exists at every activation.
@@ -178,6 +179,8 @@ class UnevenlyPooled(Normalized):
         output = activations
         if self.block.pool == "max":
             output = F.max_pool2d(activations, 2)
+        elif self.block.pool == "mean":
+            output = F.avg_pool2d(activations, 2)
         elif self.block.pool == "average":
             output = F.adaptive_avg_pool2d(activations, self.block.pool_size)
         return output if out is None else out.copy_(output)

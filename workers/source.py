@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unlocked.data import ImageDataset, epoch_order
+from unlocked.data import ImageDataset, class_order, epoch_order
 from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.workers.actions import Item
 
@@ -136,10 +136,16 @@ class BatchSource:
             order = torch.arange(len(self.test), device=self.device)
         else:
             purpose = Purpose.STATISTICS if item.kind == "statistics" else Purpose.SHUFFLE
-            order = epoch_order(len(self.train), self.seed, item.epoch, self.device, purpose)
+            order = self._order_of_epoch(item.epoch, purpose)
             if kept is not None:
                 order = kept[1].copy_(order)
         self._orders[item.kind] = (item.epoch, order)
+
+    def _order_of_epoch(self, epoch: int, purpose: Purpose) -> Tensor:
+        train = self.train
+        if train.classes_per_batch is None:
+            return epoch_order(len(train), self.seed, epoch, self.device, purpose)
+        return class_order(train.labels, train.classes_per_batch, self.batch_size, self.seed, epoch, purpose)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -72,15 +72,12 @@ class Coordinator:
         heartbeat_timeout: float = 30.0,
     ) -> None:
         if not stages or not 0 <= first <= total:
-            raise ValueError(
-                f"{len(stages)} stages, positions {first} to {total}; valid: at least 1 stage, 0 <= first <= total"
-            )
+            raise ValueError(f"{len(stages)} stages, positions {first} to {total}; valid: 1 stage, 0 <= first <= total")
         self._stages = [tuple(layers) for layers in stages]
         self._first, self._total = first, total
         self._policy = WindowPolicy(first, total, minimum=2 * (len(stages) + queue_depth), marks=marks)
-        self._gate = gate
         self._policy.limit = total if gate is None else gate.limit
-        self._sink = sink or FanOut()
+        self._gate, self._sink = gate, sink or FanOut()
         self._on_snapshot, self._stop_at = on_snapshot or (lambda *_: None), stop_at or (lambda position: position)
         self._start_timeout, self._heartbeat_timeout = start_timeout, heartbeat_timeout
         self._ledger = Ledger(len(stages))
@@ -136,9 +133,9 @@ class Coordinator:
         said hello."""
         self._recoveries.most, self._roster.supervised = max_recoveries, True
 
-    def request_stop(self, signal: int | None = None) -> None:
+    def request_stop(self, signal: int | None = None, reason: str = "") -> None:
         """Orders an orderly stop: no further windows. From any thread or signal handler; returns at once."""
-        self._mailbox.put(m.StopRequest(signal=signal))
+        self._mailbox.put(m.StopRequest(signal=signal, reason=reason))
 
     def abort(self, message: str) -> None:
         """Fails the run on behalf of rank 0's own code; `message` becomes the first cause unless there is one."""
@@ -239,6 +236,11 @@ class Coordinator:
             self._stop(None, order)
         elif isinstance(order, m.Abort):
             self._failures.fail(order.message)
+        elif isinstance(order, EpochResult) and self._gate is not None:  # it has been heard of
+            if (text := self._gate.observe(order.epoch, order.eval_loss)) is not None:
+                self._callbacks.post(self._sink.on_message, text)
+            self._policy.limit = self._gate.limit
+            self._extend()
 
     def _tick(self, now: float) -> None:
         stood, self._ticked = now - self._ticked, now
@@ -314,15 +316,13 @@ class Coordinator:
             self._callbacks.post(self._sink.on_step, message.step)
 
     def _epoch(self, member: Member, message: m.Epoch) -> None:
-        is_new, results = self._ledger.epoch(message.part)
+        _, results = self._ledger.epoch(message.part)
         for result in results:
             self._callbacks.post(self._sink.on_epoch, result)
-        if self._gate is not None and is_new and message.part.evaluation is not None:
-            text = self._gate.observe(message.part.epoch, message.part.evaluation.loss)
-            if text is not None:
-                self._callbacks.post(self._sink.on_message, text)
-            self._policy.limit = self._gate.limit
-            self._extend()
+            if self._gate is not None and self._gate.for_sinks:
+                self._callbacks.post(self._mailbox.put, result)
+            else:
+                self._obey(result)
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         files = self._ledger.snapshot(member.hello.stage, message.position, message.files)
@@ -349,7 +349,7 @@ class Coordinator:
     def _stop(self, member: Member | None, request: m.StopRequest) -> None:
         if self.stopped is None:
             self.stopped = m.Stop(position=self._stop_at(self._policy.granted), signal=request.signal)
-            source = "the coordinator" if member is None else member.name
+            source = request.reason or ("the coordinator" if member is None else member.name)
             text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
             self._callbacks.post(self._sink.on_message, text)
             self._send_all(self.stopped)

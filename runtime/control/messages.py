@@ -193,6 +193,7 @@ class AbortSeen:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequest:
     signal: int | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

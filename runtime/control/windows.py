@@ -70,7 +70,8 @@ class WindowPolicy:
 
 
 class EpochGate:
-    """Holds the stream back at the end of every epoch until its test loss has set the next epoch's learning rate.
+    """Holds the stream back at the end of every epoch until its test loss has set the next epoch's learning rate, or
+    until a metrics sink has heard of it.
 
     By then every stage has completed the epoch, so one factor is right for all of them at any time.
 
@@ -78,15 +79,20 @@ class EpochGate:
         end_of: an epoch of the run -> the position after its last item.
         epochs: of the run.
         epoch: the first one to run.
+        for_sinks: it opens after the sinks have heard of the epoch, and not before.
     """
 
-    def __init__(self, rate: LearningRate, end_of: Callable[[int], int], epochs: int, epoch: int) -> None:
+    def __init__(
+        self, rate: LearningRate, end_of: Callable[[int], int], epochs: int, epoch: int, *, for_sinks: bool = False
+    ) -> None:
         self._rate, self._end_of, self._epochs = rate, end_of, epochs
+        self.for_sinks = for_sinks
         self._open(epoch)
 
-    def observe(self, epoch: int, loss: float) -> str | None:
-        """Takes the test loss of `epoch` and opens the next one; a line for the user if the rate changes."""
-        text = self._rate.observe(epoch, loss)
+    def observe(self, epoch: int, loss: float | None) -> str | None:
+        """Takes the test loss of `epoch`, if it has one, and opens the next one; a line for the user if the rate
+        changes."""
+        text = None if loss is None else self._rate.observe(epoch, loss)
         if epoch + 1 < self._epochs:
             self._open(epoch + 1)
         return text

@@ -69,10 +69,9 @@ class Zygote:
 
     Args:
         work: what a worker does, in a process of its own that ends when this returns; it must not raise.
-        prepare: what `prepare` has the zygote do, so that later workers need not.
     """
 
-    def __init__(self, work: Callable[[WorkerLine], object], prepare: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, work: Callable[[WorkerLine], object]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -84,7 +83,7 @@ class Zygote:
         if self._pid == 0:
             for end in (self._orders, self._line, self._go):
                 end.close()
-            _be_zygote(supervisor, theirs, lambda n: work(WorkerLine(n, workers, await_go)), prepare)
+            _be_zygote(supervisor, theirs, lambda n: work(WorkerLine(n, workers, await_go)))
         for end in (theirs, workers, await_go):
             end.close()
         self._line.setblocking(False)
@@ -100,10 +99,6 @@ class Zygote:
     def end_worker(self) -> None:
         """Kills the worker, if there is one. Returns at once."""
         self._order("kill", -1)
-
-    def prepare(self) -> None:
-        """Has the zygote do what takes a worker long, while the first one works. Returns at once."""
-        self._order("prepare", -1)
 
     def say_go(self) -> None:
         """To this worker and to all that will come."""
@@ -162,9 +157,7 @@ def _packed(**content: Any) -> bytes:
     return json.dumps(content, allow_nan=False).encode()
 
 
-def _be_zygote(
-    supervisor: int, orders: socket.socket, work: Callable[[int], object], prepare: Callable[[], object]
-) -> NoReturn:
+def _be_zygote(supervisor: int, orders: socket.socket, work: Callable[[int], object]) -> NoReturn:
     """Serves orders until the supervisor closes the line, or ends."""
     try:
         forget_acts()
@@ -178,9 +171,6 @@ def _be_zygote(
                 worker = None
             if orders.fileno() in ready:
                 words = json.loads(orders.recv(_LARGEST) or b'{"what": "end"}')
-                if words["what"] == "prepare":
-                    prepare()
-                    continue
                 if worker is not None:
                     os.kill(worker.pid, signal.SIGKILL)
                     worker.report(orders)

@@ -95,6 +95,7 @@ def finish_result(
     setup_seconds: float,
     busy_fraction: list[float],
     stopped_by: int | None,
+    stop_reason: str = "",
     step_seconds: Sequence[float] = (),
 ) -> RunResult:
     """Collects weights and figures of stages in this process."""
@@ -123,5 +124,6 @@ def finish_result(
         busy_fraction=busy_fraction,
         threads=[torch.get_num_threads()] * len(stages),
         stopped_by=stopped_by,
+        stop_reason=stop_reason,
         measured_stage_seconds=list(step_seconds),
     )

@@ -87,7 +87,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         lr_factor=job.lr_factor,
         print_freq=job.settings.print_freq,
         start=job.start,
-        waits_for_losses=job.lr_factor.needs_losses,
+        waits_for_losses=job.lr_factor.needs_losses or fan_out.waits,
         best_dir=job.settings.best_dir,
     )
     if job.lr_factor.per_step:
@@ -100,7 +100,8 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
             reporter.after(item)
             saver.check()
             position = item.position + 1
-            if signals.received is not None and stop_position(job, position) == position:
+            stops = signals.received is not None or fan_out.stop_reason
+            if stops and stop_position(job, position) == position:
                 raise StopRun
 
         loop = StageLoop(
@@ -142,5 +143,6 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         setup_seconds=setup,
         busy_fraction=[stopwatch.busy / max(seconds, 1e-9)],
         stopped_by=signals.received,
+        stop_reason=fan_out.stop_reason,
         step_seconds=[stopwatch.seconds_per_step()],
     )

@@ -12,6 +12,7 @@ __all__ = [
     "EpochPart",
     "EpochResult",
     "Meters",
+    "Metric",
     "Rates",
     "Recovery",
     "RunInfo",
@@ -166,6 +167,16 @@ class Recovery:
             f"recovered {name}: its worker {self.cause}; the next one began at position {self.position}, did "
             f"{self.replayed} items again, and went on after {self.seconds:.2f} s"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A figure of a sink's own (`MetricsSink.tell`)."""
+
+    name: str
+    value: float
+    epoch: int
+    """That it belongs to, from 0."""
 
 
 class EpochAggregator:

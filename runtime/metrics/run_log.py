@@ -14,23 +14,14 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, Meters, RunInfo, StepResult
+from unlocked.runtime.metrics.csv_file import CSV_COLUMNS
+from unlocked.runtime.metrics.records import EpochResult, Meters, Metric, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
+from unlocked.runtime.saving.run_folder import RUN_FILES
 from unlocked.runtime.saving.whole_file import append_line, json_text, write_json, write_whole
 
 __all__ = ["CSV_COLUMNS", "RunLog", "format_step"]
 
-CSV_COLUMNS = (
-    "epoch",  # from 0
-    "train_loss",  # mean cross-entropy of the output layer over the epoch's training samples
-    "train_acc1",  # percent
-    "train_acc5",
-    "eval_loss",  # after the epoch; empty without evaluation
-    "eval_acc1",
-    "eval_acc5",
-    "seconds",  # wall clock of the epoch, evaluation included
-)
-_FILES = ("train.log", "metrics.csv", "config.json")
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 
 
@@ -53,7 +44,7 @@ class RunLog(MetricsSink):
         self._scored: tuple[str, ...] = ()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"save path {self.path} is a file; give a folder")
-        present = [name for name in _FILES if (self.path / name).exists()]
+        present = [name for name in RUN_FILES if (self.path / name).exists()]
         if present and not resume:
             raise ValueError(
                 f"{self.path} holds a run already ({', '.join(present)}); choose another --experiment-name, or go on "
@@ -99,6 +90,9 @@ class RunLog(MetricsSink):
             layers = " - ".join(f"{layer}: {value:.3f}" for layer, value in result.layer_acc1)
             self._line(f" @Layers Acc@1 {layers}")
         self._row(result)
+
+    def on_metric(self, metric: Metric) -> None:
+        self._line(f"Metric {metric.name} {metric.value:.6g} (epoch {metric.epoch})")
 
     def on_message(self, text: str) -> None:
         self._line(text)

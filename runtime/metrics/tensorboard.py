@@ -8,7 +8,7 @@ training micro-batches done): `steps/loss`, `steps/accuracy`, `steps/seconds`, o
 
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult, RunInfo, StepResult
+from unlocked.runtime.metrics.records import EpochResult, Metric, RunInfo, StepResult
 from unlocked.runtime.metrics.sinks import MetricsSink
 
 __all__ = ["TensorBoard", "require_tensorboard"]
@@ -71,6 +71,9 @@ class TensorBoard(MetricsSink):
             if value is not None:
                 self._writer.add_scalar(name, value, result.epoch + 1)
         self._writer.flush()
+
+    def on_metric(self, metric: Metric) -> None:
+        self._writer.add_scalar(metric.name, metric.value, metric.epoch + 1)
 
     def on_message(self, text: str) -> None:
         self._writer.add_text("messages", text)

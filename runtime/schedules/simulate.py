@@ -26,7 +26,7 @@ from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.schedules.timeline import Edge, Timeline, format_timeline
 from unlocked.workers.actions import ActionKind
 
-__all__ = ["Costs", "main", "simulate", "transfer_seconds"]
+__all__ = ["Costs", "main", "make_parser", "simulate", "transfer_seconds"]
 
 # Which receive answers a send, and how far away the receiver is.
 _CHANNELS: Final[Mapping[ActionKind, tuple[ActionKind, int]]] = {
@@ -290,17 +290,22 @@ class SimulateOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the local schedule of a pipeline, its timeline and its bubbles. A mistake is one line and exit code 2."""
+    try:
+        print(_report(SimulateOptions(**vars(make_parser().parse_args(arguments)))))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> LineParser:
+    """All flags of the command."""
     parser = LineParser(
         prog="unlocked simulate",
         description="Shows the local schedule of a pipeline, its timeline and its bubbles.",
     )
     add_flags(parser.add_argument_group("what is simulated"), SimulateOptions)
-    try:
-        print(_report(SimulateOptions(**vars(parser.parse_args(arguments)))))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 def _report(options: SimulateOptions) -> str:

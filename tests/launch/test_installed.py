@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,29 @@ def test_both_distributions_carry_every_file_of_the_libraries(distributions: tup
     with tarfile.open(source) as archive:
         packed = {name.split("/src/unlocked/", 1)[-1] for name in archive.getnames()}
     assert expected - packed == set()
+
+
+def test_the_readme_leads_nowhere_that_an_index_has_not(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = archive.read(name).decode()
+    head, _, text = told.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert "unlocked train --dataset digits" in text
+    assert [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target] == []
+    for classifier in ("3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {classifier}" in head
+
+
+def test_the_readmes_links_become_absolute() -> None:
+    make = runpy.run_path(str(ROOT / "setup.py"))["for_an_index"]
+    text = "See [a page](docs/a.md), [a site](https://b.c) and [here](#d).\n\n![seen](docs/e.webp)\n\nEnd."
+    base = "https://host/owner/name/blob/v1"
+    assert make(text, base) == (
+        f"See [a page]({base}/docs/a.md), [a site](https://b.c) and [here](#d).\n\n"
+        "![seen](https://host/owner/name/raw/v1/docs/e.webp)\n\nEnd."
+    )
+    assert make(text, None) == "See a page, [a site](https://b.c) and [here](#d).\n\nEnd."
 
 
 @pytest.mark.alone

@@ -111,8 +111,9 @@ def test_summary_trace_log_and_best_weights(tmp_path: Path, capsys: pytest.Captu
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["settings"]["seed"] == 3
     capsys.readouterr()
-    assert main([*flags, *files]) == 2  # the folder holds a run
-    assert "--experiment-name" in capsys.readouterr().err
+    assert main([*flags, *files, "--max-steps", "1"]) == 0  # a second run of that name has a folder of its own
+    assert f"saved in {tmp_path / 'one-2'}\n" in capsys.readouterr().out
+    assert (tmp_path / "one" / "metrics.csv").read_text().count("\n") == 3
     assert main([*flags, *files, "--num-epochs", "3", "--resume", str(tmp_path / "one"), "--snapshot-every", "20"]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["steps"] == 69
     assert main([*flags[:2], "--plain", "--drop-last", *files[:2]]) == 0

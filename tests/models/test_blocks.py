@@ -17,6 +17,8 @@ from unlocked.models import (
     OutputBlock,
     initialise,
     keyed_generator,
+    small_conv,
+    use_average_pools,
 )
 
 
@@ -53,7 +55,7 @@ def test_linear_blocks_flatten_in_logical_order(block_class: type[LinearBlock] |
     assert torch.equal(block(x.to(memory_format=torch.channels_last)), expected)
 
 
-@pytest.mark.parametrize("pool", ["none", "max", "average"])
+@pytest.mark.parametrize("pool", ["none", "max", "mean", "average"])
 def test_blocks_keep_the_memory_format(pool: str) -> None:
     block = ConvBlock(4, 8, pool=pool, pool_size=2 if pool == "average" else None, dropout=0.5)  # type: ignore[arg-type]
     dropout = next(m for m in block.modules() if isinstance(m, KeyedDropout))
@@ -82,7 +84,7 @@ def test_wrap_takes_any_module() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "mean"}, "pool 'mean' is not known; valid: none, max, average"),
+        ({"pool": "median"}, "pool 'median' is not known; valid: none, max, mean, average"),
         ({"pool": "max", "pool_size": 3}, "pool_size 3 does not go with pool 'max'; valid: 2"),
         ({"pool": "none", "pool_size": 2}, "pool_size 2 does not go with pool 'none'; valid: 1"),
         ({"pool": "average", "pool_size": 0}, "valid: a positive side"),
@@ -192,3 +194,17 @@ def test_initialise_draws_what_the_constructor_draws(make: Callable[[], nn.Modul
         assert torch.equal(drawn[name] == 0, value == 0), name  # zeros are zeros, and nothing else is
     if not any(list(child.children()) for child in made.children()):  # flat ones draw in the constructor's order
         assert all(torch.equal(drawn[name], value) for name, value in constructed.items())
+
+
+def test_average_pools_take_the_place_of_max_pools() -> None:
+    blocks, plain = small_conv(3, 5, 17, dropout=0.1), small_conv(3, 5, 17, dropout=0.1)
+    use_average_pools(blocks)
+    x = torch.randn(2, 3, 17, 17)
+    for index in (0, 1):
+        activations = plain[index].eval().body(x)
+        pooled = blocks[index].eval()(x)
+        assert torch.equal(pooled, F.avg_pool2d(activations, 2))
+        assert pooled.shape == plain[index].eval()(x).shape
+        x = pooled
+    with pytest.raises(ValueError, match=r"no max pools"):
+        use_average_pools(blocks)

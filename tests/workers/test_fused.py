@@ -67,7 +67,7 @@ def _compare(make: object, rule: str, x: torch.Tensor, latent_size: int, backend
     height=st.integers(3, 11),
     width=st.integers(3, 11),
     latent_size=st.integers(1, 6),
-    pool=st.sampled_from([("none", None), ("max", None), ("average", 1), ("average", 2), ("average", 4)]),
+    pool=st.sampled_from([*((kind, None) for kind in ("none", "max", "mean")), *(("average", n) for n in (1, 2, 4))]),
     rule=st.sampled_from(list(RULES)),
     depthwise=st.booleans(),
 )

@@ -3,7 +3,6 @@
 import mmap
 import os
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import msgpack
 import torch
 import torch.distributed as dist
 
+from unlocked.kernels.optim import kind_of
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.supervisor import Supervisor
@@ -38,6 +38,7 @@ from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.cargo import CargoLayout
 from unlocked.workers.edges import SlotLayout
+from unlocked.workers.optimizers import build_optimizer
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
 
@@ -53,6 +54,7 @@ class Assignment:
     Attributes:
         parts: the layers of each stage.
         address: the coordinator's.
+        waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         shared: this stage's edges in memory; None: through a process group.
     """
 
@@ -61,6 +63,7 @@ class Assignment:
     world: World
     parts: Sequence[range]
     address: str
+    waits: bool
     device: torch.device
     shared: Shared | None
 
@@ -145,7 +148,9 @@ class OwnWork:
     def build(self) -> int:
         task = self._task
         with telling(self._client, task.names):
-            self._worker = Worker(task.job, task.options, task.world, task.parts, self._client, task.device)
+            self._worker = Worker(
+                task.job, task.options, task.world, task.parts, self._client, task.device, waits=task.waits
+            )
             return self._worker.threads
 
     def connect(self, store: dist.Store) -> None:
@@ -202,7 +207,9 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        self._zygote = Zygote(self._work, prepare_process)
+        if _needs_compiler(task.job):
+            prepare_process()  # once here instead of in every worker
+        self._zygote = Zygote(self._work)
         rank = task.world.rank
         self._supervisor = Supervisor(
             task.address,
@@ -223,8 +230,6 @@ class SupervisedWork:
     def build(self) -> int:
         built = self._supervisor.await_word("built")
         self._check()
-        if built["compiler"]:
-            self._zygote.prepare()
         return int(built["threads"])
 
     def connect(self, store: dist.Store) -> None:
@@ -285,12 +290,13 @@ class SupervisedWork:
                 task.parts,
                 client,
                 task.device,
-                self._memory,
-                line.incarnation,
+                waits=task.waits,
+                memory=self._memory,
+                incarnation=line.incarnation,
             )
             inbox, outbox = task.shared or self._pair(client)
             worker.connect(inbox, outbox)
-            line.tell("built", threads=worker.threads, compiler="torch._dynamo" in sys.modules)
+            line.tell("built", threads=worker.threads)
             line.await_go()
             client.wait_started()
             if isinstance(outbox, PairOutEdge):
@@ -354,6 +360,16 @@ class SupervisedWork:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def _needs_compiler(job: Job) -> bool:
+    """Whether the workers are going to import torch's compiler, as far as can be told before any layer is built: for
+    snapshots, or for an optimizer that nothing stands in for."""
+    if job.settings.snapshot_dir is not None or job.resume is not None:
+        return True
+    factories = job.optimizer.values() if isinstance(job.optimizer, Mapping) else [job.optimizer]
+    made = [build_optimizer(one, [torch.nn.Parameter(torch.zeros(1))]) for one in factories]
+    return job.clip_grad_norm is not None or any(kind_of(one) is None for one in made)
 
 
 def _make_log(task: Assignment) -> SlotLog | None:

@@ -90,7 +90,7 @@ class Processes(ProcessesOptions):
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 check_same_settings(settings_of(job, self), terms["settings"])
                 agree_on_start_weights(job, store, world, self.start_timeout)
-                crew = self._crew(job, world, store, parts, terms["address"], device, set_up, hub)
+                crew = self._crew(job, world, store, parts, terms, device, set_up, hub)
                 closing.callback(crew.close)
                 threads = _agree_on_threads(store, world, crew.build(), self.start_timeout)
                 if hub is not None:
@@ -123,7 +123,7 @@ class Processes(ProcessesOptions):
         world: World,
         store: dist.Store,
         parts: list[range],
-        address: str,
+        terms: Mapping[str, Any],
         device: torch.device,
         set_up: SetUp,
         hub: Hub | None,
@@ -143,7 +143,14 @@ class Processes(ProcessesOptions):
             log_slots=partial(log_slots, job, self) if recovers else lambda _: 0,
         )
         task = Assignment(
-            job=job, options=self, world=world, parts=parts, address=address, device=device, shared=shared
+            job=job,
+            options=self,
+            world=world,
+            parts=parts,
+            address=terms["address"],
+            waits=terms["waits"],
+            device=device,
+            shared=shared,
         )
         first_layers = [job.network.names[i] for i in parts[0]]
         if recovers and hub is not None:

@@ -58,7 +58,7 @@ class Hub:
             host="127.0.0.1" if local else "0.0.0.0",
             advertise=None if local else self._world.master_address,
             port=options.coordinator_port,
-            gate=_gate(job),
+            gate=_gate(job, self._sinks.waits),
             sink=self._sinks,
             marks=self._marks,
             on_snapshot=self._complete,
@@ -69,7 +69,11 @@ class Hub:
         self._sinks.on_start(job.run_info(parts))  # after every mistake that can be found before: it writes files
         coordinator.start()
         self._coordinator = coordinator
+        self._sinks.on_stop = lambda reason: coordinator.request_stop(reason=reason)
+        if self._sinks.stop_reason:  # in `on_start` already
+            coordinator.request_stop(reason=self._sinks.stop_reason)
         return {
+            "waits": self._sinks.waits,
             "parts": [(part.start, part.stop) for part in parts],
             "address": coordinator.address,
             "costs": [sum(costs[i] for i in part) for part in parts],
@@ -134,14 +138,16 @@ class Hub:
             busy_fraction=[payload["busy"] for payload in stages],
             threads=self._threads,
             stopped_by=stopped.signal if stopped else None,
+            stop_reason=self._sinks.stop_reason,
             predicted_stage_seconds=predicted if len(parts) > 1 else [],
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
             recoveries=self._coordinator.recoveries,
         )
 
 
-def _gate(job: Job) -> EpochGate | None:
-    if not job.lr_factor.needs_losses:
+def _gate(job: Job, for_sinks: bool) -> EpochGate | None:
+    if not (for_sinks or job.lr_factor.needs_losses):
         return None
     plan = job.plan
-    return EpochGate(job.lr_factor, plan.end_of_epoch, plan.num_epochs, plan[job.start].epoch)
+    epoch = plan[job.start].epoch
+    return EpochGate(job.lr_factor, plan.end_of_epoch, plan.num_epochs, epoch, for_sinks=for_sinks)

@@ -154,18 +154,28 @@ class _Run:
             self.reports.append((kind, *content))
         elif kind == ENDED:
             self.reports.append((FAILED, "echo", content[0], None))
-        elif kind == "start":
-            reply = None
-            try:
-                self._sinks = FanOut(self._make_sinks())
-                self._sinks.on_start(content[0])
-            except Exception as error:
-                self.refusal, reply = error, f"a metrics sink refused the start: {error}"
-            one.connection.send_bytes(pickle.dumps(reply))
-        elif kind == "sink" and self._sinks is not None:
-            method, record = content
-            getattr(self._sinks, method)(record)
+        elif kind in ("sinks", "start", "sink"):
+            self._tell_sinks(one, kind, *content)
         return True
+
+    def _tell_sinks(self, one: Started, kind: str, *content: Any) -> None:
+        """Makes the sinks, or passes a record on. Rank 0 waits for an answer, save to progress and to lines."""
+        problem: str | None = None
+        answer: bool | str | None = None
+        try:
+            if kind == "sinks":
+                self._sinks = FanOut(self._make_sinks())
+                answer = self._sinks.waits
+            elif self._sinks is not None:
+                method, record = content if kind == "sink" else ("on_start", *content)
+                getattr(self._sinks, method)(record)
+                if method in ("on_progress", "on_message"):
+                    return
+                answer = self._sinks.stop_reason
+        except Exception as error:
+            self.refusal, problem = error, f"a metrics sink refused the start: {error}"
+        with contextlib.suppress(OSError):  # who is gone has said why
+            one.connection.send_bytes(pickle.dumps((problem, answer)))
 
     def _relay(self, one: Started, stream: Any, target: str) -> bool:
         """Prints what a worker prints, here, where the caller looks; False: it has closed its end."""

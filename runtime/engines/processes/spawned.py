@@ -62,27 +62,38 @@ class _Forward(MetricsSink):
 
     def __init__(self, caller: _Caller) -> None:
         self._caller = caller
+        self.waits_at_epochs = self._ask("sinks")
 
     def on_start(self, info: RunInfo) -> None:
-        self._caller.send("start", info)
-        problem = self._caller.receive()
-        if problem is not None:
-            raise ValueError(problem)
+        self._obey(self._ask("start", info))
 
     def on_progress(self, progress: StageProgress) -> None:
         self._caller.send("sink", "on_progress", progress, may_be_lost=True)
 
     def on_step(self, step: StepResult) -> None:
-        self._caller.send("sink", "on_step", step)
+        self._obey(self._ask("sink", "on_step", step))
 
     def on_epoch(self, result: EpochResult) -> None:
-        self._caller.send("sink", "on_epoch", result)
+        self._obey(self._ask("sink", "on_epoch", result))
 
     def on_message(self, text: str) -> None:
         self._caller.send("sink", "on_message", text)
 
     def on_finish(self, summary: Mapping[str, object]) -> None:
         """The caller knows by itself."""
+
+    def _ask(self, *message: Any) -> Any:
+        """The caller's answer. Raises: ValueError: one of its sinks refuses the start."""
+        self._caller.send(*message)
+        problem, answer = self._caller.receive()
+        if problem is not None:
+            raise ValueError(problem)
+        return answer
+
+    def _obey(self, reason: str) -> None:
+        """One of the caller's sinks has stopped the run."""
+        if reason:
+            self.stop(reason)
 
 
 def main(descriptor: int) -> int:

@@ -38,6 +38,7 @@ class Worker:
 
     Args:
         parts: the layers of each stage.
+        waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         memory: where the stage saves itself, and goes on from if a worker before this one has; None: nobody takes over.
         incarnation: which of the stage's workers this is; 0 is the first.
     """
@@ -50,6 +51,8 @@ class Worker:
         parts: Sequence[range],
         client: CoordinatorClient,
         device: torch.device,
+        *,
+        waits: bool,
         memory: MemorySnapshot | None = None,
         incarnation: int = 0,
     ) -> None:
@@ -74,7 +77,7 @@ class Worker:
             client,
             # The coordinator knows the test losses, and sets the rate with the window that the epoch begins in.
             lr_factor=(lambda _: client.lr_factor) if job.lr_factor.needs_losses else job.lr_factor,
-            waits_for_losses=job.lr_factor.needs_losses,
+            waits_for_losses=job.lr_factor.needs_losses or waits,
             print_freq=job.settings.print_freq,
             start=job.start,
             rank=world.rank,

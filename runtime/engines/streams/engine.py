@@ -139,7 +139,7 @@ class _Run:
                 lr_factor=job.lr_factor,
                 print_freq=job.settings.print_freq,
                 start=job.start,
-                waits_for_losses=job.lr_factor.needs_losses,
+                waits_for_losses=job.lr_factor.needs_losses or self.fan_out.waits,
                 best_dir=job.settings.best_dir,
             )
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
@@ -183,13 +183,13 @@ class _Run:
         self._begin_stamps()
         began = time.perf_counter()
         try:
-            for first, end in self.job.segments():
+            for first, end in self.job.segments(self.fan_out.waits):
                 self._first, self._end = first, end
                 self._run_segment(signals)
-                if signals.received is not None:
+                if self._stops(signals):
                     break
             self._synchronize()
-            if signals.received is not None:
+            if self._stops(signals):
                 self.saver.save_stopped([lane.stage for lane in self.lanes], self._end)
             self.saver.finish()
         except BaseException:
@@ -209,7 +209,7 @@ class _Run:
         """Fills the pipeline, runs it, drains it."""
         tick, lag = self._first, len(self.lanes) - 1
         while tick < self._end + lag:
-            if signals.received is not None:
+            if self._stops(signals):
                 # What stage 0 has begun flows through, nothing new enters.
                 self._end = min(self._end, stop_position(self.job, tick))
                 if tick >= self._end + lag:
@@ -225,6 +225,9 @@ class _Run:
             self.saver.check()
         for reporter in self.reporters:  # what the next segment's learning rate may depend on
             reporter.poll(wait=True)
+
+    def _stops(self, signals: StopSignals) -> bool:
+        return signals.received is not None or bool(self.fan_out.stop_reason)
 
     def close(self) -> None:
         self.saver.close()
@@ -252,6 +255,7 @@ class _Run:
             setup_seconds=setup,
             busy_fraction=busy,
             stopped_by=stopped_by,
+            stop_reason=self.fan_out.stop_reason,
         )
 
     def _issue(self, tick: int) -> None:
