@@ -153,11 +153,12 @@ class Job:
     def _view_maker(self, views: Views | None) -> ViewMaker | None:
         if views is None:
             return None
+        in_order = isinstance(self.train, ImageDataset) and self.train.classes_per_batch is None
         return ViewMaker(
             views,
             seed=self.settings.seed,
             num_classes=self.network.infos[-1].num_classes,
-            train_size=len(self.train) if isinstance(self.train, ImageDataset) else None,
+            train_size=len(self.train) if in_order else None,
             batch_size=self.plan.batch_size,
         )
 
@@ -242,8 +243,8 @@ def check_compile(backend: bool | str) -> None:
 
 def needs_compiler(job: Job) -> bool:
     """Whether workers are going to import torch's compiler, as far as can be told before any layer is built: for
-    snapshots, or for an optimizer that nothing stands in for."""
-    if job.settings.snapshot_dir is not None or job.resume is not None:
+    snapshots, gradient clipping, or an optimizer that nothing stands in for."""
+    if job.settings.snapshot_dir is not None or job.resume is not None or job.clip_grad_norm is not None:
         return True
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     made = (build_optimizer(optimizer_for(job.optimizer, layer), parameters) for layer in job.network.names)

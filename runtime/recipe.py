@@ -103,12 +103,7 @@ class Recipe(Settings, ModelOptions):
         at_least=0,
         at_most=LARGEST,
     )
-    gamma: float = setting(
-        0.3,
-        "of MultiStepLR, and below 1 of ReduceLROnPlateau",
-        at_least=0,
-        at_most=_LARGEST_FACTOR,
-    )
+    gamma: float = setting(0.3, "of MultiStepLR, and below 1 of ReduceLROnPlateau", at_least=0, at_most=_LARGEST_FACTOR)
     lr_scheduler: str = setting(
         "",
         "none, MultiStepLR, CosineAnnealingLR, ReduceLROnPlateau (drains the pipeline at the end of each epoch); "

@@ -15,8 +15,8 @@ class ViewMaker:
     """Makes them; what is drawn is keyed by (seed, epoch, sample) and nothing else.
 
     Args:
-        train_size: samples of a training set that is read in an order of the run's own; None: a loader's, which has an
-            order of its own: then the n-th sample that an epoch yields is sample n.
+        train_size: samples of a training set that is read in the run's usual order; None: of a loader's, or of one by
+            classes, the n-th sample that an epoch yields is sample n.
         batch_size: rows of a full training micro-batch.
     """
 

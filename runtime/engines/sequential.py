@@ -20,6 +20,7 @@ from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.step_rates import set_rates_per_step
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
@@ -90,7 +91,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         best_dir=job.settings.best_dir,
     )
     if job.lr_factor.per_step:
-        reporter.set_rates_per_step(job.lr_factor.at)
+        set_rates_per_step(reporter, stage, job.plan, job.lr_factor.at)
     position = job.start
     with StopSignals() as signals, contextlib.closing(RunSaver(job)) as saver:
 

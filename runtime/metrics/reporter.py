@@ -107,21 +107,6 @@ class StageReporter:
         if start:
             stage.resume_epoch(images_trained(plan, start))
 
-    def set_rates_per_step(self, factor: Callable[[int, int], float]) -> None:
-        """From now on the learning rate is set before every training micro-batch.
-
-        Args:
-            factor: (epoch, training micro-batch of the run) -> what the rate is multiplied by.
-        """
-        plain, steps = self.before, self._plan.steps_per_epoch
-
-        def before(item: Item) -> None:
-            plain(item)
-            if item.kind == "train":
-                self._stage.set_lr_factor(factor(item.epoch, item.epoch * steps + item.index))
-
-        self.before = before  # type: ignore[method-assign]
-
     def before(self, item: Item) -> None:
         if item.kind == "train":
             if item.index == 0:

@@ -18,6 +18,7 @@ from unlocked.runtime.faults import faults_from_environment, trigger
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import own_cores, peak_memory_bytes, threads_on
 from unlocked.runtime.metrics.reporter import StageReporter
+from unlocked.runtime.metrics.step_rates import set_rates_per_step
 from unlocked.runtime.saving.snapshots import load_layers
 from unlocked.runtime.schedules.schedule import stage_actions
 from unlocked.runtime.tensors import pack_tensors
@@ -84,7 +85,7 @@ class Worker:
             queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
         if job.lr_factor.per_step:
-            self.reporter.set_rates_per_step(job.lr_factor.at)
+            set_rates_per_step(self.reporter, self.stage, job.plan, job.lr_factor.at)
         self._incarnation, self._state = incarnation, state
         self._began_at = self._again = 0  # where this worker took over, and the items that it does again
         self._memory = None if memory is None else MemorySaver(memory, job, self.stage, self._settle)

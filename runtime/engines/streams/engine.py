@@ -36,6 +36,7 @@ from unlocked.runtime.fields import setting
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter, read_together
 from unlocked.runtime.metrics.sinks import FanOut
+from unlocked.runtime.metrics.step_rates import set_rates_per_step
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import load_layers
@@ -144,8 +145,8 @@ class _Run:
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
         if job.lr_factor.per_step:
-            for reporter in self.reporters:
-                reporter.set_rates_per_step(job.lr_factor.at)
+            for reporter, lane in zip(self.reporters, self.lanes, strict=True):
+                set_rates_per_step(reporter, lane.stage, job.plan, job.lr_factor.at)
         self.captures = options.graphs and self._capturable()
         self.graphs: Mapping[ItemKind, TickGraph] = {}
         self.clock: DeviceClock | None = None
