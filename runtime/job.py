@@ -9,11 +9,12 @@ import torch
 from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.dispatch import get_backend
 from unlocked.kernels.images import load_batch as torch_load_batch
+from unlocked.kernels.optim import kind_of
 from unlocked.kernels.precision import storage_dtype
 from unlocked.rules import CrossEntropy, Rule, Views
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
-from unlocked.runtime.layer_optimizers import Optimizers, clipped, optimizer_for
+from unlocked.runtime.layer_optimizers import Optimizers, clipped, factories, optimizer_for
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
@@ -27,6 +28,7 @@ from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer
+from unlocked.workers.optimizers import build_optimizer
 from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
@@ -159,6 +161,14 @@ class Job:
             train_size=len(self.train) if in_order else None,
             batch_size=self.plan.batch_size,
         )
+
+    def needs_compiler(self) -> bool:
+        """Whether the workers are going to import torch's compiler, as far as can be told before any layer is built:
+        for snapshots, or for an optimizer that nothing stands in for."""
+        if self.settings.snapshot_dir is not None or self.resume is not None or self.clip_grad_norm is not None:
+            return True
+        made = [build_optimizer(one, [torch.nn.Parameter(torch.zeros(1))]) for one in factories(self.optimizer)]
+        return any(kind_of(one) is None for one in made)
 
     def costs(self, device: torch.device | None = None) -> list[float]:
         """Measured seconds per layer and micro-batch."""

@@ -367,13 +367,9 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
     Raises:
         ValueError: a value of the schedule is out of range.
     """
-    told: dict[str, Any] = {
-        "epochs": recipe.num_epochs,
-        "patience": recipe.patience,
-        "gamma": recipe.gamma,
-        "lr": recipe.lr,
-    }
-    return warmed_up(lr_schedule(recipe.lr_scheduler, milestones=recipe.milestone, **told), recipe.warmup_steps)
+    told: dict[str, Any] = {name: getattr(recipe, name) for name in ("patience", "gamma", "lr")}
+    schedule = lr_schedule(recipe.lr_scheduler, epochs=recipe.num_epochs, milestones=recipe.milestone, **told)
+    return warmed_up(schedule, recipe.warmup_steps)
 
 
 def _leave_folder(folder: Path, kind: object, *_: object) -> None:

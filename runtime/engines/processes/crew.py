@@ -12,7 +12,6 @@ import msgpack
 import torch
 import torch.distributed as dist
 
-from unlocked.kernels.optim import kind_of
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.supervisor import Supervisor
@@ -36,9 +35,8 @@ from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
-from unlocked.workers.cargo import CargoLayout
+from unlocked.workers.cargo import make_layout
 from unlocked.workers.edges import SlotLayout
-from unlocked.workers.optimizers import build_optimizer
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
 
@@ -207,7 +205,7 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        if _needs_compiler(task.job):
+        if task.job.needs_compiler():
             prepare_process()  # once here instead of in every worker
         self._zygote = Zygote(self._work)
         rank = task.world.rank
@@ -362,16 +360,6 @@ class SupervisedWork:
             raise failures[0]
 
 
-def _needs_compiler(job: Job) -> bool:
-    """Whether the workers are going to import torch's compiler, as far as can be told before any layer is built: for
-    snapshots, or for an optimizer that nothing stands in for."""
-    if job.settings.snapshot_dir is not None or job.resume is not None:
-        return True
-    factories = job.optimizer.values() if isinstance(job.optimizer, Mapping) else [job.optimizer]
-    made = [build_optimizer(one, [torch.nn.Parameter(torch.zeros(1))]) for one in factories]
-    return job.clip_grad_norm is not None or any(kind_of(one) is None for one in made)
-
-
 def _make_log(task: Assignment) -> SlotLog | None:
     """Of the outgoing edge, in memory that all workers of this stage inherit; all of it is taken now.
 
@@ -395,9 +383,8 @@ def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLa
     """What travels on the edges into and out of this rank's stage; None at the ends of the pipeline."""
 
     def layout(first_layer: int) -> SlotLayout:
-        rows, shape = job.plan.max_rows, job.network.output_shapes[first_layer - 1]
-        traffic = job.network.side_channel.traffic(first_layer - 1)
-        return CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
+        shape, traffic = job.network.output_shapes[first_layer - 1], job.network.side_channel.traffic(first_layer - 1)
+        return make_layout(job.plan.max_rows, shape, job.storage, traffic)
 
     rank, last = world.rank, world.size - 1
     return layout(parts[rank].start) if rank > 0 else None, layout(parts[rank].stop) if rank < last else None
