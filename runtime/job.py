@@ -14,7 +14,7 @@ from unlocked.kernels.precision import storage_dtype
 from unlocked.rules import CrossEntropy, Rule, Views
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.input import make_source
-from unlocked.runtime.layer_optimizers import Optimizers, clipped, factories, optimizer_for
+from unlocked.runtime.layer_optimizers import Optimizers, clipped, optimizer_for
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
@@ -33,7 +33,7 @@ from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
 
-__all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "prepare_process"]
+__all__ = ["Engine", "Job", "SinkMaker", "check_compile", "check_device", "needs_compiler", "prepare_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,14 +162,6 @@ class Job:
             batch_size=self.plan.batch_size,
         )
 
-    def needs_compiler(self) -> bool:
-        """Whether the workers are going to import torch's compiler, as far as can be told before any layer is built:
-        for snapshots, or for an optimizer that nothing stands in for."""
-        if self.settings.snapshot_dir is not None or self.resume is not None or self.clip_grad_norm is not None:
-            return True
-        made = [build_optimizer(one, [torch.nn.Parameter(torch.zeros(1))]) for one in factories(self.optimizer)]
-        return any(kind_of(one) is None for one in made)
-
     def costs(self, device: torch.device | None = None) -> list[float]:
         """Measured seconds per layer and micro-batch."""
         device = device or self.device
@@ -247,6 +239,16 @@ def check_compile(backend: bool | str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"compile {backend!r} is no backend of torch.compile; valid: {', '.join(known)}")
+
+
+def needs_compiler(job: Job) -> bool:
+    """Whether workers are going to import torch's compiler, as far as can be told before any layer is built: for
+    snapshots, gradient clipping, or an optimizer that nothing stands in for."""
+    if job.settings.snapshot_dir is not None or job.resume is not None or job.clip_grad_norm is not None:
+        return True
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    made = (build_optimizer(optimizer_for(job.optimizer, layer), parameters) for layer in job.network.names)
+    return any(kind_of(optimizer) is None for optimizer in made)
 
 
 def prepare_process() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from unlocked.workers.optimizers import OptimizerFactory
 
-__all__ = ["Optimizers", "check_layers", "clipped", "factories", "optimizer_for"]
+__all__ = ["Optimizers", "check_layers", "clipped", "optimizer_for"]
 
 Optimizers = OptimizerFactory | Mapping[str, OptimizerFactory]
 """Builds every layer's optimizer, or by the layer's name (the output layer included)."""
@@ -17,11 +17,6 @@ Optimizers = OptimizerFactory | Mapping[str, OptimizerFactory]
 def optimizer_for(optimizers: Optimizers, layer: str) -> OptimizerFactory:
     """What builds the optimizer of that layer."""
     return optimizers[layer] if isinstance(optimizers, Mapping) else optimizers
-
-
-def factories(optimizers: Optimizers) -> list[OptimizerFactory]:
-    """All of them."""
-    return list(optimizers.values()) if isinstance(optimizers, Mapping) else [optimizers]
 
 
 def check_layers(optimizers: Optimizers, layers: Sequence[str]) -> None:

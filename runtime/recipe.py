@@ -22,7 +22,7 @@ from unlocked.runtime.learning_rate import LR_SCHEDULES, LrSchedule, lr_schedule
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.run_sinks import make_sinks, require_packages
-from unlocked.runtime.saving.run_folder import claim_folder, find_run, folder_name, give_up_claim
+from unlocked.runtime.saving.run_folder import check_experiment_name, claim_folder, find_run, folder_name, give_up_claim
 from unlocked.runtime.saving.tensor_file import save_weights
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.schedules.marks import Period
@@ -157,7 +157,7 @@ class Recipe(Settings, ModelOptions):
         super().__post_init__()
         object.__setattr__(self, "engine", as_engine(self.engine))
         check_model_options(_network_of(self.model), values_of(self, ModelOptions))
-        _check_experiment_name(self.experiment_name)
+        check_experiment_name(self.experiment_name)
         if not self.lr_scheduler:
             object.__setattr__(self, "lr_scheduler", "MultiStepLR" if self.milestone else "none")
         object.__setattr__(self, "milestone", self.milestone or _MILESTONES)
@@ -375,14 +375,6 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
 def _leave_folder(folder: Path, kind: object, *_: object) -> None:
     if kind is not None or os.environ.get("RANK", "0") == "0":
         give_up_claim(folder, failed=kind is not None)
-
-
-def _check_experiment_name(name: str | None) -> None:
-    """It is one folder's name, so that all of a run's files lie below its own folder."""
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255):
-        raise ValueError(
-            f"experiment_name is {name!r}; it must be the name of one folder, which is made below --save-path"
-        )
 
 
 def _network_of(model: str) -> str:

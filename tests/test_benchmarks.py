@@ -17,11 +17,8 @@ from unlocked.kernels import cpp, reference
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    "two_checkouts",
-    "host_per_tick",
-    "snapshots",
-    *("ahead_of_time", "cpu_step", "data_input", "pipeline_scaling", "plain_lls", "kernels", "models", "predict"),
-    *("reproduce", "single_gpu", "start_up"),
+    *("ahead_of_time", "cpu_step", "data_input", "host_per_tick", "pipeline_scaling", "plain_lls", "kernels"),
+    *("models", "plain_reproduce", "predict", "reproduce", "single_gpu", "snapshots", "start_up", "two_checkouts"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

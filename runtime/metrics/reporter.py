@@ -7,11 +7,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from unlocked.runtime.metrics.best import save_candidate
 from unlocked.runtime.metrics.records import EpochPart, Meters, Scores, StageProgress, StepResult
+from unlocked.runtime.metrics.transfer import Transfer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError, StageError
@@ -33,42 +33,10 @@ class Outlet(Protocol):
     def epoch(self, part: EpochPart) -> None: ...
 
 
-class _Transfer:
-    """Sums on their way from the device: one copy, on the current stream.
-
-    Args:
-        sums: of one or more stages, each [3] float64, on `device`.
-    """
-
-    @torch.no_grad()
-    def __init__(self, sums: Sequence[Tensor], device: torch.device) -> None:
-        self._sums = torch.stack(list(sums))
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            host = torch.empty(self._sums.shape, dtype=self._sums.dtype, pin_memory=True)
-            self._sums = host.copy_(self._sums, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def has_come(self, wait: bool) -> bool:
-        """Whether it is done; with `wait` it is."""
-        if self._event is not None:
-            if wait:
-                self._event.synchronize()
-            elif not self._event.query():
-                return False
-            self._event = None
-        return True
-
-    def rows(self, first: int, count: int) -> list[list[float]]:
-        """Once it has come."""
-        return self._sums[first : first + count].tolist()
-
-
 class _Reading(NamedTuple):
     """A stage's part of a transfer, and what it belongs to."""
 
-    transfer: _Transfer
+    transfer: Transfer
     first_row: int
     item: Item
     ends_epoch: bool
@@ -187,10 +155,10 @@ class StageReporter:
 
     def read(self, item: Item, ends_epoch: bool = False) -> None:
         """Begins to read the sums as they are after `item`, on the current stream."""
-        self.expect(_Transfer(self.sums(), self.device), 0, item, ends_epoch)
+        self.expect(Transfer(self.sums(), self.device), 0, item, ends_epoch)
         self.poll()
 
-    def expect(self, transfer: _Transfer, first_row: int, item: Item, ends_epoch: bool = False) -> None:
+    def expect(self, transfer: Transfer, first_row: int, item: Item, ends_epoch: bool = False) -> None:
         """The rows of the transfer from `first_row` on are this stage's sums as they are after `item`."""
         stage = self._stage
         self._readings.append(
@@ -359,7 +327,7 @@ def read_together(reporters: Sequence[StageReporter], items: Sequence[Item]) -> 
     """Begins to read the sums of all stages, each as it is after its item, in one copy on the current stream, which
     comes after what the stages have done."""
     sums = [reporter.sums() for reporter in reporters]
-    transfer, row = _Transfer([one for of_stage in sums for one in of_stage], reporters[0].device), 0
+    transfer, row = Transfer([one for of_stage in sums for one in of_stage], reporters[0].device), 0
     for reporter, item, of_stage in zip(reporters, items, sums, strict=True):
         reporter.expect(transfer, row, item)
         row += len(of_stage)

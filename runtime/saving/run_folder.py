@@ -18,6 +18,7 @@ from unlocked.runtime.saving.whole_file import json_text
 __all__ = [
     "CONFIG",
     "RUN_FILES",
+    "check_experiment_name",
     "claim_folder",
     "folder_name",
     "give_up_claim",
@@ -199,3 +200,11 @@ def _is_launched() -> bool:
 
 def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def check_experiment_name(name: str | None) -> None:
+    """It is one folder's name, so that all of a run's files lie below its own folder."""
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255):
+        raise ValueError(
+            f"experiment_name is {name!r}; it must be the name of one folder, which is made below --save-path"
+        )

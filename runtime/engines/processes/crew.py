@@ -32,7 +32,7 @@ from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker
-from unlocked.runtime.job import Job, prepare_process
+from unlocked.runtime.job import Job, needs_compiler, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.cargo import make_layout
@@ -205,7 +205,7 @@ class SupervisedWork:
         self._memory = MemorySnapshot()
         self._memory.reached = task.job.start
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
-        if task.job.needs_compiler():
+        if needs_compiler(task.job):
             prepare_process()  # once here instead of in every worker
         self._zygote = Zygote(self._work)
         rank = task.world.rank
