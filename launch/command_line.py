@@ -30,11 +30,11 @@ TOPICS: Mapping[str, Sequence[str]] = {
         *("batch_size", "test_batch_size", "drop_last", "classes_per_batch"),
     ),
     "options of single models": tuple(sorted(setting_names(ModelOptions))),
-    "local rule": ("training_mode", "waveform", "temperature", "label_smoothing"),
+    "local rule": ("training_mode", "waveform", "temperature", "label_smoothing", "output_loss"),
     "length of the run": ("num_epochs", "max_steps", "early_stop", "no_eval", "statistics_batches"),
     "optimizer and learning rate": (
-        *("optimizer", "lr", "weight_decay", "momentum"),
-        *("lr_scheduler", "milestone", "gamma", "patience"),
+        *("optimizer", "lr", "weight_decay", "momentum", "clip_grad_norm"),
+        *("lr_scheduler", "milestone", "gamma", "patience", "warmup_steps"),
     ),
     "files of the run": (
         *("save_path", "experiment_name", "save_best_model", "snapshot_every", "keep_snapshots", "resume"),

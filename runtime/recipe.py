@@ -367,14 +367,8 @@ def make_lr_factor(recipe: Recipe) -> LrSchedule:
     Raises:
         ValueError: a value of the schedule is out of range.
     """
-    schedule = lr_schedule(
-        recipe.lr_scheduler,
-        epochs=recipe.num_epochs,
-        milestones=recipe.milestone,
-        gamma=recipe.gamma,
-        patience=recipe.patience,
-        lr=recipe.lr,
-    )
+    told: dict[str, Any] = {name: getattr(recipe, name) for name in ("patience", "gamma", "lr")}
+    schedule = lr_schedule(recipe.lr_scheduler, epochs=recipe.num_epochs, milestones=recipe.milestone, **told)
     return warmed_up(schedule, recipe.warmup_steps)
 
 

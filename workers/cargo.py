@@ -16,7 +16,7 @@ from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.ring import Ring
 
-__all__ = ["READ_OUT", "Cargo", "CargoLayout", "CargoRing", "Freight", "Traffic", "write"]
+__all__ = ["READ_OUT", "Cargo", "CargoLayout", "CargoRing", "Freight", "Traffic", "make_layout", "write"]
 
 READ_OUT = "read_out"
 """The side channel's name, in evaluation, for the running sum of the layers' scores."""
@@ -94,6 +94,11 @@ class CargoRing(Ring):
         slot, freight = self.slot(item.position), self._traffic.get(item.kind, _NOTHING)
         carried = _beside(self._bytes[slot], freight, item.size)
         return Cargo(self.activations(slot, item.size * freight.views), carried), self.labels[slot][: item.size]
+
+
+def make_layout(rows: int, sample_shape: tuple[int, ...], dtype: torch.dtype, traffic: Traffic) -> SlotLayout:
+    """With a side channel only where there is traffic."""
+    return CargoLayout(rows, sample_shape, dtype, traffic) if traffic else SlotLayout(rows, sample_shape, dtype)
 
 
 def write(carried: Mapping[str, Tensor], out: Cargo) -> None:

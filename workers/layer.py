@@ -276,6 +276,7 @@ class Layer:
             "totals": self.totals,
             "clock": self.clock,
             "eval_totals": self.eval_totals,
+            "score_totals": self.score_totals,
             "mode": self._mode,
         }
 
@@ -284,6 +285,7 @@ class Layer:
         exact = getattr(self.optimizer, "load_exact_state", None)
         self._load(state, self.optimizer.load_state_dict if exact is None and self.optimizer is not None else exact)
         self.eval_totals.copy_(state["eval_totals"])
+        self.score_totals.copy_(state["score_totals"])
         self._mode = state["mode"]
         self.block.train(self._mode != "evaluate")
         for module in self.frozen:

@@ -35,7 +35,7 @@ from unlocked.runtime.engines.processes.worker import Worker
 from unlocked.runtime.job import Job, needs_compiler, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
-from unlocked.workers.cargo import CargoLayout
+from unlocked.workers.cargo import make_layout
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 from unlocked.workers.slot_log import SlotLog
@@ -383,9 +383,8 @@ def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLa
     """What travels on the edges into and out of this rank's stage; None at the ends of the pipeline."""
 
     def layout(first_layer: int) -> SlotLayout:
-        rows, shape = job.plan.max_rows, job.network.output_shapes[first_layer - 1]
-        traffic = job.network.side_channel.traffic(first_layer - 1)
-        return CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
+        shape, traffic = job.network.output_shapes[first_layer - 1], job.network.side_channel.traffic(first_layer - 1)
+        return make_layout(job.plan.max_rows, shape, job.storage, traffic)
 
     rank, last = world.rank, world.size - 1
     return layout(parts[rank].start) if rank > 0 else None, layout(parts[rank].stop) if rank < last else None
