@@ -21,7 +21,7 @@ compare: $(STAMP)
 
 # Cells are kept below runs/leaderboard: the same command goes on where it was stopped.
 leaderboard: $(STAMP)
-	$(RUN) $(BIN)/python -m unlocked leaderboard --jobs 2 --num-epochs 8
+	$(RUN) $(BIN)/python -m unlocked leaderboard --jobs 2 --num-epochs 5 --repeats 1
 
 # First what may share the cores; then, one after the other, the tests that have a time limit or start many processes.
 test: $(STAMP) lint

@@ -21,6 +21,7 @@ from unlocked.rules import GLOBAL_RULES
 from unlocked.runtime import Trainer
 from unlocked.runtime.job import Job
 from unlocked.runtime.recipe import Recipe, make_model
+from unlocked.workers.cargo import CargoLayout
 from unlocked.workers.edges import SlotLayout
 
 __all__ = ["audited_cuts", "find_leaks", "inspect"]
@@ -148,8 +149,12 @@ def _edge_bytes(recipe: Recipe, train: ImageDataset) -> tuple[float, ...]:
     if recipe.training_mode in GLOBAL_RULES:
         return ()
     job = _job(recipe, train)
-    rows = recipe.batch_size
-    return tuple(SlotLayout(rows, shape, job.storage).nbytes(rows) / rows for shape in job.network.output_shapes[:-1])
+    rows, found = recipe.batch_size, []
+    for layer, shape in enumerate(job.network.output_shapes[:-1]):
+        traffic = job.network.side_channel.traffic(layer)
+        cargo = CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
+        found.append(cargo.nbytes(rows) / rows)
+    return tuple(found)
 
 
 def _noted(what: str, notes: list[str], find: Callable[[], _T]) -> _T | None:

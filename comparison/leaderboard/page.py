@@ -191,7 +191,8 @@ def _conditions(board: Board, options: LeaderboardOptions) -> Section:
             f"Speed was measured with the first seed while nothing else of the leaderboard ran: {options.speed_steps} "
             f"micro-batches without evaluation, the median of {options.repeats}, in one process and as a pipeline of "
             f"{options.processes}. Same bits: the pipeline left the weights of the one process. Edges are what the "
-            "pipeline's messages hold. Activations are the most allocated at once in a step of one process, without "
+            "pipeline's messages hold, the side channel included. Activations are the most allocated at once in a "
+            "step of one process, without "
             f"weights, their gradients under a local rule, and optimizer states. {energy}",
             "Local: at each cut between two layers all later layers began with other weights, and after three steps on "
             "the cell's own data every earlier layer held the same bits. p: Welch's test against backpropagation, "

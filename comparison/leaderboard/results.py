@@ -20,7 +20,7 @@ class Inspection:
     activation_bytes: int | None
     """The most at once in a step of one process, without what persists; None: see `notes`."""
     edge_bytes: tuple[float, ...]
-    """Per image, of a micro-batch's message after each layer but the last: activations, labels, whatever travels."""
+    """Per image, of a micro-batch's message after each layer but the last: activations, labels, side channel."""
     cuts: int
     """Between two layers, at which all later layers began with other weights."""
     steps: int
