@@ -21,7 +21,7 @@ from unlocked.runtime.conformance import check_conformance, train_small
 from unlocked.runtime.fields import LineParser
 from unlocked.runtime.saving.whole_file import write_json
 
-__all__ = ["find_rule", "main"]
+__all__ = ["find_rule", "main", "make_parser"]
 
 _MODULE = "unlocked.launch.check_rule"
 
@@ -30,7 +30,7 @@ _MODULE = "unlocked.launch.check_rule"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for every property."""
     try:
-        given = _parser().parse_args(arguments)
+        given = make_parser().parse_args(arguments)
         rule = find_rule(given.rule, given.name)
         if given.digest is not None:
             return _work(rule, given.digest)
@@ -102,7 +102,7 @@ def _work(rule: Rule, out: Path) -> int:
     return 0
 
 
-def _parser() -> LineParser:
+def make_parser() -> LineParser:
     parser = LineParser(
         prog="unlocked check-rule",
         description="Is a rule local, deterministic, exact on every engine, resumable; and what does it cost?",

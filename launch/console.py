@@ -20,7 +20,7 @@ COMMANDS = {
     "check-rule": ("unlocked.launch.check_rule", "is a rule of one's own local, exact and resumable"),
     "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
-    "chaos": ("unlocked.launch.chaos", "a training under faults: does it come to the same bits, and what does it cost"),
+    "chaos": ("unlocked.launch.chaos", "train under faults: equal bits, and at what cost"),
     "compare-runs": ("unlocked.launch.compare_runs", "saved runs beside each other: a table, and curves"),
     "completion": ("unlocked.launch.completion", "make your shell complete all of this"),
     "simulate": ("unlocked.runtime.schedules.simulate", "show a pipeline's schedule, its timeline and its bubbles"),

@@ -19,7 +19,7 @@ from unlocked.comparison.leaderboard import options as leaderboard
 from unlocked.comparison.memory import study as memory
 from unlocked.comparison.stages import study as stages
 from unlocked.kernels.triton import aot
-from unlocked.launch import chaos, compare_runs, evaluate, pipeline
+from unlocked.launch import chaos, check_rule, compare_runs, evaluate, pipeline
 from unlocked.models import small_conv
 from unlocked.runtime.metrics import dashboard_demo
 from unlocked.runtime.schedules import simulate
@@ -47,6 +47,7 @@ TINY = ("--plain", "--num-epochs", "1", "--max-steps", "1", "--no-eval", "--batc
 COMMANDS = {
     "launch/command_line.py": Command(pipeline.main, TINY),
     "launch/chaos.py": Command(lambda given: chaos.parse(given) and 0, ("--stages", "2")),
+    "launch/check_rule.py": Command(check_rule.main, ("LLS",)),
     "launch/compare_runs.py": Command(compare_runs.main, ("folder",)),
     "launch/evaluate.py": Command(evaluate.main, ("weights.pt", "--model", "SmallConv")),
     "comparison/command_line.py": Command(comparison.parse),
@@ -61,7 +62,8 @@ COMMANDS = {
 OTHERS = {
     "launch/cluster.py",
     "launch/completion.py",
-}  # of torchrun's flags, and of none: see tests/launch/test_console.py
+    "runtime/line_parser.py",
+}  # of torchrun's flags, and of none (see tests/launch/test_console.py); the parser of all the others
 
 
 def test_every_command_is_here() -> None:
