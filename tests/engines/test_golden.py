@@ -117,7 +117,7 @@ def run(
         stage.begin_epoch()
         logits.append(stage.forward(item, _channels_last(images[s]), labels[s]).clone())
         stage.update(item)
-        losses.append(torch.stack(stage.sums())[:-2, 0].float() / meta["batch"])
+        losses.append(torch.stack(stage.sums())[: len(layers) - 1, 0].float() / meta["batch"])
     parameters = {name: value.detach().clone() for name, value in named.items()}
     buffers = [(key, b) for layer in layers for key, b in layer.block.named_buffers() if "running" in key]
     expected_sums = meta.get("buffer_sums", [key for key, _ in buffers])
