@@ -13,8 +13,8 @@ from unlocked.workers.errors import MissingActionError, NonFiniteLossError, Stag
 
 # The first action that a run misses: engine -> kind -> action.
 IN_PROCESS = {
-    "sequential": {"F": "0F0", "U": "0U0", "E": "0E", "SNAP": "0SNAP2"},
-    "streams": {"RECV": "1RECV0", "F": "0F0", "SEND": "0SEND0", "U": "0U0", "E": "0E", "SNAP": "0SNAP2"},
+    "sequential": {"F": "0F0", "U": "0U0", "E": "0E", "SNAP": "0SNAP1"},
+    "streams": {"RECV": "1RECV0", "F": "0F0", "SEND": "0SEND0", "U": "0U0", "E": "0E", "SNAP": "0SNAP1"},
 }
 
 

@@ -16,7 +16,7 @@ from unlocked.runtime.settings import Settings
 
 def set_gain(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
     """What a processor of another kind would show."""
-    for place in ("unlocked.kernels.trial", "unlocked.runtime.trainer"):
+    for place in ("unlocked.kernels.trial", "unlocked.runtime.before_run"):
         monkeypatch.setattr(f"{place}.bfloat16_gain", lambda device: gain)
 
 
