@@ -13,7 +13,8 @@ from unlocked.kernels.reference import pool_latents
 from unlocked.models import MODELS, Block, architecture_of, get_model, model_options, rebuild, split
 from unlocked.models.residual import local_module_sizes
 from unlocked.rules import RULES, get_rule
-from unlocked.runtime.network import build_network, check_rules
+from unlocked.runtime.network import build_network
+from unlocked.runtime.rule_trial import check_rules
 
 OTHERS = [name for name in MODELS if "upsample" not in model_options(name)]
 TOKENS = ("ViT", "MLPMixer")
