@@ -125,10 +125,10 @@ def test_all_schedules_compute_the_same_and_two_have_timelines(tmp_path: Path) -
         (["--lr", "0"], ["lr is 0.0", "must be positive"]),
         (["--model", "nothing"], ["nothing"]),
         (["--batch-size", "1437"], ["layer linear1", "1438 training rows", "--drop-last", "1436"]),
-        (["--nonsense"], ["unrecognized arguments: --nonsense", "--help"]),
+        (["--nonsense"], ["there is no flag --nonsense", "--help"]),
         (["--queue-depth", "0"], ["queue_depth is 0; it must be at least 1"]),
         (["--study", "memory", "--channels", "x"], ["--channels: invalid int value: 'x'"]),
-        (["--study=stages", "--stages", "3"], ["unrecognized arguments: --stages 3"]),
+        (["--study=stages", "--stages", "3"], ["there is no flag --stages; did you mean --max-stages?"]),
     ],
 )
 def test_a_mistake_is_one_line(
