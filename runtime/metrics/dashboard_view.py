@@ -128,7 +128,9 @@ def _header(view: View) -> Text:
 
 def _progress(view: View, now: float, width: int) -> Text:
     last = view.stages[-1]
-    epoch = min((last.progress.epoch if last else 0) + 1, view.info.epochs)
+    # Progress may be lost on a busy machine; an epoch's result is not.
+    heard = max(last.progress.epoch if last else 0, view.epochs[-1].epoch if view.epochs else 0)
+    epoch = min(heard + 1, view.info.epochs)
     right = (
         f" {view.done:4.0%}  epoch {epoch}/{view.info.epochs}  {view.images_per_second:,.0f} images/s"
         f"  {time_text(view.seconds_left(now))} left"
