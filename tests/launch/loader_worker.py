@@ -47,12 +47,18 @@ def fit(train: Any, test: Any = None, engine: str = "sequential", **options: Any
 
 
 class Counted(TensorDataset):
-    """Counts the samples that this process reads."""
+    """Counts the samples that are read by this process or by those that are forked from it."""
 
-    count = 0
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self._count = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def count(self) -> int:
+        return int(self._count)
 
     def __getitem__(self, index: int) -> Any:
-        self.count += 1
+        self._count += 1
         return super().__getitem__(index)
 
 
