@@ -174,7 +174,7 @@ class Session:
         )
 
     def _data(self, recipe: Recipe) -> Path:
-        """The file of the recipe's dataset, for all processes of this session."""
+        """The file of the recipe's dataset, for all processes of this run."""
         path = self._pool.folder / f"data-{recipe.dataset}.pt"
         if recipe.dataset not in self._sizes:
             train, test = recipe.load_data()
