@@ -25,11 +25,14 @@ def report(error: BaseException) -> tuple[str, str, str, str | None]:
     return FAILED, _FAILURE, text, "".join(traceback.format_exception(error))
 
 
-def first_cause(reports: Sequence[tuple[str, str, str, str | None]], otherwise: str) -> Exception:
+def first_cause(
+    reports: Sequence[tuple[str, str, str, str | None]], otherwise: str, ends: Sequence[str] = ()
+) -> Exception:
     """What the caller raises: a user's mistake as a ValueError, else the failure that is behind the others.
 
     Args:
         otherwise: what is said where nobody has reported anything.
+        ends: how those ended that have reported nothing; a note of the error where the others only miss them.
     """
     for kind in (_MISTAKE, _FAILURE, _ECHO):
         for _, found, text, trace in reports:
@@ -37,5 +40,7 @@ def first_cause(reports: Sequence[tuple[str, str, str, str | None]], otherwise: 
                 error: Exception = ValueError(text) if kind == _MISTAKE else RunFailed(text)
                 if trace is not None:
                     error.add_note(f"The worker's own traceback:\n{trace}")
+                for end in ends if kind == _ECHO else ():
+                    error.add_note(end)
                 return error
     return RunFailed(otherwise)
