@@ -8,6 +8,7 @@ from multiprocessing.connection import Pipe
 import pytest
 
 from unlocked.runtime.engines.processes.local_launch import Started
+from unlocked.runtime.engines.processes.reports import first_cause
 from unlocked.runtime.engines.processes.spawn import _Run
 
 
@@ -49,3 +50,16 @@ def test_the_end_of_a_process_that_said_nothing_is_told() -> None:
         assert _Run([Started(2, process, ours)], list).ends() == [
             "the process of stage 2 (rank 2) was ended by SIGSEGV"
         ]
+
+
+def test_who_is_merely_missed_is_told_with_all_that_is_known() -> None:
+    reports = [
+        ("failed", "echo", "stage 1 is lost", None),
+        ("failed", "echo", "stage 1 is lost: its worker left", None),
+        ("failed", "echo", "stage 1 is lost", None),
+    ]
+    error = first_cause(reports, "", ["stage 2 was ended by SIGSEGV"])
+    assert str(error) == "stage 1 is lost"
+    assert error.__notes__ == ["stage 2 was ended by SIGSEGV", "stage 1 is lost: its worker left"]
+    error = first_cause([*reports, ("failed", "failure", "own", "trace")], "", ["more"])
+    assert (str(error), len(error.__notes__)) == ("own", 1)

@@ -32,15 +32,18 @@ def first_cause(
 
     Args:
         otherwise: what is said where nobody has reported anything.
-        ends: how those ended that have reported nothing; a note of the error where the others only miss them.
+        ends: how those ended that have reported nothing. Where the others only miss them, that and whatever else was
+            said are notes of the error.
     """
     for kind in (_MISTAKE, _FAILURE, _ECHO):
-        for _, found, text, trace in reports:
-            if found == kind:
-                error: Exception = ValueError(text) if kind == _MISTAKE else RunFailed(text)
-                if trace is not None:
-                    error.add_note(f"The worker's own traceback:\n{trace}")
-                for end in ends if kind == _ECHO else ():
-                    error.add_note(end)
-                return error
+        said = [(text, trace) for _, found, text, trace in reports if found == kind]
+        if said:
+            text, trace = said[0]
+            error: Exception = ValueError(text) if kind == _MISTAKE else RunFailed(text)
+            if trace is not None:
+                error.add_note(f"The worker's own traceback:\n{trace}")
+            others = dict.fromkeys((*ends, *(other for other, _ in said if other != text)))
+            for other in others if kind == _ECHO else ():
+                error.add_note(other)
+            return error
     return RunFailed(otherwise)
