@@ -12,6 +12,7 @@ import msgpack
 import torch
 import torch.distributed as dist
 
+from unlocked.runtime.control.address import KeyPair
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.supervisor import Supervisor
@@ -52,6 +53,7 @@ class Assignment:
     Attributes:
         parts: the layers of each stage.
         address: the coordinator's.
+        keys: by which it knows this rank's processes.
         waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         shared: this stage's edges in memory; None: through a process group.
     """
@@ -61,6 +63,7 @@ class Assignment:
     world: World
     parts: Sequence[range]
     address: str
+    keys: KeyPair
     waits: bool
     device: torch.device
     shared: Shared | None
@@ -87,6 +90,7 @@ class Assignment:
             on_abort=on_abort,
             start_timeout=self.options.start_timeout,
             incarnation=incarnation,
+            keys=self.keys,
             **self.heartbeats,
         )
         client.open()
@@ -212,6 +216,7 @@ class SupervisedWork:
         self._supervisor = Supervisor(
             task.address,
             self._zygote,
+            keys=task.keys,
             stage=rank,
             rank=rank,
             layers=task.names[rank],
