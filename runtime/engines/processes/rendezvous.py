@@ -60,7 +60,7 @@ def connect(world: World, timeout: float) -> dist.Store:
             _await_listener(world, timeout)
         try:
             store = _stores[where] = _open_store(world, serve, timeout)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(_no_store(world, serve)) from error
     store.set_timeout(timedelta(seconds=timeout))
     global _run
