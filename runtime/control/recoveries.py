@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Door
+from unlocked.runtime.control.entrance import Door
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.member import Member, Roster
 from unlocked.runtime.metrics.records import Recovery

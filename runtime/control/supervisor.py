@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.address import Address, KeyPair, dial
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.zygote import Ended, Told, Zygote, how_it_ended
 
@@ -39,6 +39,7 @@ class Supervisor:
 
     Args:
         address: the coordinator's.
+        keys: this process's, whose public one the coordinator admits.
         stage, rank, layers: whose worker it is; named in all errors.
         position: to which the stage's workers have come.
         on_abort: called when the run is over for a reason outside this rank; ends the process.
@@ -54,6 +55,7 @@ class Supervisor:
         address: str,
         zygote: Zygote,
         *,
+        keys: KeyPair,
         stage: int,
         rank: int,
         layers: Sequence[str],
@@ -62,7 +64,7 @@ class Supervisor:
         heartbeat_interval: float = 1.0,
         heartbeat_timeout: float = 30.0,
     ) -> None:
-        self._address, self._zygote = Address.parse(address), zygote
+        self._address, self._keys, self._zygote = Address.parse(address), keys, zygote
         self.stage, self._rank, self._layers = stage, rank, tuple(layers)
         self._position, self._on_abort = position, on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
@@ -81,7 +83,7 @@ class Supervisor:
 
     def open(self) -> None:
         """Says hello, and starts the first worker."""
-        self._connection = _Connection(self._address)
+        self._connection = _Connection(self._address, self._keys)
         pid, host = os.getpid(), socket.gethostname()
         self._connection.send(m.Supervise(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
         self._zygote.start(self._incarnation)
@@ -222,15 +224,10 @@ class Supervisor:
 class _Connection:
     """To the coordinator, in the thread that uses it."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, keys: KeyPair) -> None:
         self._address = address
         self._context = zmq.Context()
-        self._dealer = self._context.socket(zmq.DEALER)
-        # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._dealer.setsockopt(zmq.IPV6, int("[" in address.endpoint))
-        self._dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_FRAME_BYTES)
-        self._dealer.connect(address.endpoint)
+        self._dealer, self._monitor = dial(self._context, address, keys)
         self._waiting: deque[Any] = deque()
         self._heard = self._beaten = self._before = time.monotonic()
         self._stood = 0.0
@@ -249,7 +246,7 @@ class _Connection:
         self._waiting.append(message)
         with contextlib.suppress(zmq.Again):
             while self._waiting:
-                self._dealer.send_multipart(m.pack(self._address.token, self._waiting[0]), zmq.DONTWAIT)
+                self._dealer.send(m.pack(self._waiting[0]), zmq.DONTWAIT)
                 self._waiting.popleft()
 
     def receive(self) -> list[Any]:
@@ -258,7 +255,7 @@ class _Connection:
             while True:
                 frames = self._dealer.recv_multipart(zmq.DONTWAIT)
                 with contextlib.suppress(m.MessageError):
-                    received.append(m.unpack(self._address.token, frames))
+                    received.append(m.unpack(frames))
         now = time.monotonic()
         self._stood, self._before = now - self._before, now
         if received:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from unlocked.runtime.control.address import KeyPair
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import Stop, stage_name
 from unlocked.runtime.control.world import World
@@ -33,6 +34,7 @@ class Assignment:
     Attributes:
         parts: the layers of each stage.
         address: the coordinator's.
+        keys: by which it knows this rank's processes.
         waits: rank 0 has a metrics sink that is to hear of every epoch before the next one begins.
         shared: this stage's edges in memory; None: through a process group.
     """
@@ -42,6 +44,7 @@ class Assignment:
     world: World
     parts: Sequence[range]
     address: str
+    keys: KeyPair
     waits: bool
     device: torch.device
     shared: Shared | None
@@ -68,6 +71,7 @@ class Assignment:
             on_abort=on_abort,
             start_timeout=self.options.start_timeout,
             incarnation=incarnation,
+            keys=self.keys,
             **self.heartbeats,
         )
         client.open()

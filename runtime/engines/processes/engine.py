@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from unlocked.runtime.control.address import KeyPair
 from unlocked.runtime.control.ending import Verdict, end_process, error_line, last_act
+from unlocked.runtime.control.interfaces import choose_interfaces
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.control.zygote import CAN_FORK
 from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.processes.admission import new_keys
 from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, slot_layouts
 from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.hub import Hub
@@ -75,7 +78,9 @@ class Processes(ProcessesOptions):
         with contextlib.ExitStack() as closing:
             closing.callback(set_up.done)
             with _leaving_word(set_up):
+                choose_interfaces(world)
                 store = connect(world, self.start_timeout)
+                keys = new_keys(store)
                 hub = Hub(job, self, world, make_sinks, num_stages) if world.rank == 0 else None
                 if hub is not None:
                     closing.enter_context(last_act(hub.close_sinks))
@@ -91,7 +96,7 @@ class Processes(ProcessesOptions):
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 check_same_settings(settings_of(job, self), terms["settings"])
                 agree_on_start_weights(job, store, world, self.start_timeout)
-                crew = self._crew(job, world, store, parts, terms, device, set_up, hub)
+                crew = self._crew(job, world, store, keys, parts, terms, device, set_up, hub)
                 closing.callback(crew.close)
                 threads = _agree_on_threads(store, world, crew, self.start_timeout)
                 if hub is not None:
@@ -123,6 +128,7 @@ class Processes(ProcessesOptions):
         job: Job,
         world: World,
         store: dist.Store,
+        keys: KeyPair,
         parts: list[range],
         terms: Mapping[str, Any],
         device: torch.device,
@@ -150,6 +156,7 @@ class Processes(ProcessesOptions):
             world=world,
             parts=parts,
             address=terms["address"],
+            keys=keys,
             waits=terms["waits"],
             device=device,
             shared=shared,

@@ -60,6 +60,7 @@ class SupervisedWork:
         self._supervisor = Supervisor(
             task.address,
             self._zygote,
+            keys=task.keys,
             stage=rank,
             rank=rank,
             layers=task.names[rank],
