@@ -7,7 +7,7 @@ import zmq
 from coordination import LAYERS, TIMEOUT, until
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.address import Address, KeyPair, dial
 from unlocked.runtime.control.coordinator import Coordinator
 
 pytestmark = pytest.mark.alone
@@ -17,23 +17,23 @@ class Peer:
     """A worker, or a supervisor, that says what it is told to."""
 
     def __init__(self, context: "zmq.Context[Any]", coordinator: Coordinator) -> None:
-        self._address = Address.parse(coordinator.address)
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.connect(self._address.endpoint)
+        self._socket, self._monitor = dial(context, Address.parse(coordinator.address), KeyPair.new())
 
     def say(self, message: Any) -> None:
-        self._socket.send_multipart(m.pack(self._address.token, message))
+        self._socket.send(m.pack(message))
 
     def hear(self, kind: type) -> Any:
         """The next message of that kind."""
         while True:
             assert self._socket.poll(1000 * TIMEOUT), f"no {kind.__name__}"
-            message = m.unpack(self._address.token, self._socket.recv_multipart())
+            message = m.unpack(self._socket.recv_multipart())
             assert not isinstance(message, m.Abort), message
             if isinstance(message, kind):
                 return message
 
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
 
