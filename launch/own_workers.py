@@ -45,7 +45,7 @@ def start_workers(count: int, module: str, arguments: Sequence[str], *, threads:
 def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all of them; the first exit code that is not 0."""
     first, deadline = None, float("inf")
-    while any(process.poll() is None for process in started):
+    while None in [process.poll() for process in started]:  # of all: who is not asked does not tell of its end
         first = first or _failed(started)
         if first is not None and deadline == float("inf"):
             deadline = time.monotonic() + _patience(first[1])
