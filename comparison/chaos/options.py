@@ -34,7 +34,7 @@ class ChaosOptions:
         15.0, "seconds after a fault by which the run must go on or have ended", above=0, at_most=3600
     )
     chaos_seed: int = setting(0, "of the faults' kinds, victims and moments", at_least=0, at_most=LARGEST_SEED)
-    report: Path | None = setting(None, "write all faults and the table here, as JSON", place="new file")
+    report: Path | None = setting(None, "write all faults and the table here, as JSON", place="JSON file")
 
     def __post_init__(self) -> None:
         check(self)
