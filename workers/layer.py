@@ -6,7 +6,7 @@ The output never carries a gradient, so nothing can come back from later layers.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,9 @@ __all__ = [
 
 class Step(Protocol):
     """One way to compute a layer's local step."""
+
+    counts: Sequence[nn.Module]
+    """The BatchNorms that don't count their batches by themselves."""
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Training-mode forward; keeps what `update` needs. Returns the next layer's input, in `out` if given."""
@@ -78,7 +81,7 @@ class Layer:
         self.frozen = frozen_modules(block)
         """What stays in eval mode, also in training and while statistics are re-estimated."""
         self._storage = storage_dtype(precision)
-        self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
+        self.computes_in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
@@ -168,11 +171,9 @@ class Layer:
         if self._pending:
             self.clock += self._pending
             self._pending = 0
-        if isinstance(self.step, AutogradStep):
-            return  # BatchNorm counts by itself
-        for module in self.block.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.num_batches_tracked is not None:
-                module.num_batches_tracked += self.clock - self._counted
+        for module in self.step.counts:
+            if isinstance(count := module.num_batches_tracked, Tensor):
+                count += self.clock - self._counted
         self._counted.copy_(self.clock)
 
     @torch.no_grad()
@@ -204,7 +205,7 @@ class Layer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
-        if not self._in_bfloat16:
+        if not self.computes_in_bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
@@ -219,7 +220,7 @@ class Layer:
         if self._storage == torch.float32 or not x.is_floating_point():
             return x
         x = x.to(self._storage)
-        return x if self._in_bfloat16 else x.float()
+        return x if self.computes_in_bfloat16 else x.float()
 
     def set_lr_factor(self, factor: float) -> None:
         """Scales the optimizer's initial learning rates (a schedule's value for the epoch)."""
@@ -304,6 +305,10 @@ class Layer:
 
 class AutogradStep:
     """The local step of any differentiable block and rule."""
+
+    counts: Sequence[nn.Module] = ()
+    why = ""
+    """What stands against a closed form."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

@@ -99,7 +99,7 @@ class Coordinator:
         self._callback_error: str | None = None
         self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
-        how: dict[str, Any] = {"on_recovery": self._recovered, "build_seconds": start_timeout, "door": self._door}
+        how: dict[str, Any] = {"on_recovery": self._recovered, "hello_seconds": heartbeat_timeout, "door": self._door}
         self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
         self._edges = EdgeBook(self._roster, self._send)
         self._pulse = Pulse(self._roster, self._failures, self._recoveries, self._send, heartbeat_timeout)
@@ -107,7 +107,7 @@ class Coordinator:
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.recoveries: list[Recovery] = []
-        """Of workers that died, in order."""
+        """Of workers, in order."""
         self.ignored_frames = 0
         """Messages that were malformed, or not a worker's."""
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
@@ -264,16 +264,16 @@ class Coordinator:
 
     def _hello(self, identity: bytes, hello: m.Hello | m.Supervise) -> None:
         member = Member(identity, hello, time.monotonic(), self._first)
-        if self.first_failure is not None:
-            self._send(identity, m.Abort(message=self.first_failure))
+        if isinstance(hello, m.Hello) and self._recoveries.is_late(hello):
             return
-        problem = self._roster.problem(member)
+        problem = self.first_failure or self._roster.problem(member)
         if problem:
             self._send(identity, m.Abort(message=problem))
-            self._failures.fail(problem)
+            self._failures.fail(problem)  # unless there is a first cause already
             return
         started = self._roster.is_complete
         self._roster.add(member)
+        self._recoveries.met(member)
         if started:
             self._recoveries.came_back(member)
             self._edges.came_back(member)  # before its start: its links of before are not to be tried

@@ -52,7 +52,7 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CHUNK_BYTES = 128 << 10
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected, a stranger during the handshake too: nobody can make the
@@ -102,13 +102,13 @@ class Supervise:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Died:
-    """From a supervisor: its worker has ended without a word, after the items before `position`. `signal`: the one that
-    ended it; None: it left."""
+    """From a supervisor: its worker has ended without a word, after the items before `position`. `again`: the next one
+    would not come to the same end."""
 
     incarnation: int
     position: int
     how: str
-    signal: int | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

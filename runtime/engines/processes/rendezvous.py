@@ -81,21 +81,26 @@ def connect_again(world: World, timeout: float) -> dist.Store:
         raise ValueError(_no_store(world, False)) from error
 
 
-def await_keys(store: dist.Store, keys: Sequence[str], timeout: float) -> None:
+def await_keys(
+    store: dist.Store, keys: Sequence[str], timeout: float, pause: Callable[[float], None] = time.sleep
+) -> None:
     """Waits until all of the keys are there.
 
     By asking again and again: a wait inside the store would hold the main thread, and its signals, until its end.
+
+    Args:
+        pause: what is done for so many seconds between two questions.
 
     Raises:
         TimeoutError: they are not there after `timeout` seconds.
         RuntimeError: the store is gone.
     """
-    deadline, pause = time.monotonic() + timeout, 0.002
+    deadline, seconds = time.monotonic() + timeout, 0.002
     while not store.check(list(keys)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{', '.join(keys)}: not there after {timeout:g} s")
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause(seconds)
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
 def _served_by_agent() -> bool:
@@ -149,8 +154,10 @@ def exchange(
     return value
 
 
-def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
-    """Waits until all ranks are here.
+def meet(
+    store: dist.Store, world: World, key: str, timeout: float, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Waits until all ranks are here; `pause` as in `await_keys`.
 
     Raises:
         TimeoutError: names the ranks that did not come in time.
@@ -158,7 +165,7 @@ def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
     keys = [f"{key}-{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:
-        await_keys(store, keys, timeout)
+        await_keys(store, keys, timeout, pause)
     except TimeoutError as error:
         missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
         raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
