@@ -40,7 +40,7 @@ class ChaosOptions:
     report: Path | None = setting(
         None,
         "write all faults and the table here, as JSON, beside those that are there; the same command goes on",
-        place="new file",
+        place="JSON file",
     )
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from unlocked.runtime.engines.processes.parcel import (
 from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import COORDINATOR, telling
-from unlocked.runtime.engines.processes.worker import Worker
+from unlocked.runtime.engines.processes.worker import Worker, figures
 from unlocked.runtime.job import needs_compiler, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
@@ -157,7 +157,7 @@ class SupervisedWork:
             payload = worker.run()
         left = (msgpack.packb(payload), global_state(), loader_states(task.job))
         self._leave(line, "result", pickle.dumps(left))
-        client.finish(payload)
+        client.finish(figures(payload))
         client.close()
         worker.close()
 
