@@ -9,9 +9,10 @@ from unlocked.launch.output import lasting_output
 
 if TYPE_CHECKING:
     from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.runtime.fields import LineParser
     from unlocked.runtime.recipe import Recipe
 
-__all__ = ["main", "parse"]
+__all__ = ["main", "make_parser", "parse"]
 
 _USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
 """Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
@@ -69,16 +70,8 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     from unlocked.comparison.chaos.options import ChaosOptions
     from unlocked.launch.command_line import parse as parse_training
     from unlocked.runtime import Processes
-    from unlocked.runtime.fields import LineParser, add_flags
 
-    parser = LineParser(
-        prog="unlocked chaos",
-        description="Runs a training under faults, again and again by --resume auto, and compares it with the "
-        "undisturbed run. Takes the flags of unlocked train as well; --stages tells the number of processes.",
-        allow_abbrev=False,
-    )
-    add_flags(parser.add_argument_group("faults"), ChaosOptions)
-    given, rest = parser.parse_known_args(arguments)
+    given, rest = _own_parser().parse_known_args(arguments)
     options = ChaosOptions(**vars(given))
     recipe = parse_training(rest, default_engine="processes")
     if not isinstance(recipe.engine, Processes) or recipe.engine.stages is None:
@@ -88,6 +81,34 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     if taken:
         raise ValueError(f"--{taken[0].replace('_', '-')} is set for every run by itself; leave it out")
     return options, recipe, _without(rest, "--save-path")
+
+
+def make_parser() -> "LineParser":
+    """All flags of the command: those of the faults, and the training's."""
+    from unlocked.launch.command_line import make_parser as training
+
+    parser = _own_parser()
+    taken = {f"--{name.replace('_', '-')}" for name in _OURS if name != "save_path"} | {"--help"}
+    for group in training()._action_groups:
+        own = parser.add_argument_group(group.title, group.description)
+        for action in group._group_actions:
+            if not taken & set(action.option_strings):
+                own._add_action(action)
+    return parser
+
+
+def _own_parser() -> "LineParser":
+    from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.runtime.fields import LineParser, add_flags
+
+    parser = LineParser(
+        prog="unlocked chaos",
+        description="Runs a training under faults, again and again by --resume auto, and compares it with the "
+        "undisturbed run. Takes the flags of unlocked train as well; --stages tells the number of processes.",
+        allow_abbrev=False,
+    )
+    add_flags(parser.add_argument_group("faults"), ChaosOptions)
+    return parser
 
 
 def _is_given(rest: Sequence[str], name: str) -> bool:

@@ -1,6 +1,7 @@
 """Every layer's rule is tried once before a run: what does not fit is said before the first step."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, Views, has_scores, needs_pass
+from unlocked.runtime.batch_statistics import RuleStatistics
 from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, rule_name
 from unlocked.runtime.network import Network, optimizer_of
@@ -37,7 +39,8 @@ def check_rules(
         sample: one sample of the data; None: zeros.
 
     Returns:
-        The network, whose layers also draw from what their rules were seen to draw from, with its side channel.
+        The network, whose layers also draw from what their rules were seen to draw from, with its side channel and the
+        normalisations in its rules.
 
     Raises:
         ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
@@ -51,23 +54,34 @@ def check_rules(
     names = [rule_name(one) for one in chosen]
     channel = plan_side_channel(network.infos, built, names, sample)
     draws = []
+    statistics = list(network.batch_statistics)
     carried: dict[str, Tensor] = {}  # what the layers before have sent
     for index, (info, rule) in enumerate(zip(network.infos, built, strict=True)):
         with generators.keyed(info.seed):
             before = generators.states()
-            if needs_pass(rule):
-                factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
-                carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
-            else:
-                activations = torch.randn(2, *info.activation_shape, requires_grad=True)
-                before = generators.states()
-                _try_rule(rule, activations, chosen[index], info)
+            takes_pass = needs_pass(rule)
+            with RuleStatistics(info.name, rule, _samples(info) if takes_pass else _SAMPLES) as seen:
+                if takes_pass:
+                    factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
+                    carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
+                else:
+                    activations = torch.randn(_SAMPLES, *info.activation_shape, requires_grad=True)
+                    before = generators.states()
+                    _try_rule(rule, activations, chosen[index], info)
+            statistics += seen.found
             if has_scores(rule):
                 _try_scores(rule, chosen[index], info, channel.views if index < len(built) - 1 else None)
             draws.append(network.draws[index] | generators.moved(before))
     last = network.infos[-1]
     scored = tuple(i.name for i, rule in zip(network.infos, built, strict=True) if has_scores(rule) or i is last)
-    return replace(network, draws=draws, side_channel=channel, scored=scored, passes=any(map(needs_pass, built)))
+    return replace(
+        network,
+        draws=draws,
+        side_channel=channel,
+        scored=scored,
+        passes=any(map(needs_pass, built)),
+        batch_statistics=statistics,
+    )
 
 
 def check_trainable(network: Network, rules: Rules | str) -> None:
@@ -116,7 +130,7 @@ def _try_pass(
 ) -> dict[str, Tensor]:
     """A training step of a copy of the layer on made-up samples; what is on the side channel after it."""
     info = network.infos[index]
-    samples = max(_SAMPLES, info.num_classes)  # with a label of every class
+    samples = _samples(info)
     rows = channel.rows(index, samples)
     shape = network.output_shapes[index - 1] if index else network.input_shape
     x = torch.zeros(rows, *shape, dtype=torch.int64)
@@ -124,7 +138,7 @@ def _try_pass(
         x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
     layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=torch.device("cpu"), sources=())
-    before = {name: value.clone() for name, value in layer.tensors()}
+    before = {name: value.clone() for name, value in _learned(layer)}
     try:
         labels = torch.arange(samples) % info.num_classes
         arriving = {name: carried[name] for name in channel.arriving(index)}
@@ -143,12 +157,18 @@ def _try_pass(
             f"{error}"
         ) from error
     idle = bool(layer.parameters) and all(p.grad is None for p in layer.parameters)
-    if idle and all(torch.equal(before[name], value) for name, value in layer.tensors()):
+    if idle and all(torch.equal(before[name], value) for name, value in _learned(layer)):
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} changes nothing in a step: it returns a loss without a "
             "graph, sets no gradients, and leaves weights and buffers as they are"
         )
     return carried
+
+
+def _learned(layer: PassLayer) -> Iterator[tuple[str, Tensor]]:
+    """What a rule may change: the weights, and whatever it keeps; not the statistics that a forward pass counts."""
+    yield from layer.block.named_parameters(prefix="block")
+    yield from layer.rule.state_dict().items()
 
 
 def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | None) -> None:
@@ -164,6 +184,11 @@ def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | N
             f"the rule {rule_name(chosen)} of layer {info.name} gives scores of {got} for {_SAMPLES} samples; they "
             f"must be [B, {info.num_classes}]"
         )
+
+
+def _samples(info: LayerInfo) -> int:
+    """With a label of every class."""
+    return max(_SAMPLES, info.num_classes)
 
 
 def _generator(info: LayerInfo) -> torch.Generator:

@@ -329,6 +329,7 @@ class Trainer(Settings):
             optimizer=self.optimizer,
             sample=probe_sample(train_set),
         )
+        check_batch_statistics(network.batch_statistics, plan)
         fingerprint = {
             "layers": network.names,
             "rule": describe_rule(self.rule),

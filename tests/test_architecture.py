@@ -44,7 +44,7 @@ LAYERS = {
         ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
         ["shapes"],
-        ["layer_rules", "layer_optimizers", "side_channel"],
+        ["layer_rules", "layer_optimizers", "rule_declarations", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs", "rule_trial"],
         ["job", "arguments", "keeping", "summary"],

@@ -126,6 +126,8 @@ class PassStep(AutogradStep):
             parameter.grad = None
         with torch.set_grad_enabled(layer.rule.needs_graph):
             loss = layer.rule.step(one)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
             if loss.requires_grad:
                 loss.backward()
         if layer.optimizer is not None:
