@@ -34,7 +34,8 @@ class Learned:
     def settled(
         self, num_classes: int | None, outputs: tuple[int, ...], samples: torch.dtype, last: str
     ) -> tuple[Task, TargetForm, int]:
-        """The task, what every stage gets of a target, and the scores of a prediction, for a network whose last layer gives `outputs` per sample.
+        """The task, what every stage gets of a target, and the scores of a prediction, for a network whose last layer
+        gives `outputs` per sample.
 
         Args:
             num_classes: of a classification's data, if they are known.
