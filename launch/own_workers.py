@@ -11,7 +11,7 @@ from types import FrameType
 __all__ = ["start_workers"]
 
 _LOOK_SECONDS = 0.05  # between two looks at who has ended
-_PATIENCE = 30.0  # seconds that the others have to end by themselves once a worker has failed
+_PATIENCE, _SHORT_PATIENCE, _HASTE = 30.0, 8.0, 4.0  # see `_patience`
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,12 +48,21 @@ def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
     while any(process.poll() is None for process in started):
         first = first or _failed(started)
         if first is not None and deadline == float("inf"):
-            deadline = time.monotonic() + _PATIENCE
-        if time.monotonic() > deadline:  # a worker of its own accord ends within seconds of another's end
+            deadline = time.monotonic() + _patience(first[1])
+        if time.monotonic() > deadline:
             _end(started)
         time.sleep(_LOOK_SECONDS)
     first = first or _failed(started)
     return 0 if first is None else _exit_code(*first)
+
+
+def _patience(status: int) -> float:
+    """Seconds that the others have to end by themselves once one has left with this return code: in order, where all
+    were told to; soon, where it has failed, of which they hear; or at once, where it was killed, of which they may not
+    have heard before they all knew each other."""
+    if status < 0:
+        return _HASTE
+    return _PATIENCE if status in [128 + number for number in _PASSED_ON] else _SHORT_PATIENCE
 
 
 def _failed(started: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:

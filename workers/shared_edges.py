@@ -202,7 +202,7 @@ class SharedOutEdge:
         if self.count >= self._log.sent:
             self._link.wait_until(lambda: self.count - self._log.done < self._depth)
             self._log.sent = self.count + 1
-            self._link.wake()
+        self._link.wake()  # a dead incarnation may have counted it, and not have come to this
         self.count += 1
 
     def flush(self) -> None:

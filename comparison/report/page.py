@@ -43,12 +43,21 @@ def _throughput_section(report: Report) -> Section | None:
     picture = charts.throughput_chart(report)
     if picture is None:
         return None
-    head = ["contender", "images/s", "slowest to fastest", "runs", "bubbles", "peak memory, MiB", "J/image"]
+    head = [
+        "contender",
+        "images/s",
+        "slowest to fastest",
+        "runs",
+        "bubbles",
+        "peak memory, MiB",
+        "of that its own",
+        "J/image",
+    ]
     has_energy = any(c.joules_per_image is not None for c in report.contenders)
     rows = []
     for c in report.measured:
-        memory = " + ".join(f"{size / 2**20:,.0f}" for size in c.peak_memory_bytes) or _NONE
-        row = [c.name, *_median_and_range(c.images_per_second), _percent(c.bubble_share), memory]
+        memory = [_mebibytes(c.peak_memory_bytes), _mebibytes(c.own_memory_bytes)]
+        row = [c.name, *_median_and_range(c.images_per_second), _percent(c.bubble_share), *memory]
         rows.append([*row, _number(c.joules_per_image, "{:.4f}")] if has_energy else row)
     return Section(
         key="throughput",
@@ -56,11 +65,15 @@ def _throughput_section(report: Report) -> Section | None:
         paragraphs=(
             "Training only. The contenders' runs took turns, so that a machine that drifts favours nobody. Memory is "
             + ("what torch allocated" if report.settings.device.startswith("cuda") else "each process's resident set")
-            + ".",
+            + ", at its highest, one figure per process; its own is what libraries and data leave of it.",
         ),
         pictures=(picture,),
         tables=(Table(caption="Throughput", head=head if has_energy else head[:-1], rows=rows),),
     )
+
+
+def _mebibytes(sizes: Sequence[int]) -> str:
+    return " + ".join(f"{size / 2**20:,.0f}" for size in sizes) or _NONE
 
 
 def _accuracy_section(report: Report) -> Section | None:

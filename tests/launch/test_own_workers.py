@@ -1,10 +1,12 @@
 """`unlocked train --stages N`: the command starts the processes itself, and takes them along when it ends."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,23 @@ def test_a_mistake_is_told_in_lines_of_ours(flags: tuple[str, ...], told: str, t
     lines = complaints.splitlines()
     assert lines
     assert all(re.match(told, line) for line in lines), complaints
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_that_is_killed_amid_its_imports_is_named_and_takes_the_others_along(tmp_path: Path) -> None:
+    """Nobody but the launcher can know of it: the others wait for it to come."""
+    running = start("--stages", "2", "--num-epochs", "100000", folder=tmp_path)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    victim = None
+    while victim is None:
+        assert running.poll() is None
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):  # a helper of the launcher's, which has ended
+                if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    victim = int(pid)
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    complaints = running.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 15
+    assert running.returncode == 128 + signal.SIGKILL
+    assert "stage 1 (rank 1: layers unknown) was ended by SIGKILL" in complaints

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from unlocked.runtime.control.coordinator import Coordinator
+from unlocked.runtime.control.interfaces import listening_host
 from unlocked.runtime.control.messages import Files, RunFailed, Stop
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
@@ -15,7 +16,9 @@ from unlocked.runtime.engines.one_process import (
     stop_position,
     warn_of_threads,
 )
+from unlocked.runtime.engines.processes.admission import Admission
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
+from unlocked.runtime.engines.processes.rendezvous import meeting_folder
 from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
@@ -31,7 +34,12 @@ class Hub:
     """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
     def __init__(
-        self, job: Job, options: ProcessesOptions, world: World, make_sinks: SinkMaker, num_stages: int
+        self,
+        job: Job,
+        options: ProcessesOptions,
+        world: World,
+        make_sinks: SinkMaker,
+        num_stages: int,
     ) -> None:
         self._job, self._options, self._world, self._num_stages = job, options, world, num_stages
         self._make_sinks = make_sinks
@@ -49,14 +57,14 @@ class Hub:
         parts = job.partition(costs, stages)
         self._own_sinks = self._make_sinks()
         self._sinks = FanOut(self._own_sinks)
-        local = self._world.is_local
         coordinator = Coordinator(
             [[job.network.names[i] for i in part] for part in parts],
             len(job.plan),
             first=job.start,
             queue_depth=options.queue_depth,
-            host="127.0.0.1" if local else "0.0.0.0",
-            advertise=None if local else self._world.master_address,
+            host=self._host(),
+            advertise=None if self._world.is_local else self._world.master_address,
+            admits=Admission(self._world, options.start_timeout),
             port=options.coordinator_port,
             gate=_gate(job, self._sinks.waits),
             sink=self._sinks,
@@ -80,6 +88,13 @@ class Hub:
             "settings": settings_of(job, options),
             "run": job.run,
         }
+
+    def _host(self) -> str:
+        """Where the coordinator listens."""
+        folder = meeting_folder()
+        if folder is not None:
+            return f"ipc://{folder / 'coordinator'}"
+        return listening_host(self._world) or "0.0.0.0"
 
     def _complete(self, position: int, files: Files) -> None:
         complete_snapshot(self._job, position, self._layer_threads, files)
