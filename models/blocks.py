@@ -121,8 +121,9 @@ class Block(nn.Module):
             layout=layout,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.tail(self.body(x)))
+    def forward(self, x: Tensor, **beside: Tensor) -> Tensor:
+        """The tail of the body; `beside`: tensors that the body's forward takes by name, such as a mask."""
+        return cast(Tensor, self.tail(self.body(x, **beside)))
 
     def _part(self, name: str) -> nn.Module:
         return self.body.get_submodule(name)

@@ -7,6 +7,7 @@ main one: layers of the widths and resolutions of evenly chosen later layers, fe
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,27 +18,43 @@ __all__ = ["DGL", "AugLocal", "AuxiliaryRule", "chosen_layers"]
 
 
 class AuxiliaryRule(LocalRule):
-    """Cross-entropy of a local network's scores [B, n]. Subclasses make `network` of the layer's activations."""
+    """The task's loss of a local network's scores [B, n]: cross-entropy for classes. Subclasses make `network` of the
+    layer's activations; where the task is of positions, of one position's features, ending in a linear layer."""
 
-    network: nn.Module
+    takes: Sequence[str] = ("classification", "multi-label", "regression", "own")
+    network: nn.Sequential
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__(layer)
+        self.layer = layer
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.network(activations), labels)
+        task = self.layer.task
+        if task.name == "classification":
+            return F.cross_entropy(self.network(activations), labels)
+        targets = self.layer.targets(labels)
+        if not task.dense:
+            return task.loss(self.network(activations), targets)
+        last = cast(nn.Linear, self.network[-1])
+        inner = self.network[:-1](self.layer.latents(activations))
+        return task.projected_loss(inner, last.weight, targets, bias=last.bias)
 
     def scores(self, activations: Tensor) -> Tensor:
-        scores: Tensor = self.network(activations)
+        scores: Tensor = self.network(self.layer.latents(activations) if self.layer.task.dense else activations)
         return scores
 
 
 class DGL(AuxiliaryRule):
     """Level 1. Pools the maps to a quarter of their sides (at least 2), `layers` pointwise convolutions with ReLU,
     pools to 2 x 2, and an MLP with `layers` - 1 hidden layers. Activations that are no maps go into the MLP as they
-    are.
+    are; where the task is of positions, each position's features do.
 
     Args:
         layers: depth of both parts, at least 1.
         width: of the MLP's hidden layers; None: as many as the maps.
     """
+
+    takes = ("classification", "multi-label", "regression", "tokens", "segmentation", "own")
 
     def __init__(self, layer: LayerInfo, *, layers: int = 3, width: int | None = None) -> None:
         super().__init__(layer)
@@ -46,7 +63,10 @@ class DGL(AuxiliaryRule):
         shape = layer.activation_shape
         parts: list[nn.Module] = []
         size, hidden = layer.num_features, width or min(layer.num_features, 128)
-        if len(shape) == 3:
+        if layer.task.dense:
+            size = layer.num_latents
+            hidden = width or size
+        elif len(shape) == 3:
             channels, *sides = shape
             quarter, last = [max(min(2, side), side // 4) for side in sides], [min(2, side) for side in sides]
             parts.append(nn.AdaptiveAvgPool2d((quarter[0], quarter[1])))

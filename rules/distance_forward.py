@@ -27,6 +27,8 @@ class DistanceForward(LocalRule):
         sums: predict by the sum over the layers.
     """
 
+    takes = ("classification",)
+
     def __init__(self, layer: LayerInfo, *, margin: float = 1.0, temperature: float = 0.5, sums: bool = False) -> None:
         super().__init__(layer)
         if temperature <= 0:

@@ -27,6 +27,8 @@ class InfoPro(LocalRule):
         side: of the reconstructed image, where the input is one; larger ones are averaged down to it.
     """
 
+    takes = ("classification",)
+
     receives = ("network_input",)
 
     def __init__(self, layer: LayerInfo, *, reconstruction: float = 1.0, task: float = 1.0, side: int = 32) -> None:

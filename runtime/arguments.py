@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unlocked.models.errors import first_line
-from unlocked.rules import GLOBAL_RULES, LocalRule
+from unlocked.rules import GLOBAL_RULES, LocalRule, Task
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 from unlocked.workers.optimizers import build_optimizer
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_optimizer",
     "check_rule",
     "check_sinks",
+    "check_task",
     "try_optimizer",
 ]
 
@@ -110,6 +111,14 @@ def check_clip(norm: object) -> None:
     good = isinstance(norm, Real) and not isinstance(norm, bool) and bool(0 < number <= _LARGEST_NORM)
     if norm is not None and not good:
         raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive number that float32 can hold, or None")
+
+
+def check_task(task: object) -> None:
+    """Raises: ValueError if it is no task."""
+    if task is not None and not isinstance(task, Task):
+        kind = task.__name__ if isinstance(task, type) else None
+        advice = f"write {kind}()" if kind else "give one such as unlocked.rules.Tokens(), or None"
+        raise ValueError(f"task is {_shown(task)}; {advice}")
 
 
 def check_sinks(sinks: object) -> None:

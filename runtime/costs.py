@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
-from unlocked.runtime.network import Network
+from unlocked.runtime.network import Network, made_up_targets
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
 from unlocked.workers.passing import PassLayer
@@ -34,7 +34,7 @@ def measure_costs(
         x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
+    labels = made_up_targets(network, batch_size, generator).to(device)
     costs = []
     carried: dict[str, Tensor] = {}
     with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
@@ -43,7 +43,9 @@ def measure_costs(
             try:
                 x = x[: channel.rows(index, batch_size)]
                 arriving = {name: carried[name] for name in channel.arriving(index)}
-                seconds, x, left = _measure(make_layer(index), x, labels, arriving, repeats)
+                layer = make_layer(index)
+                layer.beside = {n: one.to(device) for n, one in network.beside_of(index, batch_size).items()}
+                seconds, x, left = _measure(layer, x, labels, arriving, repeats)
                 carried |= left
             except (Exception, SystemExit) as error:
                 cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error

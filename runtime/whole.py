@@ -24,6 +24,11 @@ def feedback_alignment_network(network: Network) -> Network:
     Block k's gradient at its activations [B, ...] is e B_k, where e [B, num_classes] is the loss's gradient at the
     logits and B_k the fixed random matrix of `unlocked.rules.drtp` (the one that DRTP projects the labels with).
     """
+    if network.task.name != "classification" or any(network.needs):
+        raise ValueError(
+            f"DFA is for classification of samples of one tensor; the task is {network.task.name}: give a local rule, "
+            "or BP"
+        )
     whole = backpropagation_network(network)
     names = [block.name for block in network.blocks]
     blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))

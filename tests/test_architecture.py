@@ -43,6 +43,7 @@ LAYERS = {
         ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
         ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
+        ["named_inputs", "learned", "model_blocks"],
         ["shapes"],
         ["layer_rules", "layer_optimizers", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],

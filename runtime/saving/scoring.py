@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.input import make_source, probe_sample
 from unlocked.runtime.job import check_device
 from unlocked.runtime.metrics.records import Scores
-from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network
+from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network, build_stage
 from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.saving.tensor_file import check_weights, load_tensors
@@ -180,21 +181,26 @@ def make_stage(
         prefetch=None,
         timeout=300.0,
     )
-    return Stage(0, layers, source)
+    return build_stage(network, 0, range(len(layers)), layers, source, None)
 
 
-def scores_of(stage: Stage, count: int) -> Scores:
+def scores_of(stage: Stage, count: int, sizes: Mapping[str, int] = MappingProxyType({})) -> Scores:
     """What the stage's evaluation of `count` samples came to.
+
+    Args:
+        sizes: how long each sum of the task's `measure` is.
 
     Raises:
         ValueError: the loss is not finite.
     """
-    loss, correct, correct5 = (value / count for value in stage.layers[-1].eval_totals.tolist())
+    output = stage.layers[-1]
+    found = output.task.read(output.eval_totals.tolist(), count, sizes)
+    loss = found.loss
     if not isfinite(loss):
         raise ValueError(
             f"the evaluation loss is {loss}: the weights or the data hold values that are not finite, or too large"
         )
-    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
+    return Scores(loss=loss, acc1=found.acc1, acc5=found.acc5, figures=found.others)
 
 
 def _network(model: Model, data: Dataset, seed: int = 0) -> Network:
