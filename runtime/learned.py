@@ -33,8 +33,9 @@ class Learned:
 
     def settled(
         self, num_classes: int | None, outputs: tuple[int, ...], samples: torch.dtype, last: str
-    ) -> tuple[Task, int]:
-        """The task, and the scores of a prediction, for a network whose last layer gives `outputs` per sample.
+    ) -> tuple[Task, TargetForm, int]:
+        """The task, what every stage gets of a target, and the scores of a prediction, for a network whose last layer
+        gives `outputs` per sample.
 
         Args:
             num_classes: of a classification's data, if they are known.
@@ -46,7 +47,8 @@ class Learned:
         """
         if not self.is_classification:
             task = self.task_of(outputs, samples)
-            return task, task.num_scores(self.target, outputs)
+            scores = task.num_scores(self.target, outputs)
+            return task, task.form(self.target, outputs), scores
         if not num_classes and len(outputs) == 1:
             num_classes = outputs[0]
         if not num_classes or outputs != (num_classes,):
@@ -54,7 +56,7 @@ class Learned:
                 f"the last layer {last} gives {outputs} per sample, but the data has {num_classes or 'some'} "
                 f"classes; end the model in a layer with output ({num_classes or 'number of classes'},)"
             )
-        return CLASSIFICATION, num_classes
+        return CLASSIFICATION, CLASS_NUMBER, num_classes
 
     def task_of(self, outputs: tuple[int, ...], samples: torch.dtype) -> Task:
         """The task for a network with such outputs per sample, which reads samples of that type. Raises as

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -155,7 +155,8 @@ def build_network(
             with `redraw`, parameters that can't be drawn anew (names them); a layer that draws random numbers which no
             key reaches (names layer and module).
     """
-    names = [block.name for block in (blocks := blocks_of(model))]
+    blocks = blocks_of(model)
+    names = [block.name for block in blocks]
     if len(set(names)) != len(names):
         raise ValueError(f"layer names must differ from each other, got {names}")
     if early := [block.name for block in blocks[:-1] if block.is_output]:
@@ -165,12 +166,10 @@ def build_network(
     needs = find_needs(blocks, beside)
     activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample, seed, beside=beside, needs=needs)
     check_ownership_of_weights(blocks)
-    known = learned or Learned()
-    task, num_classes = known.settled(num_classes, outputs[-1], sample.dtype, names[-1])
+    task, target, num_classes = (learned or Learned()).settled(num_classes, outputs[-1], sample.dtype, names[-1])
     if task.name == "tokens":
         pairs = zip(blocks, activations, strict=True)
         layouts = [block.layout or ("tokens" if len(one) == 2 else None) for block, one in pairs]
-    target = task.form(known.target, outputs[-1])
     for index, block in enumerate(blocks):
         (initialise if redraw else key_start_values)(block, seed, index)
     infos = [
@@ -190,7 +189,7 @@ def build_network(
         )
         for i, block in enumerate(blocks)
     ]
-    draws = _draws(blocks, chain([sample], map(torch.zeros, outputs[:-1])), beside, needs, seed)
+    draws = _draws(blocks, sample, outputs, beside, needs, seed)
     return Network(
         blocks,
         infos,
@@ -347,12 +346,14 @@ def made_up_targets(network: Network, rows: int, generator: torch.Generator) -> 
 
 def _draws(
     blocks: Sequence[Block],
-    inputs: Iterable[Tensor],
+    sample: Tensor,
+    outputs: Sequence[tuple[int, ...]],
     beside: Mapping[str, Tensor],
     needs: Sequence[Sequence[str]],
     seed: int,
 ) -> list[frozenset[str]]:
-    """What each block draws from, tried with samples like `inputs`."""
+    """What each block draws from, tried with made-up inputs."""
+    inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
     return [
         find_draws(block, partial(_made_up, like, seed), rows_of(beside, names, 2))
         for block, like, names in zip(blocks, inputs, needs, strict=True)
