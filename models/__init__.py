@@ -10,7 +10,7 @@ from unlocked.models.blocks import (
     use_tanh,
 )
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
-from unlocked.models.hugging_face import from_transformers
+from unlocked.models.hugging_face import from_transformers, frozen_head
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.plain import architecture_of, plain_module, rebuild
@@ -32,6 +32,7 @@ __all__ = [
     "check_model_options",
     "find_model",
     "from_transformers",
+    "frozen_head",
     "get_model",
     "initialise",
     "key_start_values",

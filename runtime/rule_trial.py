@@ -1,6 +1,5 @@
 """Every layer's rule is tried once before a run: what does not fit is said before the first step."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -163,7 +162,7 @@ def _try_pass(
         x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
     cpu, sums = torch.device("cpu"), network.num_sums
-    layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=cpu, sources=(), sums=sums)
+    layer = PassLayer(network.blocks[index].copy(), rule, info, factory, device=cpu, sources=(), sums=sums)
     layer.beside = network.beside_of(index, rows)
     before = {name: value.clone() for name, value in _learned(layer)}
     try:
