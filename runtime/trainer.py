@@ -5,7 +5,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from unlocked.runtime.arguments import (
 from unlocked.runtime.batch_statistics import check_batch_statistics
 from unlocked.runtime.before_run import by_layer, check_resume, tried_optimizers, warn_of_slow_precision
 from unlocked.runtime.engines import ENGINES, as_engine, engine_class
+from unlocked.runtime.explaining import Explanation, explain
 from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
@@ -232,6 +233,17 @@ class Trainer(Settings):
         trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
         object.__setattr__(self, "_trained", trained)
         return result
+
+    def explain(self, data: Data, *, batch_size: int | None = None) -> Explanation:
+        """Which operations of each layer run in closed form, joined, or through autograd and why; what a step costs.
+        Trains nothing; arguments and errors are those of `fit`."""
+        set_threads(self.threads)
+        train = as_dataset(data, "train", batch_size=batch_size, seed=self.seed)
+        rows = rows_per_batch(train, batch_size)
+        plan = StreamPlan(epochs=1, train_size=len(train), batch_size=rows, eval_size=0, eval_batch_size=rows)
+        job = replace(self, resume=None, lr_factor=constant)._job(train, None, plan)
+        with float32_products(self.precision), kept_modes(job.network):
+            return explain(job, rows)
 
     @property
     def module(self) -> nn.Module:
