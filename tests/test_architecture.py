@@ -49,7 +49,7 @@ LAYERS = {
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs", "rule_trial"],
         ["job", "arguments", "keeping", "summary"],
-        ["run_sinks", "config_file"],
+        ["run_sinks", "config_file", "explaining"],
         ["saving.scoring", "engines", "before_run"],
         ["prediction"],
         ["trainer"],

@@ -101,6 +101,7 @@ class PassStep(AutogradStep):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
+        self.why = f"the rule {type(layer.rule).__name__} takes whole passes"
         self._pass: LayerPass | None = None
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:

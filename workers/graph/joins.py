@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unlocked.models import KeyedDropout
 from unlocked.workers.graph.autograd import AutogradPiece, Read
-from unlocked.workers.graph.body import Call, End, GraphBody, PlainEnd
+from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.normalized import Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
@@ -65,30 +65,32 @@ class _Planner:
         self._covered: set[Node] = set()
 
     def body(self) -> GraphBody:
-        end, last, dropout = self._end()
+        end, dropout = self._end()
         for node in self._nodes:
             if node not in self._covered:
                 self._join_norm(node)
         calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
         return GraphBody(
             self._nodes[0],
-            self._grouped(calls, last),
-            end,
-            last,
+            [*self._grouped(calls, end.inputs[0]), end],
             trained=[p for p in self._layer.block.parameters() if p.requires_grad],
             casts=self._casts,
             dropout=dropout,
         )
 
-    def _end(self) -> tuple[End, Node, nn.Module | None]:
-        """The block's end, the node that it reads, and the tail's dropout, where that is not part of the end."""
+    def _end(self) -> tuple[Call, nn.Module | None]:
+        """The block's end, and the tail's dropout, where that is not part of the end."""
         layer, info = self._layer, self._layer.info
         tail = _recognise(layer.block.tail)
         norm, slope = self._normalised(self._output)
         shape = info.activation_shape
+        ending = [Node("logits" if layer.is_output else "latents", None)]
+        if tail is None or tail.pool != "none":
+            ending.append(Node("tail", None))
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
-            return PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving), self._output, None
+            end = PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            return Call(end, [self._output], [], ending, "closed"), None
         p = info.latent_size
         even = p == shape[0]
         if len(shape) == 3:
@@ -96,9 +98,13 @@ class _Planner:
             even = tail.pool != "mean" and all(length % side == 0 for length in shape[1:] for side in sides)
         kind = NormalizedEnd if even else UnevenEnd
         options = self._of_norm(norm)
-        end = kind(norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options)
-        self._covered |= {norm, self._output}
-        return end, norm.inputs[0], tail.dropout
+        operation = kind(
+            norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options
+        )
+        covers = list(dict.fromkeys((norm, self._output)))
+        self._covered |= set(covers)
+        why = "in one pass each way" if even else "in one pass; pooled by the library, whose windows overlap or are 2x2"
+        return Call(operation, norm.inputs, [], [*covers, *ending], "joined", why), tail.dropout
 
     def _normalised(self, node: Node) -> tuple[Node | None, float]:
         """The BatchNorm whose activations `node` gives, on our kernels, and their slope; 1: it is the BatchNorm."""
@@ -138,8 +144,11 @@ class _Planner:
     def _operation(self, node: Node) -> Operation | str:
         if node not in self._operations:
             self._operations[node] = operation_of(node, self._casts)
-            if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            kept = id(node.target) in self._frozen
+            if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d):
                 self._operations[node] = usable_norm(node) or "it is kept in eval mode"
+            elif node.kind is KeyedDropout and kept:
+                self._operations[node] = "it is kept in eval mode"
         return self._operations[node]
 
     def _call(self, node: Node) -> Call | None:

@@ -15,6 +15,7 @@ from unlocked.workers.graph.operations import (
     Add,
     Casts,
     Convolution,
+    Dropout,
     Elementwise,
     Flatten,
     GroupNorm,
@@ -137,12 +138,6 @@ def _flatten(node: Node, casts: Casts) -> Operation | None:
     return Flatten(lambda x: torch.flatten(x, *rest, **node.kwargs)) if isinstance(first, Node) else None
 
 
-def _nothing(node: Node, casts: Casts) -> Operation | None:
-    if isinstance(node.target, KeyedDropout) and node.target.p > 0.0:
-        return None
-    return Flatten(lambda x: x)
-
-
 def _leaky(node: Node, casts: Casts) -> Operation | None:
     slope = slope_of(node)
     if slope is None:
@@ -209,6 +204,6 @@ _BY_KIND: Mapping[Any, Callable[[Node, Casts], Operation | str | None]] = {
     nn.AdaptiveAvgPool2d: _adaptive_pool,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), _flatten),
-    **dict.fromkeys((nn.Identity, KeyedDropout), _nothing),
+    KeyedDropout: lambda node, casts: Dropout(node.target),
 }
 """By the module's class (itself, no subclass), the function, or the method's name."""
