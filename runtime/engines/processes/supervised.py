@@ -115,12 +115,15 @@ class SupervisedWork:
         end = self._supervisor.end
         if end is None or end.what == "result":
             return
+        rank = self._task.world.rank
+        name = stage_name(rank, rank, self._task.names[rank])
+        if end.what == "failure" and "text" in end.content:
+            raise RunFailed(f"{name} failed: {end.content['text']}")
         if end.what == "failure":
             raise unpack_error(os.pread(self._left, end.content["length"], 0))
         if end.what == "aborted":
             raise RunFailed(end.content["message"])
-        rank = self._task.world.rank
-        raise RunFailed(f"{stage_name(rank, rank, self._task.names[rank])} is lost: its worker {end.content['how']}")
+        raise RunFailed(f"{name} is lost: its worker {end.content['how']}")
 
     # --- in a worker
 
@@ -197,9 +200,15 @@ class SupervisedWork:
         return leave
 
     def _leave(self, line: WorkerLine, what: str, data: bytes) -> None:
-        os.ftruncate(self._left, 0)
-        for start in range(0, len(data), 1 << 30):
-            os.pwrite(self._left, data[start : start + (1 << 30)], start)
+        rest, place = memoryview(data), 0
+        try:
+            os.ftruncate(self._left, 0)
+            while rest:  # a write may be a short one
+                place += os.pwrite(self._left, rest[: 1 << 30], place)
+                rest = memoryview(data)[place:]
+        except OSError as error:  # no memory for it, or a limit of this process's
+            line.tell("failure", text=f"{error} when it left its {what}")
+            return
         line.tell(what, length=len(data))
 
     def _in_own_thread(self, work: Callable[[], None]) -> None:
