@@ -117,8 +117,9 @@ class SupervisedWork:
             return
         rank = self._task.world.rank
         name = stage_name(rank, rank, self._task.names[rank])
-        if end.what == "failure" and "text" in end.content:
-            raise RunFailed(f"{name} failed: {end.content['text']}")
+        if "text" in end.content:
+            text = str(end.content["text"])
+            raise RunFailed(text if name in text else f"{name} failed: {text}")
         if end.what == "failure":
             raise unpack_error(os.pread(self._left, end.content["length"], 0))
         if end.what == "aborted":
@@ -131,7 +132,7 @@ class SupervisedWork:
         try:
             self._in_own_thread(lambda: self._train(line))
         except BaseException as error:  # to be raised by the supervisor, whatever it is
-            self._leave(line, "failure", pack_error(error))
+            self._leave(line, "failure", pack_error(error), str(error) or type(error).__name__)
 
     def _train(self, line: WorkerLine) -> None:
         task = self._task
@@ -199,7 +200,8 @@ class SupervisedWork:
 
         return leave
 
-    def _leave(self, line: WorkerLine, what: str, data: bytes) -> None:
+    def _leave(self, line: WorkerLine, what: str, data: bytes, in_short: str = "") -> None:
+        """Leaves it to the supervisor; `in_short`: what is said of it where there is no room for all."""
         rest, place = memoryview(data), 0
         try:
             os.ftruncate(self._left, 0)
@@ -207,7 +209,8 @@ class SupervisedWork:
                 place += os.pwrite(self._left, rest[: 1 << 30], place)
                 rest = memoryview(data)[place:]
         except OSError as error:  # no memory for it, or a limit of this process's
-            line.tell("failure", text=f"{error} when it left its {what}")
+            text = in_short or f"its {what} has no room: {error}"
+            line.tell("failure", text=text[:_LONGEST_WORD])
             return
         line.tell(what, length=len(data))
 
