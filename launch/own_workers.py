@@ -49,9 +49,14 @@ def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
         first = first or _failed(started)
         if first is not None and deadline == float("inf"):
             deadline = time.monotonic() + _patience(first[1])
-        if time.monotonic() > deadline:
+        if first is not None and time.monotonic() > deadline:
             _end(started)
+            if first[1] > 0:  # of a signal more is said at the end
+                _say(f"{_stage(first[0])} left with exit code {first[1]}, and the others did not end by themselves")
+            break
         time.sleep(_LOOK_SECONDS)
+    for process in started:
+        process.wait()
     first = first or _failed(started)
     return 0 if first is None else _exit_code(*first)
 
@@ -96,10 +101,17 @@ def _passing_signals() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def _exit_code(rank: int, status: int) -> int:
     """A process's status as a shell tells it: one that a signal ended is 128 + signal."""
-    from unlocked.runtime.control.world import stage_name
-
     if status < 0:
-        told = signal.Signals(-status).name
-        print(f"error: {stage_name(rank)} was ended by {told}", file=sys.stderr, flush=True)
+        _say(f"{_stage(rank)} was ended by {signal.Signals(-status).name}")
         return 128 - status
     return status
+
+
+def _stage(rank: int) -> str:
+    from unlocked.runtime.control.world import stage_name
+
+    return stage_name(rank)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
