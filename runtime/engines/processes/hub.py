@@ -107,6 +107,9 @@ class Hub:
             self._job.network.names[i]: n for part, n in zip(parts, threads, strict=True) for i in part
         }
         warn_of_threads(self._job, self._layer_threads)
+        if self._job.device.type == "cpu" and len(set(threads)) > 1:
+            counts = ", ".join(f"{n} in stage {stage}" for stage, n in enumerate(threads))
+            self._sinks.on_message(f"stages have other numbers of threads ({counts}): equal bits need equal ones")
 
     def expect_supervisors(self, max_recoveries: int) -> None:
         """Workers are processes of their own, and may be replaced so often within an hour. Before any rank's crew."""
