@@ -29,7 +29,7 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
     "MLPMixer": mlp_mixer,
 }
 _COMMON = ("in_channels", "num_classes", "image_size", "dropout", "seed")
-_NOT_GIVEN = {"same_padding": False, "upsample": True}
+_NOT_GIVEN = {"same_padding": False, "upsample": True, "cut_blocks": False}
 """Options that are not None where nobody gives them."""
 
 
