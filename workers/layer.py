@@ -339,8 +339,8 @@ class Layer:
         self.eval_totals.copy_(state["eval_totals"])
         self.score_totals.copy_(state["score_totals"])
         self._mode = state["mode"]
-        for module in (self.block, self.rule):
-            module.train(self._mode != "evaluate")
+        self.block.train(self._mode != "evaluate")
+        self.rule.train(self._mode != "evaluate")
         for module in self.frozen:
             module.training = False
 
