@@ -124,6 +124,35 @@ class Normalized:
         assert self.result is not None
         return self.result.latents
 
+    @property
+    def joins_weight_gradient(self) -> bool:
+        """Whether the backend has `backward` and a convolution's weight gradient in one: see `backward_to_kernel`."""
+        return bool(self.latent_size) and bool(self.backend.ABILITIES.weight_gradient)
+
+    def backward_to_kernel(
+        self, grad: Tensor, module: nn.Conv2d, x: Tensor, kernel: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient of the convolution's kernel, like it; BatchNorm's weight and bias gradients, [C] each).
+
+        Args:
+            grad: the latents', [B, C p p].
+            module: the convolution before it, of one group; x: its input; kernel: its weight, in the type of `x`.
+        """
+        r, norm = self.result, self.norm
+        assert r is not None
+        assert self.conv is not None
+        conv, self.conv, self.result = self.conv, None, None
+        state = (grad, conv, r.mean, r.rstd, norm.weight, norm.bias, r.mask_sums, r.mask_xhat_sums, x, kernel)
+        result: tuple[Tensor, Tensor, Tensor] = self.backend.norm_act_weight_grad(
+            *state,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            latent_size=self.latent_size,
+            negative_slope=self.block.negative_slope,
+        )
+        return result
+
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(gradient at the convolution's output, like it; BatchNorm's weight and bias gradients, [C] each).
 
@@ -234,8 +263,12 @@ class ConvBody(_Casting):
 
     def backward(self, latents_grad: Tensor) -> list[Tensor]:
         """[kernel, its bias (zeros, where it has one), BatchNorm's weight and bias] from [B, C p p]."""
-        grad, weight_grad, bias_grad = self.rest.backward(latents_grad)
-        kernel_grad = convolution_backward(self.conv, grad, self._x, self._weight)[1]
+        if self.rest.joins_weight_gradient and self.conv.groups == 1:
+            grads = self.rest.backward_to_kernel(latents_grad, self.conv, self._x, self._weight)
+            kernel_grad, weight_grad, bias_grad = grads
+        else:
+            grad, weight_grad, bias_grad = self.rest.backward(latents_grad)
+            kernel_grad = convolution_backward(self.conv, grad, self._x, self._weight)[1]
         del self._x  # nothing of a micro-batch outlives its update, or a stage would hold all its layers' inputs
         return [kernel_grad, *([] if self._zero is None else [self._zero]), weight_grad, bias_grad]
 
