@@ -28,8 +28,8 @@ def _conv_grad(
     scale, negative_slope, stride_b, stride_c, stride_h, stride_w,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at the convolution's output [windows, pixels of each, channels]. Outside of the data it is any number,
-    which a zero of `_patches` meets."""
+    """The gradient at the convolution's output [windows, pixels of each, channels]. Outside of the data it is any
+    number, which a zero of `_patches` meets."""
     CELLS: tl.constexpr = GRID_H * GRID_W
     inside = (window < num_windows)[:, None] & (channel < channels)[None, :]
     image = (window // CELLS).to(tl.int64)
