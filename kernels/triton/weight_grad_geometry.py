@@ -16,8 +16,9 @@ from unlocked.kernels.triton.norm_act_geometry import (
 __all__ = ["Convolution", "WeightGradGeometry", "weight_grad_geometry"]
 
 STEP_BYTES = 128  # of one step's pixels of a channel: 32 of float32, 64 of bfloat16; with twice as many ptxas spills
-TILE_CHANNELS, TILE_COLUMNS = 64, 64  # of a program's product: 32 float32 sums in each thread's registers
-PLAIN_COLUMNS = 32  # of a product in plain float32, which keeps its operands in registers too
+TILE_CHANNELS = 64  # of a program's product
+# Its columns, as many as registers hold beside what they are made of. Few of them: the output is read more often.
+TF32_COLUMNS, HALF_COLUMNS, PLAIN_COLUMNS = 128, 64, 32
 LEAST_TILE = 16  # what a product on tensor cores needs of every side
 PROGRAMS, MOST_WAVES = 132, 4  # one on each multiprocessor of an H100, more where each has enough to do
 STEPS_OF_A_WAVE = 16
@@ -76,7 +77,7 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     num_steps = divide_up(num_windows, block_q) * divide_up(pixels, block_k)
     columns = convolution.columns
     block_c = max(LEAST_TILE, min(power_of_2(shape.channels), TILE_CHANNELS))
-    most_columns = TILE_COLUMNS if tf32 or shape.itemsize < 4 else PLAIN_COLUMNS
+    most_columns = HALF_COLUMNS if shape.itemsize < 4 else TF32_COLUMNS if tf32 else PLAIN_COLUMNS
     block_n = max(LEAST_TILE, min(power_of_2(columns), most_columns))
     tiles = divide_up(columns, block_n), divide_up(shape.channels, block_c)
     all_tiles = tiles[0] * tiles[1]
