@@ -28,6 +28,9 @@ def weight_grad_cases(batch: int, context: Context, count: int = 3) -> Iterator[
         for precision in ("fp32", "tf32", "bf16") if module else ():
             makers[f"{precision} in two"] = partial(_make, _in_two, module, precision, layer, inputs, context)
             makers[f"{precision} joined"] = partial(_make, _joined, module, precision, layer, inputs, context)
+        if "cuda" in context.backends:  # plain float32 is what it has
+            cuda = context.backends["cuda"]
+            makers["fp32 joined, CUDA C++"] = partial(_make, _joined, cuda, "fp32", layer, inputs, context)
         yield Case("norm_act_weight_grad", f"{name} {batch}x{inputs}x{side}x{side}", moved, flops, makers, "tf32")
 
 

@@ -1,22 +1,15 @@
-"""The weight gradient with BatchNorm's way back inside, against float64 autograd of the layer as it is written.
-
-Tolerances: a float32 sum over the pixels of a batch is off by a few units in the last place of its largest terms; in
-bfloat16 and float16 the factors of each product are rounded once (twice where the interpreter, which truncates, does).
-"""
+"""The weight gradient with BatchNorm's way back inside, against float64 autograd of the layer as it is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from unlocked.kernels import reference
+from joined_cases import CASES, OFF, PADDED, SLOPE, Case, Layer, check, layer_of
 
 pytest.importorskip("triton")
 from unlocked.data import ImageDataset
@@ -27,82 +20,6 @@ from unlocked.models import ConvBlock, OutputBlock
 from unlocked.rules import LLS
 from unlocked.runtime import Sequential, Streams, Trainer
 
-SLOPE, EPS = 0.2, 1e-3
-OFF = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-
-
-class Case(NamedTuple):
-    """[B, C_in, H, W] -> C channels by a `kernel` with `options`, seen by `latent_size` windows."""
-
-    source: tuple[int, int, int, int]
-    channels: int
-    kernel: tuple[int, int]
-    latent_size: int
-    options: dict[str, Any]
-
-
-PADDED = {"padding": (1, 1)}
-CASES = {
-    "three colours": Case((3, 3, 8, 8), 7, (3, 3), 2, PADDED),
-    "whole vectors": Case((2, 4, 8, 8), 8, (3, 3), 4, PADDED),
-    "one pixel": Case((3, 5, 4, 4), 6, (1, 1), 2, {}),
-    "a pixel per window": Case((3, 2, 4, 4), 3, (3, 3), 4, PADDED),
-    "windows of nine": Case((2, 3, 6, 6), 5, (3, 3), 2, PADDED),
-    "window of several steps": Case((2, 2, 8, 10), 3, (3, 3), 1, PADDED),
-    "tiles of columns": Case((2, 9, 4, 4), 5, (3, 3), 2, PADDED),
-    "tiles of channels": Case((2, 2, 4, 4), 70, (3, 3), 2, PADDED),
-    "wide kernel": Case((2, 2, 12, 18), 3, (3, 5), 2, {"stride": (2, 3), "padding": (0, 2), "dilation": (2, 1)}),
-    "no padding": Case((2, 3, 6, 6), 4, (3, 3), 2, {}),
-    "one of all": Case((1, 1, 3, 3), 1, (3, 3), 1, PADDED),
-}
-
-
-class Layer(NamedTuple):
-    """What the kernels get, and the gradients that float64 autograd finds."""
-
-    arguments: tuple[Tensor, ...]
-    truth: tuple[Tensor, Tensor, Tensor]
-
-
-def _layer(case: Case, device: str, dtype: torch.dtype = torch.float32, channels_last: bool = True) -> Layer:
-    generator = torch.Generator().manual_seed(sum(case.source) + case.channels)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    source = (normal(*case.source) + 0.5).to(dtype).contiguous(memory_format=layout)
-    kernel = normal(case.channels, case.source[1], *case.kernel).to(dtype).contiguous(memory_format=layout)
-    conv = F.conv2d(source.double(), kernel.double(), **case.options).to(dtype).contiguous(memory_format=layout)
-    weight, bias = normal(case.channels), normal(case.channels)
-    bias = _away_from_the_kink(conv.double(), weight, bias)
-    grad = normal(case.source[0], case.channels * case.latent_size**2).to(dtype)
-
-    leaves = [t.double().requires_grad_() for t in (kernel, weight, bias)]
-    exact = F.conv2d(source.double(), leaves[0], **case.options)
-    if dtype != torch.float32:  # what is stored is rounded; its gradient passes as it is
-        exact = exact + (conv.double() - exact).detach()
-    y = F.leaky_relu(F.batch_norm(exact, None, None, *leaves[1:], training=True, eps=EPS), SLOPE)
-    F.adaptive_avg_pool2d(y, case.latent_size).flatten(1).backward(grad.double())
-    truth = tuple(leaf.grad for leaf in leaves)
-
-    zeros = torch.zeros(2, case.channels, dtype=torch.float64)
-    found = reference.norm_act_forward(
-        conv.double(), weight, bias, *zeros, latent_size=case.latent_size, negative_slope=SLOPE, eps=EPS
-    )
-    vectors = [t.float() for t in (found.mean, found.rstd, weight, bias, found.mask_sums, found.mask_xhat_sums)]
-    return Layer(tuple(t.to(device) for t in (grad, conv, *vectors, source, kernel)), truth)  # type: ignore[arg-type]
-
-
-def _away_from_the_kink(conv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Moves the bias until no value is so near to LeakyReLU's kink that rounding could put it on the other side."""
-    var, mean = torch.var_mean(conv, (0, 2, 3), correction=0, keepdim=True)
-    scaled = (conv - mean) * (var + EPS).rsqrt() * weight.reshape(mean.shape)
-    for _ in range(50):
-        near = (scaled + bias.reshape(mean.shape)).abs().amin((0, 2, 3)) < 1e-5
-        bias = torch.where(near, bias + 1e-3, bias)
-    return bias
-
 
 def _gradients(case: Case, layer: Layer) -> weight_grad.WeightGradResult:
     return fused.norm_act_weight_grad(
@@ -111,28 +28,20 @@ def _gradients(case: Case, layer: Layer) -> weight_grad.WeightGradResult:
 
 
 def _check(case: Case, layer: Layer, off: float) -> None:
-    found, kernel = _gradients(case, layer), layer.arguments[-1]
-    assert found.kernel_grad.dtype == kernel.dtype
-    assert found.kernel_grad.stride() == kernel.stride()
-    for name, actual, expected in zip(found._fields, found, layer.truth, strict=True):
-        assert actual.shape == expected.shape
-        scale = max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(
-            actual.double().cpu(), expected, rtol=0.0, atol=off * scale, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    check(_gradients(case, layer), layer, off)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_gradient_that_autograd_finds(kernel_device: str, name: str, channels_last: bool) -> None:
     with _in_full_precision():
-        _check(CASES[name], _layer(CASES[name], kernel_device, channels_last=channels_last), OFF[torch.float32])
+        _check(CASES[name], layer_of(CASES[name], kernel_device, channels_last=channels_last), OFF[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["three colours", "tiles of columns"])
 def test_half_precision(kernel_device: str, name: str, dtype: torch.dtype) -> None:
-    _check(CASES[name], _layer(CASES[name], kernel_device, dtype), OFF[dtype])
+    _check(CASES[name], layer_of(CASES[name], kernel_device, dtype), OFF[dtype])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +51,7 @@ def test_several_steps_in_each_split(kernel_device: str, name: str, batch: int) 
     """As of large batches: a few splits of several steps, the last of them not full; sums of several blocks."""
     case = CASES[name]._replace(source=(batch, *CASES[name].source[1:]))
     with _geometry(PROGRAMS=7, STEP_BYTES=16 * 4, SUM_TILE=32), _in_full_precision():
-        layer = _layer(case, kernel_device)
+        layer = layer_of(case, kernel_device)
         geometry = weight_grad_geometry.weight_grad_geometry(
             shape_of(layer.arguments[1]), case.latent_size, _convolution(case), tf32=False
         )
@@ -195,12 +104,12 @@ def test_any_small_convolution(kernel_device: str, data: st.DataObject) -> None:
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     case = Case((batch, inputs, sides[0], sides[1]), channels, kernel, latent_size, options)
     with _geometry(PROGRAMS=data.draw(st.sampled_from([2, 132]))), _in_full_precision():
-        _check(case, _layer(case, kernel_device, channels_last=data.draw(st.booleans())), OFF[torch.float32])
+        _check(case, layer_of(case, kernel_device, channels_last=data.draw(st.booleans())), OFF[torch.float32])
 
 
 def test_every_run_gives_the_same_bits(kernel_device: str) -> None:
     case = CASES["tiles of columns"]
-    layer = _layer(case, kernel_device)
+    layer = layer_of(case, kernel_device)
     first = _gradients(case, layer)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(_gradients(case, layer), first, strict=True))
@@ -208,7 +117,7 @@ def test_every_run_gives_the_same_bits(kernel_device: str) -> None:
 
 def test_strides_of_all_kinds(kernel_device: str) -> None:
     case = CASES["whole vectors"]
-    grad, conv, *rest, source, kernel = _layer(case, kernel_device).arguments
+    grad, conv, *rest, source, kernel = layer_of(case, kernel_device).arguments
     wanted = fused.norm_act_weight_grad(grad, conv, *rest, source, kernel, latent_size=4, **PADDED)
     spread = [t.repeat_interleave(2, dim=-1)[..., ::2] for t in (conv, source)]
     assert not spread[0].is_contiguous(memory_format=torch.channels_last)
@@ -287,7 +196,7 @@ def test_the_joined_backend_is_tritons_but_for_one_ability() -> None:
 def test_small_conv_on_a_device(inputs: int, channels: int, side: int, p: int, precision: str) -> None:
     """tf32 rounds the factors of each product to 11 bits; the errors of 4,096 and more products even out."""
     case = Case((64, inputs, side, side), channels, (3, 3), p, PADDED)
-    layer = _layer(case, "cuda", torch.bfloat16 if precision == "bf16" else torch.float32)
+    layer = layer_of(case, "cuda", torch.bfloat16 if precision == "bf16" else torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
         _check(case, layer, {"ieee": 1e-4, "tf32": 3e-3, "bf16": 2e-2}[precision])
