@@ -92,7 +92,7 @@ CALLS: dict[int, list[Step]] = {
             *("LLS streams", "BP graph", "LLS sequential graph", "BP eager"),
             dry_device="stand-in",
         ),
-        _tests("tests_triton", 120, "tests/kernels", "--ignore-glob=*test_cuda_*"),
+        _tests("tests_triton", 140, "tests/kernels", "--ignore-glob=*test_cuda_*"),
         _tests("tests_engines", 100, "tests/engines", "tests/workers", workers=4, dry=_STAND_IN),
     ],
     2: [
