@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unlocked.models.blocks import Block
+from unlocked.models.language import gpt
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.predictive import mlp, vgg8b, vgg11b
 from unlocked.models.residual import resnet18, resnet32, resnet110
 from unlocked.models.tokens import mlp_mixer, vit
 
-__all__ = ["MODELS", "check_model_options", "find_model", "get_model", "model_options"]
+__all__ = ["LANGUAGE_MODELS", "MODELS", "check_model_options", "find_model", "get_model", "model_options"]
 
 MODELS: dict[str, Callable[..., list[Block]]] = {
     "SmallConv": small_conv,
@@ -27,8 +28,11 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
     "ResNet110": resnet110,
     "ViT": vit,
     "MLPMixer": mlp_mixer,
+    "gpt-mini": gpt,
 }
 _COMMON = ("in_channels", "num_classes", "image_size", "dropout", "seed")
+LANGUAGE_MODELS = ("gpt-mini",)
+"""Those that read tokens [T]: `image_size` is (T,), `num_classes` the vocabulary's size, `in_channels` not used."""
 _NOT_GIVEN = {"same_padding": False, "upsample": True}
 """Options that are not None where nobody gives them."""
 
