@@ -33,7 +33,7 @@ def check_reader(model: str, dataset: str, data: ImageDataset) -> None:
     """Raises: ValueError: the network called `model` does not read what the data is: text, or images."""
     is_text = bool(data.num_tokens)
     if is_text != (model.removeprefix("LLS_") in LANGUAGE_MODELS):
-        fitting = LANGUAGE_MODELS if is_text else [one for one in MODELS if one not in LANGUAGE_MODELS]
+        fitting = LANGUAGE_MODELS if is_text else MODELS
         kind = "text" if is_text else "images"
         raise ValueError(
             f"--dataset {dataset} is {kind}, which --model {model} does not read; valid: {', '.join(fitting)}"

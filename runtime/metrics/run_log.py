@@ -78,7 +78,8 @@ class RunLog(MetricsSink):
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
         self._line(
-            f"{info.model} on {info.dataset}{info.task_told}, {info.rule}, engine {info.engine} on {info.device}: {stages}"
+            f"{info.model} on {info.dataset}{info.task_told}, {info.rule}, engine {info.engine} on {info.device}: "
+            f"{stages}"
         )
 
     def on_step(self, step: StepResult) -> None:
