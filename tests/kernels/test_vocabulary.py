@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unlocked import Trainer
 from unlocked.kernels import vocabulary
 from unlocked.kernels.vocabulary import linear_cross_entropy, pieces
-from unlocked.rules import DGL, LLS, LocalLosses
+from unlocked.rules import DGL, LLS, LLS_M
 
 ROWS, WIDTH, TOKENS = 37, 8, 50
 
@@ -86,7 +86,7 @@ def test_scores_are_never_whole_in_training_or_evaluation(monkeypatch: pytest.Mo
     """A whole run of two layers, local head and output: B T V would be 8 x 16 x 400."""
     monkeypatch.setattr(vocabulary, "PIECE", 16 * 400)
     tokens = torch.randint(400, (16, 16), generator=torch.Generator().manual_seed(1))
-    for rule in (LLS(temperature=0.3), LocalLosses(), DGL):
+    for rule in (LLS(temperature=0.3), LLS_M(), DGL):
         torch.manual_seed(0)
         network = [nn.Embedding(400, 8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 400)]
         network[-1] = nn.Sequential(network[-1])
