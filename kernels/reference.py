@@ -37,6 +37,7 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "pool_latents",
+    "spread_latents",
     "unavailable",
 ]
 
@@ -116,6 +117,23 @@ def pool_latents(activations: Tensor, latent_size: int, layout: Layout | None = 
         "latents need activations [B, C, H, W], [B, D], or [B, C, L] or [B, T, D] with their layout, got "
         f"{tuple(activations.shape)} with layout {layout}"
     )
+
+
+def spread_latents(grad: Tensor, activations: Tensor, latent_size: int, layout: Layout | None = None) -> Tensor:
+    """The gradient at the activations, like them, from that of `pool_latents(activations, latent_size, layout)`."""
+    if activations.dim() == 4:
+        grid = grad.view(*activations.shape[:2], latent_size, latent_size)
+        full: Tensor = torch.ops.aten._adaptive_avg_pool2d_backward(grid, activations)
+        return full.contiguous(memory_format=torch.channels_last)
+    # torch pools in one dimension as in two, the other being 1
+    rows = activations[:, None, None]
+    if activations.dim() == 3:
+        rows = (activations.transpose(1, 2) if layout == "tokens" else activations)[:, :, None]
+    grid = grad.view(*rows.shape[:2], 1, latent_size)
+    full = torch.ops.aten._adaptive_avg_pool2d_backward(grid, rows).squeeze(2)
+    if activations.dim() == 3:
+        return full.transpose(1, 2) if layout == "tokens" else full
+    return full[:, 0]
 
 
 def local_head(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.data.batches import Parts, readable_type
@@ -65,14 +66,13 @@ def as_dataset(
     for name, count in ((rows, batch_size), ("steps_per_epoch", steps_per_epoch)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
+    if task is not None and task.name != "classification":
+        data = _named_pair(data)
     data = convert(data, split, batch_size=batch_size, seed=seed)
     if isinstance(data, Parts):
         data = _of_parts(data, split)
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         samples, labels = data
-        if task is not None and task.name != "classification":
-            data = _of_parts(Parts(samples, {}, labels), split)
-    if isinstance(data, tuple):
         data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
     elif not isinstance(data, ImageDataset | LoaderDataset):
         if not isinstance(data, Iterable):
@@ -86,6 +86,13 @@ def as_dataset(
     if steps_per_epoch is not None:
         raise ValueError("steps_per_epoch is for loaders; an epoch of a dataset is all of it (max_steps stops earlier)")
     return data
+
+
+def _named_pair(data: Any) -> Any:
+    """Two whole tensors, of which the second holds no class numbers, as named ones."""
+    pair = data.tensors if isinstance(data, TensorDataset) else data
+    whole = isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(part, "ndim") for part in pair)
+    return ({"samples": pair[0]}, pair[1]) if whole else data
 
 
 def _of_parts(parts: Parts, split: str) -> ImageDataset:

@@ -36,7 +36,7 @@ from unlocked.runtime.named_inputs import find_needs, rows_of, travelling
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.heads import PiecewiseStep, head_of
+from unlocked.workers.heads import head_of, piecewise_step
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 from unlocked.workers.passing import PassLayer, PassStage
 from unlocked.workers.source import Source
@@ -308,9 +308,7 @@ def build_layer(
         own = optimizer_of(local_rule, optimizer)
         return PassLayer(block, local_rule, info, own, **common, sources=sources)
     if network.task.name == "tokens" and isinstance(local_rule, TaskLoss) and head_of(block) is not None:
-        step = PiecewiseStep
-    elif needs:
-        step = None  # what is fused reads its input alone
+        step = piecewise_step(step)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
     return kind(block, local_rule, info, optimizer, step=step, **common)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from unlocked.kernels.vocabulary import linear_cross_entropy, pieces
 from unlocked.models import Block
 from unlocked.rules import Tokens
-from unlocked.workers.layer import AutogradStep, Layer
+from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
-__all__ = ["PiecewiseStep", "head_of"]
+__all__ = ["PiecewiseStep", "head_of", "piecewise_step"]
 
 
 def head_of(block: Block) -> nn.Linear | None:
@@ -26,6 +26,17 @@ def head_of(block: Block) -> nn.Linear | None:
     if found is None and type(body) is nn.Sequential and len(body):
         found = body[-1]
     return found if type(found) is nn.Linear else None
+
+
+def piecewise_step(other: StepFactory | None) -> StepFactory:
+    """Builds such steps; `other` may put a faster optimizer in the place of the layer's."""
+
+    def build(layer: Layer) -> Step:
+        if other is not None:
+            other(layer)
+        return PiecewiseStep(layer)
+
+    return build
 
 
 class PiecewiseStep(AutogradStep):

@@ -36,6 +36,9 @@ __all__ = [
 class Step(Protocol):
     """One way to compute a layer's local step."""
 
+    counts: Sequence[nn.Module]
+    """The BatchNorms that don't count their batches by themselves."""
+
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Training-mode forward; keeps what `update` needs. Returns the next layer's input, in `out` if given."""
         ...
@@ -84,7 +87,7 @@ class Layer:
         self.frozen = frozen_modules(block)
         """What stays in eval mode, also in training and while statistics are re-estimated."""
         self._storage = storage_dtype(precision)
-        self._in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
+        self.computes_in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
@@ -98,9 +101,8 @@ class Layer:
         self.score_totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.has_scores = has_scores(rule) and not self.is_output
         self.needs = tuple(needs)
-        """Names of the tensors that the block reads beside its input."""
         self.beside: Mapping[str, Tensor] = {}
-        """Those of the micro-batch that comes next; whoever calls `forward` sets them."""
+        """What the block reads beside its input, of the micro-batch that comes next, set by whoever calls `forward`."""
         # Training micro-batches seen, on the device: the key of everything random in this layer.
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
         self._keeps_clock = any(isinstance(m, KeyedDropout) and m.p > 0 for m in block.modules())
@@ -181,11 +183,9 @@ class Layer:
         if self._pending:
             self.clock += self._pending
             self._pending = 0
-        if isinstance(self.step, AutogradStep):
-            return  # BatchNorm counts by itself
-        for module in self.block.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.num_batches_tracked is not None:
-                module.num_batches_tracked += self.clock - self._counted
+        for module in self.step.counts:
+            if isinstance(count := module.num_batches_tracked, Tensor):
+                count += self.clock - self._counted
         self._counted.copy_(self.clock)
 
     @torch.no_grad()
@@ -231,12 +231,8 @@ class Layer:
         return found
 
     def account(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Adds a training micro-batch to the totals, of the output layer with its hits; returns the sum of losses.
-
-        Args:
-            loss: the mean over what counts.
-            outputs: the activations.
-        """
+        """Adds a training micro-batch with that mean loss to the totals, of the output layer with its hits; returns the
+        sum of losses."""
         if self.classifies:
             loss_sum = loss * labels.shape[0]
             self.totals[0] += loss_sum
@@ -260,7 +256,7 @@ class Layer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
-        if not self._in_bfloat16:
+        if not self.computes_in_bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
@@ -275,7 +271,7 @@ class Layer:
         if self._storage == torch.float32 or not x.is_floating_point():
             return x
         x = x.to(self._storage)
-        return x if self._in_bfloat16 else x.float()
+        return x if self.computes_in_bfloat16 else x.float()
 
     def set_lr_factor(self, factor: float) -> None:
         """Scales the optimizer's initial learning rates (a schedule's value for the epoch)."""
@@ -360,6 +356,10 @@ class Layer:
 
 class AutogradStep:
     """The local step of any differentiable block and rule."""
+
+    counts: Sequence[nn.Module] = ()
+    why = ""
+    """What stands against a closed form."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

@@ -88,6 +88,14 @@ class Tree:
                 found.setdefault(one.rank, one)
         return found
 
+    def stacks(self) -> list[str]:
+        """What every process is about, and how busy the machine is: for a run that stands still."""
+        told = [f"{path.name}: {_line(path)}" for path in sorted(Path("/proc/pressure").glob("*"))]
+        for one in self.processes():
+            waits = _line(Path(f"/proc/{one.pid}/wchan"))
+            told.append(f"process {one.pid} of {one.parent}, rank {one.rank}: {one.state} {waits}")
+        return told
+
     def end(self) -> int:
         """Kills whatever is left; how many there were."""
         left = self.processes()
@@ -131,6 +139,13 @@ def cut_connection(process: Process, chance: random.Random) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def _line(path: Path) -> str:
+    """The first line of a file of the kernel's; empty where it may not be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text().partition("\n")[0]
+    return ""
 
 
 def _stat(pid: int) -> list[str]:
