@@ -20,8 +20,8 @@ from unlocked.kernels import cpp
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime.network import Network, build_layer, build_network
-from unlocked.workers import bodies
 from unlocked.workers.fused import choose_step
+from unlocked.workers.graph import operations as table
 from unlocked.workers.layer import Layer
 
 __all__ = ["ceilings", "ladder", "operations"]
@@ -154,8 +154,8 @@ def recording(layers: list[Layer]) -> Iterator[tuple[dict[tuple[str, str], list[
         undo.append(partial(setattr, owner, attribute, original))
 
     backend: ModuleType = cpp
-    wrap(bodies, "convolve", "convolution")
-    wrap(bodies, "convolution_backward", "weight gradient")
+    wrap(table, "convolve", "convolution")
+    wrap(table, "convolution_backward", "weight gradient")
     wrap(backend, "norm_act_forward", "normalise, activate, pool")
     wrap(backend, "local_head", "head")
     wrap(backend, "norm_act_backward", "normalisation backward")

@@ -37,6 +37,7 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "pool_latents",
+    "spread_latents",
     "unavailable",
 ]
 
@@ -116,6 +117,30 @@ def pool_latents(activations: Tensor, latent_size: int, layout: Layout | None = 
         "latents need activations [B, C, H, W], [B, D], or [B, C, L] or [B, T, D] with their layout, got "
         f"{tuple(activations.shape)} with layout {layout}"
     )
+
+
+def spread_latents(grad: Tensor, activations: Tensor, latent_size: int, layout: Layout | None = None) -> Tensor:
+    """The gradient at the activations, like them, from that of `pool_latents(activations, latent_size, layout)`."""
+    if activations.dim() == 2:
+        rows = activations[:, None, None]
+    elif activations.dim() == 3:
+        rows = (activations.transpose(1, 2) if layout == "tokens" else activations)[:, :, None]
+    else:
+        rows = activations
+    high = latent_size if activations.dim() == 4 else 1
+    grid = grad.view(*rows.shape[:2], high, latent_size)
+    full = torch.empty_like(activations)
+    target = full[:, None, None] if activations.dim() == 2 else full
+    if activations.dim() == 3:
+        target = (full.transpose(1, 2) if layout == "tokens" else full)[:, :, None]
+    height, width = rows.shape[2:]
+    if height % high or width % latent_size:  # windows overlap, or repeat values
+        target.copy_(torch.ops.aten._adaptive_avg_pool2d_backward(grid, rows))
+        return full
+    sides = (height // high, width // latent_size)
+    windows = target.unflatten(3, (latent_size, sides[1])).unflatten(2, (high, sides[0]))
+    windows.copy_((grid / (sides[0] * sides[1]))[:, :, :, None, :, None])
+    return full
 
 
 def local_head(

@@ -9,14 +9,16 @@ from unlocked.launch.output import lasting_output
 
 if TYPE_CHECKING:
     from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.comparison.chaos.records import Campaign
     from unlocked.runtime.fields import LineParser
     from unlocked.runtime.recipe import Recipe
 
 __all__ = ["main", "make_parser", "parse"]
 
 _USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
+_USUAL += ["--max-recoveries", "100000"]
 """Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
-after 4 seconds, in set-up after 45."""
+after 4 seconds, in set-up after 45; one run may take many faults."""
 _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 
 
@@ -24,37 +26,38 @@ _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the training undisturbed and under faults. 0: all came to the same bits, nothing hung and every cause was
     named; 1: something was not so; 2: a mistake."""
-    from unlocked.comparison.chaos.campaign import run_campaign
+    from unlocked.comparison.chaos.campaign import new_campaign, run_campaign
     from unlocked.comparison.chaos.records import format_table
-    from unlocked.runtime.saving.whole_file import write_json
-    from unlocked.runtime.typed import to_plain
+    from unlocked.comparison.chaos.report import join, read_report, update_report
+
+    def keep() -> "list[Campaign]":
+        return [campaign] if options.report is None else update_report(options.report, campaign)
 
     try:
         options, recipe, rest = parse(sys.argv[1:] if arguments is None else arguments)
         plan = recipe.plan(*recipe.load_data())
         command = [sys.executable, "-m", "unlocked.launch.pipeline", *_USUAL, *rest]
-        campaign = run_campaign(
+        begun = [] if options.report is None else read_report(options.report)
+        campaign = join(begun, new_campaign(command, _stages(recipe), options))
+        run_campaign(
             command,
             plan,
-            _stages(recipe),
             options,
+            campaign,
             start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
             root=recipe.save_path,
             say=lambda line: print(line, flush=True),
+            keep=keep,
         )
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        print("error: interrupted before the first fault", file=sys.stderr, flush=True)
         return 130
-    print(format_table(campaign))
+    print(format_table(keep()))
     for problem in campaign.problems:
         print(f"problem: {problem}")
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        told = {"ettr": campaign.ettr, "problems": campaign.problems, "table": format_table(campaign).splitlines()}
-        write_json(options.report, to_plain(campaign) | told)
     return 130 if campaign.is_interrupted else 1 if campaign.problems else 0
 
 

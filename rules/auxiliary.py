@@ -8,6 +8,7 @@ main one: layers of the widths and resolutions of evenly chosen later layers, fe
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,27 +19,43 @@ __all__ = ["DGL", "AugLocal", "AuxiliaryRule", "chosen_layers"]
 
 
 class AuxiliaryRule(LocalRule):
-    """Cross-entropy of a local network's scores [B, n]. Subclasses make `network` of the layer's activations."""
+    """The task's loss of a local network's scores [B, n]: cross-entropy for classes. Subclasses make `network` of the
+    layer's activations; where the task is of positions, of one position's features, ending in a linear layer."""
 
-    network: nn.Module
+    takes: Sequence[str] = ("classification", "multi-label", "regression", "own")
+    network: nn.Sequential
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__(layer)
+        self.layer = layer
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.network(activations), labels)
+        task = self.layer.task
+        if task.name == "classification":
+            return F.cross_entropy(self.network(activations), labels)
+        targets = self.layer.targets(labels)
+        if not task.dense:
+            return task.loss(self.network(activations), targets)
+        last = cast(nn.Linear, self.network[-1])
+        inner = self.network[:-1](self.layer.latents(activations))
+        return task.projected_loss(inner, last.weight, targets, bias=last.bias)
 
     def scores(self, activations: Tensor) -> Tensor:
-        scores: Tensor = self.network(activations)
+        scores: Tensor = self.network(self.layer.latents(activations) if self.layer.task.dense else activations)
         return scores
 
 
 class DGL(AuxiliaryRule):
     """Level 1. Pools the maps to a quarter of their sides, `layers` pointwise convolutions, pools to 2 x 2, `layers`
     fully connected layers and a linear classifier; BatchNorm and ReLU after each but the last. Activations that are
-    no maps go into the fully connected layers as they are.
+    no maps go into the fully connected layers as they are; where the task is of positions, each position's features do.
 
     Args:
         layers: of either kind, at least 1.
         width: of the fully connected layers; None: as many as go in, of flat activations at most 128.
     """
+
+    takes = ("classification", "multi-label", "regression", "tokens", "segmentation", "own")
 
     def __init__(self, layer: LayerInfo, *, layers: int = 3, width: int | None = None) -> None:
         super().__init__(layer)
@@ -49,7 +66,10 @@ class DGL(AuxiliaryRule):
         shape = layer.activation_shape
         parts: list[nn.Module] = []
         size, hidden = layer.num_features, width or min(layer.num_features, 128)
-        if len(shape) == 3:
+        if layer.task.dense:
+            size = layer.num_latents
+            hidden = width or size
+        elif len(shape) == 3:
             channels, *sides = shape
             quarter = [ceil(side / 4) for side in sides]
             last = [min(2, side) for side in quarter]

@@ -32,6 +32,8 @@ class DistanceForward(LocalRule):
         momentum: of the running means: how much of the old one stays after a micro-batch that has the class.
     """
 
+    takes = ("classification",)
+
     centres: Tensor
 
     def __init__(

@@ -37,6 +37,8 @@ class InfoPro(LocalRule):
         side: of the reconstructed image, where the input is one; larger ones are averaged down to it.
     """
 
+    takes = ("classification",)
+
     receives = ("network_input",)
 
     def __init__(

@@ -29,6 +29,8 @@ class PredictiveSimilarity(LocalRule):
         ValueError: beta is out of range.
     """
 
+    takes = ("classification",)
+
     def __init__(self, layer: LayerInfo, *, beta: float = 0.99) -> None:
         super().__init__(layer)
         if not 0 <= beta <= 1:

@@ -1,23 +1,28 @@
-"""The local step in closed form, on the fused kernels: no autograd, no full-size activation gradient.
+"""The local step in closed form, on the fused kernels.
 
-Which blocks and rules it covers is decided per layer (`choose_step`); all others keep the autograd step. The gradient
-of a bias in front of BatchNorm is exactly zero here; autograd computes rounding noise for it.
+It is made of what a block computes (`workers.graph`), operation by operation: what the table of operations does not
+have runs through autograd, for that piece alone. Where the rule has no closed form, or the block can't be followed, the
+layer keeps the autograd step (`choose_step`). The gradient of a bias in front of BatchNorm is exactly zero here;
+autograd computes rounding noise for it.
 
 With bfloat16 inputs (`unlocked.kernels.precision`) bfloat16 are: the cast weights, the library's results and their
 gradients, the latents and their gradient, the output. The kernels compute in float32 and round what they store.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlocked.kernels.dispatch import fuse_optimizer, get_backend
 from unlocked.kernels.reference import HeadResult
-from unlocked.models import KeyedDropout
+from unlocked.models import Block
 from unlocked.rules import CrossEntropy
-from unlocked.workers.bodies import Body, make_body
+from unlocked.workers.graph.body import GraphBody
+from unlocked.workers.graph.joins import make_body
+from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
 __all__ = ["FusedStep", "LogitsStep", "choose_step", "fused_step"]
@@ -37,17 +42,34 @@ def fused_step(backend: ModuleType) -> StepFactory:
     """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
 
     def build(layer: Layer) -> Step:
-        body = make_body(layer.block, layer.info, backend)
-        # A gradient for every parameter of the block, by the micro-batch's statistics, is what the closed form gives:
-        # autograd knows of frozen ones.
-        frozen = bool(layer.frozen) or not all(p.requires_grad for p in layer.block.parameters())
-        closed_form = body is not None and not frozen and layer.rule.head_arguments() is not None
-        layer.optimizer = _fuse_optimizer(layer, backend, closed_form=closed_form)
-        if body is not None and closed_form:
+        body, why = _closed_form(layer, backend)
+        promised = body is not None and body.gives_every_gradient
+        layer.optimizer = _fuse_optimizer(layer, backend, every_gradient=promised)
+        if body is not None:
             return FusedStep(layer, backend, body)
-        return LogitsStep(layer, backend) if _gives_logits(layer) else AutogradStep(layer)
+        step = LogitsStep(layer, backend) if _gives_logits(layer) else AutogradStep(layer)
+        step.why = why
+        return step
 
     return build
+
+
+def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, str]:
+    """The layer's block in closed form; or why there is none."""
+    if layer.needs:
+        return None, f"it reads {', '.join(layer.needs)} beside its input"
+    if layer.rule.head_arguments() is None:
+        return None, f"the rule {type(layer.rule).__name__} has no closed form"
+    if any(isinstance(module, Block) for module in layer.block.body.modules()):
+        return None, "backpropagation through the whole network"
+    try:
+        body = make_body(layer, backend)
+    except Untraceable as error:
+        return None, str(error)
+    parts = [(call.how, call.why) for call in body.calls]
+    if all(how == "autograd" for how, _ in parts) and not body.end.parameters:
+        return None, "; ".join(why for _, why in parts)
+    return body, ""
 
 
 class FusedStep:
@@ -58,21 +80,18 @@ class FusedStep:
         body: how the block's own arithmetic runs forward and back, on the same backend.
     """
 
-    def __init__(self, layer: Layer, backend: ModuleType, body: Body) -> None:
+    def __init__(self, layer: Layer, backend: ModuleType, body: GraphBody) -> None:
         self.layer, self.backend, self.body = layer, backend, body
+        self.counts: Sequence[nn.Module] = body.counts
         keeps = getattr(layer.optimizer, "bfloat16_of", None)
         self._takes_bfloat16 = keeps is not None
         if keeps is not None:
-            body.bfloat16_of = keeps
-        self._dropout = next((m for m in layer.block.tail.modules() if isinstance(m, KeyedDropout) and m.p > 0), None)
+            body.casts.bfloat16_of = keeps
 
     @torch.no_grad()
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The layer's output after dropout, in `out` if given: shapes as those of `Body.forward`."""
-        if self._dropout is None:
-            return self.body.forward(x, out)
-        result = cast(Tensor, self._dropout(self.body.forward(x, None)))
-        return result if out is None else out.copy_(result)
+        """The layer's output after dropout, in `out` if given: shapes as those of `GraphBody.forward`."""
+        return self.body.forward(x, out)
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> Tensor:
@@ -84,12 +103,12 @@ class FusedStep:
         # Only the output layer's hits among the first five are of interest.
         totals = layer.totals if layer.is_output else layer.totals[:2]
         head: HeadResult = self.backend.local_head(latents, labels, **arguments._asdict(), totals=totals)
-        grads = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
+        grads: list[Tensor | None] = [*layer.rule.head_gradients(head), *self.body.backward(head.latents_grad)]
         # Those of a bfloat16 cast are bfloat16.
-        self._apply(grads if self._takes_bfloat16 else [grad.float() for grad in grads])
+        self._apply(grads if self._takes_bfloat16 else [None if grad is None else grad.float() for grad in grads])
         return head.loss_sum
 
-    def _apply(self, grads: list[Tensor]) -> None:
+    def _apply(self, grads: list[Tensor | None]) -> None:
         optimizer = self.layer.optimizer
         if optimizer is None:
             return
@@ -97,7 +116,7 @@ class FusedStep:
             optimizer.step(grads)
             return
         for parameter, grad in zip(self.layer.parameters, grads, strict=True):
-            parameter.grad = grad.contiguous(memory_format=_format_of(parameter))
+            parameter.grad = None if grad is None else grad.contiguous(memory_format=_format_of(parameter))
         optimizer.step()
 
 
@@ -132,16 +151,15 @@ def _gives_logits(layer: Layer) -> bool:
     return layer.is_output and isinstance(layer.rule, CrossEntropy) and len(layer.info.activation_shape) == 1
 
 
-def _fuse_optimizer(layer: Layer, backend: ModuleType, *, closed_form: bool) -> Any:
+def _fuse_optimizer(layer: Layer, backend: ModuleType, *, every_gradient: bool) -> Any:
     """The layer's optimizer, as one kernel for all of its parameters where the backend has one for it."""
     optimizer = layer.optimizer
     if optimizer is None:
         return None
     owned = [p for group in optimizer.param_groups for p in group["params"]]
-    if closed_form and list(map(id, owned)) != list(map(id, layer.parameters)):
+    if every_gradient and list(map(id, owned)) != list(map(id, layer.parameters)):
         return optimizer  # of some of them, or in another order: gradients are given by place
-    # A gradient for every parameter is what only the closed form promises.
-    return fuse_optimizer(backend, optimizer, layer.device, every_gradient=closed_form)
+    return fuse_optimizer(backend, optimizer, layer.device, every_gradient=every_gradient)
 
 
 def _format_of(parameter: Tensor) -> torch.memory_format:

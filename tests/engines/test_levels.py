@@ -325,7 +325,7 @@ class ThreeParts(LocalRule):
         (BarlowTwins, r"rule BarlowTwins makes 2 views of every sample, which samples of shape \(6,\).* don't give"),
         (
             [partial(ForwardForward, negatives=n) for n in (1, 2, 1)],
-            "ForwardForward of layer sequential2 has the views",
+            "rule ForwardForward of layer sequential2 has the views",
         ),
         ([ForwardForward, LLS(), ForwardForward], "rule LLS of layer sequential2 has the views None, but"),
         (partial(TaskAndConsistency, alpha=0.0), r"alpha is 0.0; it must lie in \(0, 1\]"),

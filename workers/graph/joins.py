@@ -1,0 +1,242 @@
+"""Which operations of a block run together, and what becomes of the rest: the one place that has the rules.
+
+| neighbours                                           | become                                             |
+| ---------------------------------------------------- | -------------------------------------------------- |
+| BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
+| the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| a split into parts, and those who take them          | one call                                           |
+| bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
+| whatever the table does not have, in a row           | one piece for autograd                             |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from unlocked.models import KeyedDropout
+from unlocked.workers.graph.autograd import AutogradPiece, Read
+from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
+from unlocked.workers.graph.normalized import Normalized, NormalizedEnd, UnevenEnd
+from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
+from unlocked.workers.graph.shapes import Split, parts_of
+from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
+from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
+
+if TYPE_CHECKING:
+    from unlocked.workers.layer import Layer
+
+__all__ = ["make_body"]
+
+
+def make_body(layer: "Layer", backend: ModuleType) -> GraphBody:
+    """The step of the layer's block on the operations of `backend`.
+
+    Raises:
+        Untraceable: the block as a whole is left to autograd; says why.
+    """
+    casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
+    nodes, output = trace(layer.block.body, layer.frozen)
+    body = _Planner(layer, backend, casts, nodes, output).body()
+    trains = [(name, p) for name, p in layer.block.named_parameters() if p.requires_grad]
+    if idle := [name for name, p in trains if id(p) not in body.reached]:
+        raise Untraceable(f"its result does not depend on {', '.join(name.removeprefix('body.') for name in idle)}")
+    return body
+
+
+@dataclass
+class _Tail:
+    """A block's tail that the kernels may take over."""
+
+    pool: str
+    size: int
+    dropout: nn.Module | None
+
+
+class _Planner:
+    """Turns the nodes of one body into calls."""
+
+    def __init__(self, layer: "Layer", backend: ModuleType, casts: Casts, nodes: Sequence[Node], output: Node) -> None:
+        self._layer, self._backend, self._casts = layer, backend, casts
+        self._nodes, self._output = nodes, output
+        self._frozen = {id(module) for module in layer.frozen}
+        self._operations: dict[Node, Operation | str] = {}
+        self._joined: dict[Node, Call] = {}  # by the last node that it covers
+        self._covered: set[Node] = set()
+
+    def body(self) -> GraphBody:
+        end, dropout = self._end()
+        for node in self._nodes:
+            if node not in self._covered:
+                self._join_norm(node)
+                self._join_parts(node)
+        calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
+        return GraphBody(
+            self._nodes[0],
+            [*self._grouped(calls, end.inputs[0]), end],
+            trained=[p for p in self._layer.block.parameters() if p.requires_grad],
+            casts=self._casts,
+            dropout=dropout,
+        )
+
+    def _end(self) -> tuple[Call, nn.Module | None]:
+        """The block's end, and the tail's dropout, where that is not part of the end."""
+        layer, info = self._layer, self._layer.info
+        tail = _recognise(layer.block.tail)
+        norm, slope = self._normalised(self._output)
+        shape = info.activation_shape
+        ending = [Node("logits" if layer.is_output else "latents", None)]
+        if tail is None or tail.pool != "none":
+            ending.append(Node("tail", None))
+        if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
+            side = None if layer.is_output else info.latent_size
+            end = PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            return Call(end, [self._output], [], ending, "closed"), None
+        p = info.latent_size
+        even = p == shape[0]
+        if len(shape) == 3:
+            sides = [p, tail.size] if tail.pool == "average" else [p]
+            even = tail.pool != "mean" and all(length % side == 0 for length in shape[1:] for side in sides)
+        kind = NormalizedEnd if even else UnevenEnd
+        options = self._of_norm(norm)
+        operation = kind(
+            norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options
+        )
+        covers = list(dict.fromkeys((norm, self._output)))
+        self._covered |= set(covers)
+        why = "in one pass each way" if even else "in one pass; pooled by the library, whose windows overlap or are 2x2"
+        return Call(operation, norm.inputs, [], [*covers, *ending], "joined", why), tail.dropout
+
+    def _normalised(self, node: Node) -> tuple[Node | None, float]:
+        """The BatchNorm whose activations `node` gives, on our kernels, and their slope; 1: it is the BatchNorm."""
+        slope = slope_of(node)
+        norm, slope = (node, 1.0) if slope is None else (node.inputs[0], slope)
+        if norm.kind not in (nn.BatchNorm1d, nn.BatchNorm2d) or usable_norm(norm) or id(norm.target) in self._frozen:
+            return None, slope
+        if norm is not node and (len(norm.users) > 1 or norm is self._output):
+            return None, slope
+        return norm, slope
+
+    def _join_norm(self, node: Node) -> None:
+        """A BatchNorm inside the block, with the activation after it if nobody else reads what it gives."""
+        norm, _ = self._normalised(node)
+        if norm is not node:
+            return
+        after = node.users[0] if len(node.users) == 1 and node is not self._output else None
+        slope = None if after is None or after in self._covered else slope_of(after)
+        covers = [node] if slope is None or after is None else [node, after]
+        operation = Normalized(node.target, 1.0 if slope is None else slope, self._backend, **self._of_norm(node))
+        how, why = ("closed", "") if len(covers) == 1 else ("joined", "in one pass")
+        self._joined[covers[-1]] = Call(operation, norm.inputs, covers[-1:], covers, how, why)  # type: ignore[arg-type]
+        self._covered |= set(covers)
+
+    def _join_parts(self, node: Node) -> None:
+        """What splits a tensor, with those who take the parts."""
+        parts = parts_of(node)
+        if not parts or node is self._output or any(part in self._covered for part in parts):
+            return
+        self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
+        self._covered |= {node, *parts}
+
+    def _of_norm(self, norm: Node) -> dict[str, Any]:
+        """The bias that stands before the BatchNorm, which its convolution or product then leaves out."""
+        before = norm.inputs[0]
+        alone = len(before.users) == 1 and before is not self._output
+        kinds = {nn.Conv1d: Convolution, nn.Conv2d: Convolution, nn.Linear: Linear}
+        operation = self._operation(before) if alone and before.kind in kinds else ""
+        if isinstance(operation, str):
+            return {"bias": None, "owns_input": False}
+        self._operations[before] = kinds[before.kind](before.target, self._casts, bias_is_ahead=True)
+        bias: Tensor | None = before.target.bias
+        return {"bias": bias, "owns_input": True}
+
+    def _operation(self, node: Node) -> Operation | str:
+        if node not in self._operations:
+            self._operations[node] = operation_of(node, self._casts)
+            kept = id(node.target) in self._frozen
+            if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+                self._operations[node] = usable_norm(node) or "it is kept in eval mode"
+            elif node.kind is KeyedDropout and kept:
+                self._operations[node] = "it is kept in eval mode"
+        return self._operations[node]
+
+    def _call(self, node: Node) -> Call | None:
+        if node in self._joined:
+            return self._joined[node]
+        if node in self._covered:
+            return None
+        if isinstance(node.target, Tensor):
+            return Call(Read(node), [], [node], [node], "closed")
+        operation = self._operation(node)
+        if isinstance(operation, str):
+            return Call(Operation(), node.inputs, [node], [node], "autograd", operation)
+        return Call(operation, _arguments(node), [node], [node], "closed")
+
+    def _grouped(self, calls: Sequence[Call], last: Node) -> list[Call]:
+        """Calls that stand for autograd become pieces of as many as follow each other."""
+        runs: list[list[Call]] = []
+        for call in calls:
+            if runs and call.how == "autograd" == runs[-1][-1].how:
+                runs[-1].append(call)
+            else:
+                runs.append([call])
+        needs: dict[Node, bool] = {self._nodes[0]: False}
+        found = []
+        for run in runs:
+            call = self._piece(run, last, needs) if run[0].how == "autograd" else run[0]
+            needy = bool(call.operation.parameters) or any(needs[node] for node in call.inputs)
+            needs.update(dict.fromkeys(call.outputs, needy))
+            found.append(call)
+        return found
+
+    def _piece(self, run: Sequence[Call], last: Node, needs: dict[Node, bool]) -> Call:
+        nodes = [call.outputs[0] for call in run]
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(one for node in nodes for one in node.inputs if one not in inside))
+        outputs = [node for node in nodes if node is last or any(user not in inside for user in node.users)]
+        outputs = outputs or nodes[-1:]
+        operation = AutogradPiece(nodes, inputs, outputs, [needs[node] for node in inputs], self._casts)
+        why = "; ".join(dict.fromkeys(f"{node.name}: {call.why}" for node, call in zip(nodes, run, strict=True)))
+        return Call(operation, inputs, outputs, nodes, "autograd", why)
+
+
+def _arguments(node: Node) -> list[Node]:
+    """What the operation reads, in order, twice if it does so."""
+    return [value for value in node.args if isinstance(value, Node)]
+
+
+def _recognise(tail: nn.Module) -> _Tail | None:
+    """A 2x2 pool or an adaptive average, and a dropout after it; None: the tail runs as it is."""
+    parts = [module for module in _leaves(tail) if type(module) is not nn.Identity]
+    if any(map(has_hooks, tail.modules())):
+        return None
+    dropout = parts.pop() if parts and isinstance(parts[-1], KeyedDropout) else None
+    if isinstance(dropout, KeyedDropout) and dropout.p == 0.0:
+        dropout = None
+    if not parts:
+        return _Tail("none", 1, dropout)
+    pool = _pool_of(parts[0]) if len(parts) == 1 else None
+    return None if pool is None else _Tail(*pool, dropout)
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    if type(module) is not nn.Sequential:
+        return [module]
+    return [leaf for child in module for leaf in _leaves(child)]
+
+
+def _pool_of(pool: nn.Module) -> tuple[str, int] | None:
+    """("max", 2), ("mean", 2) or ("average", side), as the kernels know them."""
+    kind = type(pool)
+    if kind is nn.AdaptiveAvgPool2d and isinstance(pool.output_size, int):
+        return "average", pool.output_size
+    if kind not in (nn.MaxPool2d, nn.AvgPool2d):
+        return None
+    plain: dict[str, Any] = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    plain |= {"divisor_override": None}
+    sized = all(size in (2, (2, 2)) for size in (pool.kernel_size, pool.stride))
+    if not sized or any(getattr(pool, name, value) not in (value, (value, value)) for name, value in plain.items()):
+        return None
+    return ("max", 2) if kind is nn.MaxPool2d else ("mean", 2)
