@@ -17,7 +17,16 @@ from unlocked.kernels import cpp, reference
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    *("ahead_of_time", "cpu_step", "data_input", "host_per_tick", "pipeline_scaling", "plain_lls", "kernels"),
+    *(
+        "ahead_of_time",
+        "coordinator_load",
+        "cpu_step",
+        "data_input",
+        "host_per_tick",
+        "pipeline_scaling",
+        "plain_lls",
+        "kernels",
+    ),
     *("models", "plain_reproduce", "predict", "reproduce", "single_gpu", "snapshots", "start_up", "two_checkouts"),
 )
 
