@@ -19,6 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *(
         "ahead_of_time",
+        "channel_division",
         "coordinator_load",
         "cpu_step",
         "data_input",
