@@ -189,7 +189,7 @@ def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLa
 
     def layout(first_layer: int) -> SlotLayout:
         shape, traffic = job.network.output_shapes[first_layer - 1], job.network.side_channel.traffic(first_layer - 1)
-        return make_layout(job.plan.max_rows, shape, job.storage, traffic)
+        return make_layout(job.plan.max_rows, shape, job.storage, traffic, job.network.target)
 
     rank, last = world.rank, world.size - 1
     return layout(parts[rank].start) if rank > 0 else None, layout(parts[rank].stop) if rank < last else None

@@ -87,6 +87,7 @@ class Worker:
             start=job.start,
             rank=world.rank,
             best_dir=job.settings.best_dir,
+            sizes=job.network.sums,
             queue_fill=lambda: getattr(self.loop.inbox, "fill", 0.0),
         )
         if job.lr_factor.per_step:
