@@ -227,7 +227,10 @@ def build_layer(
         own = optimizer_of(local_rule, optimizer)
         return PassLayer(block, local_rule, info, own, device=device, precision=precision, sources=sources)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    return kind(block, local_rule, info, optimizer, device=device, step=step, precision=precision)
+    shape, dtype = network.input_shape, network.input_dtype
+    sample = torch.zeros(network.output_shapes[index - 1]) if index else torch.zeros(shape, dtype=dtype)
+    made_up = _made_up(sample, info.seed)
+    return kind(block, local_rule, info, optimizer, device=device, step=step, precision=precision, sample=made_up)
 
 
 def optimizer_of(rule: LocalRule, optimizer: OptimizerFactory) -> OptimizerFactory:

@@ -57,6 +57,7 @@ class Layer:
         optimizer: builds the layer's own optimizer; None for a layer that has no parameters.
         step: chooses how the local step is computed; by default through autograd.
         precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
+        sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Layer:
         device: torch.device,
         step: "StepFactory | None" = None,
         precision: str = "fp32",
+        sample: Tensor | None = None,
     ) -> None:
         self.info = info
         self.block = block.to(device=device)
@@ -98,7 +100,9 @@ class Layer:
         self._pending = 0  # training steps that the clock has not been told of, where nothing reads it per step
         self._counted = torch.zeros_like(self.clock)  # the part of the clock that BatchNorm's own count knows of
         self._mode: str | None = None
+        self.sample = None if sample is None or device.type == "meta" else sample.to(device)
         self.step: Step = (step or AutogradStep)(self)
+        self.sample = None
 
     @property
     def name(self) -> str:
