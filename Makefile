@@ -12,7 +12,7 @@ RUN    := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 .PHONY: demo compare leaderboard test chaos lint docs notebooks clean
 
 demo: $(STAMP)
-	$(RUN) $(BIN)/torchrun --standalone --nproc-per-node=2 launch/pipeline.py \
+	$(RUN) $(BIN)/python -m unlocked train --stages 2 \
 	    --dataset digits --model SmallConv --training-mode LLS --num-epochs 12 \
 	    --lr-scheduler CosineAnnealingLR
 
@@ -29,10 +29,13 @@ test: $(STAMP) lint
 	$(RUN) $(BIN)/python -m pytest -m alone
 
 # Workers killed at many random moments of set-up and run, and before every action of a short schedule, of which `make
-# test` tries a few.
+# test` tries a few; and 20,000 messages of strangers at a run's ports.
 chaos: $(STAMP)
 	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py \
 	    tests/launch/test_stage_recovery.py
+	UNLOCKED_STRANGERS=20000 $(RUN) $(BIN)/python -m pytest tests/launch/test_strangers_of_runs.py
+	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest tests/launch/test_supervisors.py tests/launch/test_set_up_of_workers.py \
+	    tests/launch/test_two_nodes.py
 	UNLOCKED_RULES=all $(RUN) $(BIN)/python -m pytest tests/launch/test_every_rule_of_processes.py
 
 lint: $(STAMP)

@@ -9,14 +9,21 @@ from unlocked.runtime.engines.sequential import Sequential
 from unlocked.runtime.engines.streams.engine import Streams
 from unlocked.runtime.job import Engine
 
-__all__ = ["LOCAL_RULES", "SCHEDULES", "Spec", "all_contenders", "choose"]
+__all__ = ["ASYNCHRONOUS", "LOCAL_RULES", "SCHEDULES", "Spec", "all_contenders", "choose"]
 
 LOCAL_RULES = ("LLS", "LLS_M", "LLS_MxM")
 SCHEDULES = ("GPipe", "1F1B", "zero-bubble", "ZBV")
 """Of torch.distributed.pipelining: ScheduleGPipe, Schedule1F1B, ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble.
 The last two hold two stages per process."""
 
+ASYNCHRONOUS = ("PipeDream", "PipeDream-2BW")
+"""Pipelines of backpropagation without a flush, executed by this project's own edges."""
+
 _CHUNK_NOTE = "BatchNorm sees one chunk at a time"
+_NOTES = {
+    "PipeDream": "gradients at weights of up to P - 1 updates earlier, which are kept for them",
+    "PipeDream-2BW": "gradients at weights of one update earlier; " + _CHUNK_NOTE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +33,7 @@ class Spec:
     Attributes:
         name: unique; see `results.Contender` for the attributes of the same names.
         engine: of this project; a pipeline of backpropagation has none of its own, and takes the default.
-        schedule: of a pipeline of backpropagation, one of `SCHEDULES`.
+        schedule: of a pipeline of backpropagation, one of `SCHEDULES` or `ASYNCHRONOUS`.
         kernels: as `Trainer` takes them.
         compiled: every block goes through torch.compile.
         not_run: why it can't run on this machine; None: it can.
@@ -71,7 +78,7 @@ def all_contenders(device: str, *, cores: int, processes: int, queue_depth: int 
     found += [
         Spec(name=f"BP {form}", family="BP", not_run="no CUDA device") for form in ("in a CUDA graph", "compiled")
     ]
-    found += [_schedule(name, processes, threads) for name in SCHEDULES]
+    found += [_schedule(name, processes, threads) for name in (*SCHEDULES, *ASYNCHRONOUS)]
     for rule in LOCAL_RULES:
         found.append(_sequential(rule, 1))
         if cores > 1:
@@ -122,7 +129,7 @@ def _schedule(name: str, processes: int, threads: int, not_run: str | None = Non
         schedule=name,
         processes=processes,
         threads=threads,
-        note=_CHUNK_NOTE,
+        note=_NOTES.get(name, _CHUNK_NOTE),
         not_run=not_run,
     )
 
@@ -137,6 +144,7 @@ def _on_cuda(processes: int, queue_depth: int) -> list[Spec]:
         Spec(name="BP compiled", family="BP", compiled=True, kernels="torch"),
         Spec(name="BP compiled, in a CUDA graph", family="BP", engine=graph, compiled=True),
         *(_schedule(name, processes, 1, missing) for name in SCHEDULES),
+        *(_schedule(name, processes, 1, "on CPUs only") for name in ASYNCHRONOUS),
     ]
     for rule in LOCAL_RULES:
         found += [

@@ -225,7 +225,8 @@ class _Session:
             raise ContenderFailed(next((t.reason for t in entry.trials if t.reason), "no form to try"))
         entry.form = forms[best]
         stages = " | ".join(", ".join(stage) for stage in entry.trials[best].stages)
-        self.announce(f"forms | {entry.spec.name}: {entry.form.chunks} chunks, {stages}: {rates[best]:,.0f} images/s")
+        chunks = f"{entry.form.chunks} chunk{'s' if entry.form.chunks > 1 else ''}"
+        self.announce(f"forms | {entry.spec.name}: {chunks}, {stages}: {rates[best]:,.0f} images/s")
 
     def _request(self, entry: _Entry, kind: RunKind, seed: int) -> Request:
         recipe = replace(_recipe(self.options, kind), seed=seed)
@@ -282,6 +283,7 @@ def make_run(kind: RunKind, seed: int, answers: Sequence[RankAnswer]) -> Run:
         images_per_second=first.images / seconds,
         split=tuple(split) if first.is_split else (),
         peak_memory_bytes=tuple(answer.peak_memory_bytes for answer in answers),
+        base_memory_bytes=tuple(answer.base_memory_bytes for answer in answers),
         bubble_share=max(0.0, 1 - sum(busy) / len(busy)) if busy else 0.0 if first.is_split else None,
         energy_joules=first.energy_joules,
         epochs=first.epochs if kind == "accuracy" else (),

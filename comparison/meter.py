@@ -7,6 +7,8 @@ layer and micro-batch, well below a thousandth of a step.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from unlocked.comparison.energy import energy_joules
 from unlocked.runtime import Trainer
 from unlocked.runtime.job import Job
+from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.workers.stage import Stage
 
 __all__ = ["MeasuredTrainer", "Meter", "reset_peak_memory"]
@@ -110,10 +113,18 @@ class MeasuredTrainer(Trainer):
         return _MeasuredJob(meter=self.meter, **{field.name: getattr(job, field.name) for field in fields(Job)})
 
 
-def reset_peak_memory() -> None:
-    """What was held so far (loading data) no longer counts as the process's peak, where the system can forget it."""
+def reset_peak_memory(device: torch.device) -> int:
+    """What was held so far (libraries, loading data) no longer counts as the process's peak, where the system can
+    forget it. What is held now, in bytes as `peak_memory_bytes` counts them."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
     try:
         with open("/proc/self/clear_refs", "w") as file:  # Linux: 5 resets the high-water mark of the resident set
             file.write("5")
     except OSError:
         pass
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+    except OSError:
+        return peak_memory_bytes(device)

@@ -137,6 +137,8 @@ class EpochFigures:
     test_loss: float | None
     test_acc1: float | None
     """Percent."""
+    layer_acc1: tuple[tuple[str, float], ...] = ()
+    """Percent by layer, in network order: its own prediction's test accuracy, where it makes one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,8 @@ class Run:
     """Of the GPU (NVML) or the CPU package (RAPL) while training, whole device; None where nothing reports it."""
     epochs: tuple[EpochFigures, ...] = ()
     """Of an accuracy run."""
+    base_memory_bytes: tuple[int, ...] = ()
+    """One per process: held before anything was built, that is, libraries and data; empty where it is not told."""
     weights_sha256: str | None = None
     """Digest of the final weights: equal for all engines of one rule, seed and number of threads."""
 
@@ -224,7 +228,8 @@ class Contender:
     family: str
     """What it minimises: BP, LLS, LLS_M or LLS_MxM."""
     engine: str
-    """sequential, processes, streams; of backpropagation also GPipe, 1F1B, interleaved zero-bubble, ZBV."""
+    """sequential, processes, streams; of backpropagation also GPipe, 1F1B, zero-bubble, ZBV, PipeDream,
+    PipeDream-2BW."""
     processes: int
     threads: int
     """Of each process."""
@@ -279,6 +284,14 @@ class Contender:
     def peak_memory_bytes(self) -> tuple[int, ...]:
         """Per process, the most over the runs."""
         columns = zip(*(run.peak_memory_bytes for run in self.runs), strict=True)
+        return tuple(max(column) for column in columns)
+
+    @property
+    def own_memory_bytes(self) -> tuple[int, ...]:
+        """Per process, the most over the runs of the peak less libraries and data: weights, optimizer, activations,
+        slots, and whatever code is loaded on the way. Empty where it is not told."""
+        runs = [zip(run.peak_memory_bytes, run.base_memory_bytes, strict=False) for run in self.runs]
+        columns = zip(*([max(0, peak - base) for peak, base in pairs] for pairs in runs), strict=True)
         return tuple(max(column) for column in columns)
 
     @property

@@ -64,8 +64,8 @@ def _train(request: Request) -> RankAnswer:
     """By the project's own engines."""
     recipe, spec = request.recipe, request.spec
     train, test = load_data(request.data)
-    reset_peak_memory()
     device = torch.device(recipe.device)
+    base_memory = reset_peak_memory(device)
     meter = Meter(device)
     trace = request.data.with_name(f"trace-{os.environ['MASTER_PORT']}.json") if request.timeline else None
     trainer = recipe.trainer(
@@ -84,6 +84,7 @@ def _train(request: Request) -> RankAnswer:
         busy=busy,
         is_split=on_cpu,
         peak_memory_bytes=peak_memory_bytes(device),
+        base_memory_bytes=base_memory,
         energy_joules=meter.energy_joules(),
         stages=tuple(tuple(layers) for layers in result.stages) if spec.engine.name != "sequential" else (),
         epochs=_epochs(result),
@@ -104,6 +105,7 @@ def _epochs(result: RunResult) -> tuple[EpochFigures, ...]:
                 train_loss=epoch.train_loss,
                 test_loss=epoch.eval_loss,
                 test_acc1=epoch.eval_acc1,
+                layer_acc1=tuple((name, value) for name, value in epoch.layer_acc1),
             )
         )
     return tuple(found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
+from unlocked.data.batches import Parts, parse_batch
 from unlocked.data.order import epoch_order
 
 __all__ = ["KeyedSampler", "convert"]
@@ -17,6 +18,7 @@ _INTEGERS = {
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
 }
+_TOKENS = ("int8", "int16", "int32", "int64")
 
 
 class KeyedSampler(Sampler[int]):
@@ -39,9 +41,10 @@ class KeyedSampler(Sampler[int]):
 def convert(data: Any, split: str, *, batch_size: int | None, seed: int | None) -> Any:
     """`data` as something that a run reads, or as it is.
 
-    A pair of arrays or tensors, and a TensorDataset of two, become a tuple (samples, labels int64 [N]): samples of
-    other float types float32, of other integer types int64. An indexable PyTorch Dataset becomes a DataLoader.
-    What changes a type is told by a `UserWarning` of one line.
+    A pair of arrays or tensors, and a TensorDataset of two, become a tuple (samples, labels int64 [N]), or `Parts`
+    where the targets are no class numbers: samples of other float types float32, of other integer types int64. Named
+    tensors [N, ...], alone or with targets, and tokens without targets become `Parts`. An indexable PyTorch Dataset
+    becomes a DataLoader. What changes a type is told by a `UserWarning` of one line.
 
     Args:
         split: what the data is called in errors: train or test.
@@ -53,9 +56,17 @@ def convert(data: Any, split: str, *, batch_size: int | None, seed: int | None) 
     """
     what = f"the {split} data"
     if isinstance(data, TensorDataset):
+        if len(data.tensors) == 1 and data.tensors[0].dtype in _INTEGERS - {torch.uint8}:
+            return _named({"input_ids": data.tensors[0]}, None, what)
         if len(data.tensors) != 2:
             raise ValueError(f"{what} is a TensorDataset of {len(data.tensors)} tensors; give one of (samples, labels)")
         return _pair(data.tensors[0], data.tensors[1], what)
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Mapping):
+        return _named(data[0], data[1], what)
+    if isinstance(data, Mapping):
+        return _named(data, None, what)
+    if isinstance(data, Tensor | np.ndarray) and data.ndim == 2 and str(data.dtype).removeprefix("torch.") in _TOKENS:
+        return _named({"input_ids": data}, None, what)
     if isinstance(data, tuple | list) and len(data) == 2:
         if all(isinstance(part, Tensor | np.ndarray) for part in data) and (
             isinstance(data, tuple) or data[1].ndim == 1
@@ -89,7 +100,7 @@ def _loader(data: Any, what: str, batch_size: int | None, seed: int | None) -> D
     return DataLoader(data, batch_size=min(batch_size, size), sampler=sampler)
 
 
-def _pair(samples: Tensor | np.ndarray, labels: Tensor | np.ndarray, what: str) -> tuple[Tensor, Tensor]:
+def _pair(samples: Tensor | np.ndarray, labels: Tensor | np.ndarray, what: str) -> tuple[Tensor, Tensor] | Parts:
     told: list[str] = []
     samples, labels = _tensor(samples, f"{what}: samples"), _tensor(labels, f"{what}: labels")
     if samples.dtype in _INTEGERS - {torch.uint8, torch.int64}:
@@ -98,8 +109,12 @@ def _pair(samples: Tensor | np.ndarray, labels: Tensor | np.ndarray, what: str) 
     elif samples.is_floating_point() and samples.dtype != torch.float32:
         told.append(f"{_name(samples)} samples are read as float32")
         samples = _as_float32(samples, what)
-    if labels.dtype not in _INTEGERS:
-        raise ValueError(f"{what}: labels are int64 numbers of classes, got {labels.dtype}; convert them with .long()")
+    if not (labels.dtype in _INTEGERS and (labels.dim() < 2 or labels.shape[1:] == (1,))):
+        if labels.is_floating_point() and labels.dtype != torch.float32:
+            told.append(f"{_name(labels)} targets are read as float32")
+        if told:
+            _say(f"{what}: {'; '.join(told)}")
+        return parse_batch((samples, labels), what)
     if labels.dim() == 2 and labels.shape[1] == 1:
         told.append(f"labels {list(labels.shape)} are read as [{len(labels)}]")
         labels = labels[:, 0]
@@ -113,6 +128,26 @@ def _pair(samples: Tensor | np.ndarray, labels: Tensor | np.ndarray, what: str) 
     if told:
         _say(f"{what}: {'; '.join(told)}")
     return samples, labels
+
+
+def _named(named: Mapping[str, Any], targets: Any, what: str) -> Parts:
+    """Whole tensors [N, ...] by name."""
+    tensors = {}
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor | np.ndarray):
+            raise ValueError(
+                f"{what}: {name} is a {type(value).__name__}; give tensors or arrays [N, ...], all of one length"
+            )
+        tensors[name] = None if value is None else _tensor(value, f"{what}: {name}")
+    if targets is not None:
+        targets = _tensor(targets, f"{what}: targets")
+    parts = parse_batch(tensors if targets is None else (tensors, targets), what)
+    samples = parts.samples
+    if samples.is_floating_point():
+        samples = _as_float32(samples, what)
+    elif samples.dtype != torch.uint8 or samples.dim() != 4:
+        samples = samples.to(torch.int64)
+    return parts._replace(samples=samples)
 
 
 def _tensor(values: Tensor | np.ndarray, what: str) -> Tensor:

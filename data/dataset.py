@@ -1,13 +1,15 @@
 """`ImageDataset`: images and labels as whole tensors, on the device or mapped, and how batches are made of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unlocked.kernels.images import make_erase_boxes
+
+_TOKENS = (torch.int16, torch.int32, torch.int64)
 
 __all__ = ["Augmentation", "ImageDataset", "channel_statistics", "count_statistics"]
 
@@ -45,10 +47,13 @@ class ImageDataset:
     name: str
     split: str
     images: Tensor
-    """uint8 [N, C, H, W], 0 to 255; or float32 or int64 (tokens), which are used as they are (see `from_tensors`)."""
+    """uint8 [N, C, H, W], 0 to 255; or float32 or int64 (tokens), which are used as they are (see `from_tensors`).
+    int16 and int32 are tokens that are stored narrow and read as int64."""
     labels: Tensor
-    """int64 [N], in [0, num_classes)."""
+    """int64 [N], in [0, num_classes); or with `num_classes` 0 targets [N, ...] of any shape, float32, bool or
+    integers, which are read as int64; uint8 [N, 0]: there are none."""
     num_classes: int
+    """0: the targets are no class numbers of samples; a task says what they are."""
     classes: Sequence[str] = ()
     """The classes' names; empty: their numbers."""
     mean: tuple[float, ...] = ()
@@ -62,6 +67,14 @@ class ImageDataset:
     """True: the images stay where they are (in host memory, or in a file mapped into it), and micro-batches are read
     ahead of stage 0; False: they move to the device as a whole; None: as a whole where they fit. The numbers are the
     same."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors [N, ...] that layers read beside the samples, by the name of their forward's parameter."""
+    num_tokens: int = 0
+    """Of a text: how many tokens its vocabulary has; 0: nobody knows."""
+    bytes_per_token: float | None = None
+    """Of a text, on average."""
+    text_digest: str = ""
+    """Of a text: of all of its tokens."""
     classes_per_batch: int | None = None
     """Of how many classes a training micro-batch holds samples (see `class_order`); None: of any, all samples once."""
 
@@ -113,7 +126,17 @@ class ImageDataset:
     @property
     def sample_dtype(self) -> torch.dtype:
         """What a network reads: float32, or int64 of tokens."""
-        return torch.int64 if self.images.dtype == torch.int64 else torch.float32
+        return torch.int64 if self.images.dtype in _TOKENS else torch.float32
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """One sample's."""
+        return tuple(self.labels.shape[1:])
+
+    @property
+    def target_dtype(self) -> torch.dtype:
+        """What targets are read as."""
+        return torch.int64 if self.labels.dtype in _TOKENS else self.labels.dtype
 
     @property
     def mean255(self) -> Tensor:
@@ -145,7 +168,8 @@ class ImageDataset:
         images, labels = self.images.to(device), self.labels.to(device)
         if images is self.images and labels is self.labels:
             return self
-        return replace(self, images=images, labels=labels)
+        beside = {name: value.to(device) for name, value in self.beside.items()}
+        return replace(self, images=images, labels=labels, beside=beside)
 
     def _per_channel(self, values: Sequence[float], default: float, scale: Callable[[float], float]) -> Tensor:
         channels = self.images.shape[1]
@@ -163,11 +187,13 @@ class ImageDataset:
                 "images have the shape [N, C, H, W] (float samples and tokens any [N, ...]) with no size 0, "
                 f"got {list(images.shape)}"
             )
-        if images.dtype not in (torch.uint8, torch.float32, torch.int64):
+        if images.dtype not in (torch.uint8, torch.float32, *_TOKENS):
             return (
                 f"images are uint8 or float32 and tokens int64, got {images.dtype}; convert them, for instance with "
                 ".float() or .long()"
             )
+        if self.num_classes == 0:
+            return self._target_problem()
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             return (
                 f"labels are int64 of the shape [{len(images)}], one for each image,"
@@ -179,7 +205,17 @@ class ImageDataset:
             return f"images and labels are on one device, got {images.device} and {labels.device}"
         return None
 
+    def _target_problem(self) -> str | None:
+        for name, value in {"targets": self.labels, **self.beside}.items():
+            if value.dim() < 1 or len(value) != len(self.images):
+                return f"{name} have the shape {list(value.shape)} for {len(self.images)} samples"
+        if self.classes_per_batch is not None or self.augmentation != Augmentation():
+            return "classes_per_batch and augmentation are for images with class numbers [N]"
+        return None
+
     def _label_problem(self) -> str | None:
+        if self.num_classes == 0:
+            return None
         if self.num_classes < 1 or (not isinstance(self.classes, _Numbers) and len(self.classes) != self.num_classes):
             return f"num_classes is {self.num_classes}, but there are {len(self.classes)} class names"
         low, high = (int(bound) for bound in torch.aminmax(self.labels))

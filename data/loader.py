@@ -5,8 +5,8 @@ in it. A run is reproducible if the loader is: give a shuffling DataLoader a see
 `set_epoch`. Only the process of stage 0 reads; the loader needs no DistributedSampler.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-__all__ = ["LoaderDataset"]
+from unlocked.data.batches import FOUND, Names, Parts, parse_batch, readable_type
+
+__all__ = ["LoaderDataset", "is_two_valued", "repeats_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -27,8 +29,9 @@ class LoaderDataset:
     """
 
     loader: Iterable[Any]
-    """Yields (samples [B, ...] of any float type, uint8 or int64, labels [B] of any integer type); uint8 is divided by
-    255, int64 samples are tokens and stay as they are."""
+    """Yields batches as `parse_batch` reads them: (samples [B, ...], targets [B, ...]), samples alone, or named
+    tensors. Samples of any float type or uint8, which is divided by 255; those of other integer types are tokens and
+    stay as they are."""
     image_shape: tuple[int, ...]
     """One sample's."""
     batch_size: int
@@ -42,6 +45,23 @@ class LoaderDataset:
     """What a network reads: float32, or int64 of tokens."""
     is_cut: bool = False
     """Whether an epoch may end before the loader does."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """The named tensors, with one row of each: what a batch brings beside samples and targets."""
+    target_shape: tuple[int, ...] = ()
+    """One sample's."""
+    target_dtype: torch.dtype = torch.int64
+    """What targets are read as; uint8 of the shape (0,): there are none."""
+    has_targets: bool = True
+    """Batches bring targets of their own."""
+    two_valued: bool = False
+    """The targets that were looked at are 0 and 1 alone."""
+    repeats_inputs: bool = False
+    """The targets that were looked at are the inputs, but for negative ones."""
+    names: Names = FOUND
+    aligned: Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Tensor] | None = None
+    """Makes a batch's targets of its samples, its own targets and its named tensors; None: its own."""
+    check_targets: Callable[[Tensor], None] | None = None
+    """Raises a ValueError for values of a batch's targets that nothing can be learnt from; None: they are labels."""
 
     @classmethod
     def wrap(
@@ -53,6 +73,8 @@ class LoaderDataset:
         num_samples: int | None = None,
         name: str = "loader",
         split: str = "train",
+        main: str | None = None,
+        targets: str | None = None,
     ) -> "LoaderDataset":
         """The loader with the sizes that a run must know beforehand.
 
@@ -63,6 +85,8 @@ class LoaderDataset:
             steps_per_epoch: batches of an epoch; needed where the loader has no length.
             num_samples: rows of an epoch; needed where the last batch is smaller and the loader is neither a
                 DataLoader nor a sequence.
+            main, targets: keys of named tensors: what the first layer reads, and the targets; default: by the names
+                that are customary (`unlocked.data.batches`).
 
         Raises:
             ValueError: no length and no `steps_per_epoch`; or what it yields is no batch.
@@ -82,13 +106,15 @@ class LoaderDataset:
             first = _probe(loader)
         except Exception as error:
             raise ValueError(f"{what} gives no batch: {type(error).__name__}: {error}") from error
-        samples, _ = _tensors(first, f"the {split} data")
+        keys = Names(main, targets)
+        parts = parse_batch(first, f"the {split} data", keys)
+        samples = parts.samples
         steps = length if steps_per_epoch is None else steps_per_epoch
         if steps is None:
             raise ValueError(f"{what} has no length; give steps_per_epoch, the batches of an epoch")
         if steps < 1 or (length is not None and steps > length):
             raise ValueError(f"steps_per_epoch is {steps}; the {split} data has {length or 'at least one'} batches")
-        batch_size, found = _sizes(loader, len(samples), length)
+        batch_size, found = _sizes(loader, len(samples), length, keys)
         rows = num_samples or found or steps * batch_size
         if steps_per_epoch is not None:
             rows = min(rows, steps_per_epoch * batch_size)
@@ -106,6 +132,13 @@ class LoaderDataset:
             split=split,
             sample_dtype=_read_as(samples),
             is_cut=steps_per_epoch is not None or isinstance(loader, _Continued),
+            beside={key: value[:1].to(_beside_type(value)).clone() for key, value in parts.beside.items()},
+            target_shape=(0,) if parts.targets is None else tuple(parts.targets.shape[1:]),
+            target_dtype=torch.uint8 if parts.targets is None else readable_type(parts.targets, as_target=True),
+            has_targets=parts.targets is not None,
+            two_valued=is_two_valued(parts.targets),
+            repeats_inputs=repeats_inputs(samples, parts.targets),
+            names=keys,
         )
 
     def __len__(self) -> int:
@@ -129,15 +162,19 @@ class LoaderDataset:
             owner.set_epoch(epoch)
         return iter(self.loader)
 
-    def check(self, batch: Any, rows: int, where: str) -> tuple[Tensor, Tensor]:
-        """The batch's samples [rows, *image_shape] and labels [rows] as tensors.
+    def check(self, batch: Any, rows: int, where: str) -> Parts:
+        """The batch's samples [rows, *image_shape], named tensors and targets [rows, *target_shape].
 
         Raises:
-            ValueError: types, shapes or labels are not what they must be; `where` says of which batch.
+            ValueError: keys, types, shapes or targets are not what they must be; `where` says of which batch.
         """
-        samples, labels = _tensors(batch, where)
+        parts = parse_batch(batch, where, self.names)
+        samples = parts.samples
         if samples.shape[1:] != self.image_shape:
-            raise ValueError(f"{where}: samples have shape {tuple(samples.shape[1:])}, those before {self.image_shape}")
+            raise ValueError(
+                f"{where}: samples have shape {tuple(samples.shape[1:])}, those before {self.image_shape}; sequences "
+                "of different lengths are padded to one (unlocked.data.pad_collate)"
+            )
         if _read_as(samples) != self.sample_dtype:
             raise ValueError(f"{where}: samples are {samples.dtype}, those before are read as {self.sample_dtype}")
         if len(samples) != rows:
@@ -146,11 +183,51 @@ class LoaderDataset:
                 f"{self.num_samples} samples an epoch); make all batches but the last one equal, and drop that one or "
                 "wrap the loader: LoaderDataset.wrap(loader, num_samples=...)"
             )
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or (self.num_classes is not None and high >= self.num_classes):
-            valid = "" if self.num_classes is None else f" to {self.num_classes - 1}"
-            raise ValueError(f"{where}: labels from {low} to {high}; valid: 0{valid or ' and above'}")
-        return samples, labels
+        self._check_beside(parts, where)
+        targets = parts.targets
+        if self.aligned is not None:
+            targets = self.aligned(samples.to(self.sample_dtype), targets, parts.beside)
+        elif targets is None:
+            targets = torch.zeros(len(samples), 0, dtype=torch.uint8)
+        form = (tuple(targets.shape[1:]), readable_type(targets, as_target=True))
+        if targets.numel() and form != (self.target_shape, self.target_dtype):
+            raise ValueError(
+                f"{where}: targets are {form[1]} {list(form[0])} per sample, those before {self.target_dtype} "
+                f"{list(self.target_shape)}"
+            )
+        self._check_values(targets, where)
+        return Parts(samples, parts.beside, targets)
+
+    def _check_beside(self, parts: Parts, where: str) -> None:
+        has_targets = parts.targets is not None
+        if parts.beside.keys() != self.beside.keys() or has_targets != self.has_targets:
+            now = ", ".join([*parts.beside, *["targets"] * has_targets]) or "nothing"
+            before = ", ".join([*self.beside, *["targets"] * self.has_targets]) or "nothing"
+            raise ValueError(
+                f"{where}: beside the samples the batch has {now}, those before had {before}; every batch has the "
+                "same keys"
+            )
+        for key, one in self.beside.items():
+            value = parts.beside[key]
+            if value.shape[1:] != one.shape[1:] or _beside_type(value) != one.dtype:
+                raise ValueError(
+                    f"{where}: {key} is {value.dtype} {list(value.shape[1:])} per sample, before it was {one.dtype} "
+                    f"{list(one.shape[1:])}"
+                )
+
+    def _check_values(self, targets: Tensor, where: str) -> None:
+        try:
+            if self.check_targets is not None:
+                self.check_targets(targets)
+                return
+            if self.target_shape or self.target_dtype != torch.int64:
+                return
+            low, high = (int(bound) for bound in torch.aminmax(targets))
+            if low < 0 or (self.num_classes and high >= self.num_classes):
+                valid = f" to {self.num_classes - 1}" if self.num_classes else ""
+                raise ValueError(f"labels from {low} to {high}; valid: 0{valid or ' and above'}")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def _owners(self) -> list[Any]:
         """Everything of the loader that has a `set_epoch`, each once."""
@@ -196,7 +273,7 @@ def _probe(loader: Iterable[Any]) -> Any:
     return next(iter(loader))
 
 
-def _sizes(loader: Iterable[Any], first_rows: int, length: int | None) -> tuple[int, int | None]:
+def _sizes(loader: Iterable[Any], first_rows: int, length: int | None, names: Names) -> tuple[int, int | None]:
     """(rows of a batch, rows of an epoch if known)."""
     if isinstance(loader, DataLoader):
         maker = loader if loader.batch_size is not None else loader.batch_sampler
@@ -207,32 +284,27 @@ def _sizes(loader: Iterable[Any], first_rows: int, length: int | None) -> tuple[
         dropped = getattr(maker, "drop_last", True)
         return batch_size, None if dropped else _length(samples)  # type: ignore[arg-type]
     if isinstance(loader, Sequence):
-        last, _ = _tensors(loader[-1], "the last batch")
+        last = parse_batch(loader[-1], "the last batch", names).samples
         return first_rows, (len(loader) - 1) * first_rows + len(last)
     return first_rows, None
 
 
-def _tensors(batch: Any, where: str) -> tuple[Tensor, Tensor]:
-    try:
-        samples, labels = batch
-        samples, labels = torch.as_tensor(samples), torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        found = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, list | tuple | dict) else "")
-        raise ValueError(f"{where}: a batch is (samples, labels), two tensors; got a {found} ({error})") from error
-    known = samples.is_floating_point() or samples.dtype in (torch.uint8, torch.int64)
-    if samples.dim() < 2 or samples.numel() == 0 or not known:
-        raise ValueError(
-            f"{where}: samples are a float, uint8 or (tokens) int64 tensor [B, ...] with no size 0, got "
-            f"{samples.dtype} {list(samples.shape)}"
-        )
-    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not integers or labels.shape != samples.shape[:1]:
-        raise ValueError(
-            f"{where}: labels are integers [{len(samples)}], one for each sample, got {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    return samples, labels
+def is_two_valued(targets: Tensor | None) -> bool:
+    return targets is not None and targets.numel() > 0 and bool(((targets == 0) | (targets == 1)).all())
+
+
+def repeats_inputs(samples: Tensor, targets: Tensor | None) -> bool:
+    if targets is None or targets.shape != samples.shape:
+        return False
+    return bool(((targets == samples) | (targets < 0)).all())
+
+
+def _beside_type(values: Tensor) -> torch.dtype:
+    """Named tensors stay what they are, but for types that no slot has a use for."""
+    if values.is_floating_point():
+        return torch.float32
+    return values.dtype if values.dtype in (torch.bool, torch.uint8) else torch.int64
 
 
 def _read_as(samples: Tensor) -> torch.dtype:
-    return torch.int64 if samples.dtype == torch.int64 else torch.float32
+    return readable_type(samples)

@@ -7,9 +7,12 @@ workers' words are the last ones, and this process leaves with their code.
 import contextlib
 import io
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
 
 from unlocked.launch.output import lasting_output
 
@@ -25,7 +28,7 @@ On several machines run the same line on each.
       --rdzv-endpoint=HOST:29500 -- --dataset CIFAR10
 
 TORCHRUN FLAGS are those of `torchrun --help`; without --nnodes, --rdzv-endpoint and
---master-addr it is --standalone. TRAIN FLAGS are those of `unlocked train --help`.
+--master-addr nothing listens beyond the loopback address. TRAIN FLAGS are those of `unlocked train --help`.
 
 Exit code: of the process that failed first, else 0; 130 and 143 after Ctrl-C and
 SIGTERM, where torchrun would leave with 1."""
@@ -52,13 +55,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(own: Sequence[str], training: Sequence[str]) -> int:
+    with contextlib.ExitStack() as stack:
+        if not any(flag.replace("_", "-").startswith(_ELSEWHERE) for flag in own):
+            own = [*stack.enter_context(_one_machine()), *own]
+        return _launch(own, training)
+
+
+@contextlib.contextmanager
+def _one_machine() -> Iterator[list[str]]:
+    """The flags by which torchrun has no other machine in mind, and listens nowhere.
+
+    With --standalone it serves two stores on every interface, to which anyone may write. Here its processes meet in a
+    file, and rank 0 serves the run's store on the loopback address.
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with tempfile.TemporaryDirectory(prefix="unlocked-") as folder:  # mode 0700
+        yield [
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={folder}/rendezvous",
+            "--rdzv-conf=store_type=file",
+            f"--rdzv-id={uuid.uuid4().hex}",
+            "--local-addr=127.0.0.1",
+        ]
+
+
+def _launch(own: Sequence[str], training: Sequence[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    if not any(flag.replace("_", "-").startswith(_ELSEWHERE) for flag in own):
-        own = ["--standalone", *own]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

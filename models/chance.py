@@ -1,8 +1,8 @@
 """What a layer draws from: found before training, by its modules' classes, by the names in its code, and by a trial."""
 
-import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ _KEY = 0x5EED  # of a trial's draws; any
 _CPU = torch.device("cpu")
 
 
-def find_draws(block: Block, make_input: Callable[[], Tensor]) -> frozenset[str]:
+def find_draws(
+    block: Block, make_input: Callable[[], Tensor], beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> frozenset[str]:
     """The global generators (`unlocked.models.generators.SOURCES`) that the block draws from, or may draw from.
 
     Blocks of torch's and the project's own modules are known by their classes. Any other is run twice, on copies, in
@@ -27,6 +29,7 @@ def find_draws(block: Block, make_input: Callable[[], Tensor]) -> frozenset[str]
 
     Args:
         make_input: a micro-batch to try it with, on the CPU.
+        beside: the tensors that the block reads beside it, by name.
 
     Raises:
         ValueError: chance that no key reaches: a generator of the module's own, or one that is seeded by the system.
@@ -43,7 +46,7 @@ def find_draws(block: Block, make_input: Callable[[], Tensor]) -> frozenset[str]
         except ValueError as error:
             raise ValueError(f"layer {block.name}, module {_shown(name, module)}: {error}") from None
     if unknown:
-        found |= _try(block, make_input())
+        found |= _try(block, make_input(), beside)
     return frozenset(found)
 
 
@@ -64,13 +67,13 @@ def _draws_by_class(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d)
 
 
-def _try(block: Block, x: Tensor) -> frozenset[str]:
+def _try(block: Block, x: Tensor, beside: Mapping[str, Tensor]) -> frozenset[str]:
     generators = GlobalGenerators(SOURCES, _CPU)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            moved, outputs = _run(copy.deepcopy(block).to(_CPU), x, generators)
-            again, others = _run(copy.deepcopy(block).to(_CPU), x, generators)
+            moved, outputs = _run(block.copy().to(_CPU), x, beside, generators)
+            again, others = _run(block.copy().to(_CPU), x, beside, generators)
     except Exception:
         return frozenset({"torch"})  # made-up input need not suit it; if that was not the cause, training will tell
     for (name, module, output), (*_, other) in zip(outputs, others, strict=False):
@@ -84,7 +87,9 @@ def _try(block: Block, x: Tensor) -> frozenset[str]:
     return moved | again
 
 
-def _run(block: Block, x: Tensor, generators: GlobalGenerators) -> tuple[frozenset[str], list[tuple[str, Any, Any]]]:
+def _run(
+    block: Block, x: Tensor, beside: Mapping[str, Tensor], generators: GlobalGenerators
+) -> tuple[frozenset[str], list[tuple[str, Any, Any]]]:
     """What was drawn from, and what every module gave: (name, module, output), inner ones first."""
     given: list[tuple[str, nn.Module, Any]] = []
     for name, module in block.named_modules():
@@ -94,12 +99,12 @@ def _run(block: Block, x: Tensor, generators: GlobalGenerators) -> tuple[frozens
     with generators.keyed(_KEY):
         before = generators.states()
         with torch.enable_grad():
-            output = block(x)
+            output = block(x, **beside)
             if output.requires_grad:
                 output.float().sum().backward()
         block.eval()
         with torch.no_grad():
-            block(x)
+            block(x, **beside)
         moved = generators.moved(before)
     for module, mode in training:
         module.training = mode

@@ -25,7 +25,9 @@ def plain_module(model: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) -> 
     if len(origins) == 1 and all(_whole(block) is not None for block in layers):
         (whole,) = origins.values()
         held = {id(parameter) for parameter in whole.parameters()}
-        if all(id(parameter) in held for layer in layers for parameter in layer.parameters()):
+        # A frozen weight may be a copy of the whole's: an embedding that is tied to a head in another layer.
+        trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        if all(id(parameter) in held for parameter in trained):
             return whole
     return nn.Sequential(*layers)
 

@@ -2,7 +2,16 @@
 
 from unlocked.rules.auxiliary import DGL, AugLocal
 from unlocked.rules.barlow_twins import BarlowTwins
-from unlocked.rules.base import CrossEntropy, HeadArguments, LayerInfo, LocalRule, Rule, has_scores, needs_pass
+from unlocked.rules.base import (
+    CrossEntropy,
+    HeadArguments,
+    LayerInfo,
+    LocalRule,
+    Rule,
+    TaskLoss,
+    has_scores,
+    needs_pass,
+)
 from unlocked.rules.distance_forward import DistanceForward
 from unlocked.rules.drtp import DRTP
 from unlocked.rules.forward_forward import ForwardForward
@@ -24,26 +33,34 @@ from unlocked.rules.passes import Carried, Draw, LayerPass, Views
 from unlocked.rules.predictive_similarity import PredictiveSimilarity
 from unlocked.rules.registry import GLOBAL_RULES, LOCAL_RULES, OTHER_RULES, RULES, TRAINING_MODES, get_rule
 from unlocked.rules.soft_hebb import SoftHebb
-from unlocked.rules.zero_lock import TaskAndConsistency
+from unlocked.rules.task_kinds import TASKS, Classification, MultiLabel, Regression, Segmentation, Tokens, infer_task
+from unlocked.rules.tasks import CLASS_NUMBER, NO_TARGETS, Figures, TargetForm, Task
+from unlocked.rules.zero_lock import FrozenHeadConsistency, TaskAndConsistency
 
 __all__ = [
+    "CLASS_NUMBER",
     "DGL",
     "DRTP",
     "GLOBAL_RULES",
     "LLS",
     "LLS_M",
     "LOCAL_RULES",
+    "NO_TARGETS",
     "OTHER_RULES",
     "OUTPUT_RULES",
     "RULES",
+    "TASKS",
     "TRAINING_MODES",
     "AugLocal",
     "BarlowTwins",
     "Carried",
+    "Classification",
     "CrossEntropy",
     "DistanceForward",
     "Draw",
+    "Figures",
     "ForwardForward",
+    "FrozenHeadConsistency",
     "HeadArguments",
     "InfoPro",
     "InfoProContrastive",
@@ -59,13 +76,21 @@ __all__ = [
     "LocalRule",
     "Margin",
     "MonoForward",
+    "MultiLabel",
     "PredictiveSimilarity",
+    "Regression",
     "Rule",
+    "Segmentation",
     "SoftHebb",
     "SquaredError",
+    "TargetForm",
+    "Task",
     "TaskAndConsistency",
+    "TaskLoss",
+    "Tokens",
     "Views",
     "get_rule",
     "has_scores",
+    "infer_task",
     "needs_pass",
 ]

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, philox_int
-from unlocked.kernels.reference import HeadResult, Layout
+from unlocked.kernels.reference import HeadResult, Layout, pool_latents
 from unlocked.rules.passes import Carried, LayerPass, Views
+from unlocked.rules.task_kinds import CLASSIFICATION
+from unlocked.rules.tasks import Task
 
-__all__ = ["CrossEntropy", "HeadArguments", "LayerInfo", "LocalRule", "Rule", "has_scores", "needs_pass"]
+__all__ = ["CrossEntropy", "HeadArguments", "LayerInfo", "LocalRule", "Rule", "TaskLoss", "has_scores", "needs_pass"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class LayerInfo:
     activation_shape: tuple[int, ...]
     """Shape of one sample's activations: (C, H, W), (C, L), (T, D) or (D,)."""
     num_classes: int
+    """Scores of one prediction: classes, labels, numbers, or the tokens of a vocabulary, as the task has it."""
     latent_size: int
     """p, the side of the latents' pooling; for (C, L), (T, D) the pieces of L or T, for (D,) the number of latents."""
     hidden: int
@@ -51,6 +54,8 @@ class LayerInfo:
     """Of one sample of the network's input."""
     layout: Layout | None = None
     """Of two-dimensional activations: "channels_first" (C, L) or "tokens" (T, D). None: nobody knows."""
+    task: Task = CLASSIFICATION
+    """What the run learns."""
 
     @property
     def num_features(self) -> int:
@@ -59,13 +64,15 @@ class LayerInfo:
 
     @property
     def num_latents(self) -> int:
-        """Latents of one sample as `pool_latents` makes them: C p p of (C, H, W), C p of (C, L), D p of (T, D), p of
-        (D,).
+        """Latents of one prediction. Of a sample, as `pool_latents` makes them: C p p of (C, H, W), C p of (C, L), D p
+        of (T, D), p of (D,). Where the task is of positions, one position's features: D of (T, D), C of (C, H, W).
 
         Raises:
             ValueError: activations that have none, or whose layout is not known; says how to declare it.
         """
         shape, p = self.activation_shape, self.latent_size
+        if self.task.dense:
+            return self._position_features()
         if len(shape) == 2 and self.layout is None:
             raise ValueError(
                 f"nothing tells whether its activations {shape} are (C, L), channels first as a 1-d convolution gives "
@@ -79,6 +86,31 @@ class LayerInfo:
             if len(shape) == 1
             else shape[-1 if self.layout == "tokens" and len(shape) == 2 else 0] * p ** (len(shape) - 1)
         )
+
+    def latents(self, activations: Tensor) -> Tensor:
+        """[N, num_latents], a row for every prediction that the layer can make: a sample's pooled activations, or a
+        position's features, sample by sample."""
+        if not self.task.dense:
+            return pool_latents(activations, self.latent_size, self.layout)
+        return activations.movedim(1, -1).flatten(0, 2) if activations.dim() == 4 else activations.flatten(0, 1)
+
+    def targets(self, targets: Tensor) -> Tensor:
+        """The targets [N, ...] of those predictions, of a micro-batch's [B, ...]."""
+        return self.task.targets_at(targets, self.activation_shape)
+
+    def _position_features(self) -> int:
+        shape = self.activation_shape
+        if len(shape) == 3 and self.task.name == "segmentation":
+            return shape[0]
+        if len(shape) == 2 and self.layout == "tokens" and self.task.name == "tokens":
+            return shape[1]
+        if len(shape) == 2 and self.layout != "tokens" and self.task.name == "tokens":
+            raise ValueError(
+                f"the task tokens needs activations (T, D), and nothing tells that {shape} are; say so with "
+                'Block(..., layout="tokens")'
+            )
+        wanted = "(C, h, w)" if self.task.name == "segmentation" else "(T, D)"
+        raise ValueError(f"the task {self.task.name} needs activations {wanted} at every layer, got {shape}")
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator keyed by (seed, layer): the only source of a rule's initial values."""
@@ -108,6 +140,8 @@ class LocalRule(nn.Module):
     Whatever it keeps from step to step lies in buffers: those are saved, resumed and part of the digest.
     """
 
+    takes: Sequence[str] | None = None
+    """The names of the tasks whose targets it takes (`unlocked.rules.TASKS`, "own" for a user's); None: of any."""
     optimizer: Any = "layer"
     """Of the block's and the rule's parameters: "layer", the run's; None: `step` changes the weights itself; or what
     builds one from parameters."""
@@ -131,7 +165,7 @@ class LocalRule(nn.Module):
 
         Args:
             activations: [B, C, H, W], [B, C, L], [B, T, D] or [B, D], the block's output before any pooling.
-            labels: [B], int64.
+            labels: [B], int64, or whatever the targets of the task are.
         """
         raise NotImplementedError
 
@@ -154,8 +188,9 @@ class LocalRule(nn.Module):
         raise NotImplementedError
 
     def scores(self, activations: Tensor) -> Tensor:
-        """The layer's own prediction: [B, num_classes], the larger the likelier. With it every evaluation also tells
-        how often the layer is right.
+        """The layer's own prediction: [B, num_classes], the larger the likelier; of a task of positions [N,
+        num_classes], a row for each as `LayerInfo.latents` orders them. With it every evaluation also tells how often
+        the layer is right.
 
         Args:
             activations: in eval mode; [evaluate * B, ...] where the rule has views.
@@ -190,6 +225,8 @@ Rule = Callable[[LayerInfo], LocalRule]
 class CrossEntropy(LocalRule):
     """Plain cross-entropy of logits [B, N]: what the output layer trains on (temperature 1, no label smoothing)."""
 
+    takes = ("classification",)
+
     def __init__(self, layer: LayerInfo | None = None) -> None:
         super().__init__()
 
@@ -204,3 +241,15 @@ class CrossEntropy(LocalRule):
 
     def head_gradients(self, result: HeadResult) -> list[Tensor]:
         return []
+
+
+class TaskLoss(LocalRule):
+    """The task's own loss of what the layer gives: what the output layer trains on where the task is not
+    classification, whose loss is `CrossEntropy`."""
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__()
+        self.task = layer.task
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        return self.task.loss(*self.task.rows(activations, labels))

@@ -36,6 +36,8 @@ class DRTP(LocalRule):
     B is a buffer that is never saved: (seed, layer) gives it again.
     """
 
+    takes = ("classification",)
+
     projection: Tensor
 
     def __init__(self, layer: LayerInfo) -> None:

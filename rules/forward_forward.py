@@ -70,6 +70,8 @@ class ForwardForward(LocalRule):
         amplitude: of the labels in the data.
     """
 
+    takes = ("classification",)
+
     def __init__(self, layer: LayerInfo, *, threshold: float = 1.0, negatives: int = 1, amplitude: float = 1.0) -> None:
         super().__init__(layer)
         if negatives < 1:

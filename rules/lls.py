@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import NORM_EPS, WAVEFORMS, HeadResult, make_basis, pool_latents
+from unlocked.kernels.reference import NORM_EPS, WAVEFORMS, HeadResult, make_basis
 from unlocked.rules.base import HeadArguments, LayerInfo, LocalRule
 
 __all__ = [
@@ -72,19 +72,21 @@ def _is_number(value: object) -> bool:
 
 
 class LLSHead(LocalRule):
-    """One layer's head. `basis` is a buffer that is never saved: it is recomputed from the layer's shape.
+    """One layer's head, for targets of all tasks of the library. `basis` is a buffer that is never saved: it is
+    recomputed from the layer's shape.
 
     Parameter names are the authors': `feedback` is R, or what the rules on the fixed waves train (m or M); `modulation`
     is m or M of LLS_M_Random and LLS_MxM_Random.
     """
 
+    takes = ("classification", "multi-label", "regression", "tokens", "segmentation", "own")
     feedback: nn.Parameter | None
     modulation: nn.Parameter | None
     basis: Tensor | None
 
     def __init__(self, layer: LayerInfo, config: LLSConfig, *, normalize: bool) -> None:
         super().__init__()
-        self.latent_size, self.layout, self.num_latents = layer.latent_size, layer.layout, layer.num_latents
+        self.layer, self.num_latents = layer, layer.num_latents
         self.temperature, self.label_smoothing = config.temperature, config.label_smoothing
         self.normalize = normalize
         self.register_parameter("feedback", None)
@@ -92,12 +94,28 @@ class LLSHead(LocalRule):
         self.register_buffer("basis", None, persistent=False)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.scores(activations), labels, label_smoothing=self.label_smoothing)
+        task = self.layer.task
+        if task.name == "classification":
+            return F.cross_entropy(self.scores(activations), labels, label_smoothing=self.label_smoothing)
+        targets = self.layer.targets(labels)
+        smoothing = self.label_smoothing
+        return task.projected_loss(self.latents(activations), self.projection(), targets, label_smoothing=smoothing)
+
+    def latents(self, activations: Tensor) -> Tensor:
+        """[N, num_latents], as the basis meets them."""
+        z = self.layer.latents(activations)
+        return F.normalize(z, dim=1, eps=NORM_EPS) if self.normalize else z
+
+    def projection(self) -> Tensor:
+        """[n, num_latents]: basis, modulation and temperature in one matrix, of which the scores are the latents'
+        projections. Nothing else of the size [N, n] is needed then."""
+        basis, matrix = self.project_basis(), self.matrix()
+        if matrix is not None:
+            basis = basis * matrix[:, None] if matrix.dim() == 1 else matrix.T @ basis
+        return basis / self.temperature
 
     def scores(self, activations: Tensor) -> Tensor:
-        z = pool_latents(activations, self.latent_size, self.layout)
-        if self.normalize:
-            z = F.normalize(z, dim=1, eps=NORM_EPS)
+        z = self.latents(activations)
         raw = z @ self.project_basis().T
         matrix = self.matrix()
         if matrix is not None:
@@ -115,7 +133,10 @@ class LLSHead(LocalRule):
         """The modulation as the head applies it: [N], or [R, N] to be multiplied from the right."""
         return None
 
-    def head_arguments(self) -> HeadArguments:
+    def head_arguments(self) -> HeadArguments | None:
+        """None where the task is not classification: the closed form is cross-entropy's of a sample's one class."""
+        if self.layer.task.name != "classification":
+            return None
         matrix = self.matrix()
         with torch.no_grad():
             basis = self.project_basis()

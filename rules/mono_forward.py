@@ -24,6 +24,8 @@ class MonoForward(LocalRule):
             the paper calls prediction of the type of backpropagation.
     """
 
+    takes = ("classification",)
+
     def __init__(self, layer: LayerInfo, *, sums: bool = False) -> None:
         super().__init__(layer)
         bound = 1 / sqrt(layer.num_features)  # as torch's linear layers begin

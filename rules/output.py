@@ -11,6 +11,8 @@ __all__ = ["OUTPUT_RULES", "Margin", "SquaredError"]
 class SquaredError(LocalRule):
     """The mean square of logits [B, n] minus one-hot labels."""
 
+    takes = ("classification",)
+
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(activations, F.one_hot(labels, activations.shape[1]).to(activations.dtype))
 
@@ -18,6 +20,8 @@ class SquaredError(LocalRule):
 class Margin(LocalRule):
     """The multi-class hinge loss (Crammer and Singer, JMLR 2001): a sample's own logit shall be larger than the largest
     other one by 1; the mean of what is missing."""
+
+    takes = ("classification",)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         own = activations.gather(1, labels[:, None])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unlocked.models.errors import first_line
-from unlocked.rules import GLOBAL_RULES, LocalRule
+from unlocked.rules import GLOBAL_RULES, LocalRule, Task
 from unlocked.runtime.learning_rate import ReduceLROnPlateau
 from unlocked.workers.optimizers import build_optimizer
 
@@ -23,6 +23,8 @@ __all__ = [
     "check_optimizer",
     "check_rule",
     "check_sinks",
+    "check_switch",
+    "check_task",
     "try_optimizer",
 ]
 
@@ -112,6 +114,14 @@ def check_clip(norm: object) -> None:
         raise ValueError(f"clip_grad_norm is {norm!r}; it must be a positive number that float32 can hold, or None")
 
 
+def check_task(task: object) -> None:
+    """Raises: ValueError if it is no task."""
+    if task is not None and not isinstance(task, Task):
+        kind = task.__name__ if isinstance(task, type) else None
+        advice = f"write {kind}()" if kind else "give one such as unlocked.rules.Tokens(), or None"
+        raise ValueError(f"task is {_shown(task)}; {advice}")
+
+
 def check_sinks(sinks: object) -> None:
     """Raises: ValueError if neither a list of metrics sinks nor what makes one."""
     if isinstance(sinks, type) or not (callable(sinks) or _are_sinks(sinks)):
@@ -149,3 +159,9 @@ def _shown(value: object) -> str:
     """A value in an error's one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
+    """Raises a ValueError unless it is True or False, or None where that is a choice."""
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        raise ValueError(f"{name} is {value!r}; it must be True{', False or None' if or_none else ' or False'}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
-from unlocked.runtime.network import Network
+from unlocked.runtime.network import Network, made_up_targets
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
 from unlocked.workers.passing import PassLayer
@@ -87,14 +87,16 @@ def trials(
         x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(network.infos[0].num_classes, (batch_size,), generator=generator).to(device)
+    labels = made_up_targets(network, batch_size, generator).to(device)
     carried: dict[str, Tensor] = {}
     for index, block in enumerate(network.blocks):
         saved = {name: value.clone() for name, value in block.state_dict().items()}
         try:
             with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
                 arriving = {name: carried[name] for name in channel.arriving(index)}
-                trial = Trial(make_layer(index), x[: channel.rows(index, batch_size)], labels, arriving)
+                layer = make_layer(index)
+                layer.beside = {n: one.to(device) for n, one in network.beside_of(index, batch_size).items()}
+                trial = Trial(layer, x[: channel.rows(index, batch_size)], labels, arriving)
                 found = look(trial)
                 x = trial.output.clone()
                 carried |= trial.left

@@ -1,26 +1,40 @@
 """What a run reads: data of any kind as a dataset, and which source stage 0 gets for it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
+from unlocked.data.batches import Parts, readable_type
 from unlocked.data.conversion import convert
 from unlocked.kernels.images import load_batch as host_load_batch
+from unlocked.rules import TargetForm, Task
+from unlocked.runtime.learned import with_task
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
 from unlocked.workers.prefetch import Prefetcher
 from unlocked.workers.reader import LoaderReader
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
-__all__ = ["Data", "as_dataset", "check_drop_last", "make_source", "probe_sample", "rows_per_batch", "with_classes"]
+__all__ = [
+    "Data",
+    "as_dataset",
+    "beside_of",
+    "check_drop_last",
+    "make_source",
+    "probe_sample",
+    "rows_per_batch",
+    "with_classes",
+]
 
-Data = Dataset | tuple[Tensor, Tensor] | Iterable[Any]
-"""A dataset; or (samples, labels) as two tensors; or an iterable of batches, such as a PyTorch DataLoader."""
+Data = Dataset | tuple[Tensor, Tensor] | Mapping[str, Any] | Iterable[Any]
+"""A dataset; or (samples, targets) as two tensors, or named tensors [N, ...]; or an iterable of batches, such as a
+PyTorch DataLoader."""
 
 _READ_AHEAD = 2  # micro-batches, for streamed data unless the settings say otherwise
 _DEVICE_SHARE = 0.5  # of a GPU's free memory that resident data may take: the rest is for layers and edges
@@ -34,6 +48,7 @@ def as_dataset(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
+    task: Task | None = None,
 ) -> Dataset:
     """What `Trainer.fit` was given, with its sizes.
 
@@ -42,6 +57,7 @@ def as_dataset(
         steps_per_epoch: batches of a loader that make an epoch.
         batch_size: rows of a micro-batch of an indexable PyTorch Dataset.
         seed: keys the order in which such a Dataset is read; None: one after the other.
+        task: what is to be learned; None: as the targets tell.
 
     Raises:
         ValueError: data that can't be read.
@@ -50,8 +66,12 @@ def as_dataset(
     for name, count in ((rows, batch_size), ("steps_per_epoch", steps_per_epoch)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
+    if task is not None and task.name != "classification":
+        data = _named_pair(data)
     data = convert(data, split, batch_size=batch_size, seed=seed)
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, Parts):
+        data = _of_parts(data, split)
+    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         samples, labels = data
         data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
     elif not isinstance(data, ImageDataset | LoaderDataset):
@@ -66,6 +86,22 @@ def as_dataset(
     if steps_per_epoch is not None:
         raise ValueError("steps_per_epoch is for loaders; an epoch of a dataset is all of it (max_steps stops earlier)")
     return data
+
+
+def _named_pair(data: Any) -> Any:
+    """Two whole tensors, of which the second holds no class numbers, as named ones."""
+    pair = data.tensors if isinstance(data, TensorDataset) else data
+    whole = isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(part, "ndim") for part in pair)
+    return ({"samples": pair[0]}, pair[1]) if whole else data
+
+
+def _of_parts(parts: Parts, split: str) -> ImageDataset:
+    samples, beside, targets = parts
+    if targets is None:
+        targets = torch.zeros(len(samples), 0, dtype=torch.uint8)
+    else:
+        targets = targets.to(readable_type(targets, as_target=True))
+    return ImageDataset(name="custom", split=split, images=samples, labels=targets, num_classes=0, beside=dict(beside))
 
 
 def _refuse_non_finite(data: ImageDataset) -> None:
@@ -114,23 +150,39 @@ def check_drop_last(data: Dataset, plan: StreamPlan) -> None:
         )
 
 
+def beside_of(data: Dataset) -> Mapping[str, Tensor]:
+    """One row [1, ...] of each tensor that the data brings beside its samples."""
+    return {name: value[:1].cpu() for name, value in data.beside.items()}
+
+
 def with_classes(data: Dataset, num_classes: int) -> Dataset:
     """A loader that did not know its classes learns them from the model.
 
     Raises:
         ValueError: the data has more classes than the model tells apart.
     """
-    if isinstance(data, LoaderDataset) and data.num_classes is None:
+    if isinstance(data, LoaderDataset) and not data.num_classes:
         return replace(data, num_classes=num_classes)
     if data.num_classes is not None and data.num_classes > num_classes:
         raise ValueError(f"the {data.split} data has {data.num_classes} classes, the model tells {num_classes} apart")
     return data
 
 
+def ready(data: Dataset, task: Task, target: TargetForm, num_scores: int) -> Dataset:
+    """The data as a run of that task reads it.
+
+    Raises:
+        ValueError: targets that are not of the task, or beyond what the model tells apart.
+    """
+    if task.name == "classification":
+        return with_classes(data, num_scores)
+    return with_task(data, task, target, num_scores)
+
+
 def probe_sample(data: Dataset) -> Tensor:
     """One sample's input to follow a network's shapes with: zeros, or the smallest and the largest of known tokens."""
     sample = torch.zeros(data.image_shape, dtype=data.sample_dtype)
-    if isinstance(data, ImageDataset) and data.sample_dtype == torch.int64:
+    if isinstance(data, ImageDataset) and not data.sample_dtype.is_floating_point:
         smallest, largest = torch.aminmax(data.images)
         sample += smallest.cpu()
         sample.view(-1)[0] = largest
@@ -196,6 +248,8 @@ def make_source(
         rows=plan.max_rows,
         sample_shape=train.image_shape,
         dtype=train.sample_dtype,
+        target=TargetForm(train.target_shape, train.target_dtype),
+        beside=train.beside,
         device=device,
         timeout=timeout,
     )

@@ -20,7 +20,7 @@ from unlocked.runtime.learning_rate import LearningRate
 from unlocked.runtime.machine import keep_freed_memory
 from unlocked.runtime.metrics.records import RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
-from unlocked.runtime.network import Network, build_layer
+from unlocked.runtime.network import Network, build_layer, build_stage
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition
@@ -29,7 +29,6 @@ from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer
 from unlocked.workers.optimizers import build_optimizer
-from unlocked.workers.passing import PassStage
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
 
@@ -143,12 +142,8 @@ class Job:
                 prefetch=prefetch if self.settings.prefetch is None else self.settings.prefetch,
                 timeout=self.settings.timeout,
             )
-        if not self.network.needs_passes:
-            return Stage(index, one, source)
-        channel = self.network.side_channel
-        return PassStage(
-            index, one, source, leaves=[channel.leaves[i] for i in layers], views=self._view_maker(channel.views)
-        )
+        views = self._view_maker(self.network.side_channel.views)
+        return build_stage(self.network, index, layers, one, source, views)
 
     def _view_maker(self, views: Views | None) -> ViewMaker | None:
         if views is None:
@@ -189,6 +184,9 @@ class Job:
             start=self.start,
             device=self.settings.device,
             scored=self.network.scored if self.plan.eval_size else (),
+            task=self.network.task.name,
+            best=self.network.task.best,
+            figures=self.network.figure_names,
         )
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,32 @@ from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise, key_start_values
 from unlocked.models.chance import find_draws
 from unlocked.models.named_draws import named_draws
-from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, needs_pass
+from unlocked.rules import (
+    CLASS_NUMBER,
+    CrossEntropy,
+    LayerInfo,
+    LocalRule,
+    Rule,
+    TargetForm,
+    Task,
+    TaskLoss,
+    needs_pass,
+)
+from unlocked.rules.task_kinds import CLASSIFICATION
 from unlocked.runtime.batch_statistics import BatchStatistics
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule
+from unlocked.runtime.learned import Learned
+from unlocked.runtime.model_blocks import Model, blocks_of
+from unlocked.runtime.named_inputs import find_needs, rows_of, travelling
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
+from unlocked.workers.heads import head_of, piecewise_step
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
-from unlocked.workers.passing import PassLayer
+from unlocked.workers.passing import PassLayer, PassStage
+from unlocked.workers.source import Source
+from unlocked.workers.stage import Stage
+from unlocked.workers.views import ViewMaker
 
 __all__ = [
     "Model",
@@ -29,13 +49,12 @@ __all__ = [
     "backpropagation_network",
     "build_layer",
     "build_network",
+    "build_stage",
     "check_weights",
     "kept_modes",
+    "made_up_targets",
     "optimizer_of",
 ]
-
-Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
-"""The layers in order: `unlocked.models.Block`s, or any modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,11 @@ class Network:
         side_channel: what the rules send beside activations and labels.
         scored: the layers whose own prediction is counted in evaluation; the output layer's is in any case.
         passes: some rule takes whole passes.
+        task: what the run learns.
+        target: what every stage gets of a sample's target.
+        sums: how long each sum of the task's `measure` is.
+        beside: one row [1, ...] of each tensor that the data brings beside its samples.
+        needs: of each layer, the names of those that its block reads.
     """
 
     blocks: list[Block]
@@ -65,11 +89,31 @@ class Network:
     side_channel: SideChannel = field(default_factory=SideChannel)
     scored: tuple[str, ...] = ()
     passes: bool = False
+    task: Task = CLASSIFICATION
+    target: TargetForm = CLASS_NUMBER
+    sums: Mapping[str, int] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    needs: tuple[tuple[str, ...], ...] = ()
 
     @property
     def needs_passes(self) -> bool:
-        """Some rule needs more than a loss of activations and labels."""
-        return self.passes or any(self.side_channel.sums)
+        """Some rule needs more than a loss of activations and labels, or some layer more than its input."""
+        return self.passes or any(self.side_channel.sums) or any(self.needs)
+
+    def beside_of(self, layer: int, rows: int) -> dict[str, Tensor]:
+        """Made-up tensors for what the layer reads beside its input."""
+        return rows_of(self.beside, self.needs[layer] if self.needs else (), rows)
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """What the task tells of an evaluation besides loss and accuracy."""
+        ones = [1.0] * self.num_sums
+        return tuple(name for name, _ in self.task.read(ones, 1, self.sums).others)
+
+    @property
+    def num_sums(self) -> int:
+        """How many numbers `Task.tally` makes of a micro-batch; of a classification loss, hits, hits among five."""
+        return 2 + sum(size or 1 for size in self.sums.values())
 
     @property
     def predicts_otherwise(self) -> bool:
@@ -90,6 +134,8 @@ def build_network(
     seed: int,
     redraw: bool = False,
     sample: Tensor | None = None,
+    learned: Learned | None = None,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Network:
     """Names the layers, follows one sample through to learn every shape, and settles the start values.
 
@@ -100,6 +146,8 @@ def build_network(
         seed: draws, by layer, what is still as a network of the project drew it. All other weights are kept.
         redraw: draw every parameter by (seed, layer) instead.
         sample: one sample to follow through; default: zeros, float32. Tokens are int64.
+        learned: what is known of task and targets; None: classification.
+        beside: one row [1, ...] of each tensor of the data beside its samples.
 
     Raises:
         ValueError: no layers, shapes that don't chain (names both blocks and both shapes), a block that gives anything
@@ -107,7 +155,7 @@ def build_network(
             with `redraw`, parameters that can't be drawn anew (names them); a layer that draws random numbers which no
             key reaches (names layer and module).
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     names = [block.name for block in blocks]
     if len(set(names)) != len(names):
         raise ValueError(f"layer names must differ from each other, got {names}")
@@ -115,15 +163,13 @@ def build_network(
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True
     sample = torch.zeros(input_shape) if sample is None else sample
-    activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample, seed)
+    needs = find_needs(blocks, beside)
+    activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample, seed, beside=beside, needs=needs)
     check_ownership_of_weights(blocks)
-    if num_classes is None and len(outputs[-1]) == 1:
-        num_classes = outputs[-1][0]
-    if num_classes is None or outputs[-1] != (num_classes,):
-        raise ValueError(
-            f"the last layer {names[-1]} gives {outputs[-1]} per sample, but the data has {num_classes or 'some'} "
-            f"classes; end the model in a layer with output ({num_classes or 'number of classes'},)"
-        )
+    task, target, num_classes = (learned or Learned()).settled(num_classes, outputs[-1], sample.dtype, names[-1])
+    if task.name == "tokens":
+        pairs = zip(blocks, activations, strict=True)
+        layouts = [block.layout or ("tokens" if len(one) == 2 else None) for block, one in pairs]
     for index, block in enumerate(blocks):
         (initialise if redraw else key_start_values)(block, seed, index)
     infos = [
@@ -139,12 +185,26 @@ def build_network(
             following_shapes=tuple(activations[i + 1 : -1]),
             input_shape=tuple(input_shape),
             layout=layouts[i],
+            task=task,
         )
         for i, block in enumerate(blocks)
     ]
-    inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
-    draws = [find_draws(block, partial(_made_up, like, seed)) for block, like in zip(blocks, inputs, strict=True)]
-    return Network(blocks, infos, outputs, tuple(input_shape), sample.dtype, batch_statistics, draws)
+    draws = _draws(blocks, sample, outputs, beside, needs, seed)
+    return Network(
+        blocks,
+        infos,
+        outputs,
+        tuple(input_shape),
+        sample.dtype,
+        batch_statistics,
+        draws,
+        SideChannel(inputs=travelling(needs, beside) if any(needs) else ()),
+        task=task,
+        target=target,
+        sums=task.sizes(num_classes, target, outputs[-1]),
+        beside=beside,
+        needs=tuple(needs),
+    )
 
 
 @contextlib.contextmanager
@@ -183,7 +243,9 @@ def check_weights(network: Network) -> None:
 def backpropagation_network(network: Network) -> Network:
     """The same model as one layer that trains end to end: what a local rule is compared with."""
     names = [block.name for block in network.blocks]
-    body = nn.Sequential(OrderedDict(zip(names, network.blocks, strict=True)))
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))
+    used = tuple(name for name in network.beside if any(name in names for names in network.needs))
+    body = _Routed(blocks, network.needs) if used else nn.Sequential(blocks)
     block = Block("network", body, is_output=True)
     last = network.infos[-1]
     info = LayerInfo(
@@ -195,16 +257,31 @@ def backpropagation_network(network: Network) -> Network:
         hidden=last.hidden,
         reduced_rank=last.reduced_rank,
         seed=last.seed,
+        layout=last.layout,
+        task=last.task,
     )
-    return Network(
-        [block],
-        [info],
-        [network.output_shapes[-1]],
-        network.input_shape,
-        network.input_dtype,
-        network.batch_statistics,
-        [frozenset[str]().union(*network.draws)],
+    return replace(
+        network,
+        blocks=[block],
+        infos=[info],
+        output_shapes=[network.output_shapes[-1]],
+        draws=[frozenset[str]().union(*network.draws)],
+        side_channel=SideChannel(inputs=network.side_channel.inputs[:1]),
+        needs=(used,) if used else (),
     )
+
+
+class _Routed(nn.Sequential):
+    """Blocks in a row, each with the named tensors that it reads."""
+
+    def __init__(self, blocks: "OrderedDict[str, nn.Module]", needs: Sequence[Sequence[str]]) -> None:
+        super().__init__(blocks)
+        self._needs = needs
+
+    def forward(self, x: Tensor, **beside: Tensor) -> Tensor:  # type: ignore[override]
+        for block, names in zip(self, self._needs, strict=True):
+            x = block(x, **{name: beside[name] for name in names})
+        return x
 
 
 def build_layer(
@@ -220,17 +297,32 @@ def build_layer(
 ) -> Layer:
     """Layer `index`, on its device; the last one trains by `output_rule`."""
     info = network.infos[index]
+    if network.task.name != "classification" and output_rule is CrossEntropy:
+        output_rule = TaskLoss
     local_rule = make_rule(choose_rule(network.infos, index, rule, output_rule), info)
     sources = network.draws[index].union(*map(named_draws, local_rule.modules()), named_draws(optimizer))
     block = network.blocks[index]
+    needs = network.needs[index] if network.needs else ()
+    common: dict[str, Any] = {"device": device, "precision": precision, "needs": needs, "sums": network.num_sums}
     if needs_pass(local_rule):
         own = optimizer_of(local_rule, optimizer)
-        return PassLayer(block, local_rule, info, own, device=device, precision=precision, sources=sources)
+        return PassLayer(block, local_rule, info, own, **common, sources=sources)
+    if network.task.name == "tokens" and isinstance(local_rule, TaskLoss) and head_of(block) is not None:
+        step = piecewise_step(step)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    shape, dtype = network.input_shape, network.input_dtype
-    sample = torch.zeros(network.output_shapes[index - 1]) if index else torch.zeros(shape, dtype=dtype)
-    made_up = _made_up(sample, info.seed)
-    return kind(block, local_rule, info, optimizer, device=device, step=step, precision=precision, sample=made_up)
+    return kind(block, local_rule, info, optimizer, step=step, sample=_sample(network, index), **common)
+
+
+def build_stage(
+    network: Network, index: int, layers: range, built: Sequence[Layer], source: Source | None, views: ViewMaker | None
+) -> Stage:
+    """Stage `index` of `layers`, which have been built; stage 0 with the data."""
+    if not network.needs_passes:
+        return Stage(index, built, source)
+    channel = network.side_channel
+    leaves = [channel.leaves[i] if channel.leaves else {} for i in layers]
+    inputs = [tuple(channel.inputs[i + 1]) if channel.inputs[i + 1 :] else () for i in layers]
+    return PassStage(index, built, source, leaves=leaves, views=views, inputs=inputs)
 
 
 def optimizer_of(rule: LocalRule, optimizer: OptimizerFactory) -> OptimizerFactory:
@@ -241,6 +333,36 @@ def optimizer_of(rule: LocalRule, optimizer: OptimizerFactory) -> OptimizerFacto
         return lambda parameters: None  # type: ignore[return-value]
     own: OptimizerFactory = rule.optimizer
     return own
+
+
+def made_up_targets(network: Network, rows: int, generator: torch.Generator) -> Tensor:
+    """Targets that training would take: any class numbers, else zeros."""
+    if network.target == CLASS_NUMBER:
+        return torch.randint(network.infos[0].num_classes, (rows,), generator=generator)
+    return network.target.made_up(rows)
+
+
+def _draws(
+    blocks: Sequence[Block],
+    sample: Tensor,
+    outputs: Sequence[tuple[int, ...]],
+    beside: Mapping[str, Tensor],
+    needs: Sequence[Sequence[str]],
+    seed: int,
+) -> list[frozenset[str]]:
+    """What each block draws from, tried with made-up inputs."""
+    inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
+    return [
+        find_draws(block, partial(_made_up, like, seed), rows_of(beside, names, 2))
+        for block, like, names in zip(blocks, inputs, needs, strict=True)
+    ]
+
+
+def _sample(network: Network, index: int) -> Tensor:
+    """A made-up micro-batch of two rows of a layer's input."""
+    shape = network.output_shapes[index - 1] if index else network.input_shape
+    like = torch.zeros(shape, dtype=torch.float32 if index else network.input_dtype)
+    return _made_up(like, network.infos[index].seed)
 
 
 def _made_up(sample: Tensor, seed: int) -> Tensor:
@@ -261,27 +383,3 @@ def _latent_size(block: Block, activation_shape: tuple[int, ...], layout: Layout
     if layout == "channels_first":
         return min(2, activation_shape[1])
     return 1 if len(activation_shape) == 2 else int(activation_shape[-1])
-
-
-def _blocks(model: Model) -> list[Block]:
-    """The model's modules as blocks; a Sequential's own names are kept, numbers become the class's name."""
-    if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList):
-        raise ValueError(
-            f"the model is one {type(model).__name__}; say where its layers begin, with "
-            "unlocked.models.split(model, at=[...]), or give an nn.Sequential or a list of modules"
-        )
-    named = list(model.named_children()) if isinstance(model, nn.Module) else [("", m) for m in model]
-    if isinstance(model, nn.Sequential | nn.ModuleList) and len(named) != len(model):
-        named = [(str(i), m) for i, m in enumerate(model)]  # named_children leaves a second use of a module out
-    if not named:
-        raise ValueError("the model has no layers; give at least an output layer that maps to the classes")
-    blocks = []
-    for number, (name, module) in enumerate(named, start=1):
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"entry {number} of the model is a {type(module).__name__}; every layer is an nn.Module")
-        if isinstance(module, Block):
-            blocks.append(module)
-        else:
-            kind = f"{type(module).__name__.lower()}{number}"
-            blocks.append(Block.wrap(module, kind if name.isdigit() or not name else name))
-    return blocks

@@ -1,9 +1,9 @@
 """What a trained network says of samples: its scores, and how many of each class it gets right."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
-from unlocked.runtime.input import as_dataset, rows_per_batch, with_classes
+from unlocked.runtime.input import as_dataset, ready, rows_per_batch, with_classes
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
 from unlocked.runtime.network import Network
@@ -33,18 +33,24 @@ class Evaluation:
     """How good a network is on some data."""
 
     loss: float
-    acc1: float
-    """Percent of the samples whose label has the highest score."""
-    acc5: float
+    acc1: float | None
+    """Percent of the samples whose label has the highest score; of positions where the task is of these; None: the task
+    has no accuracy."""
+    acc5: float | None
     """Percent of the samples whose label is among the five highest scores."""
     confusion: Tensor
-    """int64 [classes, classes]: how many samples of the row's class were taken for the column's."""
+    """int64 [classes, classes]: how many samples of the row's class were taken for the column's; [0, 0] where the task
+    is not classification."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What else the task tells, by name."""
+    size: int = 0
+    """Samples, where there is no confusion."""
     classes: tuple[str, ...] = ()
     """The classes' names."""
 
     @property
     def samples(self) -> int:
-        return int(self.confusion.sum())
+        return self.size or int(self.confusion.sum())
 
     @property
     def class_accuracy(self) -> dict[str, float | None]:
@@ -55,7 +61,10 @@ class Evaluation:
 
     def __repr__(self) -> str:
         known = {name: value for name, value in self.class_accuracy.items() if value is not None}
-        text = f"Evaluation(accuracy {self.acc1:.2f} % of {self.samples} samples, loss {self.loss:.4f}"
+        others = "".join(f", {name} {value:.4g}" for name, value in self.figures.items())
+        if self.acc1 is None:
+            return f"Evaluation({self.samples} samples, loss {self.loss:.4f}{others})"
+        text = f"Evaluation(accuracy {self.acc1:.2f} % of {self.samples} samples, loss {self.loss:.4f}{others}"
         if len(known) > 1:
             worst = min(known, key=lambda name: known[name])
             text += f", worst class {worst} {known[worst]:.2f} %"
@@ -64,9 +73,14 @@ class Evaluation:
     def _repr_html_(self) -> str:
         lines = [
             ("samples", f"{self.samples:,}"),
-            ("accuracy", f"{self.acc1:.2f} % first, {self.acc5:.2f} % among five"),
             ("loss", f"{self.loss:.4f}"),
+            *((name, f"{value:.4g}") for name, value in self.figures.items()),
         ]
+        if self.acc1 is not None:
+            among = "" if self.acc5 is None else f" first, {self.acc5:.2f} % among five"
+            lines.insert(1, ("accuracy", f"{self.acc1:.2f} %{among}"))
+        if not self.confusion.numel():
+            return card("Evaluation", lines)
         shown = [
             (f"class {name}", "no samples" if value is None else f"{value:.2f} %")
             for name, value in self.class_accuracy.items()
@@ -89,20 +103,21 @@ class Trained:
     """This process has all of its weights."""
 
     def predict(self, data: Dataset, batch_size: int | None, settings: Settings) -> Tensor:
-        """The class scores of every sample, in order: float32 [N, classes], on the CPU; see `Trainer.predict`."""
+        """What the network gives for every sample, in order: float32 [N, ...], on the CPU; see `Trainer.predict`."""
         found = []
         with self._evaluating(data, batch_size, settings) as (stage, plan):
             for item in plan.items(1):
                 x, _ = stage.load(item)
-                for layer in stage.layers:
-                    x = layer.infer(x, "evaluate")
-                found.append(x.float().cpu())
+                found.append(stage.infer(x).float().cpu())
         return torch.cat(found)
 
     def evaluate(self, data: Dataset, batch_size: int | None, settings: Settings) -> Evaluation:
         """The figures are those of a run's own evaluation, bit for bit with its batch size and threads; see
         `Trainer.evaluate`."""
-        classes = self.network.infos[-1].num_classes
+        network = self.network
+        if network.task.name != "classification":
+            return self._evaluate_task(data, batch_size, settings)
+        classes = network.infos[-1].num_classes
         confusion = torch.zeros(classes * classes, dtype=torch.int64)
         with self._evaluating(data, batch_size, settings) as (stage, plan):
             for item in plan.items(1):
@@ -117,6 +132,22 @@ class Trained:
             acc5=scores.acc5,
             confusion=confusion.view(classes, classes),
             classes=names if len(names) == classes else tuple(map(str, range(classes))),
+        )
+
+    def _evaluate_task(self, data: Dataset, batch_size: int | None, settings: Settings) -> Evaluation:
+        network = self.network
+        data = ready(data, network.task, network.target, network.infos[-1].num_classes)
+        with self._evaluating(data, batch_size, settings) as (stage, plan):
+            for item in plan.items(1):
+                stage.evaluate(item, *stage.load(item))
+            scores = scores_of(stage, plan.eval_size, network.sums)
+        return Evaluation(
+            loss=scores.loss,
+            acc1=scores.acc1,
+            acc5=scores.acc5,
+            confusion=torch.zeros(0, 0, dtype=torch.int64),
+            figures=dict(scores.figures),
+            size=plan.eval_size,
         )
 
     @contextlib.contextmanager
@@ -137,7 +168,12 @@ class Trained:
                 f"samples have the shape {data.image_shape} each, the network reads {network.input_shape}; a single "
                 "sample is given as samples[None]"
             )
-        data = self._normalised(with_classes(data, network.infos[-1].num_classes))
+        used = network.beside if any(network.needs) else {}
+        if missing := [name for name in used if name not in data.beside]:
+            raise ValueError(f"samples come without {', '.join(missing)}, which the network reads; give named tensors")
+        if network.task.name == "classification":
+            data = with_classes(data, network.infos[-1].num_classes)
+        data = self._normalised(data)
         set_threads(settings.threads)
         plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))
         modes = [(module, module.training) for block in network.blocks for module in block.modules()]
@@ -169,6 +205,8 @@ def as_samples(given: Any) -> Dataset:
     """
     if isinstance(given, ImageDataset | LoaderDataset):
         return given
+    if isinstance(given, Mapping):
+        return as_dataset(given, "test")
     try:
         values = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:

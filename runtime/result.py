@@ -74,6 +74,7 @@ class RunResult:
             "images_per_second": self.images_per_second,
             "test_acc1": self.test_acc1,
             "test_loss": self.test_loss,
+            **{f"test_{name}": value for name, value in self.test_figures.items()},
             "weights_sha256": self.weights_sha256,
             "threads": self.threads,
             "predicted_stage_seconds": self.predicted_stage_seconds,
@@ -91,6 +92,11 @@ class RunResult:
     @property
     def test_loss(self) -> float | None:
         return next((e.eval_loss for e in reversed(self.epochs) if e.eval_loss is not None), None)
+
+    @property
+    def test_figures(self) -> dict[str, float]:
+        """What the task tells besides loss and accuracy, after the last evaluated epoch."""
+        return next((dict(e.eval_figures) for e in reversed(self.epochs) if e.eval_loss is not None), {})
 
     @property
     def layer_acc1(self) -> dict[str, float]:
@@ -143,13 +149,20 @@ class RunResult:
     def _lines(self) -> list[tuple[str, str]]:
         stages = f"{len(self.stages)} stages" if len(self.stages) > 1 else "1 stage"
         lines = [("engine", f"{self.engine}, {stages}"), ("length", f"{self.epochs_done} epochs, {self.steps} steps")]
-        if self.test_acc1 is not None:
-            lines.append(("accuracy", f"test accuracy {self.test_acc1:.2f} %, loss {self.test_loss:.4f}"))
+        if self.test_loss is not None:
+            lines.append(_told("test", self.test_acc1, self.test_loss, self.test_figures))
         elif self.epochs:
             last = self.epochs[-1]
-            lines.append(("accuracy", f"training accuracy {last.train_acc1:.2f} %, loss {last.train_loss:.4f}"))
+            lines.append(_told("training", last.train_acc1, last.train_loss, dict(last.train_figures)))
         lines.append(("speed", f"{self.images_per_second:,.0f} images/s, {self.train_seconds:.2f} s"))
         if self.stopped_by is not None:
             lines.append(("end", f"stopped by signal {self.stopped_by}"))
         digest = f"weights_sha256 {self.weights_sha256[:_DIGITS]}" if self.is_complete else "one stage's weights"
         return [*lines, ("weights", digest)]
+
+
+def _told(word: str, accuracy: float | None, loss: float, figures: Mapping[str, float]) -> tuple[str, str]:
+    others = "".join(f", {name} {value:.4g}" for name, value in figures.items())
+    if accuracy is None:
+        return "figures", f"{word} loss {loss:.4f}{others}"
+    return "accuracy", f"{word} accuracy {accuracy:.2f} %, loss {loss:.4f}{others}"

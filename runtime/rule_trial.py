@@ -1,13 +1,25 @@
 """Every layer's rule is tried once before a run: what does not fit is said before the first step."""
 
-import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unlocked.models.generators import SOURCES, GlobalGenerators
-from unlocked.rules import CrossEntropy, LayerInfo, LocalRule, Rule, Views, has_scores, needs_pass
+from unlocked.rules import (
+    CLASS_NUMBER,
+    TASKS,
+    CrossEntropy,
+    LayerInfo,
+    LocalRule,
+    Rule,
+    TaskLoss,
+    Views,
+    has_scores,
+    needs_pass,
+)
+from unlocked.runtime.batch_statistics import RuleStatistics
 from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, rule_name
 from unlocked.runtime.network import Network, optimizer_of
@@ -37,37 +49,53 @@ def check_rules(
         sample: one sample of the data; None: zeros.
 
     Returns:
-        The network, whose layers also draw from what their rules were seen to draw from, with its side channel.
+        The network, whose layers also draw from what their rules were seen to draw from, with its side channel and the
+        normalisations in its rules.
 
     Raises:
         ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
             rule and the activations' shape.
     """
     generators = GlobalGenerators(SOURCES, torch.device("cpu"))
+    if network.task.name != "classification" and output_rule is CrossEntropy:
+        output_rule = TaskLoss
     chosen = [choose_rule(network.infos, index, rules, output_rule) for index in range(len(network.infos))]
     built = [make_rule(one, info) for one, info in zip(chosen, network.infos, strict=True)]
     if sample is None:
         sample = torch.zeros(network.input_shape, dtype=network.input_dtype)
     names = [rule_name(one) for one in chosen]
-    channel = plan_side_channel(network.infos, built, names, sample)
+    for one, rule, info in zip(names, built, network.infos, strict=True):
+        check_task(one, rule, info)
+    channel = plan_side_channel(network.infos, built, names, sample, network.side_channel.inputs)
     draws = []
+    statistics = list(network.batch_statistics)
     carried: dict[str, Tensor] = {}  # what the layers before have sent
     for index, (info, rule) in enumerate(zip(network.infos, built, strict=True)):
         with generators.keyed(info.seed):
             before = generators.states()
-            if needs_pass(rule):
-                factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
-                carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
-            else:
-                activations = torch.randn(2, *info.activation_shape, requires_grad=True)
-                before = generators.states()
-                _try_rule(rule, activations, chosen[index], info)
+            takes_pass = needs_pass(rule)
+            with RuleStatistics(info.name, rule, _samples(network, info) if takes_pass else _SAMPLES) as seen:
+                if takes_pass:
+                    factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
+                    carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
+                else:
+                    activations = torch.randn(_SAMPLES, *info.activation_shape, requires_grad=True)
+                    before = generators.states()
+                    _try_rule(rule, activations, network.target.made_up(_SAMPLES), chosen[index], info)
+            statistics += seen.found
             if has_scores(rule):
                 _try_scores(rule, chosen[index], info, channel.views if index < len(built) - 1 else None)
             draws.append(network.draws[index] | generators.moved(before))
     last = network.infos[-1]
     scored = tuple(i.name for i, rule in zip(network.infos, built, strict=True) if has_scores(rule) or i is last)
-    return replace(network, draws=draws, side_channel=channel, scored=scored, passes=any(map(needs_pass, built)))
+    return replace(
+        network,
+        draws=draws,
+        side_channel=channel,
+        scored=scored,
+        passes=any(map(needs_pass, built)),
+        batch_statistics=statistics,
+    )
 
 
 def check_trainable(network: Network, rules: Rules | str) -> None:
@@ -88,11 +116,21 @@ def check_trainable(network: Network, rules: Rules | str) -> None:
     raise ValueError(f"no layer has anything to train: {', '.join(network.names)}; {problem}")
 
 
-def _try_rule(rule: LocalRule, activations: Tensor, chosen: Rule, info: LayerInfo) -> None:
+def check_task(name: str, rule: LocalRule, info: LayerInfo) -> None:
+    """Raises: ValueError: the rule does not take the targets of the run's task."""
+    kind = info.task.name if info.task.name in TASKS else "own"
+    if rule.takes is not None and kind not in rule.takes:
+        raise ValueError(
+            f"the rule {name} of layer {info.name} takes the targets of {', '.join(rule.takes)}, not of the task "
+            f"{info.task.name}; LLS, LocalLosses and DGL take those of all tasks of the library"
+        )
+
+
+def _try_rule(rule: LocalRule, activations: Tensor, targets: Tensor, chosen: Rule, info: LayerInfo) -> None:
     depends = False
     try:
         with torch.enable_grad():
-            loss = rule(activations, torch.zeros(2, dtype=torch.int64))
+            loss = rule(activations, targets)
             if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
                 depends = torch.autograd.grad(loss, activations, allow_unused=True)[0] is not None
     except (Exception, SystemExit) as error:
@@ -116,17 +154,21 @@ def _try_pass(
 ) -> dict[str, Tensor]:
     """A training step of a copy of the layer on made-up samples; what is on the side channel after it."""
     info = network.infos[index]
-    samples = max(_SAMPLES, info.num_classes)  # with a label of every class
+    samples = _samples(network, info)
     rows = channel.rows(index, samples)
     shape = network.output_shapes[index - 1] if index else network.input_shape
     x = torch.zeros(rows, *shape, dtype=torch.int64)
     if index or network.input_dtype.is_floating_point:
         x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
-    layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=torch.device("cpu"), sources=())
-    before = {name: value.clone() for name, value in layer.tensors()}
+    cpu, sums = torch.device("cpu"), network.num_sums
+    layer = PassLayer(network.blocks[index].copy(), rule, info, factory, device=cpu, sources=(), sums=sums)
+    layer.beside = network.beside_of(index, rows)
+    before = {name: value.clone() for name, value in _learned(layer)}
     try:
-        labels = torch.arange(samples) % info.num_classes
+        labels = network.target.made_up(samples)
+        if network.target == CLASS_NUMBER:
+            labels = torch.arange(samples) % info.num_classes
         arriving = {name: carried[name] for name in channel.arriving(index)}
         layer.begin(0, labels, arriving)
         layer.forward(x)
@@ -143,12 +185,18 @@ def _try_pass(
             f"{error}"
         ) from error
     idle = bool(layer.parameters) and all(p.grad is None for p in layer.parameters)
-    if idle and all(torch.equal(before[name], value) for name, value in layer.tensors()):
+    if idle and all(torch.equal(before[name], value) for name, value in _learned(layer)):
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} changes nothing in a step: it returns a loss without a "
             "graph, sets no gradients, and leaves weights and buffers as they are"
         )
     return carried
+
+
+def _learned(layer: PassLayer) -> Iterator[tuple[str, Tensor]]:
+    """What a rule may change: the weights, and whatever it keeps; not the statistics that a forward pass counts."""
+    yield from layer.block.named_parameters(prefix="block")
+    yield from layer.rule.state_dict().items()
 
 
 def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | None) -> None:
@@ -158,12 +206,18 @@ def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | N
             scores = rule.scores(torch.randn(rows, *info.activation_shape, generator=_generator(info)))
     except (Exception, SystemExit) as error:
         raise misfit(info, chosen, error) from error
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != (_SAMPLES, info.num_classes):
+    fits = isinstance(scores, Tensor) and tuple(scores.shape)[-1:] == (info.num_classes,) and scores.dim() == 2
+    if not fits or (len(scores) != _SAMPLES and not info.task.dense):
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} gives scores of {got} for {_SAMPLES} samples; they "
             f"must be [B, {info.num_classes}]"
         )
+
+
+def _samples(network: Network, info: LayerInfo) -> int:
+    """With a label of every class, where labels are classes."""
+    return max(_SAMPLES, info.num_classes) if network.target == CLASS_NUMBER else _SAMPLES
 
 
 def _generator(info: LayerInfo) -> torch.Generator:

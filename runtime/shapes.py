@@ -1,7 +1,8 @@
 """How a model's blocks follow each other: one sample's shape through all of them, and what each layer has to itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from unlocked.models import Block, KeyedDropout, keyed_generator
 from unlocked.models.errors import first_line
 from unlocked.runtime.batch_statistics import PROBE_ROWS, BatchStatistics, find_batch_statistics
 from unlocked.runtime.layouts import LayoutWatch
+from unlocked.runtime.named_inputs import rows_of
 from unlocked.workers.layer import frozen_modules
 
 __all__ = ["ChainShapes", "check_ownership_of_weights", "follow_shapes"]
@@ -30,13 +32,22 @@ class ChainShapes(NamedTuple):
 
 
 @torch.no_grad()
-def follow_shapes(blocks: Sequence[Block], sample: Tensor, seed: int = 0) -> ChainShapes:
+def follow_shapes(
+    blocks: Sequence[Block],
+    sample: Tensor,
+    seed: int = 0,
+    *,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+    needs: Sequence[Sequence[str]] = (),
+) -> ChainShapes:
     """Sends micro-batches of copies of `sample` through all blocks, in eval mode.
 
     Args:
         sample: one sample's input, without the batch dimension.
         seed: keys, layer by layer, what modules draw that learn their shapes at their first call. The global generator
             is left as it was.
+        beside: one row [1, ...] of each named tensor of the data.
+        needs: of each block, the names of those that it reads.
 
     Raises:
         ValueError: shapes that don't chain (names both blocks and both shapes), a block that gives anything but one
@@ -52,7 +63,8 @@ def follow_shapes(blocks: Sequence[Block], sample: Tensor, seed: int = 0) -> Cha
             frozen = frozen_modules(block)
             block.eval()
             with keyed_generator(seed, layer):
-                activations, inputs, calls = _follow(block, inputs, before, layouts)
+                named = [rows_of(beside, needs[layer] if needs else (), len(x)) for x in inputs]
+                activations, inputs, calls = _follow(block, inputs, named, before, layouts)
             shapes.activations.append(tuple(activations.shape[1:]))
             shapes.outputs.append(tuple(inputs[0].shape[1:]))
             shapes.layouts.append(layouts.layout_of(activations))
@@ -94,15 +106,19 @@ def _belongings(block: Block) -> Iterator[tuple[object, str]]:
 
 
 def _follow(
-    block: Block, inputs: Sequence[Tensor], before: str, layouts: LayoutWatch
+    block: Block,
+    inputs: Sequence[Tensor],
+    named: Sequence[Mapping[str, Tensor]],
+    before: str,
+    layouts: LayoutWatch,
 ) -> tuple[Tensor, list[Tensor], list[list[_Call]]]:
     """The activations of the first input, the outputs of all, and which modules each of them entered."""
     activations, outputs, calls = [], [], []
-    for x in inputs:
+    for x, beside in zip(inputs, named, strict=True):
         with _Watch(block) as watch:
             try:
                 with layouts:
-                    activations.append(_checked(block.body(x), block, "activations", len(x)))
+                    activations.append(_checked(block.body(x, **beside), block, "activations", len(x)))
                     if block.layout is not None and activations[-1].dim() == 3:
                         layouts.declare(activations[-1], block.layout)
                     outputs.append(_checked(block.tail(activations[-1]), block, "output", len(x)))

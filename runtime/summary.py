@@ -21,6 +21,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
     return {
         **{name: settings[name] for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
+        **({"test_figures": result.test_figures} if result.test_figures else {}),
         "recoveries": [asdict(recovery) for recovery in result.recoveries],
         "torch": torch.__version__,
         "epochs": result.epochs_done,
@@ -32,6 +33,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
                 "test_loss": e.eval_loss,
                 "test_acc1": e.eval_acc1,
                 "layer_acc1": dict(e.layer_acc1),
+                **({"test_figures": dict(e.eval_figures)} if e.eval_figures else {}),
             }
             for e in result.epochs
         ],

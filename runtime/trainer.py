@@ -1,21 +1,20 @@
 """The public API: one Trainer for every engine."""
 
-import os
 import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from unlocked.data import Dataset, ImageDataset
+from unlocked.data import Dataset
 from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models import plain_module
-from unlocked.rules import CrossEntropy, Rule
+from unlocked.rules import CrossEntropy, Rule, Task
 from unlocked.runtime.arguments import (
     check_clip,
     check_lr_factor,
@@ -24,18 +23,30 @@ from unlocked.runtime.arguments import (
     check_optimizer,
     check_rule,
     check_sinks,
+    check_switch,
+    check_task,
 )
 from unlocked.runtime.batch_statistics import check_batch_statistics
-from unlocked.runtime.before_run import by_layer, check_resume, tried_optimizers, warn_of_slow_precision
-from unlocked.runtime.engines import ENGINES, as_engine, engine_class
+from unlocked.runtime.before_run import (
+    by_layer,
+    check_evaluation,
+    check_resume,
+    find_resume,
+    fingerprint_of,
+    refuse_engine_options,
+    tried_optimizers,
+    warn_of_slow_precision,
+)
+from unlocked.runtime.engines import as_engine
 from unlocked.runtime.explaining import Explanation, explain
 from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
-from unlocked.runtime.input import Data, as_dataset, check_drop_last, probe_sample, rows_per_batch, with_classes
+from unlocked.runtime.input import Data, as_dataset, beside_of, check_drop_last, probe_sample, ready, rows_per_batch
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
 from unlocked.runtime.keeping import KeptModel, describe_kept
 from unlocked.runtime.layer_optimizers import Optimizers, check_layers
 from unlocked.runtime.layer_rules import Rules
+from unlocked.runtime.learned import learned_from
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.best import BestWeights
@@ -44,7 +55,6 @@ from unlocked.runtime.metrics.notebook import in_notebook
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
-    backpropagation_network,
     build_network,
     check_weights,
     kept_modes,
@@ -53,11 +63,11 @@ from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
-from unlocked.runtime.saving.identity import describe_data, describe_network
-from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
+from unlocked.runtime.saving.identity import describe_network
+from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
-from unlocked.runtime.whole import feedback_alignment_network
+from unlocked.runtime.whole import whole_network
 
 __all__ = ["Trainer"]
 
@@ -75,6 +85,8 @@ class Trainer(Settings):
         optimizer: builds a layer's optimizer from its parameters, e.g. partial(torch.optim.Adam, lr=1e-2); one for all
             layers, or a mapping by the layers' names (the output layer's too), each with a rate of its own.
         output_rule: builds what the output layer trains on; `unlocked.rules.SquaredError`, `Margin`, or one's own.
+        task: what is learned and reported (`unlocked.rules.Tokens()`, or a `Task` of one's own); None: what the targets
+            and the model's output tell.
         clip_grad_norm: each layer's gradients are scaled down to this norm, where theirs is larger.
         engine: `Sequential()`, `Streams(...)` or `Processes(...)` with their options, or "sequential", "streams" or
             "processes" for the defaults. All give the same numbers. Outside torchrun, `Processes` starts its own
@@ -99,6 +111,7 @@ class Trainer(Settings):
     rule: Rules | str
     optimizer: Optimizers
     output_rule: Rule = CrossEntropy
+    task: Task | None = None
     clip_grad_norm: float | None = None
     engine: Engine | str = "sequential"
     redraw: bool = False
@@ -113,7 +126,7 @@ class Trainer(Settings):
     if not TYPE_CHECKING:  # the generated signature is the one to complete and to check against
 
         def __new__(cls, *args: Any, **options: Any) -> "Trainer":
-            _refuse_engine_options(cls, options)
+            refuse_engine_options(cls, options)
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -121,15 +134,14 @@ class Trainer(Settings):
         check_model(self.model)
         check_rule(self.rule)
         check_rule(self.output_rule)
+        check_task(self.task)
         check_optimizer(self.optimizer)
         check_clip(self.clip_grad_norm)
         check_lr_factor(self.lr_factor)
         check_sinks(self.sinks)
         check_names(self.names)
-        if not isinstance(self.redraw, bool):
-            raise ValueError(f"redraw is {self.redraw!r}; it must be True or False")
-        if not isinstance(self.progress, bool | None):
-            raise ValueError(f"progress is {self.progress!r}; it must be True, False or None")
+        check_switch("redraw", self.redraw)
+        check_switch("progress", self.progress, or_none=True)
         if self.snapshot_every and self.snapshot_dir is None:
             raise ValueError(f"snapshot_every is {self.snapshot_every}, but there is no snapshot_dir to write to")
         engine = as_engine(self.engine)
@@ -139,17 +151,7 @@ class Trainer(Settings):
         check_precision(self.precision, torch.device(self.device))
         warn_of_slow_precision(self.precision, self.device)
         object.__setattr__(self, "_engine", engine)
-        object.__setattr__(self, "_resume", self._find_resume())
-
-    def _find_resume(self) -> Snapshot | None:
-        if not self.resumes_by_itself:
-            return None if self.resume is None else find_snapshot(self.resume)
-        if self.snapshot_dir is None:
-            raise ValueError("resume is 'auto', but there is no folder of snapshots to look in; give --save-path")
-        snapshot, problems = newest_whole(self.snapshot_dir)
-        if snapshot is not None and problems and os.environ.get("RANK", "0") == "0":
-            print(f"resuming from {snapshot.folder}, since {problems[0]}", file=sys.stderr)
-        return snapshot
+        object.__setattr__(self, "_resume", find_resume(self))
 
     @property
     def settings(self) -> Settings:
@@ -171,8 +173,8 @@ class Trainer(Settings):
         """Trains for `epochs`, evaluating after each where there is `eval_data`.
 
         Args:
-            train: an `ImageDataset`; or (samples [N, ...], labels [N] int64); or a PyTorch DataLoader, or any iterable
-                of batches (samples [B, ...] float or uint8, labels [B]), whose batches are the micro-batches: see
+            train: an `ImageDataset`; or (samples [N, ...], targets [N, ...]); or named tensors {"input_ids": [N, T]};
+                or a PyTorch DataLoader, or any iterable of such batches [B, ...], which are the micro-batches: see
                 `unlocked.data.LoaderDataset`. NumPy arrays, other number types, a TensorDataset and any indexable
                 PyTorch Dataset are converted, with a warning where that changes a type.
             batch_size: rows of a micro-batch; the last of an epoch may be smaller. A loader brings its own.
@@ -193,11 +195,14 @@ class Trainer(Settings):
         """
         began = time.perf_counter()
         set_threads(self.threads)
-        train_set = as_dataset(train, "train", steps_per_epoch=steps_per_epoch, batch_size=batch_size, seed=self.seed)
+        train_set = as_dataset(
+            train, "train", steps_per_epoch=steps_per_epoch, batch_size=batch_size, seed=self.seed, task=self.task
+        )
         test_set = None
         if eval_data is not None:
             rows = rows_per_batch(train_set, batch_size) if eval_batch_size is None else eval_batch_size
-            test_set = as_dataset(eval_data, "test", num_classes=train_set.num_classes, batch_size=rows)
+            known = train_set.num_classes
+            test_set = as_dataset(eval_data, "test", num_classes=known, batch_size=rows, task=self.task)
         batch_size = rows_per_batch(train_set, batch_size)
         if test_set is not None:
             eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
@@ -238,7 +243,7 @@ class Trainer(Settings):
         """Which operations of each layer run in closed form, joined, or through autograd and why; what a step costs.
         Trains nothing; arguments and errors are those of `fit`."""
         set_threads(self.threads)
-        train = as_dataset(data, "train", batch_size=batch_size, seed=self.seed)
+        train = as_dataset(data, "train", batch_size=batch_size, seed=self.seed, task=self.task)
         rows = rows_per_batch(train, batch_size)
         plan = StreamPlan(epochs=1, train_size=len(train), batch_size=rows, eval_size=0, eval_batch_size=rows)
         job = replace(self, resume=None, lr_factor=constant)._job(train, None, plan)
@@ -252,11 +257,12 @@ class Trainer(Settings):
         return plain_module(self.model)
 
     def predict(self, samples: Any, *, batch_size: int | None = None) -> Tensor:
-        """The class scores (logits) of samples, float32 [N, classes] on the CPU, as an evaluation would compute them.
+        """What the network gives for samples, float32 [N, ...] on the CPU, as an evaluation would compute it: class
+        scores (logits) [N, classes], the scores of tokens [N, T, vocabulary], numbers [N, k].
 
         Args:
-            samples: [N, ...], a tensor or array, or a dataset, whose labels have no part in it. Float ones and tokens
-                are used as they are; uint8 ones are normalised as those that `fit` was given.
+            samples: [N, ...], a tensor or array, named tensors, or a dataset, whose labels have no part in it. Float
+                ones and tokens are used as they are; uint8 ones are normalised as those that `fit` was given.
             batch_size: rows of a micro-batch; default: as the last `fit` evaluated.
 
         Raises:
@@ -267,7 +273,7 @@ class Trainer(Settings):
         return self._trained_for(data).predict(data, batch_size, self.settings)
 
     def evaluate(self, data: Data, *, batch_size: int | None = None) -> Evaluation:
-        """Loss, accuracies, each class's accuracy and the confusion matrix.
+        """Loss, accuracies, each class's accuracy and the confusion matrix; of another task its figures.
 
         Args:
             data: as `fit` takes it; uint8 samples without statistics of their own are normalised as those that `fit`
@@ -278,7 +284,10 @@ class Trainer(Settings):
             ValueError: as `predict`; or a loss that is not finite.
         """
         rows = self._trained.batch_size if self._trained is not None else None
-        test_set = as_dataset(data, "test", batch_size=rows if batch_size is None else batch_size)
+        rows = rows if batch_size is None else batch_size
+        test_set = as_dataset(
+            data, "test", batch_size=rows, task=self._trained.network.task if self._trained else self.task
+        )
         return self._trained_for(test_set).evaluate(test_set, batch_size, self.settings)
 
     def export(self, path: str | Path) -> None:
@@ -297,7 +306,15 @@ class Trainer(Settings):
         if self._trained is not None:
             return self._trained
         shape, sample = data.image_shape, probe_sample(data)
-        network = build_network(self.model, input_shape=shape, num_classes=None, seed=self.seed, sample=sample)
+        network = build_network(
+            self.model,
+            input_shape=shape,
+            num_classes=None,
+            seed=self.seed,
+            sample=sample,
+            learned=learned_from(data, self.task),
+            beside=beside_of(data),
+        )
         return Trained(network)
 
     def _shows_progress(self, sinks: Sequence[MetricsSink]) -> bool:
@@ -308,11 +325,7 @@ class Trainer(Settings):
 
     def _job(self, train_set: Dataset, test_set: Dataset | None, plan: StreamPlan) -> Job:
         check_drop_last(train_set, plan)
-        if test_set is not None and test_set.image_shape != train_set.image_shape:
-            raise ValueError(
-                f"evaluation samples have shape {test_set.image_shape}, training samples {train_set.image_shape}; "
-                "they must be equal"
-            )
+        check_evaluation(train_set, test_set)
         if test_set is None and isinstance(self.lr_factor, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs the test loss, but there is no evaluation; give evaluation data")
         network = build_network(
@@ -322,16 +335,17 @@ class Trainer(Settings):
             seed=self.seed,
             redraw=self.redraw,
             sample=probe_sample(train_set),
+            learned=learned_from(train_set, self.task),
+            beside=beside_of(train_set),
         )
-        check_batch_statistics(network.batch_statistics, plan)
-        train_set = with_classes(train_set, network.infos[-1].num_classes)
-        test_set = None if test_set is None else with_classes(test_set, network.infos[-1].num_classes)
+        learns = (network.task, network.target, network.infos[-1].num_classes)
+        train_set = ready(train_set, *learns)
+        test_set = None if test_set is None else ready(test_set, *learns)
         check_trainable(network, self.rule)
         check_weights(network)
         model = describe_network(network)
         if isinstance(self.rule, str):
-            whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
-            network = whole(network)
+            network = whole_network(self.rule, network)
         check_layers(self.optimizer, network.names)
         tried = tried_optimizers(self.optimizer, network)
         network = check_rules(
@@ -341,21 +355,21 @@ class Trainer(Settings):
             optimizer=self.optimizer,
             sample=probe_sample(train_set),
         )
-        fingerprint = {
-            "layers": network.names,
-            "rule": describe_rule(self.rule),
-            "output_rule": describe_rule(self.output_rule),
-            "clip_grad_norm": self.clip_grad_norm,
-            "optimizer": by_layer(self.optimizer, tried, describe_optimizer),
-            "seed": self.seed,
-            "precision": self.precision,
-            "model": model,
-            "data": describe_data(train_set),
-            "evaluation data": None if test_set is None else describe_data(test_set),
-            **plan.settings(),
-        }
-        if isinstance(train_set, ImageDataset) and train_set.classes_per_batch is not None:
-            fingerprint["classes_per_batch"] = train_set.classes_per_batch
+        check_batch_statistics(network.batch_statistics, plan)
+        fingerprint = fingerprint_of(
+            network,
+            {
+                "rule": describe_rule(self.rule),
+                "output_rule": describe_rule(self.output_rule),
+                "clip_grad_norm": self.clip_grad_norm,
+                "optimizer": by_layer(self.optimizer, tried, describe_optimizer),
+                "seed": self.seed,
+                "precision": self.precision,
+                "model": model,
+            },
+            (train_set, test_set),
+            plan,
+        )
         resume = self._resume
         if resume is not None:
             check_resume(resume, fingerprint, plan)
@@ -381,18 +395,3 @@ class Trainer(Settings):
             resume=resume,
             names=self.names or {},
         )
-
-
-def _refuse_engine_options(owner: type[Trainer], options: Mapping[str, Any]) -> None:
-    """Raises a TypeError that says which engine takes an option that `owner` doesn't."""
-    unknown = options.keys() - {one.name for one in fields(owner)}
-    for name in sorted(unknown):
-        engines = [engine_class(engine) for engine in ENGINES]
-        owners = [engine for engine in engines if name in {one.name for one in fields(engine)}]
-        if owners:
-            told = options.get("engine")
-            chosen = next((one for one in owners if one.name == told), owners[0])
-            raise TypeError(
-                f"{name} is an option of an engine; give it to the engine: "
-                f"engine={chosen.__name__}({name}={options[name]!r})"
-            )

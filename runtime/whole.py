@@ -15,7 +15,12 @@ from unlocked.rules import LayerInfo
 from unlocked.rules.drtp import random_projection
 from unlocked.runtime.network import Network, backpropagation_network
 
-__all__ = ["feedback_alignment_network"]
+__all__ = ["feedback_alignment_network", "whole_network"]
+
+
+def whole_network(rule: str, network: Network) -> Network:
+    """The network as one layer, which learns by the global rule "BP" or "DFA"."""
+    return {"BP": backpropagation_network, "DFA": feedback_alignment_network}[rule](network)
 
 
 def feedback_alignment_network(network: Network) -> Network:
@@ -24,6 +29,11 @@ def feedback_alignment_network(network: Network) -> Network:
     Block k's gradient at its activations [B, ...] is e B_k, where e [B, num_classes] is the loss's gradient at the
     logits and B_k the fixed random matrix of `unlocked.rules.drtp` (the one that DRTP projects the labels with).
     """
+    if network.task.name != "classification" or any(network.needs):
+        raise ValueError(
+            f"DFA is for classification of samples of one tensor; the task is {network.task.name}: give a local rule, "
+            "or BP"
+        )
     whole = backpropagation_network(network)
     names = [block.name for block in network.blocks]
     blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unlocked.rules import Carried
+from unlocked.rules import CLASS_NUMBER, Carried, TargetForm
 from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.ring import Ring
 
-__all__ = ["READ_OUT", "Cargo", "CargoLayout", "CargoRing", "Freight", "Traffic", "make_layout", "write"]
+__all__ = ["READ_OUT", "Cargo", "CargoLayout", "CargoRing", "Freight", "Traffic", "make_layout", "packed", "write"]
 
 READ_OUT = "read_out"
 """The side channel's name, in evaluation, for the running sum of the layers' scores."""
@@ -29,6 +29,11 @@ class Cargo(NamedTuple):
 
     activations: Tensor
     carried: Mapping[str, Tensor]
+
+
+def packed(activations: Tensor, carried: Mapping[str, Tensor]) -> Any:
+    """What passes: the activations alone where nothing is beside them."""
+    return Cargo(activations, carried) if carried else activations
 
 
 class Freight(NamedTuple):
@@ -59,16 +64,16 @@ class CargoLayout(SlotLayout):
     def nbytes(self, rows: int, kind: ItemKind = "train") -> int:
         freight = self.traffic.get(kind, _NOTHING)
         activations = rows * freight.views * prod(self.sample_shape) * self.dtype.itemsize
-        return _aligned(rows * 8) + _bytes_beside(freight, rows) + activations
+        return self._targets_bytes(rows) + _bytes_beside(freight, rows) + activations
 
     def views(self, slot: Tensor, rows: int, kind: ItemKind = "train") -> Slot:
-        """A `Cargo` with activations [rows * views, *sample_shape], and labels [rows] int64, as views of the slot."""
+        """A `Cargo` with activations [rows * views, *sample_shape], and targets [rows, ...], as views of the slot."""
         freight = self.traffic.get(kind, _NOTHING)
-        beside = _aligned(rows * 8)
+        beside = self._targets_bytes(rows)
         begin = beside + _bytes_beside(freight, rows)
         flat = slot[begin : self.nbytes(rows, kind)].view(self.dtype)
         values = _shaped(flat, rows * freight.views, self.sample_shape)
-        return Cargo(values, _beside(slot[beside:], freight, rows)), slot[: rows * 8].view(torch.int64)
+        return Cargo(values, _beside(slot[beside:], freight, rows)), self._targets(slot, rows)
 
 
 class CargoRing(Ring):
@@ -96,9 +101,13 @@ class CargoRing(Ring):
         return Cargo(self.activations(slot, item.size * freight.views), carried), self.labels[slot][: item.size]
 
 
-def make_layout(rows: int, sample_shape: tuple[int, ...], dtype: torch.dtype, traffic: Traffic) -> SlotLayout:
+def make_layout(
+    rows: int, sample_shape: tuple[int, ...], dtype: torch.dtype, traffic: Traffic, target: TargetForm = CLASS_NUMBER
+) -> SlotLayout:
     """With a side channel only where there is traffic."""
-    return CargoLayout(rows, sample_shape, dtype, traffic) if traffic else SlotLayout(rows, sample_shape, dtype)
+    if not traffic:
+        return SlotLayout(rows, sample_shape, dtype, target)
+    return CargoLayout(rows, sample_shape, dtype, target, traffic)
 
 
 def write(carried: Mapping[str, Tensor], out: Cargo) -> None:

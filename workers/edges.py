@@ -1,6 +1,6 @@
 """Edges: bounded, one-directional queues between two stages, made of fixed-size slots.
 
-A slot holds one micro-batch whole: labels first, then activations, in one buffer and one message, so that a partial
+A slot holds one micro-batch whole: targets first, then activations, in one buffer and one message, so that a partial
 micro-batch is a prefix of it. Both ends know every micro-batch's size from the stream's plan; nothing but numbers
 travels. The receiving end owns `queue_depth` slots with receives posted ahead, the sending end owns one.
 """
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unlocked.models.errors import first_line
+from unlocked.rules import CLASS_NUMBER, TargetForm
 from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.lead import HostLead
@@ -24,7 +25,8 @@ from unlocked.workers.lead import HostLead
 __all__ = ["InEdge", "OutEdge", "ProcessInEdge", "ProcessOutEdge", "Slot", "SlotLayout", "make_edges"]
 
 Slot = tuple[Any, Tensor]
-"""What passes (activations [B, ...], or a `workers.cargo.Cargo` where rules send more) and the labels [B]."""
+"""What passes (activations [B, ...], or a `workers.cargo.Cargo` where more is sent) and the targets [B, ...]: of a
+classification the labels [B]."""
 
 _ALIGNMENT = 64  # bytes: activations begin on a cache line, as torch's own allocations do
 
@@ -40,6 +42,7 @@ class SlotLayout:
     max_rows: int
     sample_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    target: TargetForm = CLASS_NUMBER
 
     @property
     def capacity(self) -> int:
@@ -48,7 +51,7 @@ class SlotLayout:
 
     def nbytes(self, rows: int, kind: ItemKind = "train") -> int:
         """Bytes of a micro-batch of `rows` samples: the length of its message."""
-        return self._labels_bytes(rows) + rows * prod(self.sample_shape) * self.dtype.itemsize
+        return self._targets_bytes(rows) + rows * prod(self.sample_shape) * self.dtype.itemsize
 
     def allocate(self, device: torch.device) -> Tensor:
         return torch.empty(self.capacity, dtype=torch.uint8, device=device)
@@ -58,17 +61,21 @@ class SlotLayout:
         return slot[: self.nbytes(rows, kind)]
 
     def views(self, slot: Tensor, rows: int, kind: ItemKind = "train") -> Slot:
-        """(activations [rows, *sample_shape], labels [rows] int64) as views of the slot."""
-        labels = slot[: rows * 8].view(torch.int64)
-        flat = slot[self._labels_bytes(rows) : self.nbytes(rows)].view(self.dtype)
+        """(activations [rows, *sample_shape], targets [rows, ...]) as views of the slot."""
+        targets = self._targets(slot, rows)
+        flat = slot[self._targets_bytes(rows) : self.nbytes(rows)].view(self.dtype)
         if len(self.sample_shape) == 3:
             channels, height, width = self.sample_shape
-            return flat.view(rows, height, width, channels).permute(0, 3, 1, 2), labels
-        return flat.view(rows, *self.sample_shape), labels
+            return flat.view(rows, height, width, channels).permute(0, 3, 1, 2), targets
+        return flat.view(rows, *self.sample_shape), targets
 
-    @staticmethod
-    def _labels_bytes(rows: int) -> int:
-        return -(-rows * 8 // _ALIGNMENT) * _ALIGNMENT
+    def _targets(self, slot: Tensor, rows: int) -> Tensor:
+        shape, dtype = self.target
+        return slot[: rows * prod(shape) * dtype.itemsize].view(dtype).view(rows, *shape)
+
+    def _targets_bytes(self, rows: int) -> int:
+        shape, dtype = self.target
+        return -(-rows * prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 class InEdge(Protocol):

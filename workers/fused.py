@@ -56,6 +56,8 @@ def fused_step(backend: ModuleType) -> StepFactory:
 
 def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, str]:
     """The layer's block in closed form; or why there is none."""
+    if layer.needs:
+        return None, f"it reads {', '.join(layer.needs)} beside its input"
     if layer.rule.head_arguments() is None:
         return None, f"the rule {type(layer.rule).__name__} has no closed form"
     if any(isinstance(module, Block) for module in layer.block.body.modules()):

@@ -6,17 +6,19 @@ The output never carries a gradient, so nothing can come back from later layers.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.precision import storage_dtype
-from unlocked.kernels.reference import label_ranks
+from unlocked.kernels.vocabulary import pieces
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule, has_scores
+from unlocked.workers.delivery import as_delivered, count_correct
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
+from unlocked.workers.frozen import frozen_modules
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 
 __all__ = [
@@ -42,8 +44,8 @@ class Step(Protocol):
         ...
 
     def update(self, labels: Tensor) -> Tensor:
-        """The local update for the activations that `forward` kept. Adds the loss (and, for the output layer, the hits)
-        to the layer's totals. Returns the sum of the rows' losses, on the device."""
+        """The local update for the activations that `forward` kept, by the targets [B, ...]. Adds the loss (and, for
+        the output layer, the hits) to the layer's totals. Returns the sum of the rows' losses, on the device."""
         ...
 
 
@@ -58,6 +60,8 @@ class Layer:
         step: chooses how the local step is computed; by default through autograd.
         precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
         sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
+        needs: names of the tensors that the block's body takes beside its input.
+        sums: how many the task adds up (`Task.tally`).
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Layer:
         step: "StepFactory | None" = None,
         precision: str = "fp32",
         sample: Tensor | None = None,
+        needs: Sequence[str] = (),
+        sums: int = 3,
     ) -> None:
         self.info = info
         self.block = block.to(device=device)
@@ -87,12 +93,17 @@ class Layer:
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
-        # Loss sum, correct, correct among the first five: added up on the device, read every N steps.
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self.eval_totals = torch.zeros(3, dtype=torch.float64, device=device)
-        # Of the layer's own prediction in evaluation: 0, correct, correct among the first five.
-        self.score_totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self.task = info.task
+        self.classifies = self.task.name == "classification"
+        # Sums as the task has them (of a classification: loss, hits, hits among the first five), read every N steps.
+        self.totals = torch.zeros(sums, dtype=torch.float64, device=device)
+        self.eval_totals = torch.zeros(sums, dtype=torch.float64, device=device)
+        # Of the layer's own prediction in evaluation, a classification's loss being left out.
+        self.score_totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.has_scores = has_scores(rule) and not self.is_output
+        self.needs = tuple(needs)
+        self.beside: Mapping[str, Tensor] = {}
+        """What the block reads beside its input, of the micro-batch that comes next, set by whoever calls `forward`."""
         # Training micro-batches seen, on the device: the key of everything random in this layer.
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
         self._keeps_clock = any(isinstance(m, KeyedDropout) and m.p > 0 for m in block.modules())
@@ -100,9 +111,8 @@ class Layer:
         self._pending = 0  # training steps that the clock has not been told of, where nothing reads it per step
         self._counted = torch.zeros_like(self.clock)  # the part of the clock that BatchNorm's own count knows of
         self._mode: str | None = None
-        self.sample = None if sample is None or device.type == "meta" else sample.to(device)
+        self.sample = sample
         self.step: Step = (step or AutogradStep)(self)
-        self.sample = None
 
     @property
     def name(self) -> str:
@@ -185,27 +195,67 @@ class Layer:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
         with self.autocast():
-            result: Tensor = self.block(self._entering(x))
+            hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
+            result: Tensor = (
+                self.block(self._entering(x), **self.beside) if hidden is None else hidden(self._entering(x))
+            )
         return as_delivered(self.leaving(result))
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Eval-mode forward: the output, and the layer's own scores [B, num_classes] if its rule makes some."""
-        if not self.has_scores:
+        """Eval-mode forward: the output, and what `score` counts if the rule makes scores: a classification's scores
+        [B, num_classes], else the activations. An output layer whose head works in pieces gives what the head reads."""
+        hidden = getattr(self.step, "hidden", None)
+        if not self.has_scores and hidden is None:
             return self.infer(x, "evaluate"), None
         self.set_mode("evaluate")
         with self.autocast():
-            activations: Tensor = self.block.body(self._entering(x))
+            if hidden is not None:
+                return as_delivered(hidden(self._entering(x)).float()), None
+            activations: Tensor = self.block.body(self._entering(x), **self.beside)
             result: Tensor = self.block.tail(activations)
-        scores = self.rule.scores(activations.float() if activations.dtype == torch.bfloat16 else activations)
-        return as_delivered(self.leaving(result)), scores
+        seen = activations.float() if activations.dtype == torch.bfloat16 else activations
+        return as_delivered(self.leaving(result)), self.rule.scores(seen) if self.classifies else seen
 
     @torch.no_grad()
     def score(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Adds up how often the layer's own prediction is right; returns the hits among these samples, [2]."""
-        hits = count_correct(scores, labels)
-        self.score_totals[1:] += hits
-        return hits
+        """Adds up how good the layer's own prediction is; returns the sums of these samples: of a classification the
+        hits [2], else all of the task's."""
+        if self.classifies:
+            hits = count_correct(scores, labels)
+            self.score_totals[1:] += hits
+            return hits
+        in_pieces = getattr(self.step, "tally", None)
+        found = self._tally_scores(scores, labels) if not self.is_output else (in_pieces or self._tally)(scores, labels)
+        self.score_totals += found
+        return found
+
+    def account(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Adds a training micro-batch with that mean loss to the totals, of the output layer with its hits; returns the
+        sum of losses."""
+        if self.classifies:
+            loss_sum = loss * labels.shape[0]
+            self.totals[0] += loss_sum
+            if self.is_output:
+                self.totals[1:] += count_correct(outputs, labels)
+            return loss_sum
+        count = self.task.count(labels)
+        loss_sum = loss.double() * count
+        if self.is_output:
+            self.totals[2:] += self._tally(outputs, labels)[2:]
+        self.totals[:2] += torch.stack([loss_sum, count])
+        return loss_sum
+
+    def _tally(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.task.tally(*self.task.rows(outputs, labels))
+
+    def _tally_scores(self, activations: Tensor, labels: Tensor) -> Tensor:
+        """Sample by sample where a sample's scores are many already."""
+        per_sample = self.info.num_classes * (activations.shape[1:-1].numel() if self.task.dense else 1)
+        total = torch.zeros_like(self.score_totals)
+        for rows in pieces(len(activations), per_sample):
+            total += self.task.tally(self.rule.scores(activations[rows]), self.info.targets(labels[rows]))
+        return total
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
@@ -311,8 +361,7 @@ class AutogradStep:
     """The local step of any differentiable block and rule."""
 
     counts: Sequence[nn.Module] = ()
-    why = ""
-    """What stands against a closed form."""
+    why = ""  # what stands against a closed form
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -321,7 +370,7 @@ class AutogradStep:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer = self.layer
         with torch.enable_grad(), layer.autocast():
-            activations = layer.block.body(x.detach())
+            activations = layer.block.body(x.detach(), **layer.beside)
         self._activations = activations
         with torch.no_grad():
             result = layer.leaving(layer.block.tail(activations.detach()))
@@ -336,11 +385,7 @@ class AutogradStep:
             loss.backward()
             layer.optimizer.step()
         with torch.no_grad():
-            loss_sum = loss.detach() * labels.shape[0]
-            layer.totals[0] += loss_sum
-            if layer.is_output:
-                layer.totals[1:] += count_correct(activations, labels)
-        return loss_sum
+            return layer.account(loss.detach(), activations, labels)
 
     def take_activations(self) -> Tensor:
         """What `forward` kept, with its graph; nothing of the micro-batch outlives the update."""
@@ -353,46 +398,3 @@ class AutogradStep:
 
 
 StepFactory = Callable[[Layer], Step]
-
-
-def frozen_modules(block: nn.Module) -> list[nn.Module]:
-    """What the user has put into eval mode, and the normalisations whose weights all need no gradient: there a frozen
-    BatchNorm keeps its running statistics, and normalises by them."""
-    return [m for m in block.modules() if not m.training or _is_frozen_norm(m)]
-
-
-def _is_frozen_norm(module: nn.Module) -> bool:
-    parameters = list(module.parameters(recurse=False))
-    is_norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-    return is_norm and bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
-def as_delivered(output: Tensor) -> Tensor:
-    """`output` in the memory format in which an edge would deliver it: channels last for [B, C, H, W], else contiguous.
-
-    Whoever computes the next layer then reads the same strides, and libraries choose the same kernels, wherever the
-    stages are cut: any block may return a view, a transposed tensor, or images in plain order.
-    """
-    strides = _contiguous_strides(output.shape)
-    if output.dim() == 4:
-        _, channels, height, width = output.shape
-        strides = (channels * height * width, 1, width * channels, channels)
-    if output.stride() == strides:
-        return output
-    # The same bytes where only sizes of 1 have other strides; a copy elsewhere.
-    form = torch.channels_last if output.dim() == 4 else torch.contiguous_format
-    return output.contiguous(memory_format=form).as_strided(output.shape, strides)
-
-
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many rows have their label first, and among the first five: float64 [2], on the device."""
-    rank = label_ranks(logits, labels)
-    return torch.stack([(rank < 1).sum(), (rank < 5).sum()]).double()

@@ -16,7 +16,7 @@ from unlocked.rules import Carried, LayerPass
 from unlocked.workers.actions import Item
 from unlocked.workers.cargo import READ_OUT, Cargo, write
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.layer import AutogradStep, Layer, as_delivered, count_correct
+from unlocked.workers.layer import AutogradStep, Layer, as_delivered
 from unlocked.workers.source import Source
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
@@ -90,7 +90,7 @@ class PassLayer(DrawingLayer):
 
     def _forward_again(self, x: Tensor) -> Tensor:
         with self.autocast():
-            activations: Tensor = self.block.body(x)
+            activations: Tensor = self.block.body(x, **self.beside)
         return activations.float() if activations.dtype == torch.bfloat16 else activations
 
 
@@ -107,7 +107,7 @@ class PassStep(AutogradStep):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer, x = self.layer, x.detach()
         with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast():
-            activations = layer.block.body(x)
+            activations = layer.block.body(x, **layer.beside)
         with torch.set_grad_enabled(layer.rule.needs_graph):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         self._pass = layer.new_pass(x, seen)
@@ -127,16 +127,14 @@ class PassStep(AutogradStep):
             parameter.grad = None
         with torch.set_grad_enabled(layer.rule.needs_graph):
             loss = layer.rule.step(one)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
             if loss.requires_grad:
                 loss.backward()
         if layer.optimizer is not None:
             layer.optimizer.step()
         with torch.no_grad():
-            loss_sum = loss.detach() * labels.shape[0]
-            layer.totals[0] += loss_sum
-            if layer.is_output:
-                layer.totals[1:] += count_correct(one.activations, labels)
-        return loss_sum
+            return layer.account(loss.detach(), one.activations, labels)
 
 
 class PassStage(Stage):
@@ -144,6 +142,7 @@ class PassStage(Stage):
 
     Args:
         leaves: of each layer, what travels on to the next one beside training activations.
+        inputs: of each layer, the names of the data's tensors that travel on to the next one, whatever the item's kind.
         views: makes the rows of the data; None: a row per sample. Stage 0 makes them, all stages know of them.
     """
 
@@ -155,21 +154,34 @@ class PassStage(Stage):
         *,
         leaves: Sequence[Mapping[str, Carried]],
         views: ViewMaker | None,
+        inputs: Sequence[Sequence[str]],
     ) -> None:
         super().__init__(index, layers, source)
-        self._leaves, self._views = leaves, views
+        self._views, self._inputs = views, inputs
+        self._leaves = [(*one, *more) for one, more in zip(leaves, inputs, strict=True)]
+
+    def load(self, item: Item) -> tuple[Any, Tensor]:
+        assert self.source is not None
+        x, labels = self.source.load(item)
+        if not isinstance(x, Cargo):
+            return as_delivered(x), labels
+        return Cargo(as_delivered(x.activations), {n: as_delivered(one) for n, one in x.carried.items()}), labels
 
     def forward(self, item: Item, x: Any, labels: Tensor, out: Any = None) -> Tensor:
         x, carried = self._unpacked(item, x, labels)
         place = out.activations if isinstance(out, Cargo) else out
         if item.kind == "statistics":
             for layer in self.layers:
+                layer.beside = {name: carried[name] for name in layer.needs}
                 x = layer.infer(self._entering(layer, x, item), "statistics")
+            if isinstance(out, Cargo):
+                write(carried, out)
             return x if place is None else place.copy_(x)
         self._labels = labels
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = self._entering(layer, x, item)
+            layer.beside = {name: carried[name] for name in layer.needs}
             if isinstance(layer, PassLayer):
                 layer.begin(item.epoch, labels, carried)
             x = layer.forward(x, place if i == last else None)
@@ -181,11 +193,22 @@ class PassStage(Stage):
             write(carried, out)
         return x
 
+    def infer(self, x: Any) -> Tensor:
+        carried: Mapping[str, Tensor] = {}
+        if isinstance(x, Cargo):
+            x, carried = x
+        for layer in self.layers:
+            layer.beside = {name: carried[name] for name in layer.needs}
+            x = layer.infer(x, "evaluate")
+        inferred: Tensor = x
+        return inferred
+
     @torch.no_grad()
     def evaluate(self, item: Item, x: Any, labels: Tensor, out: Any = None) -> Tensor:
         x, carried = self._unpacked(item, x, labels)
         total = carried.get(READ_OUT)
         for layer in self.layers:
+            layer.beside = {name: carried[name] for name in layer.needs}
             x, scores = layer.evaluate(self._entering(layer, x, item))
             if scores is not None:
                 layer.score(scores, labels)
@@ -193,12 +216,16 @@ class PassStage(Stage):
                 if weight is not None:
                     total = weight * scores if total is None else total + weight * scores
         if self.is_last:
-            self.layers[-1].score(x, labels)
-            self._count_evaluation(x if total is None else total, labels)
+            self._finish_evaluation(x, labels, x if total is None else total)
         if isinstance(out, Cargo):
             out.activations.copy_(x)
-            for place in out.carried.values():  # the running sum, if anything
-                place.zero_() if total is None else place.copy_(total)
+            for name, place in out.carried.items():
+                if name != READ_OUT:
+                    place.copy_(carried[name])
+                elif total is None:
+                    place.zero_()
+                else:
+                    place.copy_(total)
             return out.activations
         return x if out is None else out.copy_(x)
 

@@ -7,14 +7,17 @@ the look-ahead nor the speed of either side can change a number: they only decid
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from unlocked.rules import CLASS_NUMBER, TargetForm
 from unlocked.workers.actions import Item
-from unlocked.workers.source import Batch, Source
+from unlocked.workers.cargo import Cargo, packed
+from unlocked.workers.source import Batch, Source, fill
 
 __all__ = ["Prefetcher"]
 
@@ -27,11 +30,13 @@ class _Slot:
 
     samples: Tensor
     labels: Tensor
+    beside: dict[str, Tensor]
     copied: torch.cuda.Event | None = None
     """Recorded when the device has its copy."""
 
     def views(self, rows: int) -> Batch:
-        return self.samples.narrow(0, 0, rows), self.labels.narrow(0, 0, rows)
+        beside = {name: one.narrow(0, 0, rows) for name, one in self.beside.items()}
+        return packed(self.samples.narrow(0, 0, rows), beside), self.labels.narrow(0, 0, rows)
 
 
 class Prefetcher:
@@ -47,6 +52,8 @@ class Prefetcher:
         rows: of the largest micro-batch.
         sample_shape: one sample's.
         dtype: of the samples.
+        target: the form of one sample's target.
+        beside: one row [1, ...] of each named tensor.
         device: where micro-batches are wanted; for a GPU they are assembled in page-locked memory.
         timeout: seconds that `load` waits.
     """
@@ -62,6 +69,8 @@ class Prefetcher:
         device: torch.device,
         timeout: float,
         dtype: torch.dtype = torch.float32,
+        target: TargetForm = CLASS_NUMBER,
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._source, self._device, self._timeout = source, device, timeout
         self._items: Iterator[Item] = (item for item in items if item.kind != "snapshot")
@@ -70,7 +79,11 @@ class Prefetcher:
         self._free = deque(
             _Slot(
                 torch.empty((rows, *sample_shape), dtype=dtype, memory_format=layout, pin_memory=on_gpu),
-                torch.empty(rows, dtype=torch.int64, pin_memory=on_gpu),
+                torch.empty(rows, *target.shape, dtype=target.dtype, pin_memory=on_gpu),
+                {
+                    name: torch.empty(rows, *one.shape[1:], dtype=one.dtype, pin_memory=on_gpu)
+                    for name, one in beside.items()
+                },
             )
             for _ in range(depth + 1)
         )
@@ -93,13 +106,13 @@ class Prefetcher:
             Exception: whatever kept it from being assembled.
         """
         slot = self._take(item)
-        samples, labels = slot.views(item.size)
+        batch = slot.views(item.size)
         if out is not None:
-            batch = out[0].copy_(samples, non_blocking=True), out[1].copy_(labels, non_blocking=True)
+            batch = fill(batch, out, non_blocking=True)
         elif self._device.type == "cuda":
-            batch = samples.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+            batch = _moved(batch, self._device)
         else:
-            return samples, labels
+            return batch
         if self._device.type == "cuda":
             slot.copied = torch.cuda.Event()
             slot.copied.record()
@@ -163,3 +176,13 @@ class Prefetcher:
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._closed)
             return None if self._closed else self._free.popleft()
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    samples, labels = batch
+    if isinstance(samples, Cargo):
+        beside = {name: one.to(device, non_blocking=True) for name, one in samples.carried.items()}
+        samples = Cargo(samples.activations.to(device, non_blocking=True), beside)
+    else:
+        samples = samples.to(device, non_blocking=True)
+    return samples, labels.to(device, non_blocking=True)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unlocked.data import LoaderDataset
 from unlocked.models.generators import DRAWING
 from unlocked.workers.actions import Item
+from unlocked.workers.cargo import packed
+from unlocked.workers.source import Batch, fill
 
 __all__ = ["LoaderReader"]
 
@@ -35,24 +36,27 @@ class LoaderReader:
         for item in items:
             self._next(item)
 
-    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Samples [size, ...] float32 (images in channels-last memory; tokens int64) and labels [size] int64.
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
+        """Samples [size, ...] float32 (images in channels-last memory; tokens int64), with named tensors a `Cargo`, and
+        targets [size, ...], of class numbers int64 [size].
 
         Raises:
             ValueError: the loader ended early or late, or its batch does not fit; says which.
             RuntimeError: the loader failed.
         """
-        samples, labels = self._data.check(self._next(item), item.size, self._where(item))
+        data = self._data
+        samples, beside, targets = data.check(self._next(item), item.size, self._where(item))
+        assert targets is not None
         if out is None:
             layout = torch.channels_last if samples.dim() == 4 else torch.contiguous_format
+            places = {name: torch.empty(one.shape, dtype=data.beside[name].dtype) for name, one in beside.items()}
             out = (
-                torch.empty(samples.shape, dtype=self._data.sample_dtype, memory_format=layout),
-                torch.empty(labels.shape, dtype=torch.int64),
+                packed(torch.empty(samples.shape, dtype=data.sample_dtype, memory_format=layout), places),
+                torch.empty(targets.shape, dtype=data.target_dtype),
             )
         # A quotient is rounded to float32 first, as the input operation does.
-        out[0].copy_(samples.float().mul_(1.0 / 255.0) if samples.dtype == torch.uint8 else samples)
-        out[1].copy_(labels)
-        return out
+        samples = samples.float().mul_(1.0 / 255.0) if samples.dtype == torch.uint8 else samples
+        return fill((packed(samples, beside), targets), out)
 
     def close(self) -> None:
         """Ends the iteration in progress, and with it the loader's workers."""

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from unlocked.rules import CLASS_NUMBER, TargetForm
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import Slot
 
@@ -23,6 +24,7 @@ class Ring:
         sample_shape: one sample's activations, (C, H, W), (T, D) or (D,).
         flat_consumer: the next layer flattens its input, so images lie in C, H, W order in memory; else channels last.
         dtype: of the activations; int64 where stage 0 reads tokens.
+        target: the form of one sample's target.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Ring:
         *,
         flat_consumer: bool,
         dtype: torch.dtype = torch.float32,
+        target: TargetForm = CLASS_NUMBER,
     ) -> None:
         self.depth = depth
         self.sample_shape = sample_shape
@@ -41,7 +44,7 @@ class Ring:
         size = max_rows * prod(sample_shape)
         # Zeros are valid data, should a slot be read before it is written (a captured graph's trial launch may).
         self._values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(depth)]
-        self.labels = [torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(depth)]
+        self.labels = [torch.zeros(max_rows, *target.shape, dtype=target.dtype, device=device) for _ in range(depth)]
         self.ready: list[torch.cuda.Event | None] = [None] * depth
         self.free: list[torch.cuda.Event | None] = [None] * depth
 
@@ -49,7 +52,7 @@ class Ring:
         return position % self.depth
 
     def views(self, item: Item) -> Slot:
-        """(activations [size, *sample_shape], labels [size]) of the item's slot. A partial batch is a prefix."""
+        """(activations [size, *sample_shape], targets [size, ...]) of the item's slot. A partial batch is a prefix."""
         slot, rows = self.slot(item.position), item.size
         return self.activations(slot, rows), self.labels[slot][:rows]
 

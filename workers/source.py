@@ -12,11 +12,13 @@ from torch import Tensor
 from unlocked.data import ImageDataset, class_order, epoch_order
 from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.workers.actions import Item
+from unlocked.workers.cargo import Cargo, packed
 
-__all__ = ["Batch", "BatchSource", "LoadBatch", "Source", "SplitSource"]
+__all__ = ["Batch", "BatchSource", "LoadBatch", "Source", "SplitSource", "fill"]
 
-Batch = tuple[Tensor, Tensor]
-"""Samples [size, *sample_shape] float32 (images in channels-last memory; tokens int64) and labels [size] int64."""
+Batch = tuple[Any, Tensor]
+"""Samples [size, *sample_shape] float32 (images in channels-last memory; tokens int64), a `workers.cargo.Cargo` where
+named tensors go beside them; and targets [size, ...], of class numbers int64 [size]."""
 LoadBatch = Callable[..., Batch]
 
 
@@ -62,15 +64,12 @@ class BatchSource:
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
         self.reserve(1)
 
-    def load(self, item: Item, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Images [size, C, H, W] float32 (channels-last memory; tokens are int64) and labels [size] int64 of a train,
-        statistics or evaluate item."""
+    def load(self, item: Item, out: Batch | None = None) -> Batch:
+        """The micro-batch of a train, statistics or evaluate item."""
         self.seek(item)
         return self.load_at_cursor(item, out)
 
-    def load_at_cursor(
-        self, item: Item, out: tuple[Tensor, Tensor] | None = None, ahead: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def load_at_cursor(self, item: Item, out: Batch | None = None, ahead: int = 0) -> Batch:
         """The same from wherever the device's cursor points: of `item` only kind and size are read, so a graph that
         was captured with one item serves all others like it.
 
@@ -81,7 +80,7 @@ class BatchSource:
         order, size, start = self._orders[item.kind][1], item.size, self._starts[ahead, 0]
         data = self.test if kind == "evaluate" else self.train
         assert data is not None
-        if data.images.dtype != torch.uint8:
+        if data.images.dtype != torch.uint8 or data.beside or data.num_classes == 0:
             return self._gather(data, order, start, size, out)
         return self._load(
             data.images,
@@ -95,20 +94,22 @@ class BatchSource:
             **self._options[kind],
         )
 
-    def _gather(
-        self, data: ImageDataset, order: Tensor, start: Tensor, size: int, out: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Samples that are floats already, or tokens, are taken as they are; floats may be mirrored."""
+    def _gather(self, data: ImageDataset, order: Tensor, start: Tensor, size: int, out: Batch | None) -> Batch:
+        """Samples that are floats already, or tokens, are taken as they are; floats may be mirrored. Pixels of images
+        whose targets are no class numbers are normalised and no more."""
         index = order[start + torch.arange(size, device=self.device)]
-        samples, labels = data.images[index], data.labels[index]
+        labels = data.labels[index].to(data.target_dtype)
+        if data.images.dtype == torch.uint8:
+            samples = data.images[index].float().sub_(data.mean255[:, None, None]).mul_(data.inv_std255[:, None, None])
+        else:
+            samples = data.images[index].to(data.sample_dtype)
         if data.augmentation.flip:  # the same draw as load_batch's
             mirrored = keyed_uniform(self.seed, Purpose.AUGMENT, index, self.epoch)[:, 0] < 0.5
             samples = torch.where(mirrored[:, None, None, None], samples.flip(-1), samples)
         if samples.dim() == 4:
             samples = samples.contiguous(memory_format=torch.channels_last)
-        if out is None:
-            return samples, labels
-        return out[0].copy_(samples), out[1].copy_(labels)
+        batch = packed(samples, {name: value[index] for name, value in data.beside.items()}), labels
+        return batch if out is None else fill(batch, out)
 
     def seek(self, item: Item, count: int = 1) -> None:
         """Points the device's cursor at `item` and the `count` - 1 full micro-batches after it."""
@@ -149,6 +150,20 @@ class BatchSource:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def fill(batch: Batch, out: Batch, *, non_blocking: bool = False) -> Batch:
+    """Copies a micro-batch into `out`, which is returned."""
+    samples, place = batch[0], out[0]
+    if isinstance(place, Cargo):
+        place.activations.copy_(samples.activations, non_blocking=non_blocking)
+        for name, one in place.carried.items():
+            one.copy_(samples.carried[name], non_blocking=non_blocking)
+    else:
+        # What no layer reads is not handed on.
+        place.copy_(samples.activations if isinstance(samples, Cargo) else samples, non_blocking=non_blocking)
+    out[1].copy_(batch[1], non_blocking=non_blocking)
+    return out
 
 
 class SplitSource:

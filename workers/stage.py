@@ -1,11 +1,13 @@
 """A stage: one or more contiguous layers, one worker. It knows its actions, not when they happen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unlocked.workers.actions import Item
+from unlocked.workers.cargo import Cargo
 from unlocked.workers.layer import Layer, as_delivered, count_correct
 from unlocked.workers.source import Source
 
@@ -37,7 +39,7 @@ class Stage:
         """Stage 0's RECV: the micro-batch out of the dataset."""
         assert self.source is not None
         x, labels = self.source.load(item)
-        return as_delivered(x), labels
+        return as_delivered(x.activations if isinstance(x, Cargo) else x), labels  # named tensors that nobody reads
 
     def close(self) -> None:
         """Lets go of the data: nothing more is loaded. Idempotent."""
@@ -67,9 +69,12 @@ class Stage:
             if scores is not None:
                 layer.score(scores, labels)
         if self.is_last:
-            self.layers[-1].score(x, labels)
-            self._count_evaluation(x, labels)
+            self._finish_evaluation(x, labels, x)
         return x if out is None else out.copy_(x)
+
+    def infer(self, x: Any) -> Tensor:
+        """What the network gives in eval mode for what `load` gave."""
+        return self._infer(x, "evaluate", None)
 
     def set_lr_factor(self, factor: float) -> None:
         for layer in self.layers:
@@ -84,9 +89,9 @@ class Stage:
             self.images_evaluated += items * item.size
 
     def sums(self) -> list[Tensor]:
-        """All sums, on the device, each [3] float64. A layer's are (loss, correct, correct among the first five) over
-        `images_this_epoch`; then come the evaluation's over `images_evaluated`; then each layer's own prediction's, (0,
-        correct, correct among the first five), over those."""
+        """All sums, on the device, each float64 as the task has them. A layer's are, of a classification, (loss,
+        correct, correct among the first five) over `images_this_epoch`; then come the evaluation's over
+        `images_evaluated`; then each layer's own prediction's, (0, correct, correct among the first five)."""
         layers = self.layers
         return [*(one.totals for one in layers), layers[-1].eval_totals, *(one.score_totals for one in layers)]
 
@@ -103,9 +108,13 @@ class Stage:
         self.images_this_epoch = images_seen
 
     @torch.no_grad()
-    def _count_evaluation(self, result: Tensor, labels: Tensor) -> None:
-        """What the run predicts [B, num_classes], on the last stage."""
+    def _finish_evaluation(self, outputs: Tensor, labels: Tensor, result: Tensor) -> None:
+        """On the last stage: what the output layer gives, and what the run predicts."""
         output = self.layers[-1]
+        sums = output.score(outputs, labels)
+        if not output.classifies:
+            output.eval_totals += sums
+            return
         output.eval_totals[0] += torch.nn.functional.cross_entropy(result, labels, reduction="sum")
         output.eval_totals[1:] += count_correct(result, labels)
 

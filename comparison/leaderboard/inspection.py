@@ -21,8 +21,7 @@ from unlocked.rules import GLOBAL_RULES
 from unlocked.runtime import Trainer
 from unlocked.runtime.job import Job
 from unlocked.runtime.recipe import Recipe, make_model
-from unlocked.workers.cargo import CargoLayout
-from unlocked.workers.edges import SlotLayout
+from unlocked.workers.cargo import make_layout
 
 __all__ = ["audited_cuts", "find_leaks", "inspect"]
 
@@ -152,8 +151,7 @@ def _edge_bytes(recipe: Recipe, train: ImageDataset) -> tuple[float, ...]:
     rows, found = recipe.batch_size, []
     for layer, shape in enumerate(job.network.output_shapes[:-1]):
         traffic = job.network.side_channel.traffic(layer)
-        cargo = CargoLayout(rows, shape, job.storage, traffic) if traffic else SlotLayout(rows, shape, job.storage)
-        found.append(cargo.nbytes(rows) / rows)
+        found.append(make_layout(rows, shape, job.storage, traffic, job.network.target).nbytes(rows) / rows)
     return tuple(found)
 
 

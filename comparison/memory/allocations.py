@@ -37,19 +37,25 @@ class StepMemory:
     """What is left of activations after the last step."""
 
 
-def count_steps(stage: Stage, x: Tensor, labels: Tensor, *, steps: int, end_to_end: bool) -> StepMemory:
+def count_steps(
+    stage: Stage, x: Tensor, labels: Tensor, *, steps: int, end_to_end: bool, chunks: int = 1
+) -> StepMemory:
     """Trains `steps` times on one micro-batch, and counts.
 
     Args:
         end_to_end: the stage is one layer that trains by backpropagation, whose gradients are made anew at every step.
+        chunks: into which the micro-batch is cut, end to end: their gradients are added up before the update.
     """
     device = x.device
     built = bytes_of(persistent_tensors(stage, x, labels), device)
     with count_allocations(device) as counted:
         item = Item(0, "train", 0, 0, len(labels), False)
         for _ in range(steps):
-            stage.forward(item, x, labels)
-            stage.update(item)
+            if chunks > 1:
+                _accumulate(stage, x, labels, chunks)
+            else:
+                stage.forward(item, x, labels)
+                stage.update(item)
             if end_to_end:
                 # Backpropagation makes all gradients anew while activations go: none needs to be there at its peak.
                 stage.layers[0].optimizer.zero_grad(set_to_none=True)
@@ -58,6 +64,16 @@ def count_steps(stage: Stage, x: Tensor, labels: Tensor, *, steps: int, end_to_e
     return StepMemory(
         activation_bytes=counted.peak - grown, persistent_bytes=persistent, held_bytes=counted.now - grown
     )
+
+
+def _accumulate(stage: Stage, x: Tensor, labels: Tensor, chunks: int) -> None:
+    """One update by the mean gradient of the chunks: the plain loop that everybody writes."""
+    (layer,) = stage.layers
+    layer.set_mode("train")
+    for part, wanted in zip(x.chunk(chunks), labels.chunk(chunks), strict=True):
+        loss = layer.rule(layer.block(part), wanted) * (len(wanted) / len(labels))
+        loss.backward()
+    layer.optimizer.step()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings
+from unlocked.comparison.memory.results import ACCUMULATED, BP, CHECKPOINTED, ChainSettings
 from unlocked.models import Block, ConvBlock, OutputBlock, keyed_generator
 from unlocked.models.blocks import Pool
 from unlocked.rules import Rule, get_rule
@@ -43,7 +43,7 @@ def build_chain(method: str, depth: int, settings: ChainSettings, device: torch.
     rules: Rule | Sequence[Rule] = []
     if method == CHECKPOINTED:
         network = _checkpointed_network(network)
-    elif method == BP:
+    elif method in (BP, ACCUMULATED):
         network = backpropagation_network(network)
     else:
         rules = get_rule(method, temperature=0.5, label_smoothing=0.0, waveform="cosine")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from unlocked.comparison.memory.results import BP, CHECKPOINTED, MemoryStudy
+from unlocked.comparison.memory.results import ACCUMULATED, BP, CHECKPOINTED, MemoryStudy
 from unlocked.comparison.report.figures import FAMILY_COLOURS, Ink, Picture, draw
 from unlocked.comparison.report.sections import Section, Table
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["memory_chart", "memory_section"]
 
-_COLOURS: Final = {**FAMILY_COLOURS, BP: Ink.ORANGE, CHECKPOINTED: Ink.AMBER}
+_COLOURS: Final = {**FAMILY_COLOURS, BP: Ink.ORANGE, CHECKPOINTED: Ink.AMBER, ACCUMULATED: Ink.GREY}
 
 
 def memory_section(study: MemoryStudy) -> Section:

@@ -10,10 +10,13 @@ from unlocked.kernels.dispatch import BACKENDS
 from unlocked.runtime.fields import LARGEST, LARGEST_SEED, check, setting
 from unlocked.runtime.typed import from_plain, to_plain
 
-__all__ = ["BP", "CHECKPOINTED", "ChainSettings", "MemoryPoint", "MemoryStudy"]
+__all__ = ["ACCUMULATED", "BP", "CHECKPOINTED", "CHUNKS", "ChainSettings", "MemoryPoint", "MemoryStudy"]
 
 BP: Final = "BP"
 CHECKPOINTED: Final = "BP, checkpointed"
+ACCUMULATED: Final = "BP, accumulated"
+CHUNKS: Final = 4
+"""Into which a micro-batch is cut whose gradients are accumulated; smaller ones into chunks of one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class MemoryPoint:
     """One chain, one way to train it."""
 
     method: str
-    """"BP", "BP, checkpointed", or the name of a local rule."""
+    """"BP", "BP, checkpointed", "BP, accumulated", or the name of a local rule."""
     depth: int
     """Equal blocks, without the output layer."""
     activation_bytes: int

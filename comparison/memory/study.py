@@ -19,7 +19,15 @@ import torch
 from unlocked.comparison.memory.allocations import count_steps
 from unlocked.comparison.memory.chain import build_chain
 from unlocked.comparison.memory.page import memory_section
-from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryPoint, MemoryStudy
+from unlocked.comparison.memory.results import (
+    ACCUMULATED,
+    BP,
+    CHECKPOINTED,
+    CHUNKS,
+    ChainSettings,
+    MemoryPoint,
+    MemoryStudy,
+)
 from unlocked.comparison.report.figures import require_plotting
 from unlocked.comparison.report.sections import Headline, render
 from unlocked.rules import LOCAL_RULES
@@ -35,12 +43,15 @@ def measure(method: str, depth: int, settings: ChainSettings) -> MemoryPoint:
     """Trains one chain and counts.
 
     Args:
-        method: "BP", "BP, checkpointed" (every sqrt(depth) blocks keep their input only and compute again), or a rule.
+        method: "BP", "BP, checkpointed" (every sqrt(depth) blocks keep their input only and compute again),
+            "BP, accumulated" (the gradients of a quarter of the batch at a time are added up), or a rule.
     """
     device = torch.device(settings.device)
     # Before the counting begins: what building tries out is no part of training.
     stage, x, labels = build_chain(method, depth, settings, device)
-    found = count_steps(stage, x, labels, steps=settings.steps, end_to_end=method in (BP, CHECKPOINTED))
+    chunks = CHUNKS if method == ACCUMULATED else 1
+    end_to_end = method in (BP, CHECKPOINTED, ACCUMULATED)
+    found = count_steps(stage, x, labels, steps=settings.steps, end_to_end=end_to_end, chunks=chunks)
     return MemoryPoint(
         method=method,
         depth=depth,
@@ -96,7 +107,7 @@ class MemoryOptions:
         (4, 8, 16, 32, 64, 128, 256), "blocks of the chains: two numbers or more", at_least=1, at_most=65536
     )
     training_mode: tuple[str, ...] = setting(
-        ("LLS",), "local rules, beside BP with and without checkpoints", choices=LOCAL_RULES
+        ("LLS",), "local rules, beside BP, BP with checkpoints and BP with accumulated gradients", choices=LOCAL_RULES
     )
     output: Path = setting(Path("runs/comparison"), "folder for memory.json, .csv and .html", place="new folder")
 
@@ -133,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The study on the command line: a table, the slopes, and a page."""
     options = parse(arguments)
     require_plotting()
-    methods = [BP, CHECKPOINTED, *options.training_mode]
+    methods = [BP, CHECKPOINTED, ACCUMULATED, *options.training_mode]
     study = run_memory_study(options.chain, sorted(set(options.depths)), methods)
     print(*describe_slopes(study), sep="\n")
     write_memory_study(study, options.output)

@@ -65,6 +65,7 @@ def _run_row(contender: Contender, run: Run | None) -> dict[str, object]:
         row[f"{part}_seconds_per_step"] = " ".join(repr(getattr(split, part)) for split in run.split)
     return row | {
         "peak_memory_bytes": " ".join(map(str, run.peak_memory_bytes)),
+        "base_memory_bytes": " ".join(map(str, run.base_memory_bytes)),
         "bubble_share": run.bubble_share,
         "energy_joules": run.energy_joules,
         "test_acc1": run.test_acc1,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unlocked.comparison.report import charts
+from unlocked.comparison.report.layers import CAPTION, LayerAccuracies, layers_charts
 from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.report.verdict import verdict
 from unlocked.comparison.results import Report, Spread
@@ -26,6 +27,7 @@ def write_page(report: Report, path: Path, *, studies: Sequence[Section] = ()) -
     sections = [
         _throughput_section(report),
         _accuracy_section(report),
+        _layers_section(report),
         _split_section(report),
         _timeline_section(report),
         _logged_section(report),
@@ -43,12 +45,21 @@ def _throughput_section(report: Report) -> Section | None:
     picture = charts.throughput_chart(report)
     if picture is None:
         return None
-    head = ["contender", "images/s", "slowest to fastest", "runs", "bubbles", "peak memory, MiB", "J/image"]
+    head = [
+        "contender",
+        "images/s",
+        "slowest to fastest",
+        "runs",
+        "bubbles",
+        "peak memory, MiB",
+        "of that its own",
+        "J/image",
+    ]
     has_energy = any(c.joules_per_image is not None for c in report.contenders)
     rows = []
     for c in report.measured:
-        memory = " + ".join(f"{size / 2**20:,.0f}" for size in c.peak_memory_bytes) or _NONE
-        row = [c.name, *_median_and_range(c.images_per_second), _percent(c.bubble_share), memory]
+        memory = [_mebibytes(c.peak_memory_bytes), _mebibytes(c.own_memory_bytes)]
+        row = [c.name, *_median_and_range(c.images_per_second), _percent(c.bubble_share), *memory]
         rows.append([*row, _number(c.joules_per_image, "{:.4f}")] if has_energy else row)
     return Section(
         key="throughput",
@@ -56,11 +67,15 @@ def _throughput_section(report: Report) -> Section | None:
         paragraphs=(
             "Training only. The contenders' runs took turns, so that a machine that drifts favours nobody. Memory is "
             + ("what torch allocated" if report.settings.device.startswith("cuda") else "each process's resident set")
-            + ".",
+            + ", at its highest, one figure per process; its own is what libraries and data leave of it.",
         ),
         pictures=(picture,),
         tables=(Table(caption="Throughput", head=head if has_energy else head[:-1], rows=rows),),
     )
+
+
+def _mebibytes(sizes: Sequence[int]) -> str:
+    return " + ".join(f"{size / 2**20:,.0f}" for size in sizes) or _NONE
 
 
 def _accuracy_section(report: Report) -> Section | None:
@@ -92,6 +107,21 @@ def _accuracy_section(report: Report) -> Section | None:
             ),
         ),
     )
+
+
+def _layers_section(report: Report) -> Section | None:
+    """Of the first run of every local rule: what runs it makes no difference."""
+    found: dict[str, LayerAccuracies] = {}
+    for contender in report.measured:
+        runs = [run for run in contender.accuracy_runs if run.epochs and len(run.epochs[-1].layer_acc1) > 1]
+        if runs and contender.family not in found:
+            epochs = runs[0].epochs
+            first = dict(epochs[0].layer_acc1) if len(epochs) > 1 else None
+            found[contender.family] = LayerAccuracies(last=dict(epochs[-1].layer_acc1), first=first)
+    pictures = layers_charts(found, "report")
+    if not pictures:
+        return None
+    return Section(key="layers", title="Which layer has learned what", paragraphs=(CAPTION,), pictures=tuple(pictures))
 
 
 def _split_section(report: Report) -> Section | None:

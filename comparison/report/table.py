@@ -41,7 +41,7 @@ def _speed_table(report: Report) -> Table:
     first = next((c for c in report.measured if c.family == "BP" and c.engine == "sequential"), report.measured[0])
     base = first.images_per_second
     has_energy = any(contender.joules_per_image for contender in report.measured)
-    columns = ["images/s", "lowest to highest", "x", "peak MiB", *(["mJ/image"] if has_energy else [])]
+    columns = ["images/s", "lowest to highest", "x", "own MiB", *(["mJ/image"] if has_energy else [])]
     table = _table(f"Speed (x: times {first.name})", *columns)
     for contender in report.measured:
         rate, energy = contender.images_per_second, contender.joules_per_image
@@ -51,7 +51,7 @@ def _speed_table(report: Report) -> Table:
             f"{rate.median:,.0f}",
             f"{rate.low:,.0f} to {rate.high:,.0f}" if rate.count > 1 else "",
             f"{rate.median / base.median:.2f}" if base else "",
-            " + ".join(f"{peak / 2**20:,.0f}" for peak in contender.peak_memory_bytes),
+            "+".join(f"{size / 2**20:,.0f}" for size in contender.own_memory_bytes) or "-",
         ]
         table.add_row(*cells, *([f"{1000 * energy.median:.2f}" if energy else "-"] if has_energy else []))
     return table

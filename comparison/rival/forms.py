@@ -10,7 +10,8 @@ from unlocked.runtime.schedules.partition import partition
 __all__ = ["CHUNKS", "balanced_parts", "forms_to_try"]
 
 CHUNKS = (1, 2, 4, 8)
-"""Into which a micro-batch is cut, where nothing else is asked for. One chunk is for GPipe alone: all others refuse."""
+"""Into which a micro-batch is cut, where nothing else is asked for. One chunk is for GPipe and PipeDream: all others
+refuse."""
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -21,7 +22,8 @@ def forms_to_try(
     """All chunk counts on the split that balances backpropagation's own costs, and on LLS's split where it differs.
 
     Args:
-        chunks: chunk counts, tried as they are; None: those of `CHUNKS` that the schedule may take.
+        chunks: chunk counts, tried as they are; None: those of `CHUNKS` that the schedule may take. PipeDream takes
+            micro-batches whole.
 
     Raises:
         ValueError: the network has fewer layers than the schedule needs stages.
@@ -37,7 +39,9 @@ def forms_to_try(
         splits = [_as_parts(partition(measure, stages)) for measure in (costs.backpropagation, costs.local)]
     else:
         splits = [balanced_parts(costs.backpropagation, schedule, processes)]
-    if chunks is None:
+    if schedule == "PipeDream":
+        chunks = [1]
+    elif chunks is None:
         fewest = 1 if schedule == "GPipe" else processes
         chunks = [n for n in CHUNKS if n >= fewest and batch_size % n == 0]
     return [Form(chunks=n, parts=parts) for parts in dict.fromkeys(splits) for n in chunks]

@@ -192,6 +192,9 @@ class BpPipeline:
             self.loss += torch.stack(losses).detach().mean() * item.size
         clock.step += 1
 
+    def finish(self) -> None:
+        """Nothing is in flight between two micro-batches."""
+
     def warm_up(self, items: Sequence[Item]) -> None:
         """Opens connections and chooses kernels: runs the items, then puts weights and optimizer back."""
         saved = {s: {k: v.clone() for k, v in m.state_dict().items()} for s, m in self.modules.items()}

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unlocked.comparison.contenders import ASYNCHRONOUS
 from unlocked.comparison.meter import Meter, reset_peak_memory
 from unlocked.comparison.request import Form, RankAnswer, Request, load_data
 from unlocked.comparison.results import EpochFigures, Trial
+from unlocked.comparison.rival.asynchronous import AsynchronousPipeline
 from unlocked.comparison.rival.pipeline import BpPipeline, Clock
 from unlocked.data import ImageDataset
 from unlocked.kernels.images import load_batch
@@ -25,6 +27,7 @@ from unlocked.runtime.machine import peak_memory_bytes
 from unlocked.runtime.network import Network, build_network
 from unlocked.runtime.recipe import make_model, make_optimizer
 from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.actions import Item
 from unlocked.workers.source import BatchSource
 
@@ -38,7 +41,7 @@ def train_pipeline(request: Request) -> RankAnswer:
     """Trains as the recipe says; the counterpart of an engine's run."""
     with _process_group(request) as device:
         train, test = load_data(request.data)
-        reset_peak_memory()
+        base_memory = reset_peak_memory(device)
         began = time.perf_counter()
         prepare_process()
         assert request.form is not None
@@ -54,10 +57,12 @@ def train_pipeline(request: Request) -> RankAnswer:
         meter.begin()
         began = time.perf_counter()
         epochs, images = _follow(plan, pipeline, began)
+        pipeline.finish()
         _synchronize(device)
         seconds = time.perf_counter() - began
         busy: list[float] = [0.0] * dist.get_world_size()
         dist.all_gather_object(busy, clock.busy / seconds)
+        weights = pipeline.weights() if isinstance(pipeline, AsynchronousPipeline) else None
         names = network.names
         return RankAnswer(
             steps=plan.train_steps,
@@ -69,7 +74,9 @@ def train_pipeline(request: Request) -> RankAnswer:
             busy=tuple(busy) if device.type == "cpu" else None,
             is_split=device.type == "cpu",
             peak_memory_bytes=peak_memory_bytes(device),
+            base_memory_bytes=base_memory,
             energy_joules=meter.energy_joules(),
+            weights_sha256=None if weights is None else weights_digest(weights.items()),
             stages=tuple(tuple(names[start:stop]) for start, stop in request.form.parts),
             epochs=tuple(epochs),
             spans=tuple(clock.spans),
@@ -85,7 +92,7 @@ def try_forms(request: Request) -> RankAnswer:
         source = _source(request, train, test, device)
         plan = request.recipe.plan(train, test)
         steps = [item for item in plan if item.kind == "train" and item.size == plan.batch_size]
-        pipelines: dict[Form, BpPipeline] = {}
+        pipelines: dict[Form, BpPipeline | AsynchronousPipeline] = {}
         reasons: dict[Form, str] = {}
         for form in request.forms:
             try:
@@ -101,6 +108,7 @@ def try_forms(request: Request) -> RankAnswer:
                 began = time.perf_counter()
                 for item in steps:
                     pipeline.train(item)
+                pipeline.finish()
                 dist.barrier()
                 rate = sum(item.size for item in steps) / (time.perf_counter() - began)
                 rates[form] = max(rate, rates.get(form, 0.0))
@@ -192,9 +200,21 @@ def _source(request: Request, train: ImageDataset, test: ImageDataset, device: t
     )
 
 
-def _pipeline(request: Request, form: Form, network: Network, source: BatchSource, clock: Clock) -> BpPipeline:
+def _pipeline(
+    request: Request, form: Form, network: Network, source: BatchSource, clock: Clock
+) -> BpPipeline | AsynchronousPipeline:
     optimizer = make_optimizer(request.recipe)
     schedule = request.spec.engine_name
+    if schedule in ASYNCHRONOUS:
+        return AsynchronousPipeline(
+            network,
+            schedule=schedule,
+            form=form,
+            optimizer=optimizer,
+            source=source,
+            clock=clock,
+            timeout=request.timeout,
+        )
     return BpPipeline(network, schedule=schedule, form=form, optimizer=optimizer, source=source, clock=clock)
 
 
@@ -207,7 +227,9 @@ def _one_of_each_size(plan: StreamPlan) -> list[Item]:
     return [item for item in sizes.values() for _ in range(2)]
 
 
-def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[EpochFigures], int]:
+def _follow(
+    plan: StreamPlan, pipeline: BpPipeline | AsynchronousPipeline, began: float
+) -> tuple[list[EpochFigures], int]:
     """Runs the whole stream; the evaluated epochs (without evaluation the last one), and the training images."""
     epochs: list[EpochFigures] = []
     images = 0
@@ -240,7 +262,7 @@ def _follow(plan: StreamPlan, pipeline: BpPipeline, began: float) -> tuple[list[
     return epochs, images
 
 
-def _sums_of_last_stage(pipeline: BpPipeline) -> list[float]:
+def _sums_of_last_stage(pipeline: BpPipeline | AsynchronousPipeline) -> list[float]:
     """Training loss, evaluation loss, correct answers, summed over samples: known to the last stage's process, told
     to all."""
     sums = torch.cat([pipeline.loss[None], pipeline.scores])

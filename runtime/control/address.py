@@ -1,12 +1,10 @@
-"""Where the coordinator listens, and how the workers learn of it."""
+"""How the workers of a run reach its coordinator, and how each side knows the other: CurveZMQ with keys made per run.
 
-import contextlib
-import ctypes
-import os
-import secrets
-import socket
-import struct
-import sys
+Nothing secret leaves a process: the coordinator's public key travels with its address, a worker's own public key to the
+coordinator, both through the store at which the run's processes meet. Without them there is no handshake, and behind
+it all is encrypted (RFC 26, CurveZMQ).
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +12,41 @@ import zmq
 
 from unlocked.runtime.control.messages import MAX_FRAME_BYTES, pack
 
-__all__ = ["Address", "Door", "Post", "listen"]
+__all__ = ["Address", "KeyPair", "Post", "dial"]
 
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
+_KEY_LENGTH = 40  # of 32 bytes in Z85 (RFC 32)
+_TRANSPORTS = ("tcp://", "ipc://")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """One process's long-term keys in a run, as Z85 text of 40 characters."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def new(cls) -> "KeyPair":
+        """Raises:
+        ValueError: this machine's ZeroMQ was built without CURVE.
+        """
+        if not zmq.has("curve"):
+            raise ValueError(
+                "the installed libzmq has no CURVE, by which workers and coordinator know each other; install pyzmq "
+                "from PyPI (pip install --force-reinstall pyzmq), whose libzmq has it"
+            )
+        return cls(*zmq.curve_keypair())
+
+    def __repr__(self) -> str:  # the secret stays out of logs
+        return f"KeyPair({self.public.decode()})"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the coordinator listens, and the run's token; travels as one string."""
+    """Where the coordinator listens, and its public key; travels as one string."""
 
     endpoint: str
-    token: bytes
-
-    @classmethod
-    def new(cls, endpoint: str) -> "Address":
-        return cls(endpoint, secrets.token_bytes(16))
+    public_key: bytes
 
     @classmethod
     def parse(cls, text: str) -> "Address":
@@ -37,100 +55,53 @@ class Address:
         Raises:
             ValueError: the text is not a coordinator's address.
         """
-        endpoint, _, token = text.partition("#")
+        endpoint, _, key = text.partition("#")
         try:
-            secret = bytes.fromhex(token)
-        except ValueError:
-            secret = b""
-        if not endpoint.startswith("tcp://") or not secret:
-            raise ValueError(f"{endpoint!r} is not a coordinator's address; valid: tcp://HOST:PORT#TOKEN")
-        return cls(endpoint, secret)
+            if len(key) != _KEY_LENGTH:
+                raise ValueError
+            zmq.curve_public(key.encode())  # takes any key apart
+        except (ValueError, zmq.ZMQError):
+            key = ""
+        if not endpoint.startswith(_TRANSPORTS) or not key:
+            raise ValueError(f"{endpoint!r} is not a coordinator's address; valid: tcp://HOST:PORT#KEY, ipc://PATH#KEY")
+        return cls(endpoint, key.encode())
 
     def __str__(self) -> str:
-        return f"{self.endpoint}#{self.token.hex()}"
+        return f"{self.endpoint}#{self.public_key.decode()}"
 
-    def __repr__(self) -> str:  # the token stays out of logs
+    def __repr__(self) -> str:
         return f"Address({self.endpoint})"
 
 
-class Door:
-    """The port of a bound socket. Open at first."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-
-    def close(self) -> None:
-        """Nobody new comes in, so that no stranger takes a descriptor of this process; who is in, stays. Idempotent.
-
-        Only Linux can do that without ZeroMQ's knowledge, whose own way would end the connections as well: a filter
-        that drops every packet to the listening socket.
-        """
-        if self._listener.fileno() >= 0 and sys.platform == "linux":
-            drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K with 0 bytes kept
-            program = struct.pack("HL", 1, ctypes.addressof(drop))  # struct sock_fprog
-            with contextlib.suppress(OSError):
-                self._listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-
-    def open(self) -> None:
-        """Who comes in place of a worker that has died may come in. Idempotent."""
-        if self._listener.fileno() >= 0 and sys.platform == "linux":
-            with contextlib.suppress(OSError):  # it is open
-                self._listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-
-    def remove(self) -> None:
-        """The port is given back, once ZeroMQ has left it too. Idempotent."""
-        self._listener.close()
-
-
-def listen(
-    context: "zmq.Context[Any]", host: str, port: int, advertise: str | None
-) -> tuple["zmq.Socket[Any]", str, Door]:
-    """A bound ROUTER socket, the endpoint that workers connect to, and its door; see `Coordinator` for the arguments.
-
-    Raises:
-        ValueError: the port is taken, or the host is not this machine's.
-    """
-    router = context.socket(zmq.ROUTER)
-    listener: socket.socket | None = None
-    try:
-        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        ip = str(resolved[0])
-        listener = socket.create_server(resolved[:2], family=family, backlog=1024)
-        port = listener.getsockname()[1]
-        numeric = f"[{ip}]" if family == socket.AF_INET6 else ip
-        router.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection then fails instead of vanishing
-        router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        router.setsockopt(zmq.SNDHWM, 0)  # bounded by the heartbeat timeout: a few pings and grants per worker
-        router.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))  # ZeroMQ closes this one
-        router.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # milliseconds: a stranger who says nothing then goes
-        router.bind(f"tcp://{numeric}:{port}")
-    except (OSError, zmq.ZMQError) as error:
-        router.close(linger=0)
-        if listener is not None:
-            listener.close()
-        if error.errno == zmq.EADDRINUSE:
-            text = f"port {port} on {host} is taken; pass --coordinator-port 0 for any free one"
-        else:
-            text = f"the coordinator can't listen on host {host!r}, port {port}: {error}; give this machine's address"
-        raise ValueError(text) from error
-    wildcard = numeric in ("0.0.0.0", "[::]")
-    reachable = advertise or (socket.gethostname() if wildcard else numeric)
-    if ":" in reachable and not reachable.startswith("["):
-        reachable = f"[{reachable}]"
-    return router, f"tcp://{reachable}:{port}", Door(listener)
+def dial(context: "zmq.Context[Any]", address: Address, keys: KeyPair) -> tuple["zmq.Socket[Any]", "zmq.Socket[Any]"]:
+    """A DEALER that connects to the coordinator, and its monitor, which tells when the connection has dropped."""
+    dealer = context.socket(zmq.DEALER)
+    # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
+    monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    dealer.setsockopt(zmq.IPV6, int("[" in address.endpoint))
+    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    dealer.setsockopt(zmq.CURVE_SERVERKEY, address.public_key)
+    dealer.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+    dealer.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    dealer.connect(address.endpoint)
+    return dealer, monitor
 
 
 class Post:
     """What goes out of a ROUTER socket; used in its thread."""
 
-    def __init__(self, router: "zmq.Socket[Any]", token: bytes) -> None:
-        self._router, self._token = router, token
+    def __init__(self, router: "zmq.Socket[Any]") -> None:
+        self._router = router
+        self._latest: tuple[Any, bytes] = (None, b"")
 
     def send(self, identity: bytes, message: Any) -> bool:
         """False if the connection is gone. A connection that is congested loses the message."""
+        # One message often goes to everybody: it is packed once.
+        if self._latest[0] is not message:
+            self._latest = (message, pack(message))
         try:
-            self._router.send_multipart([identity, *pack(self._token, message)], zmq.DONTWAIT)
+            self._router.send(identity, zmq.DONTWAIT | zmq.SNDMORE)
+            self._router.send(self._latest[1], zmq.DONTWAIT)
         except zmq.Again:
             return True
         except zmq.ZMQError as error:

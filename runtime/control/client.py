@@ -16,7 +16,7 @@ import msgpack
 import zmq
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.address import Address, KeyPair, dial
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
 
@@ -41,6 +41,7 @@ class CoordinatorClient:
         heartbeat_timeout: seconds without a sign of the coordinator after which it counts as lost.
         start_timeout: seconds for all workers to be there.
         incarnation: which of the stage's workers this is; 0 is the first.
+        keys: this process's, whose public one the coordinator admits; default: new ones.
 
     Raises:
         ValueError: `address` is malformed.
@@ -58,8 +59,9 @@ class CoordinatorClient:
         heartbeat_timeout: float = 30.0,
         start_timeout: float = 120.0,
         incarnation: int = 0,
+        keys: KeyPair | None = None,
     ) -> None:
-        self._address = Address.parse(address)
+        self._address, self._keys = Address.parse(address), keys or KeyPair.new()
         self.stage = stage
         self._rank, self._layers = stage if rank is None else rank, tuple(layers)
         self._on_abort = on_abort
@@ -87,6 +89,8 @@ class CoordinatorClient:
         """How often the links at this stage were formed anew, by the stage that they lead into."""
         self.saved = 0
         """The position of the latest snapshot in which the coordinator has counted this stage's part."""
+        self.clock_ahead = 0.0
+        """Seconds by which this machine's clock is ahead of the coordinator's; 0 where that may be the way's delay."""
         self.kept = 0
         """Micro-batches of the outgoing edge that the next stage will never ask for again."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -280,17 +284,11 @@ class CoordinatorClient:
     def _run(self) -> None:
         abort: str | None = None
         context = zmq.Context()
-        dealer = context.socket(zmq.DEALER)
-        # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
-        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        dealer, monitor = dial(context, self._address, self._keys)
         try:
-            dealer.setsockopt(zmq.IPV6, int("[" in self._address.endpoint))
-            dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_FRAME_BYTES)
-            dealer.connect(self._address.endpoint)
-            try:
-                abort = self._serve(dealer, monitor)
-            except Exception as error:  # our own bug, but the main thread must not wait for ever
-                abort = f"{self.name}: its coordinator client broke: {type(error).__name__}: {error}"
+            abort = self._serve(dealer, monitor)
+        except Exception as error:  # our own bug, but the main thread must not wait for ever
+            abort = f"{self.name}: its coordinator client broke: {type(error).__name__}: {error}"
         finally:
             dealer.disable_monitor()
             monitor.close(linger=0)  # an open socket would make term() wait for ever
@@ -359,7 +357,7 @@ class CoordinatorClient:
             while True:
                 frames = dealer.recv_multipart(zmq.DONTWAIT)
                 with contextlib.suppress(m.MessageError):
-                    received.append(m.unpack(self._address.token, frames))
+                    received.append(m.unpack(frames))
         return received
 
     def _take(self, message: Any) -> None:
@@ -367,6 +365,7 @@ class CoordinatorClient:
             if isinstance(message, m.Start):
                 self._start, self._granted = message, max(self._granted, message.first)
                 self.saved = max(self.saved, message.saved)
+                self.clock_ahead = message.clock_ahead(time.time())
             elif isinstance(message, m.SnapshotSeen):
                 self.saved = max(self.saved, message.position)
             elif isinstance(message, m.Grant):
@@ -389,7 +388,7 @@ class CoordinatorClient:
         """Sends what the socket takes; the rest stays for the next round."""
         with contextlib.suppress(zmq.Again):
             while outbox:
-                dealer.send_multipart(m.pack(self._address.token, outbox[0]), zmq.DONTWAIT)
+                dealer.send(m.pack(outbox[0]), zmq.DONTWAIT)
                 outbox.popleft()
 
     def _send_progress(self, dealer: "zmq.Socket[Any]", full: bool) -> None:
@@ -397,4 +396,4 @@ class CoordinatorClient:
         progress, self._latest_progress = self._latest_progress, None
         if progress is not None and not full:
             with contextlib.suppress(zmq.Again):
-                dealer.send_multipart(m.pack(self._address.token, m.Progress(progress=progress)), zmq.DONTWAIT)
+                dealer.send(m.pack(m.Progress(progress=progress)), zmq.DONTWAIT)

@@ -12,13 +12,15 @@ from typing import Any
 import zmq
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address, Post, listen
+from unlocked.runtime.control.address import Post
 from unlocked.runtime.control.callbacks import CallbackThread
 from unlocked.runtime.control.edge_book import EdgeBook
+from unlocked.runtime.control.entrance import Entrance, most_connections
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.ledger import Ledger
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.member import Member, Roster
+from unlocked.runtime.control.pulse import Pulse
 from unlocked.runtime.control.recoveries import Recoveries
 from unlocked.runtime.control.windows import EpochGate, WindowPolicy
 from unlocked.runtime.metrics.records import EpochResult, Recovery
@@ -26,9 +28,6 @@ from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.schedules.marks import TimedMarks
 
 __all__ = ["Coordinator"]
-
-PING_SECONDS = 0.25
-"""Every ping tells the workers that the coordinator lives, and finds out whose connection is gone."""
 
 
 class Coordinator:
@@ -38,8 +37,11 @@ class Coordinator:
         stages: the layer names of each stage, in order; a worker that reports other layers fails the run.
         total: length of the stream; `first` is where it starts (above 0 after a resume).
         queue_depth: of the edges between stages; sets the smallest window.
-        host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one.
+        host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one; or
+            `ipc://PATH`, a socket in the file system.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
+        admits: whether a public key (Z85) is that of one of the run's processes; default: whoever knows `address` is.
+            Called in the coordinator's thread, so it must not wait.
         gate: holds the stream back at the ends of epochs, where a learning rate waits for the test loss.
         marks: where the run saves itself by the clock.
         sink: receives progress, steps, epochs and messages, in a thread of the coordinator's.
@@ -63,6 +65,7 @@ class Coordinator:
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
+        admits: Callable[[bytes], bool] = lambda _: True,
         gate: EpochGate | None = None,
         marks: TimedMarks | None = None,
         sink: MetricsSink | None = None,
@@ -85,33 +88,39 @@ class Coordinator:
         self._changed, self._mailbox = threading.Condition(), Mailbox()
         self._context = zmq.Context()
         try:
-            self._socket, endpoint, self._door = listen(self._context, host, port, advertise)
+            most = most_connections(len(stages))
+            self._entrance = Entrance(self._context, host, port, advertise, most=most, admits=admits)
         except ValueError:
             self._context.term()
             self._mailbox.close()
             raise
-        self._address = Address.new(endpoint)
+        self._socket, self._door = self._entrance.socket, self._entrance.door
         self._callbacks = CallbackThread(self._callback_failed)
         self._callback_error: str | None = None
-        self._send = Post(self._socket, self._address.token).send
+        self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
-        how: dict[str, Any] = {"on_recovery": self._recovered, "build_seconds": start_timeout, "door": self._door}
+        how: dict[str, Any] = {"on_recovery": self._recovered, "hello_seconds": heartbeat_timeout, "door": self._door}
         self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
         self._edges = EdgeBook(self._roster, self._send)
-        self._next_ping = 0.0
+        self._pulse = Pulse(self._roster, self._failures, self._recoveries, self._send, heartbeat_timeout)
         self._running, self._complete = True, False
         self.stopped: m.Stop | None = None
         """Set once an orderly stop was ordered: the final position and the signal."""
         self.recoveries: list[Recovery] = []
-        """Of workers that died, in order."""
+        """Of workers, in order."""
         self.ignored_frames = 0
-        """Frames from strangers and malformed ones."""
+        """Messages that were malformed, or not a worker's."""
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
 
     @property
     def address(self) -> str:
-        """What `CoordinatorClient` needs: endpoint and token. Hand it to the run's workers only."""
-        return str(self._address)
+        """What `CoordinatorClient` needs: endpoint and public key."""
+        return str(self._entrance.address)
+
+    @property
+    def strangers(self) -> int:
+        """Connections that failed in the handshake, or are still in it."""
+        return self._entrance.strangers
 
     @property
     def epochs(self) -> list[EpochResult]:
@@ -153,9 +162,7 @@ class Coordinator:
             if self.first_failure is not None:
                 raise m.RunFailed(self.first_failure)
             if not done:
-                missing = ", ".join(
-                    self._roster.name(s) for s in range(len(self._stages)) if s not in self._ledger.results
-                )
+                missing = ", ".join(self._roster.name(s) for s in self._ledger.unfinished)
                 raise TimeoutError(f"coordinator: no final results after {timeout:g} s from {missing}")
         if not self._callbacks.drain(timeout):
             raise TimeoutError(f"coordinator: metrics sinks or the snapshot callback still run after {timeout:g} s")
@@ -181,13 +188,14 @@ class Coordinator:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        self._entrance.register(poller)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         self._ticked = time.monotonic()
         self._start_deadline = self._ticked + self._start_timeout
         try:
             while self._running:
                 poller.poll(50 if self._failures.pending or self._recoveries.pending else 250)
+                self._entrance.serve()
                 self._receive()
                 for order in self._mailbox.drain():
                     self._obey(order)
@@ -201,7 +209,7 @@ class Coordinator:
 
     def _shut(self) -> None:
         self._door.remove()
-        self._socket.close(linger=1000)
+        self._entrance.close(linger=1000)
         self._context.term()
         self._mailbox.close()
 
@@ -212,7 +220,7 @@ class Coordinator:
             except zmq.Again:
                 return
             try:
-                message = m.unpack(self._address.token, frames)
+                message = m.unpack(frames)
                 handler = _HANDLERS.get(type(message))
                 member = self._roster.find(identity)
                 if isinstance(message, m.Hello | m.Supervise):
@@ -237,8 +245,7 @@ class Coordinator:
         elif isinstance(order, m.Abort):
             self._failures.fail(order.message)
         elif isinstance(order, EpochResult) and self._gate is not None:  # it has been heard of
-            if (text := self._gate.observe(order.epoch, order.eval_loss)) is not None:
-                self._callbacks.post(self._sink.on_message, text)
+            self._say(self._gate.observe(order.epoch, order.eval_loss))
             self._policy.limit = self._gate.limit
             self._extend()
 
@@ -248,38 +255,26 @@ class Coordinator:
             self._failures.fail(
                 f"{self._roster.name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
             )
-        if now >= self._next_ping:
-            self._next_ping = now + PING_SECONDS
-            self._ping(now)
+        if not self._complete:  # else whoever leaves may
+            self._pulse.tick(now, self._policy.granted)
         if not self._roster.is_complete and now > self._start_deadline:
             missing = ", ".join(self._roster.missing)
             self._failures.fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
         self._failures.tick(now)
         self._recoveries.tick(now)
 
-    def _ping(self, now: float) -> None:
-        silence = f"no heartbeat for {self._heartbeat_timeout:g} s"
-        for member in self._roster.everybody():
-            is_worker = isinstance(member.hello, m.Hello)
-            if member.gone:
-                continue
-            if not self._send(member.identity, m.Beat(position=self._policy.granted)):
-                (self._recoveries.gone if is_worker else self._failures.lost)(member, "its connection closed")
-            elif now - member.heard > self._heartbeat_timeout:
-                (self._recoveries.silent if is_worker else self._failures.lost)(member, silence)
-
     def _hello(self, identity: bytes, hello: m.Hello | m.Supervise) -> None:
         member = Member(identity, hello, time.monotonic(), self._first)
-        if self.first_failure is not None:
-            self._send(identity, m.Abort(message=self.first_failure))
+        if isinstance(hello, m.Hello) and self._recoveries.is_late(hello):
             return
-        problem = self._roster.problem(member)
+        problem = self.first_failure or self._roster.problem(member)
         if problem:
             self._send(identity, m.Abort(message=problem))
-            self._failures.fail(problem)
+            self._failures.fail(problem)  # unless there is a first cause already
             return
         started = self._roster.is_complete
         self._roster.add(member)
+        self._recoveries.met(member)
         if started:
             self._recoveries.came_back(member)
             self._edges.came_back(member)  # before its start: its links of before are not to be tried
@@ -293,14 +288,14 @@ class Coordinator:
 
     def _begin(self, member: Member) -> None:
         saved = self._ledger.saved(member.hello.stage)
-        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved))
+        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved, clock=time.time()))
         self._send(member.identity, self._grant())
         if self.stopped:
             self._send(member.identity, self.stopped)
 
     def _recovered(self, recovery: Recovery) -> None:
         self.recoveries.append(recovery)
-        self._callbacks.post(self._sink.on_message, recovery.told(self._roster.name(recovery.stage)))
+        self._say(recovery.told(self._roster.name(recovery.stage)))
 
     def _beat(self, member: Member, beat: m.Beat | m.Need) -> None:
         self._advance(member, beat.position)
@@ -342,6 +337,8 @@ class Coordinator:
         self._send(member.identity, m.ChunkSeen(index=chunk.index))
         if self._ledger.is_finished and not self._complete and self.first_failure is None:
             self._send_all(m.Bye())
+            if self.strangers:
+                self._say(f"{self.strangers} connections to the coordinator were not of this run, and were refused")
             with self._changed:
                 self._complete = True
                 self._changed.notify_all()
@@ -350,13 +347,12 @@ class Coordinator:
         if self.stopped is None:
             self.stopped = m.Stop(position=self._stop_at(self._policy.granted), signal=request.signal)
             source = request.reason or ("the coordinator" if member is None else member.name)
-            text = f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}"
-            self._callbacks.post(self._sink.on_message, text)
+            self._say(f"stopping after position {self.stopped.position} of {self._total}, asked for by {source}")
             self._send_all(self.stopped)
 
     def _failed(self, member: Member, failure: m.Failure) -> None:
         if self._failures.reported(member, failure):
-            self._next_ping = 0.0  # finds out whose connection is gone
+            self._pulse.hurry()  # finds out whose connection is gone
 
     def _advance(self, member: Member, position: int) -> None:
         member.position = max(member.position, position)
@@ -375,6 +371,10 @@ class Coordinator:
     def _callback_failed(self, error: Exception) -> None:
         self._callback_error = f"coordinator: the callback after a snapshot failed: {type(error).__name__}: {error}"
         self.abort(self._callback_error)
+
+    def _say(self, text: str | None) -> None:
+        if text is not None:
+            self._callbacks.post(self._sink.on_message, text)
 
     def _send_all(self, message: Any) -> None:
         for member in self._roster.everybody():

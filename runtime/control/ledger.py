@@ -29,6 +29,11 @@ class Ledger:
         """All payloads are here."""
         return len(self.results) == self._num_stages
 
+    @property
+    def unfinished(self) -> list[int]:
+        """Stages whose payload is not here."""
+        return [stage for stage in range(self._num_stages) if stage not in self.results]
+
     def is_new(self, step: StepResult) -> bool:
         """Takes a reading of the training meters."""
         place, latest = (step.epoch, step.step), self._latest_step

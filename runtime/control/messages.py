@@ -1,10 +1,9 @@
-"""The coordinator's wire format: typed messages, msgpack maps with a protocol version, and the run's token.
+"""The coordinator's wire format: typed messages, a frame each, which is a msgpack map
+`{"v": version, "kind": name, **fields}`.
 
-On the wire a message is two frames: the token (so that strangers are told apart before anything is parsed), and a
-msgpack map `{"v": version, "kind": name, **fields}`.
+Who speaks is settled before anything is parsed, by CurveZMQ's handshake: see `address`.
 """
 
-import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +52,11 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 3
-CHUNK_BYTES = 8 << 20
+PROTOCOL_VERSION = 5
+CHUNK_BYTES = 128 << 10
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
-"""A peer that sends a larger frame is disconnected: nobody can make the coordinator swallow gigabytes."""
+"""A peer that sends a larger frame is disconnected, a stranger during the handshake too: nobody can make the
+coordinator swallow gigabytes."""
 
 
 class MessageError(ValueError):
@@ -102,13 +102,13 @@ class Supervise:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Died:
-    """From a supervisor: its worker has ended without a word, after the items before `position`. `signal`: the one that
-    ended it; None: it left."""
+    """From a supervisor: its worker has ended without a word, after the items before `position`. `again`: the next one
+    would not come to the same end."""
 
     incarnation: int
     position: int
     how: str
-    signal: int | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,6 +216,14 @@ class Start:
     first: int
     total: int
     saved: int = 0
+    clock: float = 0.0
+    """Of the coordinator's machine, in seconds, when it sent this."""
+
+    def clock_ahead(self, now: float) -> float:
+        """Seconds by which a clock that says `now` on arrival is ahead of it; 0 where that may be the way's delay:
+        clocks that are kept by a time server differ by less than a second."""
+        ahead = now - self.clock
+        return ahead if abs(ahead) > 1.0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,23 +289,22 @@ _KINDS: dict[str, type] = {
 }
 
 
-def pack(token: bytes, message: Any) -> list[bytes]:
-    """The two frames of a message."""
-    body = {"v": PROTOCOL_VERSION, "kind": type(message).__name__, **to_plain(message)}
-    return [token, msgpack.packb(body)]
+def pack(message: Any) -> bytes:
+    """The one frame of a message."""
+    return msgpack.packb({"v": PROTOCOL_VERSION, "kind": type(message).__name__, **to_plain(message)})
 
 
-def unpack(token: bytes, frames: Sequence[bytes | memoryview]) -> Any:
-    """The message in two frames.
+def unpack(frames: Sequence[bytes | memoryview]) -> Any:
+    """The message in the one frame.
 
     Raises:
-        VersionError: the token is right, the protocol version is not.
-        MessageError: anything else that is not a well-formed message of this run.
+        VersionError: a message of another protocol version.
+        MessageError: anything else that is not a well-formed message.
     """
-    if len(frames) != 2 or not hmac.compare_digest(bytes(frames[0]), token):
-        raise MessageError("a stranger's frames")
+    if len(frames) != 1:
+        raise MessageError(f"{len(frames)} frames where a message has one")
     try:
-        body = msgpack.unpackb(frames[1], strict_map_key=True)
+        body = msgpack.unpackb(frames[0], strict_map_key=True)
     except Exception as error:  # msgpack documents a family of unrelated exceptions for malformed input
         raise MessageError(f"not msgpack: {error}") from error
     if not isinstance(body, dict):

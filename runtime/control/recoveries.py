@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Door
+from unlocked.runtime.control.entrance import Door
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.member import Member, Roster
 from unlocked.runtime.metrics.records import Recovery
@@ -40,7 +40,7 @@ class Recoveries:
     Args:
         send: takes a connection's identity and a message.
         on_recovery: told of every recovery that has succeeded.
-        build_seconds: that a new worker may take to say hello.
+        hello_seconds: that a worker may take to say hello once it is asked for.
         door: open while one is expected.
     """
 
@@ -51,23 +51,24 @@ class Recoveries:
         *,
         send: Callable[[bytes, Any], bool],
         on_recovery: Callable[[Recovery], object],
-        build_seconds: float,
+        hello_seconds: float,
         door: Door,
     ) -> None:
         self._roster, self._failures = roster, failures
         self.most = 0
         """Recoveries within an hour; a further one ends the run. 0: workers have no supervisors."""
-        self._send, self._on_recovery, self._build_seconds = send, on_recovery, build_seconds
+        self._send, self._on_recovery, self._hello_seconds = send, on_recovery, hello_seconds
         self._door = door
         self._revivals: dict[int, _Revival] = {}
         self._silent_since: dict[int, float] = {}  # stages whose worker's connection has closed
+        self._awaited_since: dict[int, float] = {}  # stages whose supervisor is about to start a worker
         self._times: deque[float] = deque()  # of the last hour's recoveries
         self._places: dict[int, tuple[int, int]] = {}  # stage -> position of its last death, and deaths there
 
     @property
     def pending(self) -> bool:
         """Some stage has no worker just now."""
-        return bool(self._revivals or self._silent_since)
+        return bool(self._revivals or self._silent_since or self._awaited_since)
 
     def died(self, supervisor: Member, message: m.Died) -> None:
         """A supervisor says that its worker has ended."""
@@ -78,10 +79,10 @@ class Recoveries:
         if self._failures.first is not None or worker is None or not self._is_latest(worker, message.incarnation):
             return
         worker.position = max(worker.position, message.position)
-        if message.signal is None:
-            self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {message.how}")
-        else:
+        if message.again:
             self._revive(worker, message.how)
+        else:
+            self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {message.how}")
 
     def gone(self, worker: Member, why: str) -> None:
         """A worker's connection has closed: with a supervisor, that one will say more."""
@@ -96,13 +97,29 @@ class Recoveries:
         """A worker gives no sign of life. Whatever it is about: it won't come back as part of this run."""
         if worker.gone or worker.finished:
             return
-        if not self.most or worker.hello.stage not in self._roster.supervisors:
+        if not self.most or worker.hello.stage not in self._roster.supervisors or not self._roster.is_complete:
             self._failures.lost(worker, why)
         else:
             self._revive(worker, why)
 
+    def is_late(self, hello: m.Hello) -> bool:
+        """Whether this is the hello of a worker that has been replaced meanwhile: of its death its supervisor has told,
+        by another connection, before its own words came."""
+        revival, worker = self._revivals.get(hello.stage), self._roster.workers.get(hello.stage)
+        if revival is not None:
+            return hello.incarnation < revival.incarnation
+        return worker is not None and isinstance(worker.hello, m.Hello) and hello.incarnation < worker.hello.incarnation
+
+    def met(self, member: Member) -> None:
+        """A worker or a supervisor has said hello."""
+        stage = member.hello.stage
+        if isinstance(member.hello, m.Hello):
+            self._awaited_since.pop(stage, None)
+        elif stage not in self._roster.workers:
+            self._awaited_since[stage] = time.monotonic()
+
     def came_back(self, worker: Member) -> None:
-        """A worker has said hello."""
+        """A worker has said hello in the place of another one."""
         self._silent_since.pop(worker.hello.stage, None)
         if not any(worker.gone for worker in self._roster.workers.values()):
             self._door.close()
@@ -131,12 +148,14 @@ class Recoveries:
             if now - since > WORD_SECONDS:
                 del self._silent_since[stage]
                 self._failures.lost(self._roster.workers[stage], "its connection closed")
-        for stage, revival in self._revivals.items():
-            if self._roster.workers[stage].gone and now - revival.began > self._build_seconds:
-                self._failures.fail(
-                    f"{self._roster.name(stage)} is lost: its worker {revival.cause}, and the next one did not report "
-                    f"within {self._build_seconds:g} s"
-                )
+        for stage, since in tuple(self._awaited_since.items()):
+            if now - since > self._hello_seconds:
+                del self._awaited_since[stage]
+                why, worker = f"did not report within {self._hello_seconds:g} s", self._roster.workers.get(stage)
+                if worker is not None:
+                    self._revive(worker, why)
+                else:
+                    self._failures.fail(f"{self._roster.name(stage)} is lost: its worker {why}")
 
     def _is_latest(self, worker: Member, incarnation: int) -> bool:
         """Whether the news is not about a worker that has been replaced."""
@@ -164,6 +183,7 @@ class Recoveries:
             began = now if revival is None else revival.began
             self._revivals[stage] = _Revival(cause, number, began)
             self._silent_since.pop(stage, None)
+            self._awaited_since[stage] = now
             worker.gone, worker.chunks = True, []
             self._door.open()
             self._send(self._roster.supervisors[stage].identity, m.Revive(incarnation=number))

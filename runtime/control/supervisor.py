@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address
+from unlocked.runtime.control.address import Address, KeyPair, dial
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.zygote import Ended, Told, Zygote, how_it_ended
 
@@ -35,10 +35,11 @@ class WorkerEnd:
 
 
 class Supervisor:
-    """Use: construct (the first worker is there already), `open`, `wait_started`, `run`, `close`.
+    """Use: construct, `open`, `await_word`, `wait_started`, `run`, `close`; `look` wherever else this rank waits.
 
     Args:
         address: the coordinator's.
+        keys: this process's, whose public one the coordinator admits.
         stage, rank, layers: whose worker it is; named in all errors.
         position: to which the stage's workers have come.
         on_abort: called when the run is over for a reason outside this rank; ends the process.
@@ -54,6 +55,7 @@ class Supervisor:
         address: str,
         zygote: Zygote,
         *,
+        keys: KeyPair,
         stage: int,
         rank: int,
         layers: Sequence[str],
@@ -62,11 +64,13 @@ class Supervisor:
         heartbeat_interval: float = 1.0,
         heartbeat_timeout: float = 30.0,
     ) -> None:
-        self._address, self._zygote = Address.parse(address), zygote
+        self._address, self._keys, self._zygote = Address.parse(address), keys, zygote
         self.stage, self._rank, self._layers = stage, rank, tuple(layers)
         self._position, self._on_abort = position, on_abort
         self._beat_interval, self._beat_timeout = heartbeat_interval, heartbeat_timeout
         self._mailbox = Mailbox()
+        self._incarnation = 0
+        self._said: dict[str, dict[str, Any]] = {}  # what a worker has said, by the word
         self._end: WorkerEnd | None = None
         self._started = self._bye = False
         self.stopped: m.Stop | None = None
@@ -78,24 +82,21 @@ class Supervisor:
         return m.stage_name(self.stage, self._rank, self._layers)
 
     def open(self) -> None:
-        """Says hello."""
-        self._connection = _Connection(self._address)
+        """Says hello, and starts the first worker."""
+        self._connection = _Connection(self._address, self._keys)
         pid, host = os.getpid(), socket.gethostname()
         self._connection.send(m.Supervise(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        self._zygote.start(self._incarnation)
 
     def await_word(self, what: str) -> dict[str, Any]:
-        """Waits for the first worker to say that, before there is a connection.
+        """Waits for the worker to say that; what comes with it, nothing if the worker has failed."""
+        while what not in self._said and self._end is None:
+            self.look(self._beat_interval)
+        return self._said.get(what, {})
 
-        Raises:
-            _WorkerFailed: it has failed.
-        """
-        while True:
-            for event in self._zygote.events(1.0):
-                if isinstance(event, Told) and event.what == what:
-                    return event.content
-                self._take(event)
-                if self._end is not None:
-                    return {}
+    def look(self, seconds: float) -> None:
+        """Takes what has happened, and waits for it up to `seconds`: for whoever has something else to wait for."""
+        self._turn(seconds)
 
     @property
     def end(self) -> WorkerEnd | None:
@@ -112,12 +113,12 @@ class Supervisor:
         while not (self._started or self._end):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name}: not all processes were there after {timeout:g} s")
-            self._turn()
+            self._turn(self._beat_interval)
 
     def run(self) -> WorkerEnd:
         """Until the stage's work is done, or has failed for good."""
         while not (self._end is not None and (self._bye or self._end.what != "result")):
-            self._turn()
+            self._turn(self._beat_interval)
         return self._end
 
     def request_stop(self, signal: int | None = None) -> None:
@@ -134,14 +135,19 @@ class Supervisor:
 
     # --- one turn of the loop
 
-    def _turn(self) -> None:
+    def _turn(self, seconds: float) -> None:
         connection = self._connection
         assert connection is not None
-        connection.wait([*self._zygote.descriptors(), self._mailbox.fileno()], self._beat_interval)
+        connection.wait([*self._zygote.descriptors(), self._mailbox.fileno()], min(seconds, self._beat_interval))
         for order in self._mailbox.drain():
             connection.send(order)
-        for event in self._zygote.events(0.0):
+        for event in self._zygote_events(0.0):
             self._take(event)
+        if self._zygote.stands_still(self._beat_timeout):
+            self._zygote.give_up()
+            self._lose(
+                f"can't be replaced: the process that it is forked from stood still for {self._beat_timeout:g} s"
+            )
         for message in connection.receive():
             self._obey(message)
         connection.beat(self._beat_interval)
@@ -150,18 +156,37 @@ class Supervisor:
             self._abort(problem)
 
     def _take(self, event: Ended | Told) -> None:
+        if event.incarnation != self._incarnation:
+            return  # one that has been replaced
         if isinstance(event, Told):
             if event.what in ("result", "failure"):
                 self._end = WorkerEnd(event.what, event.content)
-        elif self._end is None or (self._end.what == "result" and event.status < 0 and not self._bye):
-            how = how_it_ended(event.status)
-            if self._started and self._connection is not None:
-                signal = -event.status if event.status < 0 else None
-                self._connection.send(
-                    m.Died(incarnation=event.incarnation, position=self._position(), how=how, signal=signal)
-                )
             else:
-                self._end = WorkerEnd("lost", {"how": how})
+                self._said[event.what] = event.content
+        elif self._end is None or (self._end.what == "result" and event.status < 0 and not self._bye):
+            left = self._said.pop("left", None)
+            if left is not None and not left["cut"] and not self._started:
+                self._end = WorkerEnd("aborted", {"message": left["message"]})
+            elif left is not None and left["cut"]:
+                self._lose("lost its connection to the coordinator", again=True)
+            else:
+                self._lose(how_it_ended(event.status), again=event.status < 0)
+
+    def _lose(self, how: str, *, again: bool = False) -> None:
+        """The worker is gone. Before the run has begun that is the end; then the coordinator decides."""
+        if not self._started or self._connection is None:
+            self._end = WorkerEnd("lost", {"how": how})
+            return
+        died = m.Died(incarnation=self._incarnation, position=self._position(), how=how, again=again)
+        self._connection.send(died)
+
+    def _zygote_events(self, seconds: float) -> list[Ended | Told]:
+        try:
+            return self._zygote.events(seconds)
+        except ChildProcessError:
+            self._zygote.give_up()
+            self._lose("ended with the process that it is forked from")
+            return []
 
     def _obey(self, message: Any) -> None:
         if isinstance(message, m.Start):
@@ -172,6 +197,8 @@ class Supervisor:
             self._bye = True
         elif isinstance(message, m.Revive):
             self._end = None
+            self._said.clear()
+            self._incarnation = message.incarnation
             self._zygote.start(message.incarnation)
         elif isinstance(message, m.Abort):
             assert self._connection is not None
@@ -183,8 +210,8 @@ class Supervisor:
         goes to the caller."""
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         is_there = True
-        while is_there and self._end is None and time.monotonic() < deadline:
-            for event in self._zygote.events(0.05):
+        while is_there and self._zygote.is_there and self._end is None and time.monotonic() < deadline:
+            for event in self._zygote_events(0.05):
                 if isinstance(event, Ended):
                     is_there = False
                 else:
@@ -197,15 +224,10 @@ class Supervisor:
 class _Connection:
     """To the coordinator, in the thread that uses it."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, keys: KeyPair) -> None:
         self._address = address
         self._context = zmq.Context()
-        self._dealer = self._context.socket(zmq.DEALER)
-        # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._dealer.setsockopt(zmq.IPV6, int("[" in address.endpoint))
-        self._dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_FRAME_BYTES)
-        self._dealer.connect(address.endpoint)
+        self._dealer, self._monitor = dial(self._context, address, keys)
         self._waiting: deque[Any] = deque()
         self._heard = self._beaten = self._before = time.monotonic()
         self._stood = 0.0
@@ -224,7 +246,7 @@ class _Connection:
         self._waiting.append(message)
         with contextlib.suppress(zmq.Again):
             while self._waiting:
-                self._dealer.send_multipart(m.pack(self._address.token, self._waiting[0]), zmq.DONTWAIT)
+                self._dealer.send(m.pack(self._waiting[0]), zmq.DONTWAIT)
                 self._waiting.popleft()
 
     def receive(self) -> list[Any]:
@@ -233,7 +255,7 @@ class _Connection:
             while True:
                 frames = self._dealer.recv_multipart(zmq.DONTWAIT)
                 with contextlib.suppress(m.MessageError):
-                    received.append(m.unpack(self._address.token, frames))
+                    received.append(m.unpack(frames))
         now = time.monotonic()
         self._stood, self._before = now - self._before, now
         if received:

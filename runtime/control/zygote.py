@@ -9,11 +9,13 @@ ends, and a worker with the zygote.
 import contextlib
 import ctypes
 import json
+import math
 import os
 import select
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ CAN_FORK = sys.platform == "linux"
 """Workers are tied to their parents by what only Linux has."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LARGEST = 1 << 16  # bytes of one message
+_LEAVE_SECONDS = 2.0  # that it may take to leave with its worker
 _FAVOURITE = "500"  # for the kernel's killer when memory is short: a worker can be replaced, its supervisor can't
 
 
@@ -87,14 +90,26 @@ class Zygote:
         for end in (theirs, workers, await_go):
             end.close()
         self._line.setblocking(False)
+        self._ordered = math.inf  # when a worker was asked for that has not been started yet
+        self.is_there = True
+        """False once it has been given up."""
 
     def descriptors(self) -> list[int]:
         """Readable when there may be `events`."""
-        return [self._orders.fileno(), self._line.fileno()] if self._pid else []
+        return [self._orders.fileno(), self._line.fileno()] if self._pid and self.is_there else []
 
     def start(self, incarnation: int) -> None:
         """Ends whatever worker there is and starts the next one. Returns at once."""
+        self._ordered = time.monotonic()
         self._order("start", incarnation)
+
+    def stands_still(self, seconds: float) -> bool:
+        """Whether it has not started a worker within so many seconds of the order."""
+        return self.is_there and time.monotonic() - self._ordered > seconds
+
+    def give_up(self) -> None:
+        """Nothing is expected of it any more."""
+        self.is_there = False
 
     def end_worker(self) -> None:
         """Kills the worker, if there is one. Returns at once."""
@@ -111,6 +126,9 @@ class Zygote:
         Raises:
             ChildProcessError: the zygote itself is gone.
         """
+        if not self.is_there:
+            time.sleep(timeout)
+            return []
         ready = _readable(self.descriptors(), timeout)
         found: list[Ended | Told] = []
         ended = self._orders.fileno() in ready
@@ -124,7 +142,10 @@ class Zygote:
             if not message:
                 raise ChildProcessError("the process that starts this stage's workers is gone")
             words = json.loads(message)
-            found.append(Ended(words["incarnation"], words["content"]["status"]))
+            if words["what"] == "started":
+                self._ordered = math.inf
+            else:
+                found.append(Ended(words["incarnation"], words["content"]["status"]))
         return found
 
     def close(self) -> None:
@@ -133,6 +154,8 @@ class Zygote:
             return
         self._orders.close()  # it kills its worker and leaves
         with contextlib.suppress(ChildProcessError):
+            if not _has_ended(self._pid, _LEAVE_SECONDS):  # it stands still; the kernel ends its worker with it
+                os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
         self._pid = 0
         self._line.close()
@@ -179,6 +202,7 @@ def _be_zygote(supervisor: int, orders: socket.socket, work: Callable[[int], obj
                     os._exit(0)
                 if words["what"] == "start":
                     worker = _Worker(words["incarnation"], orders, work)
+                    orders.send(_packed(what="started", incarnation=words["incarnation"], content={}))
     finally:
         os._exit(1)
 
@@ -217,6 +241,15 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(1)
+
+
+def _has_ended(child: int, seconds: float) -> bool:
+    """Whether it ends within so many seconds; it stays to be waited for."""
+    handle = os.pidfd_open(child)
+    try:
+        return bool(_readable([handle], seconds))
+    finally:
+        os.close(handle)
 
 
 def _be_first_to_go() -> None:

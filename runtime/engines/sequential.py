@@ -89,6 +89,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
         start=job.start,
         waits_for_losses=job.lr_factor.needs_losses or fan_out.waits,
         best_dir=job.settings.best_dir,
+        sizes=job.network.sums,
     )
     if job.lr_factor.per_step:
         set_rates_per_step(reporter, stage, job.plan, job.lr_factor.at)

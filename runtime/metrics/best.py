@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from math import isfinite
 from pathlib import Path
 
-from unlocked.runtime.metrics.records import EpochResult
+from unlocked.runtime.metrics.records import EpochResult, RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
 from unlocked.runtime.saving.tensor_file import check_weights, load_tensors, save_weights
 from unlocked.runtime.saving.whole_file import write_json
@@ -30,8 +30,9 @@ def save_candidate(root: Path, epoch: int, layers: Iterable[Layer]) -> None:
 class BestWeights(MetricsSink):
     """A metrics sink that keeps the best epoch's weights in `root`/model_best.pt: {name: tensor} of all layers.
 
-    Among equals the earliest counts, and an epoch whose evaluation loss is not finite never. `best.json` beside it says
-    which epoch it was.
+    Which figure is ranked, the run's task says: accuracy for classes, else its own or the loss. Among equals the
+    earliest counts, and an epoch whose evaluation loss is not finite never. `best.json` beside it says which epoch it
+    was.
 
     Args:
         first_epoch: of a resumed run, the epoch in which it goes on: the best of the epochs before is taken up, if the
@@ -40,19 +41,25 @@ class BestWeights(MetricsSink):
 
     def __init__(self, root: Path, first_epoch: int = 0) -> None:
         self._root = root
+        self._figure, self._more = "acc1", True
         self._best = self._recorded(first_epoch)
         for folder in root.glob("candidate-*"):
             if self._best is None or folder != _folder(root, self._best[1]):
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
 
+    def on_start(self, info: RunInfo) -> None:
+        self._figure, self._more = info.best
+
     def on_epoch(self, result: EpochResult) -> None:
         """By the time all stages have reported an epoch, all have written their candidates of it."""
-        if result.eval_acc1 is None:
+        figure = result.figure(self._figure)
+        if figure is None:
             return
-        sound = isfinite(result.eval_loss or 0.0)
-        if sound and (self._best is None or result.eval_acc1 > self._best[0]):
-            before, self._best = self._best, (result.eval_acc1, result.epoch)
-            record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss}
+        sound = isfinite(result.eval_loss or 0.0) and isfinite(figure)
+        if sound and (self._best is None or (figure > self._best[0] if self._more else figure < self._best[0])):
+            before, self._best = self._best, (figure, result.epoch)
+            own = {} if self._figure in ("acc1", "loss") else {f"test_{self._figure}": figure}
+            record = {"epoch": result.epoch, "test_acc1": result.eval_acc1, "test_loss": result.eval_loss, **own}
             # Only then is the older one given up: a run may be cut at any point.
             write_json(self._root / RECORD, record)
             if before is not None:

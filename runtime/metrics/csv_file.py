@@ -36,13 +36,16 @@ class CsvFile(MetricsSink):
 
     def on_start(self, info: RunInfo) -> None:
         self._rows: dict[int, dict[str, float | int | None]] = {}
-        self._columns = [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in info.layers)]
+        figures = [f"{part}_{name}" for part in ("train", "eval") for name in info.figures]
+        self._columns = [*CSV_COLUMNS, *(f"local_loss/{layer}" for layer in info.layers), *figures]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
     def on_epoch(self, result: EpochResult) -> None:
         losses = {f"local_loss/{layer}": loss for layer, loss in result.local_losses}
-        self._row(result.epoch).update({name: getattr(result, name) for name in CSV_COLUMNS} | losses)
+        figures = {f"train_{name}": value for name, value in result.train_figures}
+        figures |= {f"eval_{name}": value for name, value in result.eval_figures}
+        self._row(result.epoch).update({name: getattr(result, name) for name in CSV_COLUMNS} | losses | figures)
         self._write()
 
     def on_metric(self, metric: Metric) -> None:

@@ -62,7 +62,8 @@ class Dashboard(MetricsSink):
             self._view = View(info, time.monotonic())
         if self._plain:
             self._lines.append(
-                f"{info.model} on {info.dataset} | {info.rule} | engine {info.engine} on {info.device} | "
+                f"{info.model} on {info.dataset}{info.task_told} | {info.rule} | "
+                f"engine {info.engine} on {info.device} | "
                 f"{len(info.stages)} stages | {info.epochs} epochs of {info.steps_per_epoch} steps"
             )
             self._lines.extend(f"  stage {i}: {', '.join(layers)}" for i, layers in enumerate(info.stages))
@@ -176,7 +177,8 @@ def _progress_line(view: View, now: float) -> str:
     ]
     if view.step is not None:
         parts.append(f"loss {view.step.mean.loss:.4f}")
-        parts.append(f"acc1 {view.step.mean.acc1:.2f}")
+        if view.step.mean.acc1 is not None:
+            parts.append(f"acc1 {view.step.mean.acc1:.2f}")
     parts.append(f"{time_text(view.seconds_left(now))} left")
     return " | ".join(parts)
 
@@ -184,13 +186,19 @@ def _progress_line(view: View, now: float) -> str:
 def _epoch_line(result: EpochResult, epochs: int) -> str:
     parts = [
         f"epoch {result.epoch + 1}/{epochs}",
-        f"train loss {result.train_loss:.4f} acc1 {result.train_acc1:.2f} acc5 {result.train_acc5:.2f}",
+        f"train loss {result.train_loss:.4f}{_accuracies(result.train_acc1, result.train_acc5)}",
     ]
-    if result.eval_acc1 is not None:
-        parts.append(f"test loss {result.eval_loss:.4f} acc1 {result.eval_acc1:.2f} acc5 {result.eval_acc5:.2f}")
+    if result.eval_loss is not None:
+        figures = "".join(f" {name} {value:.4g}" for name, value in result.eval_figures)
+        accuracies = _accuracies(result.eval_acc1, result.eval_acc5)
+        parts.append(f"test loss {result.eval_loss:.4f}{accuracies}{figures}")
     parts.append(f"{result.seconds:.2f} s")
     if result.local_losses:
         parts.append("local " + " ".join(f"{layer} {value:.3f}" for layer, value in result.local_losses))
     if len(result.layer_acc1) > 1:
         parts.append("test acc1 of layers " + " ".join(f"{layer} {value:.1f}" for layer, value in result.layer_acc1))
     return " | ".join(parts)
+
+
+def _accuracies(first: float | None, fifth: float | None) -> str:
+    return "".join(f" {name} {value:.2f}" for name, value in (("acc1", first), ("acc5", fifth)) if value is not None)

@@ -211,7 +211,7 @@ def _epoch_table(epochs: list[EpochResult], total: int, wide: bool) -> Table:
         cells = [
             f"{result.epoch + 1}/{total}",
             f"{result.train_loss:.4f}",
-            f"{result.train_acc1:.2f}",
+            _number(result.train_acc1, 2),
             _number(result.eval_loss, 4),
             _number(result.eval_acc1, 2),
             _number(result.eval_acc5, 2),

@@ -45,6 +45,16 @@ class RunInfo:
     device: str = "cpu"
     scored: tuple[str, ...] = ()
     """The layers whose own prediction is counted in evaluation."""
+    task: str = "classification"
+    best: tuple[str, bool] = ("acc1", True)
+    """The figure of an evaluation by which epochs are ranked, and whether more of it is better."""
+    figures: tuple[str, ...] = ()
+    """What the task tells besides loss and accuracy."""
+
+    @property
+    def task_told(self) -> str:
+        """For a title: classification goes without saying."""
+        return "" if self.task == "classification" else f", task {self.task}"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -75,11 +85,12 @@ class StageProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Mean loss and accuracy in percent over a set of samples."""
+    """Mean loss and accuracy in percent over a set of samples, and the other figures of the run's task."""
 
     loss: float
-    acc1: float
-    acc5: float
+    acc1: float | None
+    acc5: float | None
+    figures: NamedLosses = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +100,8 @@ class Meters:
     time: float
     data: float
     loss: float
-    acc1: float
-    acc5: float
+    acc1: float | None
+    acc5: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,8 +141,9 @@ class EpochResult:
 
     epoch: int
     train_loss: float
-    train_acc1: float
-    train_acc5: float
+    train_acc1: float | None
+    """Percent; None: the run's task has no accuracy of this kind."""
+    train_acc5: float | None
     eval_loss: float | None
     eval_acc1: float | None
     eval_acc5: float | None
@@ -141,6 +153,16 @@ class EpochResult:
     """Wall-clock seconds of the epoch at the last stage."""
     layer_acc1: NamedLosses = ()
     """(layer, evaluation accuracy in percent of its own prediction) of those that make one, in network order."""
+    train_figures: NamedLosses = ()
+    """What else the run's task tells, by name."""
+    eval_figures: NamedLosses = ()
+
+    def figure(self, name: str) -> float | None:
+        """Of the evaluation: "loss", "acc1", "acc5" or one of the task's own; None: there is none."""
+        if name in ("loss", "acc1", "acc5"):
+            value: float | None = getattr(self, f"eval_{name}")
+            return value
+        return dict(self.eval_figures).get(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,4 +280,6 @@ def _join(parts: Mapping[int, EpochPart]) -> EpochResult:
         local_losses=tuple(pair for stage in sorted(parts) for pair in parts[stage].local_losses),
         seconds=last.seconds,
         layer_acc1=tuple(pair for stage in sorted(parts) for pair in parts[stage].layer_acc1),
+        train_figures=last.train.figures,
+        eval_figures=evaluation.figures if evaluation else (),
     )

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -54,7 +55,7 @@ class _Base(NamedTuple):
     waiting: float
     images: int
     steps: int
-    sums: tuple[float, float, float]
+    sums: tuple[float, ...]
 
 
 class StageReporter:
@@ -72,6 +73,7 @@ class StageReporter:
         waits_for_losses: the next epoch's learning rate depends on this one's test loss, so the host waits for it.
         best_dir: where the layers go as they were evaluated, if the best weights are to be kept.
         queue_fill: how full the incoming edge is, 0 to 1.
+        sizes: how long each sum of the task's `measure` is.
     """
 
     def __init__(
@@ -88,19 +90,22 @@ class StageReporter:
         waits_for_losses: bool = False,
         best_dir: Path | None = None,
         queue_fill: Callable[[], float] = lambda: 0.0,
+        sizes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._stage, self._plan, self._stopwatch, self._outlet = stage, plan, stopwatch, outlet
         self._lr_factor, self._print_freq, self._rank = lr_factor, print_freq, rank
         self._waits_for_losses = waits_for_losses
         self._best_dir, self._queue_fill = best_dir, queue_fill
         self.device = stage.layers[0].device
+        self._task, self._sizes = stage.layers[-1].task, sizes
+        zeros = (0.0,) * len(stage.layers[-1].totals)
         self.images = 0
         """Training images that went through this stage."""
         self._epoch_lr: int | None = None
         self._run_began = self._progress_at = time.perf_counter()
         self._losses: tuple[tuple[str, float], ...] = ()
         self._steps = 0  # of this epoch, in this run
-        self._epoch_base = self._recent = _Base(self._run_began, 0.0, 0, 0, (0.0, 0.0, 0.0))
+        self._epoch_base = self._recent = _Base(self._run_began, 0.0, 0, 0, zeros)
         self._readings: deque[_Reading] = deque()
         self.done_before = start
         """Items before this position have been reported: by a worker that has died, whose work this one does again."""
@@ -242,16 +247,15 @@ class StageReporter:
         self._epoch_lr = item.epoch
         self._stage.set_lr_factor(self._lr_factor(item.epoch))
         seen = self._stage.images_this_epoch
-        sums = (0.0, 0.0, 0.0)
+        sums = (0.0,) * len(self._stage.layers[-1].totals)
         if seen:  # resumed in the middle of an epoch
-            loss, correct, correct5 = self._stage.layers[-1].totals.tolist()
-            sums = (loss, correct, correct5)
+            sums = tuple(self._stage.layers[-1].totals.tolist())
         self._steps = 0
         self._recent = self._epoch_base = _Base(time.perf_counter(), self._stopwatch.waiting, seen, 0, sums)
 
     def _resolve(self, reading: _Reading) -> None:
         rows = reading.transfer.rows(reading.first_row, 2 * len(self._stage.layers) + 1)
-        item, images = reading.item, max(reading.images, 1)
+        item, images, task = reading.item, reading.images, self._task
         for layer, row in zip(self._stage.layers, rows, strict=False):
             if not isfinite(row[0]):
                 where = f" by epoch {item.epoch}, micro-batch {item.index}"
@@ -261,7 +265,7 @@ class StageReporter:
         if item.kind == "evaluate" and not isfinite(evaluation):
             raise self._evaluation_error(item, evaluation)
         self._losses = tuple(
-            (layer.name, row[0] / images) for layer, row in zip(self._stage.layers, rows, strict=False)
+            (layer.name, task.mean_loss(row, images)) for layer, row in zip(self._stage.layers, rows, strict=False)
         )
         if reading.ends_epoch:
             self._finish_epoch(reading, rows)
@@ -281,16 +285,16 @@ class StageReporter:
         return StageError(rank=self._rank, stage=self._stage.index, layers=layers, action=action, cause=cause)
 
     def _report_step(self, reading: _Reading, sums: Sequence[float]) -> None:
-        here = _Base(reading.time, reading.waiting, reading.images, reading.steps, (sums[0], sums[1], sums[2]))
+        here = _Base(reading.time, reading.waiting, reading.images, reading.steps, tuple(sums))
         item = reading.item
-        epoch_images = _Base(self._epoch_base.time, self._epoch_base.waiting, 0, 0, (0.0, 0.0, 0.0))
+        epoch_images = _Base(self._epoch_base.time, self._epoch_base.waiting, 0, 0, (0.0,) * len(sums))
         self._outlet.step(
             StepResult(
                 epoch=item.epoch,
                 step=item.index,
                 steps=self._plan.steps_per_epoch,
-                recent=_meters(self._recent, here),
-                mean=_meters(epoch_images, here),
+                recent=self._meters(self._recent, here),
+                mean=self._meters(epoch_images, here),
             )
         )
         self._recent = here
@@ -302,13 +306,14 @@ class StageReporter:
         train = evaluation = None
         layers = self._stage.layers
         if self._stage.is_last:
-            train = _scores(rows[len(layers) - 1], reading.images)
+            train = self._scores(rows[len(layers) - 1], reading.images)
             if self._plan.eval_size:
-                evaluation = _scores(rows[len(layers)], reading.images_evaluated)
+                evaluation = self._scores(rows[len(layers)], reading.images_evaluated)
         accuracies = [
-            (layer.name, 100 * row[1] / max(reading.images_evaluated, 1))
+            (layer.name, accuracy)
             for layer, row in zip(layers, rows[len(layers) + 1 :], strict=True)
             if self._plan.eval_size and (layer.has_scores or layer.is_output)
+            if (accuracy := self._scores(row, reading.images_evaluated).acc1) is not None
         ]
         self._outlet.epoch(
             EpochPart(
@@ -320,6 +325,23 @@ class StageReporter:
                 evaluation=evaluation,
                 layer_acc1=tuple(accuracies),
             )
+        )
+
+    def _scores(self, sums: Sequence[float], count: int) -> Scores:
+        found = self._task.read(sums, count, self._sizes)
+        return Scores(loss=found.loss, acc1=found.acc1, acc5=found.acc5, figures=found.others)
+
+    def _meters(self, base: _Base, here: _Base) -> Meters:
+        """Means between two readings."""
+        steps = max(here.steps - base.steps, 1)
+        sums = [b - a for a, b in zip(base.sums, here.sums, strict=True)]
+        found = self._scores(sums, here.images - base.images)
+        return Meters(
+            time=(here.time - base.time) / steps,
+            data=(here.waiting - base.waiting) / steps,
+            loss=found.loss,
+            acc1=found.acc1,
+            acc5=found.acc5,
         )
 
 
@@ -340,21 +362,3 @@ def images_trained(plan: StreamPlan, position: int) -> int:
     epoch = plan[position].epoch
     first = plan.position_of_epoch(epoch)
     return sum(item.size for item in plan.items(first, position) if item.kind == "train")
-
-
-def _scores(sums: Sequence[float], count: int) -> Scores:
-    loss, correct, correct5 = (value / max(count, 1) for value in sums)
-    return Scores(loss=loss, acc1=100 * correct, acc5=100 * correct5)
-
-
-def _meters(base: _Base, here: _Base) -> Meters:
-    """Means between two readings."""
-    steps, images = max(here.steps - base.steps, 1), max(here.images - base.images, 1)
-    loss, correct, correct5 = ((b - a) / images for a, b in zip(base.sums, here.sums, strict=True))
-    return Meters(
-        time=(here.time - base.time) / steps,
-        data=(here.waiting - base.waiting) / steps,
-        loss=loss,
-        acc1=100 * correct,
-        acc5=100 * correct5,
-    )

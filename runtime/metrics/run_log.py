@@ -2,8 +2,8 @@
 
 `train.log` has the form of the LLS authors' logs, so that scripts that read those read ours. `metrics.csv` has one
 row per epoch with the columns `CSV_COLUMNS`, one `local_loss/LAYER` per layer, and where layers make predictions of
-their own one `eval_acc1/LAYER` in percent for each of them. `config.json` holds all settings and the versions of what
-computed with them.
+their own one `eval_acc1/LAYER` in percent for each of them; other figures of a task have columns of their own.
+`config.json` holds all settings and the versions of what computed with them.
 """
 
 import csv
@@ -42,6 +42,7 @@ class RunLog(MetricsSink):
         self._config = dict(config or {})
         self._layers: tuple[str, ...] = ()
         self._scored: tuple[str, ...] = ()
+        self._figures: tuple[str, ...] = ()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"save path {self.path} is a file; give a folder")
         present = [name for name in RUN_FILES if (self.path / name).exists()]
@@ -59,6 +60,7 @@ class RunLog(MetricsSink):
         """
         self._layers = info.layers
         self._scored = info.scored if len(info.scored) > 1 else ()
+        self._figures = info.figures
         self._check_columns()
         self.path.mkdir(parents=True, exist_ok=True)
         run = {
@@ -75,15 +77,21 @@ class RunLog(MetricsSink):
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
-        self._line(f"{info.model} on {info.dataset}, {info.rule}, engine {info.engine} on {info.device}: {stages}")
+        self._line(
+            f"{info.model} on {info.dataset}{info.task_told}, {info.rule}, engine {info.engine} on {info.device}: "
+            f"{stages}"
+        )
 
     def on_step(self, step: StepResult) -> None:
         self._line(format_step(step))
 
     def on_epoch(self, result: EpochResult) -> None:
-        self._line(f" @Training * Acc@1 {result.train_acc1:.3f} Acc@5 {result.train_acc5:.3f}")
-        if result.eval_acc1 is not None:
-            self._line(f" @Testing * Acc@1 {result.eval_acc1:.3f} Acc@5 {result.eval_acc5:.3f}")
+        self._line(
+            f" @Training *{_told(result.train_loss, result.train_acc1, result.train_acc5, result.train_figures)}"
+        )
+        if result.eval_loss is not None:
+            told = _told(result.eval_loss, result.eval_acc1, result.eval_acc5, result.eval_figures)
+            self._line(f" @Testing *{told}")
         losses = " - ".join(f"L{i}: {value:.4f}" for i, (_, value) in enumerate(result.local_losses, start=1))
         self._line(f"Losses - {losses}")
         if len(result.layer_acc1) > 1:  # the output layer's alone is the line above
@@ -105,7 +113,8 @@ class RunLog(MetricsSink):
 
     def _columns(self) -> list[str]:
         losses = (f"local_loss/{layer}" for layer in self._layers)
-        return [*CSV_COLUMNS, *losses, *(f"eval_acc1/{layer}" for layer in self._scored)]
+        figures = [f"{part}_{name}" for part in ("train", "eval") for name in self._figures]
+        return [*CSV_COLUMNS, *losses, *(f"eval_acc1/{layer}" for layer in self._scored), *figures]
 
     def _rows(self) -> list[list[str]]:
         """What `metrics.csv` holds, header included."""
@@ -128,6 +137,8 @@ class RunLog(MetricsSink):
         values = [getattr(result, name) for name in CSV_COLUMNS] + [losses.get(layer) for layer in self._layers]
         accuracies = dict(result.layer_acc1)
         values += [accuracies.get(layer) for layer in self._scored]
+        for figures in (dict(result.train_figures), dict(result.eval_figures)):
+            values += [figures.get(name) for name in self._figures]
         row = ["" if value is None else repr(value) for value in values]
         kept = [old + [""] * (len(row) - len(old)) for old in self._rows()[1:] if int(old[0]) < result.epoch]
         write_whole(self.path / "metrics.csv", _csv_text([self._columns(), *kept, row]))
@@ -153,10 +164,21 @@ def format_step(step: StepResult) -> str:
             _meter("Time", "6.3f", "time", recent, mean),
             _meter("Data", "6.3f", "data", recent, mean),
             _meter("Loss", ".4e", "loss", recent, mean),
-            _meter("Acc@1", "6.2f", "acc1", recent, mean),
-            _meter("Acc@5", "6.2f", "acc5", recent, mean),
+            *(
+                _meter(title, "6.2f", name, recent, mean)
+                for title, name in (("Acc@1", "acc1"), ("Acc@5", "acc5"))
+                if getattr(mean, name) is not None
+            ),
         )
     )
+
+
+def _told(loss: float, first: float | None, fifth: float | None, others: Sequence[tuple[str, float]]) -> str:
+    """An epoch's figures; the authors' logs have the accuracies alone."""
+    if fifth is not None and not others:
+        return f" Acc@1 {first:.3f} Acc@5 {fifth:.3f}"
+    accuracy = "" if first is None else f" Acc@1 {first:.3f}"
+    return f" Loss {loss:.4f}{accuracy}" + "".join(f" {name} {value:.4f}" for name, value in others)
 
 
 def _meter(title: str, form: str, name: str, recent: Meters, mean: Meters) -> str:

@@ -66,6 +66,8 @@ class TensorBoard(MetricsSink):
             "time/epoch": result.seconds,
             **{f"local_loss/{layer}": loss for layer, loss in result.local_losses},
             **{f"layer_accuracy/{layer}": value for layer, value in result.layer_acc1},
+            **{f"{name}/train": value for name, value in result.train_figures},
+            **{f"{name}/test": value for name, value in result.eval_figures},
         }
         for name, value in values.items():
             if value is not None:

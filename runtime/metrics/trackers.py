@@ -76,7 +76,7 @@ class _Tracker(MetricsSink):
         done = step.epoch * step.steps + step.step + 1
         recent = step.recent
         values = {"loss": recent.loss, "accuracy": recent.acc1, "seconds": recent.time, "waiting": recent.data}
-        self._log({f"steps/{name}": value for name, value in values.items()}, done)
+        self._log({f"steps/{name}": value for name, value in values.items() if value is not None}, done)
 
     def on_epoch(self, result: EpochResult) -> None:
         self._log({"epoch": result.epoch + 1, **figures_of_epoch(result)}, None)
@@ -106,6 +106,8 @@ def figures_of_epoch(result: EpochResult) -> dict[str, float]:
         "accuracy/test": result.eval_acc1,
         "time/epoch": result.seconds,
         **{f"local_loss/{layer}": loss for layer, loss in result.local_losses},
+        **{f"{name}/train": value for name, value in result.train_figures},
+        **{f"{name}/test": value for name, value in result.eval_figures},
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -140,6 +142,8 @@ class MLflow(_Tracker):
             "acc_test": result.eval_acc1,
             "acc_test_top5": result.eval_acc5,
             "loss_test": result.eval_loss,
+            **{f"{name}_train": value for name, value in result.train_figures},
+            **{f"{name}_test": value for name, value in result.eval_figures},
             **{f"local_loss/{layer}": loss for layer, loss in result.local_losses},
         }
         if result.eval_acc1 is not None:

@@ -62,10 +62,18 @@ def test_a_large_label_takes_no_memory() -> None:
             trainer.fit((torch.zeros(2, 3), most), epochs=1, batch_size=2)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0.0, float("nan")]), torch.tensor([True, False])])
-def test_labels_of_another_type_are_refused(labels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=rf"labels are int64 .*, got {labels.dtype}"):
-        as_dataset((torch.zeros(2, 3), labels), "train")
+@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.5]), torch.tensor([True, False])])
+def test_targets_that_fit_no_task_are_refused(labels: torch.Tensor) -> None:
+    trainer = Trainer([nn.Linear(3, 10)], rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1))
+    name = str(labels.dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"the targets are {name} \[N\], which fits no task"):
+        trainer.fit((torch.zeros(2, 3), labels), epochs=1, batch_size=2)
+
+
+def test_a_target_of_nan_is_refused() -> None:
+    trainer = Trainer([nn.Linear(3, 1)], rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"the train data: targets hold nan, at \[1\]"):
+        trainer.fit((torch.zeros(2, 3), torch.tensor([0.0, float("nan")])), epochs=1, batch_size=2)
 
 
 @contextmanager

@@ -116,14 +116,20 @@ def test_what_depends_on_the_epoch_alone_is_known() -> None:
         (Sized(8, 8, 5), {"num_samples": 30}, "yields 3 batches of 8 rows an epoch, which can't be 30 samples"),
         (iter([]), {"steps_per_epoch": 1}, "gives no batch: StopIteration"),
         (DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 2, 0)), {}, "stage 0 reads for all stages"),
-        ([torch.zeros(8, 3)], {}, r"a batch is \(samples, labels\).*got a Tensor"),
-        ([(torch.zeros(8, 3),)], {}, "got a tuple of 1"),
-        ([{"x": 1, "y": 2, "z": 3}], {}, "got a dict of 3"),
-        ([batch(samples=torch.zeros(8, 3, dtype=torch.int16))], {}, r"float, uint8 or .*got torch.int16 \[8, 3\]"),
+        ([(torch.zeros(8, 3), "one", "two")], {}, r"a batch is \(samples, labels\).*got a tuple of 3"),
+        ([{"x": 1, "y": 2, "z": 3}], {}, r"\[B, ...\] with no size 0, got torch.int64 \[\]"),
+        ([{"x": torch.zeros(8, 3), "y": object()}], {}, "the test data, y: a batch is .*got a dict of 2"),
+        ([{"labels": torch.zeros(8)}], {}, "no input, only labels"),
+        ([{"x": torch.zeros(8, 3), "y": torch.zeros(7)}], {}, r"y has the shape \[7\], x \[8, 3\]"),
+        (
+            [{"input_ids": torch.zeros(8, 3, dtype=torch.int64), "attention_mask": torch.ones(8, 4)}],
+            {},
+            r"attention_mask has the shape \[8, 4\], input_ids \[8, 3\]; a mask has a value for every position",
+        ),
+        ([{"x": torch.zeros(8, 3)}], {"main": "ids"}, "no key 'ids' for its main input; there is x"),
+        ([batch(samples=torch.zeros(8, 3, dtype=torch.bool))], {}, r"float, uint8 or .*got torch.bool \[8, 3\]"),
         ([batch(samples=torch.zeros(8))], {}, r"\[B, ...\] with no size 0, got torch.float32 \[8\]"),
-        ([batch(labels=torch.zeros(8))], {}, r"labels are integers \[8\].*got torch.float32 \[8\]"),
         ([batch(labels=torch.zeros(7, dtype=torch.int64))], {}, r"got torch.int64 \[7\]"),
-        ([batch(labels=torch.zeros(8, 1, dtype=torch.int64))], {}, r"got torch.int64 \[8, 1\]"),
     ],
     ids=named,
 )
@@ -134,7 +140,7 @@ def test_what_is_no_batch_is_said_beforehand(loader: Any, options: dict[str, int
 
 def test_arrays_are_batches_too() -> None:
     data = LoaderDataset.wrap([(np.zeros((4, 3)), [0, 1, 2, 0])], num_classes=3)
-    samples, labels = data.check(next(data.batches(0)), 4, "here")
+    samples, _, labels = data.check(next(data.batches(0)), 4, "here")
     assert (samples.dtype, labels.tolist()) == (torch.float64, [0, 1, 2, 0])
 
 
@@ -145,7 +151,12 @@ def test_arrays_are_batches_too() -> None:
         (batch(samples=torch.zeros(8, 4)), r"here: samples have shape \(4,\), those before \(3,\)"),
         (batch(labels=torch.full((8,), 3)), "here: labels from 3 to 3; valid: 0 to 2"),
         (batch(labels=torch.full((8,), -1)), "here: labels from -1 to -1; valid: 0 to 2"),
-        (batch(samples=torch.zeros(8, 3, dtype=torch.int32)), r"here: .*got torch.int32 \[8, 3\]"),
+        (
+            batch(samples=torch.zeros(8, 3, dtype=torch.int32)),
+            "here: samples are torch.int32, those before",
+        ),
+        ((torch.zeros(8, 3),), "here: beside the samples the batch has nothing, those before had targets"),
+        (batch(labels=torch.zeros(8)), r"here: targets are torch.float32 \[\] per sample, those before torch.int64"),
     ],
     ids=named,
 )

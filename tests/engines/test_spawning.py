@@ -53,13 +53,13 @@ def test_three_processes_leave_a_plain_model_with_the_bits_of_the_loop(tmp_path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_script_goes_on_listens_on_loopback_alone_and_stops_in_order(tmp_path: Path) -> None:
+def test_a_script_goes_on_listens_nowhere_and_stops_in_order(tmp_path: Path) -> None:
     found = run("sockets", tmp_path)
     # The last number is drawn afterwards: a shuffling loader has moved the global generator as it would in one process.
     processes, alone = found["digests"]
     assert processes == alone
     assert found["heard"] == ["start", "epoch", "finish", "close"] * 2
-    assert set(found["open"]) == {"0100007F"}  # 127.0.0.1, as proc(5) writes it
+    assert not found["open"]
     assert found["stopped_by"] == 2
     assert 0 < found["stopped_steps"] < 600_000
     assert found["children"] == 0
@@ -92,7 +92,9 @@ def fit(how: str, samples: Any = None, rule: Any = None, **options: Any) -> RunR
     torch.manual_seed(0)
     model = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Breaks(how), nn.Linear(8, 4)]
     optimizer = partial(torch.optim.SGD, lr=0.1)
-    one = Trainer(model, rule=rule or LLS(), optimizer=optimizer, engine=Processes(stages=2), **options)
+    # One recovery: each later worker saves itself anew, and would come further than the one before it.
+    engine = Processes(stages=2, max_recoveries=1)
+    one = Trainer(model, rule=rule or LLS(), optimizer=optimizer, engine=engine, **options)
     if samples is None:
         return one.fit(data(), epochs=20, batch_size=8)
     return one.fit(samples, epochs=1, steps_per_epoch=4)

@@ -1,13 +1,17 @@
 """`unlocked train --stages N`: the command starts the processes itself, and takes them along when it ends."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from unlocked.launch import own_workers
 
 pytestmark = pytest.mark.alone
 
@@ -48,3 +52,42 @@ def test_a_mistake_is_told_in_lines_of_ours(flags: tuple[str, ...], told: str, t
     lines = complaints.splitlines()
     assert lines
     assert all(re.match(told, line) for line in lines), complaints
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_that_is_killed_amid_its_imports_is_named_and_takes_the_others_along(tmp_path: Path) -> None:
+    """Nobody but the launcher can know of it: the others wait for it to come."""
+    running = start("--stages", "2", "--num-epochs", "100000", folder=tmp_path)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    victim = None
+    while victim is None:
+        assert running.poll() is None
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):  # a helper of the launcher's, which has ended
+                if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    victim = int(pid)
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    complaints = running.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 15
+    assert running.returncode == 128 + signal.SIGKILL
+    assert "stage 1 (rank 1: layers unknown) was ended by SIGKILL" in complaints
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        ("sys.exit(1)", 1, "stage 1 (rank 1: layers unknown) left with exit code 1, and the others did not end"),
+        ("os.kill(os.getpid(), 11)", 139, "stage 1 (rank 1: layers unknown) was ended by SIGSEGV"),
+    ],
+)
+def test_who_left_is_named_where_the_others_stand_still(
+    end: str, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {end}\ntime.sleep(60)\n"
+    (tmp_path / "still_worker.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("_SHORT_PATIENCE", "_HASTE"):
+        monkeypatch.setattr(own_workers, name, 0.1)
+    assert own_workers.start_workers(2, "still_worker", [], threads=1) == code
+    assert capsys.readouterr().err.startswith(f"error: {told}")

@@ -83,7 +83,7 @@ def test_another_form_of_the_data_gives_the_same_weights(
     [
         (
             (SAMPLES, LABELS.float()),
-            "labels are int64 numbers of classes, got torch.float32; convert them with .long()",
+            r"the targets are float32 \[N\], which fits no task: .*convert the targets \(.long\(\)",
         ),
         ((SAMPLES, LABELS - 9), "labels go down to -9"),
         ((SAMPLES, LABELS + 10**12), "end the model in a layer with output"),
@@ -99,7 +99,9 @@ def test_another_form_of_the_data_gives_the_same_weights(
         (Indexed(0), r"\(Indexed\) is empty"),
         (SAMPLES, "the train data is a Tensor; give a dataset"),
         ("digits", "the train data is a str"),
-        ({"x": SAMPLES}, "the train data is a dict"),
+        ({"x": SAMPLES}, "the targets are none, which fits no task"),
+        ({"x": SAMPLES, "labels": LABELS, "name": "digits"}, "name is a str; give tensors or arrays"),
+        ({"x": SAMPLES, "labels": LABELS[:-1]}, r"labels are \[40, ...\], one for each sample"),
     ],
 )
 def test_what_can_not_be_converted_is_one_line(data: Any, words: str) -> None:

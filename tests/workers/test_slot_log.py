@@ -107,3 +107,13 @@ def test_whatever_happens_at_either_end_every_micro_batch_is_read_as_it_was_sent
             outbox.go_back(saved_out)
         elif deed == "receiver dies":
             inbox.go_back(inbox._log.kept)
+
+
+def test_a_sender_that_died_before_it_woke_the_receiver_is_made_up_for() -> None:
+    """The next incarnation does its work again, and has nothing new to send: it wakes the receiver all the same."""
+    outbox, inbox = edge()
+    outbox.reserve(item(0))
+    outbox._log.sent = 1  # and dies here
+    outbox.go_back(0)
+    send(outbox, 0)
+    assert inbox._link._arrival.poll(0), "nobody tells a receiver that waits already"

@@ -15,14 +15,18 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from unlocked.runtime.control.address import KeyPair
 from unlocked.runtime.control.ending import Verdict, end_process, error_line, last_act
+from unlocked.runtime.control.interfaces import choose_interfaces
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.control.zygote import CAN_FORK
 from unlocked.runtime.engines.one_process import epochs_before
-from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, SupervisedWork, slot_layouts
+from unlocked.runtime.engines.processes.admission import new_keys
+from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, slot_layouts
 from unlocked.runtime.engines.processes.device_links import pick_device
+from unlocked.runtime.engines.processes.gathering import bring_weights, gather_weights
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import share_memory
 from unlocked.runtime.engines.processes.options import (
@@ -35,6 +39,7 @@ from unlocked.runtime.engines.processes.rendezvous import connect, exchange, mee
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
+from unlocked.runtime.engines.processes.supervised import SupervisedWork
 from unlocked.runtime.engines.processes.telling import COORDINATOR, with_stage
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.result import RunResult
@@ -74,7 +79,9 @@ class Processes(ProcessesOptions):
         with contextlib.ExitStack() as closing:
             closing.callback(set_up.done)
             with _leaving_word(set_up):
+                choose_interfaces(world)
                 store = connect(world, self.start_timeout)
+                keys = new_keys(store)
                 hub = Hub(job, self, world, make_sinks, num_stages) if world.rank == 0 else None
                 if hub is not None:
                     closing.enter_context(last_act(hub.close_sinks))
@@ -90,9 +97,9 @@ class Processes(ProcessesOptions):
                 parts = [range(start, stop) for start, stop in terms["parts"]]
                 check_same_settings(settings_of(job, self), terms["settings"])
                 agree_on_start_weights(job, store, world, self.start_timeout)
-                crew = self._crew(job, world, store, parts, terms, device, set_up, hub)
+                crew = self._crew(job, world, store, keys, parts, terms, device, set_up, hub)
                 closing.callback(crew.close)
-                threads = _agree_on_threads(store, world, crew.build(), self.start_timeout)
+                threads = _agree_on_threads(store, world, crew, self.start_timeout)
                 if hub is not None:
                     hub.learn_threads(parts, threads)
                 crew.connect(store)
@@ -107,10 +114,14 @@ class Processes(ProcessesOptions):
                 setup = time.perf_counter() - began
                 remember_owners(job, parts[world.rank])
                 payload = crew.run()
+            names = [[job.network.names[i] for i in part] for part in parts]
+            weights = unpack_tensors(payload["weights"])
             if hub is not None:
-                result = hub.collect(parts, terms["costs"], setup_seconds=setup, stopped=crew.stopped)
+                told = [stage_name(i, i, layers) for i, layers in enumerate(names)]
+                weights = gather_weights(store, world, weights, job.settings.timeout, told)
+                result = hub.collect(parts, terms["costs"], weights, setup_seconds=setup, stopped=crew.stopped)
             else:
-                names = [[job.network.names[i] for i in part] for part in parts]
+                bring_weights(store, world, weights, job.settings.timeout)
                 result = _own_result(job, names, payload, threads, setup_seconds=setup, stopped=crew.stopped)
             crew.close()
             if dist.is_initialized():
@@ -122,6 +133,7 @@ class Processes(ProcessesOptions):
         job: Job,
         world: World,
         store: dist.Store,
+        keys: KeyPair,
         parts: list[range],
         terms: Mapping[str, Any],
         device: torch.device,
@@ -140,6 +152,7 @@ class Processes(ProcessesOptions):
             device=device,
             timeout=job.settings.timeout,
             names=names,
+            patience=self.start_timeout,
             log_slots=partial(log_slots, job, self) if recovers else lambda _: 0,
         )
         task = Assignment(
@@ -148,6 +161,7 @@ class Processes(ProcessesOptions):
             world=world,
             parts=parts,
             address=terms["address"],
+            keys=keys,
             waits=terms["waits"],
             device=device,
             shared=shared,
@@ -223,11 +237,11 @@ def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
     end_process(Verdict(message), error_line(rank, message) if lost or is_own or rank == 0 else None)
 
 
-def _agree_on_threads(store: dist.Store, world: World, threads: int, timeout: float) -> list[int]:
+def _agree_on_threads(store: dist.Store, world: World, crew: Crew, timeout: float) -> list[int]:
     """Of every stage's process, once all have built their stages. Building takes as long as it takes; the neighbours'
     time limit is for the run."""
-    store.set(f"threads-{world.rank}", str(threads))
-    meet(store, world, "stage-built", timeout)
+    store.set(f"threads-{world.rank}", str(crew.build()))
+    meet(store, world, "stage-built", timeout, crew.look)
     return [int(store.get(f"threads-{rank}")) for rank in range(world.size)]
 
 

@@ -1,12 +1,13 @@
 """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from unlocked.runtime.control.coordinator import Coordinator
+from unlocked.runtime.control.interfaces import listening_host
 from unlocked.runtime.control.messages import Files, RunFailed, Stop
 from unlocked.runtime.control.windows import EpochGate
 from unlocked.runtime.control.world import World
@@ -15,13 +16,15 @@ from unlocked.runtime.engines.one_process import (
     stop_position,
     warn_of_threads,
 )
+from unlocked.runtime.engines.processes.admission import Admission
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
+from unlocked.runtime.engines.processes.rendezvous import meeting_folder
 from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.tensors import unpack_tensors, weights_digest
+from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
@@ -31,7 +34,12 @@ class Hub:
     """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
     def __init__(
-        self, job: Job, options: ProcessesOptions, world: World, make_sinks: SinkMaker, num_stages: int
+        self,
+        job: Job,
+        options: ProcessesOptions,
+        world: World,
+        make_sinks: SinkMaker,
+        num_stages: int,
     ) -> None:
         self._job, self._options, self._world, self._num_stages = job, options, world, num_stages
         self._make_sinks = make_sinks
@@ -49,14 +57,14 @@ class Hub:
         parts = job.partition(costs, stages)
         self._own_sinks = self._make_sinks()
         self._sinks = FanOut(self._own_sinks)
-        local = self._world.is_local
         coordinator = Coordinator(
             [[job.network.names[i] for i in part] for part in parts],
             len(job.plan),
             first=job.start,
             queue_depth=options.queue_depth,
-            host="127.0.0.1" if local else "0.0.0.0",
-            advertise=None if local else self._world.master_address,
+            host=self._host(),
+            advertise=None if self._world.is_local else self._world.master_address,
+            admits=Admission(self._world, options.start_timeout),
             port=options.coordinator_port,
             gate=_gate(job, self._sinks.waits),
             sink=self._sinks,
@@ -81,6 +89,13 @@ class Hub:
             "run": job.run,
         }
 
+    def _host(self) -> str:
+        """Where the coordinator listens."""
+        folder = meeting_folder()
+        if folder is not None:
+            return f"ipc://{folder / 'coordinator'}"
+        return listening_host(self._world) or "0.0.0.0"
+
     def _complete(self, position: int, files: Files) -> None:
         complete_snapshot(self._job, position, self._layer_threads, files)
         self._marks.complete(position)
@@ -92,6 +107,9 @@ class Hub:
             self._job.network.names[i]: n for part, n in zip(parts, threads, strict=True) for i in part
         }
         warn_of_threads(self._job, self._layer_threads)
+        if self._job.device.type == "cpu" and len(set(threads)) > 1:
+            counts = ", ".join(f"{n} in stage {stage}" for stage, n in enumerate(threads))
+            self._sinks.on_message(f"stages have other numbers of threads ({counts}): equal bits need equal ones")
 
     def expect_supervisors(self, max_recoveries: int) -> None:
         """Workers are processes of their own, and may be replaced so often within an hour. Before any rank's crew."""
@@ -103,14 +121,19 @@ class Hub:
         FanOut(self._own_sinks).__exit__(RunFailed, RunFailed(message), None)
 
     def collect(
-        self, parts: list[range], predicted: list[float], *, setup_seconds: float, stopped: Stop | None
+        self,
+        parts: list[range],
+        predicted: list[float],
+        weights: Mapping[str, torch.Tensor],
+        *,
+        setup_seconds: float,
+        stopped: Stop | None,
     ) -> RunResult:
         """The whole run's result, once all stages have finished."""
         assert self._coordinator is not None
         payloads = self._coordinator.results()
         self._coordinator.close()
         stages = [payloads[i] for i in range(len(parts))]
-        weights = {k: v for payload in stages for k, v in unpack_tensors(payload["weights"]).items()}
         seconds = max(payload["train_seconds"] for payload in stages)
         job = self._job
         names = [[job.network.names[i] for i in part] for part in parts]
@@ -132,7 +155,7 @@ class Hub:
             train_seconds=seconds,
             setup_seconds=setup_seconds,
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
-            weights=weights,
+            weights=dict(weights),
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
             busy_fraction=[payload["busy"] for payload in stages],

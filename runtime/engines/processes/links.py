@@ -106,11 +106,13 @@ def share_memory(
     device: torch.device,
     timeout: float,
     names: Sequence[str],
+    patience: float | None = None,
     log_slots: Callable[[SlotLayout], int] = lambda _: 0,
 ) -> tuple[SharedInEdge | None, SharedOutEdge | None] | None:
     """The edges in shared memory; None where some edge can't have it, or another transport was asked for.
 
     Args:
+        patience: seconds that the others may take to come, who may be busy with their set-up; default: `timeout`.
         log_slots: how many slots an edge's ring should have; fewer where there is no room.
         The others are those of `link_stages`.
 
@@ -122,7 +124,7 @@ def share_memory(
         raise SharedRefusal(f"transport 'shared' needs stages on CPUs, not on {device.type}; use 'group' or 'auto'")
     if transport == "group" or device.type != "cpu":
         return None
-    shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names, log_slots)
+    shared = _SharedLinks(store, world, incoming, outgoing, depth, timeout, names, patience, log_slots)
     problem = shared.agree()
     if problem is None:
         return shared.inbox, shared.outbox
@@ -178,12 +180,14 @@ class _SharedLinks:
         depth: int,
         timeout: float,
         names: Sequence[str],
+        patience: float | None = None,
         log_slots: Callable[[SlotLayout], int] = lambda _: 0,
     ) -> None:
         self.inbox: SharedInEdge | None = None
         self.outbox: SharedOutEdge | None = None
         self._store, self._world, self._names, self._timeout = store, world, names, timeout
         self._incoming, self._outgoing, self._depth = incoming, outgoing, depth
+        self._patience = timeout if patience is None else patience
         self._log_slots = log_slots
 
     def agree(self) -> str | None:
@@ -199,7 +203,7 @@ class _SharedLinks:
             if self._outgoing is not None:
                 self._store.set(f"link-{self._world.rank}", self._reach(self._outgoing) or "")
             keys = [f"link-{rank}" for rank in range(self._world.size - 1)]
-            await_keys(self._store, keys, self._timeout)
+            self._await(keys)
             problems = [text for key in keys if (text := self._store.get(key).decode())]
             if problems:
                 return problems[0] + (f" (and {len(problems) - 1} edges more)" if len(problems) > 1 else "")
@@ -210,6 +214,18 @@ class _SharedLinks:
     def close(self) -> None:
         if self.outbox is not None:
             self.outbox.close()
+
+    def _await(self, keys: Sequence[str]) -> None:
+        """Keys end with the rank that sets them.
+
+        Raises:
+            TimeoutError: names the stages that did not come.
+        """
+        try:
+            await_keys(self._store, keys, self._patience)
+        except TimeoutError as error:
+            late = [self._names[int(key.rpartition("-")[2])] for key in keys if not self._store.check([key])]
+            raise TimeoutError(f"{', '.join(late)} did not come within {self._patience:g} s") from error
 
     def _offer(self, layout: SlotLayout) -> tuple[SharedListener | None, dict[str, Any]]:
         try:
@@ -222,7 +238,7 @@ class _SharedLinks:
     def _reach(self, layout: SlotLayout) -> str | None:
         """Opens the edge to the next rank, or says why not."""
         key = f"edge-{self._world.rank + 1}"
-        await_keys(self._store, [key], self._timeout)
+        self._await([key])
         offer = json.loads(self._store.get(key))
         if "problem" in offer:
             return str(offer["problem"])

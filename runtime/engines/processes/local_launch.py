@@ -1,26 +1,28 @@
-"""Processes of this machine that Python starts by itself, as torchrun would: a rank each, and a store to meet at.
+"""Processes of this machine that Python starts by itself, as torchrun would: a rank each, and a folder to meet in.
 
-Nothing listens but on the loopback address. Nobody imports the caller's `__main__`, so a script needs no guard.
+They need no port: store, coordinator and edges are files and sockets in folders of the user's. Nobody imports the
+caller's `__main__`, so a script needs no guard.
 """
 
 import contextlib
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-import torch.distributed as dist
+from unlocked.runtime.engines.processes.rendezvous import MEETING
 
 __all__ = ["Started", "rank_environments", "start_processes"]
 
+_NO_PORT = 1  # nobody looks for anything there
 _END_SECONDS = 5.0  # that all of them may take to leave once their work is done or they were told to
 
 
@@ -42,29 +44,26 @@ class Started:
 def rank_environments(count: int, *, threads: int) -> Iterator[list[dict[str, str]]]:
     """The environment of each of `count` processes, which find each other while the block lasts.
 
-    They have what torchrun's workers have there; the store at which they meet is this process's.
+    They have what torchrun's workers have there, and a folder of this process's.
 
     Args:
         threads: intra-op threads of each, where OMP_NUM_THREADS says nothing else.
 
     Raises:
-        ValueError: nobody may listen at this machine's loopback address.
+        ValueError: there is no place for such a folder.
     """
     try:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, count))
-        port = listener.getsockname()[1]
-        # torch would bind a socket of its own to every interface; this one is bound already.
-        store = dist.TCPStore(
-            "127.0.0.1", port, None, True, timedelta(seconds=60), False, master_listen_fd=listener.detach()
-        )
-    except (OSError, RuntimeError) as error:
+        folder = tempfile.mkdtemp(prefix="unlocked-")  # mode 0700
+    except OSError as error:
         raise ValueError(
-            f"the {count} processes of the pipeline would meet at 127.0.0.1, but nothing can listen there ({error}); "
-            "use engine 'streams' or 'sequential', which run in this process"
+            f"the {count} processes of the pipeline would meet in a folder below {tempfile.gettempdir()}, but none can "
+            f"be made there ({error.strerror}); set TMPDIR to a folder that can be written"
         ) from error
     run_id = uuid.uuid4().hex
-    yield [_environment(rank, count, port, run_id, threads) for rank in range(count)]
-    del store
+    try:
+        yield [_environment(rank, count, folder, run_id, threads) for rank in range(count)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -110,22 +109,21 @@ def _start(rank: int, command: Sequence[str], environment: dict[str, str]) -> St
     return Started(rank, process, ours)
 
 
-def _environment(rank: int, count: int, port: int, run_id: str, threads: int) -> dict[str, str]:
+def _environment(rank: int, count: int, folder: str, run_id: str, threads: int) -> dict[str, str]:
     own: dict[str, Any] = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        # As torchrun's workers: the parent serves the store, and its end is theirs.
-        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "MASTER_PORT": _NO_PORT,
+        MEETING: folder,
+        # As torchrun's workers: the parent's end is theirs.
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": 0,
     }
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": loopback}
-    return defaults | os.environ | {name: str(value) for name, value in own.items()}
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_USE_AGENT_STORE"}
+    return {"OMP_NUM_THREADS": str(threads)} | inherited | {name: str(value) for name, value in own.items()}
 
 
 def _end(started: Sequence[Started]) -> None:

@@ -1,30 +1,46 @@
-"""How the processes of a run find each other: the environment that launchers set, and torch's key-value store."""
+"""How the processes of a run find each other: the environment that launchers set, and torch's key-value store.
+
+The store is a file where this project's own launcher has started them, and a server otherwise: torchrun's own, or one
+of rank 0's that listens where `interfaces` says.
+"""
 
 import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from unlocked.runtime.control.interfaces import listening_host, meeting_host
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.world import World, attempt
 
-__all__ = ["await_keys", "connect", "connect_again", "exchange", "meet"]
+__all__ = ["MEETING", "await_keys", "connect", "connect_again", "exchange", "meet", "meeting_folder"]
+
+MEETING = "UNLOCKED_MEETING"
+"""The variable by which this project's own launcher names the folder (the user's alone) in which processes meet."""
 
 _HANDSHAKE_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
 _AGENT_SECONDS = 2.0  # who finds no store of torchrun's on this machine has lost its launcher
 _runs = count()  # of this process
 _run = ""  # the name of the latest one
-_stores: dict[tuple[str, int], dist.TCPStore] = {}  # kept open until the process ends
+_stores: dict[tuple[str, int], dist.Store] = {}  # kept open until the process ends
 _LONGEST_PAUSE = 0.25  # seconds between two questions to the store
+
+
+def meeting_folder() -> Path | None:
+    """Where this run's processes meet without a port; None: at MASTER_ADDR:MASTER_PORT."""
+    folder = os.environ.get(MEETING)
+    return Path(folder) if folder else None
 
 
 def connect(world: World, timeout: float) -> dist.Store:
@@ -37,14 +53,14 @@ def connect(world: World, timeout: float) -> dist.Store:
         ValueError: the port is taken, or nobody answers at MASTER_ADDR:MASTER_PORT within `timeout` seconds.
     """
     serve = world.rank == 0 and not _served_by_agent()
-    where = (world.master_address, world.master_port)
+    where = (str(meeting_folder() or meeting_host(world)), world.master_port)
     store = _stores.get(where)
     if store is None:
-        if not serve:
+        if not serve and meeting_folder() is None:
             _await_listener(world, timeout)
         try:
             store = _stores[where] = _open_store(world, serve, timeout)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(_no_store(world, serve)) from error
     store.set_timeout(timedelta(seconds=timeout))
     global _run
@@ -65,21 +81,26 @@ def connect_again(world: World, timeout: float) -> dist.Store:
         raise ValueError(_no_store(world, False)) from error
 
 
-def await_keys(store: dist.Store, keys: Sequence[str], timeout: float) -> None:
+def await_keys(
+    store: dist.Store, keys: Sequence[str], timeout: float, pause: Callable[[float], None] = time.sleep
+) -> None:
     """Waits until all of the keys are there.
 
     By asking again and again: a wait inside the store would hold the main thread, and its signals, until its end.
+
+    Args:
+        pause: what is done for so many seconds between two questions.
 
     Raises:
         TimeoutError: they are not there after `timeout` seconds.
         RuntimeError: the store is gone.
     """
-    deadline, pause = time.monotonic() + timeout, 0.002
+    deadline, seconds = time.monotonic() + timeout, 0.002
     while not store.check(list(keys)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{', '.join(keys)}: not there after {timeout:g} s")
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause(seconds)
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
 def _served_by_agent() -> bool:
@@ -133,8 +154,10 @@ def exchange(
     return value
 
 
-def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
-    """Waits until all ranks are here.
+def meet(
+    store: dist.Store, world: World, key: str, timeout: float, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Waits until all ranks are here; `pause` as in `await_keys`.
 
     Raises:
         TimeoutError: names the ranks that did not come in time.
@@ -142,25 +165,29 @@ def meet(store: dist.Store, world: World, key: str, timeout: float) -> None:
     keys = [f"{key}-{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:
-        await_keys(store, keys, timeout)
+        await_keys(store, keys, timeout, pause)
     except TimeoutError as error:
         missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
         raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
 
 
-def _open_store(world: World, serve: bool, timeout: float) -> dist.TCPStore:
+def _open_store(world: World, serve: bool, timeout: float) -> dist.Store:
     """Opens the store, or gives up on a port at which something else than a store listens and never answers."""
+    folder = meeting_folder()
+    if folder is not None:
+        return dist.FileStore(str(folder / "store"))
     opened: list[dist.TCPStore | Exception] = []
 
     def open_it() -> None:
         try:
             store = dist.TCPStore(
-                world.master_address,
+                meeting_host(world),
                 world.master_port,
                 world.size,
                 is_master=serve,
                 timeout=timedelta(seconds=timeout),
                 wait_for_workers=False,
+                master_listen_fd=_listen(world) if serve else None,
             )
             opened.append(store)
         except Exception as error:  # raised where it can be caught
@@ -177,6 +204,25 @@ def _open_store(world: World, serve: bool, timeout: float) -> dist.TCPStore:
     return opened[0]
 
 
+def _listen(world: World) -> int:
+    """The descriptor of a bound socket: torch would bind one of its own to every interface."""
+    host = listening_host(world)
+    if not host:
+        print(
+            f"MASTER_ADDR {world.master_address} is no address of this machine's own: the store and the coordinator "
+            "listen on every interface",
+            file=sys.stderr,
+        )
+        return _bound("::" if socket.has_dualstack_ipv6() else "", world.master_port)
+    return _bound(host, world.master_port)
+
+
+def _bound(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::"
+    return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both).detach()
+
+
 def _await_listener(world: World, timeout: float) -> None:
     """Rank 0 may start later than we do: wait until its port is open. torchrun's agent has opened it before."""
     if _served_by_agent() and world.is_local:
@@ -184,7 +230,7 @@ def _await_listener(world: World, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((world.master_address, world.master_port), timeout=2.0).close()
+            socket.create_connection((meeting_host(world), world.master_port), timeout=2.0).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:

@@ -25,17 +25,25 @@ def report(error: BaseException) -> tuple[str, str, str, str | None]:
     return FAILED, _FAILURE, text, "".join(traceback.format_exception(error))
 
 
-def first_cause(reports: Sequence[tuple[str, str, str, str | None]], otherwise: str) -> Exception:
+def first_cause(
+    reports: Sequence[tuple[str, str, str, str | None]], otherwise: str, ends: Sequence[str] = ()
+) -> Exception:
     """What the caller raises: a user's mistake as a ValueError, else the failure that is behind the others.
 
     Args:
         otherwise: what is said where nobody has reported anything.
+        ends: how those ended that have reported nothing. Where the others only miss them, that and whatever else was
+            said are notes of the error.
     """
     for kind in (_MISTAKE, _FAILURE, _ECHO):
-        for _, found, text, trace in reports:
-            if found == kind:
-                error: Exception = ValueError(text) if kind == _MISTAKE else RunFailed(text)
-                if trace is not None:
-                    error.add_note(f"The worker's own traceback:\n{trace}")
-                return error
+        said = [(text, trace) for _, found, text, trace in reports if found == kind]
+        if said:
+            text, trace = said[0]
+            error: Exception = ValueError(text) if kind == _MISTAKE else RunFailed(text)
+            if trace is not None:
+                error.add_note(f"The worker's own traceback:\n{trace}")
+            others = dict.fromkeys((*ends, *(other for other, _ in said if other != text)))
+            for other in others if kind == _ECHO else ():
+                error.add_note(other)
+            return error
     return RunFailed(otherwise)

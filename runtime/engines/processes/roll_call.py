@@ -7,20 +7,24 @@ ran, and rank 0 tells all the others.
 
 import contextlib
 import json
+import os
 import secrets
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from unlocked.runtime.control.ending import Verdict
+from unlocked.runtime.control.interfaces import listening_host, meeting_host
 from unlocked.runtime.control.presence import lost_in_set_up
 from unlocked.runtime.control.set_up import STARTED, pack_verdict, unpack_verdict
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.processes.rendezvous import await_keys
+from unlocked.runtime.engines.processes.rendezvous import await_keys, meeting_folder
 
 __all__ = ["RollCall", "answer_roll_call"]
 
@@ -40,15 +44,13 @@ class RollCall:
         self._on_verdict = on_verdict
         self._size = world.size
         self._token = secrets.token_bytes(16)  # an open port hears strangers as well
-        self._listener = socket.create_server(("127.0.0.1" if world.is_local else "", 0), backlog=world.size)
+        self._listener, self._path, place = _listen(world)
         self._listener.setblocking(False)
         self._ranks: dict[socket.socket, int] = {}
         self._strangers: dict[socket.socket, float] = {}  # who has not said its name yet, and since when
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="roll-call", daemon=True)
-        host = "127.0.0.1" if world.is_local else world.master_address
-        place = {"host": host, "port": self._listener.getsockname()[1], "token": self._token.hex()}
-        store.set(_KEY, json.dumps(place, allow_nan=False))
+        store.set(_KEY, json.dumps({**place, "token": self._token.hex()}, allow_nan=False))
         self._thread.start()
 
     def tell(self, verdict: Verdict) -> None:
@@ -85,6 +87,9 @@ class RollCall:
         self._say(STARTED)
         for connection in (*self._ranks, *self._strangers, self._listener, self._woken):
             connection.close()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         try:
@@ -138,7 +143,31 @@ def answer_roll_call(store: dist.Store, world: World, timeout: float) -> socket.
     except RuntimeError:
         return None  # the next question to the store says what is wrong
     with contextlib.suppress(OSError):
-        connection = socket.create_connection((place["host"], place["port"]), timeout=_CONNECT_SECONDS)
+        connection = _connect(place)
         connection.sendall(bytes.fromhex(place["token"]) + world.rank.to_bytes(4, "big"))
         return connection
     return None
+
+
+def _listen(world: World) -> tuple[socket.socket, Path | None, dict[str, Any]]:
+    """Rank 0's socket, its name in the file system if it has one, and where the others find it."""
+    folder = meeting_folder()
+    if folder is not None:
+        path = folder / _KEY
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen(world.size)
+        return listener, path, {"path": str(path)}
+    host = listening_host(world)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=world.size)
+    return listener, None, {"host": meeting_host(world), "port": listener.getsockname()[1]}
+
+
+def _connect(place: dict[str, Any]) -> socket.socket:
+    if "path" not in place:
+        return socket.create_connection((place["host"], place["port"]), timeout=_CONNECT_SECONDS)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(_CONNECT_SECONDS)
+    connection.connect(place["path"])
+    return connection

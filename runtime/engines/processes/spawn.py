@@ -61,7 +61,7 @@ def run_spawned(engine: ProcessesOptions, job: Job, make_sinks: SinkMaker) -> Ru
     if run.result is None:
         if signals.received is not None:
             signal.raise_signal(signals.received)  # in set-up there is nothing to stop in order
-        raise first_cause(run.reports, run.last_words())
+        raise first_cause(run.reports, run.last_words(), run.ends())
     result, state, loaders = run.result
     set_global_state(state, switches=False)
     set_loader_states(job, loaders)
@@ -78,6 +78,8 @@ class _Run:
         self._stopping = False
         self._sending, self._taking = threading.Thread(), 0
         self._tails: dict[int, list[str]] = {one.rank: [] for one in started}
+        self._parts = {(one.rank, name): "" for one in started for name in ("stdout", "stderr")}  # of lines
+        self._told: set[int] = set()  # ranks that have said how they failed
         self.result: tuple[RunResult, dict[str, Any], list[torch.Tensor]] | None = None
         self.reports: list[tuple[str, str, str, str | None]] = []
         self.refusal: Exception | None = None
@@ -137,9 +139,17 @@ class _Run:
         """Of the first worker that ended otherwise than by itself, for want of a report."""
         ends = [(one, one.process.poll()) for one in self._started]
         one, code = next(((one, code) for one, code in ends if code), ends[0])
-        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
         said = self._tails[one.rank]
-        return f"the process of stage {one.rank} (rank {one.rank}) {how}" + (f": {' '.join(said)}" if said else "")
+        return _end_of(one, code) + (f": {' '.join(said)}" if said else "")
+
+    def ends(self) -> list[str]:
+        """How those ended that have said nothing of a failure: what others call lost."""
+        ends = [(one, one.process.poll()) for one in self._started]
+        return [
+            " ".join((_end_of(one, code), *(f"| {line}" for line in self._tails[one.rank])))
+            for one, code in ends
+            if code and one.rank not in self._told
+        ]
 
     def _hear(self, one: Started) -> bool:
         """One message; False: there will be none any more."""
@@ -150,10 +160,9 @@ class _Run:
         if kind == "result":
             result, state, loaders = content
             self.result = (result, state, loaders)
-        elif kind == FAILED:
-            self.reports.append((kind, *content))
-        elif kind == ENDED:
-            self.reports.append((FAILED, "echo", content[0], None))
+        elif kind in (FAILED, ENDED):
+            self._told.add(one.rank)
+            self.reports.append((kind, *content) if kind == FAILED else (FAILED, "echo", content[0], None))
         elif kind in ("sinks", "start", "sink"):
             self._tell_sinks(one, kind, *content)
         return True
@@ -180,18 +189,26 @@ class _Run:
     def _relay(self, one: Started, stream: Any, target: str) -> bool:
         """Prints what a worker prints, here, where the caller looks; False: it has closed its end."""
         data = _read(stream)
-        if not data:
-            return False
-        tail = self._tails[one.rank]
+        text = self._parts[one.rank, target] + data.decode(errors="replace")
+        lines = text.splitlines(keepends=True)
+        # A line may come in pieces. Its own last word can't be told from others before it is whole.
+        whole = not data or text.endswith("\n") or not "error".startswith(lines[-1][:5])
+        self._parts[one.rank, target] = "" if whole else lines.pop()
         quiet = self._stopping and self._sinks is None  # interrupted amid its imports, it tells of nothing else
-        for line in data.decode(errors="replace").splitlines(keepends=True):
+        tail = self._tails[one.rank]
+        for line in lines:
             if target == "stderr":
                 tail.append(line.strip())
                 del tail[:-_LAST_WORDS]
             if not quiet and not _OWN_WORD.match(line):
                 getattr(sys, target).write(line)
         getattr(sys, target).flush()
-        return True
+        return bool(data)
+
+
+def _end_of(one: Started, code: int | None) -> str:
+    how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
+    return f"the process of stage {one.rank} (rank {one.rank}) {how}"
 
 
 def _read(stream: IO[bytes]) -> bytes:

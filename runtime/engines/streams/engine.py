@@ -141,6 +141,7 @@ class _Run:
                 start=job.start,
                 waits_for_losses=job.lr_factor.needs_losses or self.fan_out.waits,
                 best_dir=job.settings.best_dir,
+                sizes=job.network.sums,
             )
             for lane, stopwatch in zip(self.lanes, self.stopwatches, strict=True)
         ]
@@ -389,7 +390,8 @@ def _rings(job: Job, parts: list[range], queue_depth: int) -> list[Ring]:
         flat = isinstance(network.blocks[part.start], LinearBlock | OutputBlock)
         depth = queue_depth if k else 1
         dtype = job.storage if k or network.input_dtype.is_floating_point else network.input_dtype
-        traffic = network.side_channel.traffic(part.start - 1) if k else {}
+        traffic = network.side_channel.traffic(part.start - 1) if k else network.side_channel.entering
         kind: Any = partial(CargoRing, traffic=traffic) if traffic else Ring
-        rings.append(kind(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, dtype=dtype))
+        form = {"dtype": dtype, "target": network.target}
+        rings.append(kind(depth, plan.max_rows, shape, device, flat_consumer=flat and k > 0, **form))
     return rings

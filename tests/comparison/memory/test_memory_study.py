@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unlocked.comparison.memory.chain import chain
-from unlocked.comparison.memory.results import BP, CHECKPOINTED, ChainSettings, MemoryStudy
+from unlocked.comparison.memory.results import ACCUMULATED, BP, CHECKPOINTED, ChainSettings, MemoryStudy
 from unlocked.comparison.memory.study import main, measure
 
 SETTINGS = ChainSettings(channels=4, image_size=8, batch_size=8)
@@ -55,17 +55,28 @@ def test_checkpoints_lie_between() -> None:
     assert local < checkpointed < whole / 2
 
 
+def test_accumulated_gradients_need_the_activations_of_a_chunk() -> None:
+    """And all gradients at once beside them: a quarter of the slope, plus the weights'."""
+    few, many = measure(ACCUMULATED, 8, SETTINGS), measure(ACCUMULATED, 24, SETTINGS)
+    whole_few, whole_many = measure(BP, 8, SETTINGS), measure(BP, 24, SETTINGS)
+    assert few.held_bytes == many.held_bytes == 0
+    slope = (many.activation_bytes - few.activation_bytes) / 16
+    whole = (whole_many.activation_bytes - whole_few.activation_bytes) / 16
+    gradients = 4 * sum(p.numel() for p in chain(24, SETTINGS)[3].parameters())
+    assert slope == pytest.approx(whole / 4 + gradients, rel=0.1)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--depths", "2", "6", "4", "--channels", "4", "--image-size", "8", "--batch-size", "4"]
     assert main([*flags, "--output", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "LLS: 0.00 KiB per block" in output
     study = MemoryStudy.load(tmp_path / "memory.json")
-    assert study.methods == ["BP", "BP, checkpointed", "LLS"]
+    assert study.methods == ["BP", "BP, checkpointed", "BP, accumulated", "LLS"]
     assert [point.depth for point in study.of("LLS")] == [2, 4, 6]
     lines = (tmp_path / "memory.csv").read_text().splitlines()
     assert lines[0] == "method,depth,activation_bytes,persistent_bytes,held_bytes"
-    assert len(lines) == 10
+    assert len(lines) == 13
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import sys
 import pytest
 from coordination import LAYERS, TIMEOUT, in_threads, make_client
 
+from unlocked.runtime.control.address import Address
 from unlocked.runtime.control.coordinator import Coordinator
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can drop packets to a listening socket")
 def test_who_comes_after_the_start_takes_no_descriptor() -> None:
     with Coordinator(LAYERS, 100) as coordinator:
-        host, port = coordinator._address.endpoint.removeprefix("tcp://").split(":")
+        host, port = Address.parse(coordinator.address).endpoint.removeprefix("tcp://").split(":")
         with socket.create_connection((host, int(port)), timeout=TIMEOUT):
             pass  # before the start anybody may knock
 

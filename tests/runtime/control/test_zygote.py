@@ -68,6 +68,23 @@ def test_a_worker_that_stands_still_can_be_ended() -> None:
     zygote.close()
 
 
+def test_a_zygote_that_stands_still_is_noticed_and_can_be_ended() -> None:
+    zygote = Zygote(lambda line: line.tell("here", pid=os.getpid(), zygote=os.getppid()))
+    zygote.start(0)
+    here, ended = events(zygote, 2)
+    assert isinstance(here, Told)
+    assert ended == Ended(0, 0)
+    assert not zygote.stands_still(0.0)
+    os.kill(here.content["zygote"], signal.SIGSTOP)
+    zygote.start(1)
+    assert zygote.events(0.1) == []
+    assert zygote.stands_still(0.05)
+    zygote.give_up()
+    assert not zygote.stands_still(0.05)
+    zygote.close()
+    assert not lives(here.content["zygote"])
+
+
 SUPERVISE = """
 import os, sys, time
 from unlocked.runtime.control.zygote import Zygote
