@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 CLASSES = 5
 
 
-def made_layer(block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", lr: float = 0.5) -> Layer:
+def made_layer(
+    block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", sample: Tensor | None = None
+) -> Layer:
     """A layer of `block` that trains by LLS (or cross-entropy, if it is the output), on autograd where `backend` is
     None."""
     kept = {name: value.clone() for name, value in block.state_dict().items()}
@@ -41,8 +43,8 @@ def made_layer(block: Block, x: Tensor, backend: Any, *, precision: str = "fp32"
     )
     rule = CrossEntropy() if block.is_output else LLS()(info)
     step = None if backend is None else fused_step(backend)
-    optimizer = partial(torch.optim.SGD, lr=lr)
-    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
 
 
 def step_of(layer: Layer, x: Tensor) -> Tensor:

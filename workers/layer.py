@@ -59,6 +59,7 @@ class Layer:
         optimizer: builds the layer's own optimizer; None for a layer that has no parameters.
         step: chooses how the local step is computed; by default through autograd.
         precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
+        sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
         needs: names of the tensors that the block's body takes beside its input.
         sums: how many the task adds up (`Task.tally`).
     """
@@ -73,6 +74,7 @@ class Layer:
         device: torch.device,
         step: "StepFactory | None" = None,
         precision: str = "fp32",
+        sample: Tensor | None = None,
         needs: Sequence[str] = (),
         sums: int = 3,
     ) -> None:
@@ -93,8 +95,7 @@ class Layer:
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         self.task = info.task
         self.classifies = self.task.name == "classification"
-        # Sums as the task has them; of a classification loss, correct, correct among the first five. Added up on the
-        # device, read every N steps.
+        # Sums as the task has them (of a classification: loss, hits, hits among the first five), read every N steps.
         self.totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.eval_totals = torch.zeros(sums, dtype=torch.float64, device=device)
         # Of the layer's own prediction in evaluation, a classification's loss being left out.
@@ -110,6 +111,7 @@ class Layer:
         self._pending = 0  # training steps that the clock has not been told of, where nothing reads it per step
         self._counted = torch.zeros_like(self.clock)  # the part of the clock that BatchNorm's own count knows of
         self._mode: str | None = None
+        self.sample = sample
         self.step: Step = (step or AutogradStep)(self)
 
     @property
@@ -359,8 +361,7 @@ class AutogradStep:
     """The local step of any differentiable block and rule."""
 
     counts: Sequence[nn.Module] = ()
-    why = ""
-    """What stands against a closed form."""
+    why = ""  # what stands against a closed form
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
 from unlocked.workers.graph.tracing import Node, filled, is_in_place
 
-__all__ = ["AutogradPiece", "Read"]
+__all__ = ["AutogradPiece", "Read", "call"]
 
 
 class Read(Operation):
@@ -65,7 +65,7 @@ class AutogradPiece(Operation):
             for node, x in zip(self._inputs, self._entered, strict=True):
                 values[node] = x.clone() if self._writes and isinstance(x, Tensor) else x
             for node in self._nodes:
-                values[node] = _call(node, values)
+                values[node] = call(node, values)
         self._made = [values[node] for node in self._outputs]
         given = tuple(x.detach() if isinstance(x, Tensor) else x for x in self._made)
         return given[0] if len(given) == 1 else given
@@ -100,7 +100,8 @@ def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
-def _call(node: Node, values: Mapping[Node, Any]) -> Any:
+def call(node: Node, values: Mapping[Node, Any]) -> Any:
+    """Runs a node's module, function or method as it is, on the values of others."""
     args, kwargs = filled(node.args, values), filled(dict(node.kwargs), values)
     if isinstance(node.target, str):
         return getattr(args[0], node.target)(*args[1:], **kwargs)

@@ -26,6 +26,7 @@ from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operat
 from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
+from unlocked.workers.graph.verifying import check_same_result
 
 if TYPE_CHECKING:
     from unlocked.workers.layer import Layer
@@ -41,6 +42,8 @@ def make_body(layer: "Layer", backend: ModuleType) -> GraphBody:
     """
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
     nodes, output = trace(layer.block.body, layer.frozen)
+    if layer.sample is not None and layer.device.type != "meta":
+        check_same_result(layer.block.body, layer.frozen, nodes, output, layer.sample.to(layer.device))
     body = _Planner(layer, backend, casts, nodes, output).body()
     trains = [(name, p) for name, p in layer.block.named_parameters() if p.requires_grad]
     if idle := [name for name, p in trains if id(p) not in body.reached]:
