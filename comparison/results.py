@@ -137,6 +137,8 @@ class EpochFigures:
     test_loss: float | None
     test_acc1: float | None
     """Percent."""
+    layer_acc1: tuple[tuple[str, float], ...] = ()
+    """Percent by layer, in network order: its own prediction's test accuracy, where it makes one."""
 
 
 @dataclass(frozen=True, kw_only=True)

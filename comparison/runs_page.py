@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from unlocked.comparison.report.figures import Ink, Picture, draw, require_plotting
+from unlocked.comparison.report.layers import CAPTION, LayerAccuracies, layers_charts
 from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.saved_runs import SavedRun, table_of
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
@@ -47,6 +48,9 @@ def _write_page(runs: Sequence[SavedRun], path: Path) -> None:
         for column, title in _CURVES.items()
         if any(run.curve(column) for run in runs)
     ]
+    if pictures := layers_charts(_by_layer(runs), "runs"):
+        title = "Which layer has learned what"
+        sections.append(Section(key="layers", title=title, paragraphs=(CAPTION,), pictures=tuple(pictures)))
     numbers = Section(
         key="runs",
         title="The runs",
@@ -78,6 +82,14 @@ def _write_table(runs: Sequence[SavedRun], path: Path) -> None:
 
 FORMS = {".html": _write_page, ".png": _write_picture, ".csv": _write_table}
 """How a file's name ends -> what writes it."""
+
+
+def _by_layer(runs: Sequence[SavedRun]) -> dict[str, LayerAccuracies]:
+    return {
+        run.name: LayerAccuracies(last=told[-1], first=told[0] if len(told) > 1 else None)
+        for run in runs
+        if (told := run.layer_accuracies())
+    }
 
 
 def _headline(runs: Sequence[SavedRun]) -> Headline:

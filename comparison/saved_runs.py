@@ -45,6 +45,19 @@ class SavedRun:
         found = [(int(row["epoch"] or 0) + 1, row.get(column)) for row in self.epochs]
         return [(epoch, value) for epoch, value in found if value is not None]
 
+    def layer_accuracies(self) -> list[dict[str, float]]:
+        """Of every epoch that tells them: the layers' own test accuracies in percent, in network order."""
+        prefix = "eval_acc1/"
+        found = [
+            {
+                name.removeprefix(prefix): value
+                for name, value in row.items()
+                if name.startswith(prefix) and value is not None
+            }
+            for row in self.epochs
+        ]
+        return [layers for layers in found if len(layers) > 1]
+
     @property
     def best(self) -> tuple[int, float] | None:
         """Epoch, from 1, and percent of the best test accuracy; of equals the first."""

@@ -105,6 +105,7 @@ def _epochs(result: RunResult) -> tuple[EpochFigures, ...]:
                 train_loss=epoch.train_loss,
                 test_loss=epoch.eval_loss,
                 test_acc1=epoch.eval_acc1,
+                layer_acc1=tuple((name, value) for name, value in epoch.layer_acc1),
             )
         )
     return tuple(found)

@@ -8,6 +8,7 @@ broke off goes on where it stopped. Nothing is downloaded or unpacked whose chec
 import fcntl
 import hashlib
 import http.client
+import os
 import shutil
 import tarfile
 import urllib.error
@@ -27,6 +28,9 @@ __all__ = ["Archive", "obtain", "obtain_file", "only_one"]
 
 TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of the answer
 _CHUNK = 2**18
+_MOST_FILES = 1_000_000  # in an archive: ten times what the largest of the known ones has
+_MOST_BYTES = 64 << 30  # of them together
+_MOST_GROWTH = 200  # times an archive's own bytes, as which it may unpack: more is no data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +95,12 @@ def obtain_file(url: str, md5: str, path: Path, *, download: bool) -> Path:
 
 @contextmanager
 def only_one(lock: Path) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when its owner dies, and every step of the owner times out."""
-    with lock.open("w") as file:
+    """Hold the lock file; the system lets go of it when its owner dies, and every step of the owner times out.
+
+    What lies under its name is neither followed, if it is a link, nor emptied.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -166,14 +174,16 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     lacking = set(archive.files)
+    room = _Room(path)
     try:
         for name, content in _members(path):
+            room.take_file()
             inside = _inside(name, archive)
             if inside is not None:
                 target = part / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as file:
-                    shutil.copyfileobj(content, file)
+                    room.copy(content, file)
                 lacking.discard(inside)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"archive {path} is damaged ({error}); remove it and run again") from error
@@ -181,6 +191,32 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
         what = ", ".join(sorted(lacking)) or archive.folder
         raise ValueError(f"archive {path} has no {what}; remove it and run again")
     part.rename(folder)
+
+
+class _Room:
+    """What an archive may still unpack to. A few kilobytes can hold terabytes of nothing.
+
+    Raises (all methods):
+        ValueError: it holds more; names the limit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._files = path, 0
+        self._bytes, self._most = 0, min(_MOST_BYTES, _MOST_GROWTH * path.stat().st_size + (1 << 20))
+
+    def take_file(self) -> None:
+        self._files += 1
+        if self._files > _MOST_FILES:
+            raise ValueError(f"archive {self._path} has more than {_MOST_FILES:,} files; remove it: it is no dataset")
+
+    def copy(self, source: IO[bytes], target: IO[bytes]) -> None:
+        while data := source.read(_CHUNK):
+            self._bytes += len(data)
+            if self._bytes > self._most:
+                raise ValueError(
+                    f"archive {self._path} unpacks to more than {self._most:,} bytes; remove it: it is no dataset"
+                )
+            target.write(data)
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:

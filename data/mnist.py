@@ -5,7 +5,6 @@ K. Rasul, R. Vollgraf, "Fashion-MNIST", 2017; the MD5 sums are those that Zaland
 in `dataset_dir`/NAME/raw (torchvision's layout), in `dataset_dir`/NAME, or in `dataset_dir` itself, compressed or not.
 """
 
-import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from unlocked.data.download import obtain_file
 __all__ = ["load_fashion_mnist", "load_mnist", "read_idx"]
 
 _UNSIGNED_BYTE = 0x08
+_MOST_BYTES = 1 << 30  # of an unpacked file; the largest known one has 47 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,19 @@ def load_fashion_mnist(
     return _load(_FASHION, name, dataset_dir, download)
 
 
+def _unzipped(raw: bytes) -> bytes:
+    """Raises:
+    EOFError, zlib.error: it is damaged, or of more than a gigabyte, which is no such file.
+    """
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header
+    data = unpacker.decompress(raw, _MOST_BYTES)
+    if unpacker.unconsumed_tail:
+        raise EOFError(f"it unpacks to more than {_MOST_BYTES:,} bytes")
+    if not unpacker.eof:
+        raise EOFError("its end is missing")
+    return data
+
+
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """The array in an IDX file of unsigned bytes, which may be compressed by gzip.
 
@@ -110,7 +123,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+            raw = _unzipped(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, f"what can't be read ({type(error).__name__}: {error})") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != _UNSIGNED_BYTE or not 1 <= raw[3] <= 4:

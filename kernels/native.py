@@ -3,6 +3,8 @@
 The libraries have a plain C interface: no torch header is compiled, so a build takes seconds and stays valid across
 torch versions. A library's name hashes its sources, the flags and the compiler's version. Its checksum lies beside it:
 the system's loader would crash in a library whose end is missing, so one that does not match is built anew.
+
+What lies in the cache is executed. So its folder must be one to which this user alone can write, and so must the files.
 """
 
 import fcntl
@@ -25,8 +27,14 @@ _SAID = 4000  # characters of what a compiler said that an error shows, from the
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/unlocked, or ~/.cache/unlocked."""
+    """$XDG_CACHE_HOME/unlocked, or ~/.cache/unlocked.
+
+    Raises:
+        RuntimeError: XDG_CACHE_HOME is no absolute path: it would be another folder wherever a run is started.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
+    if root and not os.path.isabs(root):
+        raise RuntimeError(f"XDG_CACHE_HOME is {root!r}; it must be an absolute path (/...)")
     return (Path(root) if root else Path.home() / ".cache") / "unlocked"
 
 
@@ -42,19 +50,19 @@ def build_once(
     """The shared library of `sources`, compiled unless it is in the cache.
 
     Several processes may call this at once: one compiles, the others wait for it and share what comes of it, a failure
-    too. What the compiler said lies beside the library, with the suffix .log. Where the cache can't be written, the
-    library lies in a folder of the user's own below the temporary one.
+    too. What the compiler said lies beside the library, with the suffix .log. Where the cache can't be written, or
+    others can write to it, the library lies in a folder of the user's own below the temporary one.
 
     Args:
         timeout: seconds that the compiler may take.
 
     Raises:
         RuntimeError: the compiler fails, or does not end in time (the text ends with what it said), or there is no
-            folder to write to.
+            folder to write to, or XDG_CACHE_HOME is a relative path.
     """
     library = f"{name}-{_key(compiler, flags, [*sources, *headers])}.so"
     cached = cache_directory() / library
-    if _is_whole(cached):
+    if _belongs_to_us(cached.parent) and _is_whole(cached):
         return cached
     target = _writable_cache() / library
     with _locked(target.with_suffix(".lock")) as failure:
@@ -72,8 +80,9 @@ def _writable_cache() -> Path:
     for folder in (cache_directory(), stand_in):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder == stand_in:
-                _refuse_foreign(folder)
+            if folder == stand_in and folder.is_symlink():
+                raise PermissionError(f"{folder} is a link")
+            _make_private(folder)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
@@ -81,19 +90,48 @@ def _writable_cache() -> Path:
     raise RuntimeError(f"no folder for compiled kernels can be written: {'; '.join(problems)}; set XDG_CACHE_HOME")
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """In a folder that all may write to, another user may have been here first; what lies there would be executed."""
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+def _make_private(folder: Path) -> None:
+    """Raises:
+    PermissionError: others may have been here; what lies there would be executed.
+    """
+    if not _belongs_to_us(folder) or folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is not a folder that this user alone can write to")
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _belongs_to_us(path: Path) -> bool:
+    """Nobody but this user, or root, can write to it, nor put another one in its place."""
+    try:
+        place = path.resolve(strict=True)
+        found = place.stat()
+        return (
+            found.st_uid in (os.getuid(), 0)
+            and not found.st_mode & 0o022
+            and all(map(_keeps_its_entries, (parent.stat() for parent in place.parents)))
+        )
+    except OSError:
+        return False
+
+
+def _keeps_its_entries(folder: os.stat_result) -> bool:
+    """A stranger can't rename what lies there: it is not open to all, or sticky."""
+    return not folder.st_mode & stat.S_IWOTH or bool(folder.st_mode & stat.S_ISVTX)
 
 
 def _is_whole(library: Path) -> bool:
-    """It is there, and its bytes are those that the compiler wrote."""
+    """It is there, written by us, and its bytes are those that the compiler wrote."""
+    checksum = _checksum_file(library)
     try:
-        return _checksum_file(library).read_bytes() == _checksum(library)
+        ours = all(path.lstat().st_uid in (os.getuid(), 0) and _is_file(path.lstat()) for path in (library, checksum))
+        return ours and checksum.read_bytes() == _checksum(library)
     except OSError:
         return False
+
+
+def _is_file(found: os.stat_result) -> bool:
+    """And none that others may write to."""
+    return stat.S_ISREG(found.st_mode) and not found.st_mode & 0o022
 
 
 def _checksum(library: Path) -> bytes:
@@ -116,6 +154,8 @@ def _compile(compiler: Path, flags: Sequence[str], sources: Sequence[Path], targ
         report = built.with_suffix(".log")
         report.write_text(log)
         _checksum_file(built).write_bytes(_checksum(built))
+        for made in (built, report, _checksum_file(built)):
+            made.chmod(0o700 if made == built else 0o600)  # whatever the umask says
         # A rename within one directory is atomic. The library comes last: a crash in between leaves a checksum that
         # fits no library, and the next process builds.
         report.replace(target.with_suffix(".log"))
@@ -175,7 +215,8 @@ def _locked(path: Path) -> Iterator[str]:
 
     Where the file system has no locks, all build, and the last rename wins.
     """
-    with path.open("a+", errors="replace") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "a+", errors="replace") as file:
         waited = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,12 +1,13 @@
-"""Whether bfloat16 pays on a processor: a matrix product in both precisions, timed once per process and device."""
+"""What a device reaches, timed once per process: a matrix product in both precisions, and a copy."""
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
-__all__ = ["PAYS", "bfloat16_gain"]
+__all__ = ["PAYS", "bfloat16_gain", "copy_rate", "product_rate"]
 
 PAYS = 1.2
 """The gain of a product from which a step gains as well: what surrounds the products moves fewer bytes at best."""
@@ -34,6 +35,30 @@ def bfloat16_gain(device: str) -> float:
             seconds[matrix.dtype].append(_now(place) - began)
     single_time, half_time = (statistics.median(times[1:]) for times in seconds.values())
     return single_time / half_time
+
+
+@lru_cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product of two 1024 x 1024 matrices; the best of five."""
+    matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
+    return 2 * 1024**3 / _best(device, lambda: matrix @ matrix)
+
+
+@lru_cache
+def copy_rate(device: str) -> float:
+    """Bytes per second that a copy of 64 MiB reads and writes; the best of five."""
+    source = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(device, lambda: target.copy_(source))
+
+
+def _best(device: str, call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(6):
+        began = _now(torch.device(device))
+        call()
+        times.append(_now(torch.device(device)) - began)
+    return min(times)
 
 
 def _now(device: torch.device) -> float:

@@ -9,13 +9,16 @@ from unlocked.launch.output import lasting_output
 
 if TYPE_CHECKING:
     from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.comparison.chaos.records import Campaign
+    from unlocked.runtime.fields import LineParser
     from unlocked.runtime.recipe import Recipe
 
-__all__ = ["main", "parse"]
+__all__ = ["main", "make_parser", "parse"]
 
 _USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
+_USUAL += ["--max-recoveries", "100000"]
 """Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
-after 4 seconds, in set-up after 45."""
+after 4 seconds, in set-up after 45; one run may take many faults."""
 _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 
 
@@ -23,37 +26,38 @@ _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the training undisturbed and under faults. 0: all came to the same bits, nothing hung and every cause was
     named; 1: something was not so; 2: a mistake."""
-    from unlocked.comparison.chaos.campaign import run_campaign
+    from unlocked.comparison.chaos.campaign import new_campaign, run_campaign
     from unlocked.comparison.chaos.records import format_table
-    from unlocked.runtime.saving.whole_file import write_json
-    from unlocked.runtime.typed import to_plain
+    from unlocked.comparison.chaos.report import join, read_report, update_report
+
+    def keep() -> "list[Campaign]":
+        return [campaign] if options.report is None else update_report(options.report, campaign)
 
     try:
         options, recipe, rest = parse(sys.argv[1:] if arguments is None else arguments)
         plan = recipe.plan(*recipe.load_data())
         command = [sys.executable, "-m", "unlocked.launch.pipeline", *_USUAL, *rest]
-        campaign = run_campaign(
+        begun = [] if options.report is None else read_report(options.report)
+        campaign = join(begun, new_campaign(command, _stages(recipe), options))
+        run_campaign(
             command,
             plan,
-            _stages(recipe),
             options,
+            campaign,
             start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
             root=recipe.save_path,
             say=lambda line: print(line, flush=True),
+            keep=keep,
         )
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        print("error: interrupted before the first fault", file=sys.stderr, flush=True)
         return 130
-    print(format_table(campaign))
+    print(format_table(keep()))
     for problem in campaign.problems:
         print(f"problem: {problem}")
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        told = {"ettr": campaign.ettr, "problems": campaign.problems, "table": format_table(campaign).splitlines()}
-        write_json(options.report, to_plain(campaign) | told)
     return 130 if campaign.is_interrupted else 1 if campaign.problems else 0
 
 
@@ -66,16 +70,8 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     from unlocked.comparison.chaos.options import ChaosOptions
     from unlocked.launch.command_line import parse as parse_training
     from unlocked.runtime import Processes
-    from unlocked.runtime.fields import LineParser, add_flags
 
-    parser = LineParser(
-        prog="unlocked chaos",
-        description="Runs a training under faults, again and again by --resume auto, and compares it with the "
-        "undisturbed run. Takes the flags of unlocked train as well; --stages tells the number of processes.",
-        allow_abbrev=False,
-    )
-    add_flags(parser.add_argument_group("faults"), ChaosOptions)
-    given, rest = parser.parse_known_args(arguments)
+    given, rest = _own_parser().parse_known_args(arguments)
     options = ChaosOptions(**vars(given))
     recipe = parse_training(rest, default_engine="processes")
     if not isinstance(recipe.engine, Processes) or recipe.engine.stages is None:
@@ -85,6 +81,34 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     if taken:
         raise ValueError(f"--{taken[0].replace('_', '-')} is set for every run by itself; leave it out")
     return options, recipe, _without(rest, "--save-path")
+
+
+def make_parser() -> "LineParser":
+    """All flags of the command: those of the faults, and the training's."""
+    from unlocked.launch.command_line import make_parser as training
+
+    parser = _own_parser()
+    taken = {f"--{name.replace('_', '-')}" for name in _OURS if name != "save_path"} | {"--help"}
+    for group in training()._action_groups:
+        own = parser.add_argument_group(group.title, group.description)
+        for action in group._group_actions:
+            if not taken & set(action.option_strings):
+                own._add_action(action)
+    return parser
+
+
+def _own_parser() -> "LineParser":
+    from unlocked.comparison.chaos.options import ChaosOptions
+    from unlocked.runtime.fields import LineParser, add_flags
+
+    parser = LineParser(
+        prog="unlocked chaos",
+        description="Runs a training under faults, again and again by --resume auto, and compares it with the "
+        "undisturbed run. Takes the flags of unlocked train as well; --stages tells the number of processes.",
+        allow_abbrev=False,
+    )
+    add_flags(parser.add_argument_group("faults"), ChaosOptions)
+    return parser
 
 
 def _is_given(rest: Sequence[str], name: str) -> bool:

@@ -70,18 +70,19 @@ AUTHORS_DEFAULTS: Mapping[str, Any] = {
 """The defaults of the authors' main.py (LLS-DNN, release of WACV 2025) that are not ours."""
 
 
-def parse(arguments: Sequence[str] | None, *, default_engine: str) -> Recipe:
+def parse(arguments: Sequence[str] | None, *, default_engine: str, parser: LineParser | None = None) -> Recipe:
     """Reads the command line: what it says goes before a config file's settings, and those before the defaults.
 
     Args:
         arguments: without the program's name; None: those of this process.
         default_engine: where neither --engine nor --stages is given.
+        parser: of the same flags; default: that of `unlocked train`.
 
     Raises:
         ValueError: a mistake, in one line.
         SystemExit: of --help and --print-config, with code 0.
     """
-    given = vars(make_parser().parse_args(arguments))
+    given = vars((parser or make_parser()).parse_args(arguments))
     printed = given.pop("print_config")
     told = dict(AUTHORS_DEFAULTS) if given.pop("authors_defaults") else {}
     config = given.pop("config")

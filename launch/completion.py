@@ -15,6 +15,9 @@ _WHERE = """For this session:  eval "$(unlocked completion bash)"
 For good, into ~/.local/share/bash-completion/completions/unlocked;
 of zsh, into a file _unlocked in a folder of $fpath."""
 
+_ONE_OF = {"rules": "training_mode", "models": "model", "datasets": "dataset"}
+"""Flags that take several of what a training takes one of."""
+
 
 @lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,8 +72,8 @@ def _tell_values(action: argparse.Action, command: str) -> None:
         action.complete = getattr(shtab, {"FILE": "FILE", "DIR": "DIRECTORY"}[str(action.metavar)])  # type: ignore[attr-defined]
     elif command == "completion" and action.dest == "shell":
         action.choices = SHELLS
-    elif action.dest in setting_names(Recipe):
-        action.choices = tuple(filter(None, choices_of(Recipe, action.dest))) or None
+    elif (name := _ONE_OF.get(action.dest, action.dest)) in setting_names(Recipe):
+        action.choices = tuple(filter(None, choices_of(Recipe, name))) or None
 
 
 if __name__ == "__main__":

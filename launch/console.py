@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": ("unlocked.launch.compare", "local learning beside backpropagation on this machine"),
     "check-rule": ("unlocked.launch.check_rule", "is a rule of one's own local, exact and resumable"),
     "leaderboard": ("unlocked.launch.leaderboard", "rules x networks x data x seeds under one budget, on one page"),
+    "explain": ("unlocked.launch.explain", "what each layer's step is made of, and what it costs"),
     "evaluate": ("unlocked.launch.evaluate", "score saved weights or a snapshot"),
     "chaos": ("unlocked.launch.chaos", "train under faults: equal bits, and at what cost"),
     "compare-runs": ("unlocked.launch.compare_runs", "saved runs beside each other: a table, and curves"),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from unlocked.launch.output import lasting_output
 
 if TYPE_CHECKING:
-    pass
+    from unlocked.runtime.fields import LineParser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @lasting_output()
@@ -27,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on where this one was", file=sys.stderr, flush=True)
         return 130
+
+
+def make_parser() -> "LineParser":
+    """All flags of the command."""
+    from unlocked.comparison.leaderboard.options import make_parser as leaderboard
+
+    return leaderboard()
 
 
 def _run(given: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from types import FrameType
 __all__ = ["start_workers"]
 
 _LOOK_SECONDS = 0.05  # between two looks at who has ended
-_PATIENCE, _SHORT_PATIENCE, _HASTE = 30.0, 8.0, 4.0  # see `_patience`
+_PATIENCE, _SHORT_PATIENCE, _HASTE = 30.0, 8.0, 3.0  # see `_patience`
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -45,13 +45,18 @@ def start_workers(count: int, module: str, arguments: Sequence[str], *, threads:
 def _follow(started: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all of them; the first exit code that is not 0."""
     first, deadline = None, float("inf")
-    while any(process.poll() is None for process in started):
+    while None in [process.poll() for process in started]:  # of all: who is not asked does not tell of its end
         first = first or _failed(started)
         if first is not None and deadline == float("inf"):
             deadline = time.monotonic() + _patience(first[1])
-        if time.monotonic() > deadline:
+        if first is not None and time.monotonic() > deadline:
             _end(started)
+            if first[1] > 0:  # of a signal more is said at the end
+                _say(f"{_stage(first[0])} left with exit code {first[1]}, and the others did not end by themselves")
+            break
         time.sleep(_LOOK_SECONDS)
+    for process in started:
+        process.wait()
     first = first or _failed(started)
     return 0 if first is None else _exit_code(*first)
 
@@ -96,10 +101,17 @@ def _passing_signals() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def _exit_code(rank: int, status: int) -> int:
     """A process's status as a shell tells it: one that a signal ended is 128 + signal."""
-    from unlocked.runtime.control.world import stage_name
-
     if status < 0:
-        told = signal.Signals(-status).name
-        print(f"error: {stage_name(rank)} was ended by {told}", file=sys.stderr, flush=True)
+        _say(f"{_stage(rank)} was ended by {signal.Signals(-status).name}")
         return 128 - status
     return status
+
+
+def _stage(rank: int) -> str:
+    from unlocked.runtime.control.world import stage_name
+
+    return stage_name(rank)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -137,8 +137,11 @@ def _was_told(error: BaseException) -> bool:
 def _complain(rank: int, error: object, code: int, set_up: "SetUp | None") -> int:
     """One line on standard error, at once; the other processes are to say the same."""
     from unlocked.runtime.control.ending import Verdict, error_line
+    from unlocked.runtime.control.world import stage_name
 
     text = str(error) or type(error).__name__
+    if code == 1 and set_up is not None and not set_up.is_over and "(rank " not in text:
+        text = f"{stage_name(rank)} failed in set-up: {text}"
     if set_up is not None:
         set_up.leave_word(Verdict(text, code))
     # In one write: several workers share the terminal.

@@ -10,7 +10,7 @@ from unlocked.models.blocks import (
     use_tanh,
 )
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
-from unlocked.models.hugging_face import from_transformers
+from unlocked.models.hugging_face import from_transformers, frozen_head
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
 from unlocked.models.language import generate, gpt
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
@@ -34,6 +34,7 @@ __all__ = [
     "check_model_options",
     "find_model",
     "from_transformers",
+    "frozen_head",
     "generate",
     "get_model",
     "gpt",

@@ -6,6 +6,7 @@ less has to be sent to the next layer. A block also carries what the authors' ta
 the latents' size, the width of the random feedback, the rows of the reduced basis.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -124,6 +125,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **beside: Tensor) -> Tensor:
         """The tail of the body; `beside`: tensors that the body's forward takes by name, such as a mask."""
         return cast(Tensor, self.tail(self.body(x, **beside)))
+
+    def copy(self) -> "Block":
+        """A block of its own, without the network that this one was cut from, which a deepcopy would copy as well."""
+        return copy.deepcopy(self, {id(self.origin): Origin()})
 
     def _part(self, name: str) -> nn.Module:
         return self.body.get_submodule(name)

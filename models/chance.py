@@ -1,6 +1,5 @@
 """What a layer draws from: found before training, by its modules' classes, by the names in its code, and by a trial."""
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -73,8 +72,8 @@ def _try(block: Block, x: Tensor, beside: Mapping[str, Tensor]) -> frozenset[str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            moved, outputs = _run(copy.deepcopy(block).to(_CPU), x, beside, generators)
-            again, others = _run(copy.deepcopy(block).to(_CPU), x, beside, generators)
+            moved, outputs = _run(block.copy().to(_CPU), x, beside, generators)
+            again, others = _run(block.copy().to(_CPU), x, beside, generators)
     except Exception:
         return frozenset({"torch"})  # made-up input need not suit it; if that was not the cause, training will tell
     for (name, module, output), (*_, other) in zip(outputs, others, strict=False):

@@ -55,6 +55,15 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
+        # `x` comes first: a product takes the memory format of its first operand.
+        return x * self.mask(x)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """What `x` is multiplied by in training: 0 or 1 / (1 - p), of its type; [B, C, 1, ...] per channel.
+
+        Raises:
+            ValueError: no key was set.
+        """
         if self._key is None:
             raise ValueError(
                 "KeyedDropout has no key: call set_key(seed, layer, microbatch) before training, or eval()"
@@ -66,8 +75,7 @@ class KeyedDropout(nn.Module):
         draws = keyed_uniform(seed, Purpose.DROPOUT, counter, major=microbatch, minor=layer)
         keep = draws.reshape(-1)[:count].view(shape) >= self.p
         scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
-        # `x` comes first: a product takes the memory format of its first operand.
-        return x * (keep * scale).to(x.dtype)
+        return (keep * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, per_channel={self.per_channel}, index={self.index}"

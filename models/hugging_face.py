@@ -1,6 +1,7 @@
 """Networks of the transformers library as lists of blocks, cut by what the library itself declares."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -12,7 +13,7 @@ from unlocked.models.blocks import Block, Origin
 from unlocked.models.errors import first_line
 from unlocked.models.parts import MaskedPart, Part, Skeleton, TokenPart, accepted, run_whole
 
-__all__ = ["from_transformers"]
+__all__ = ["from_transformers", "frozen_head"]
 
 _PROBE_TOKENS = 8
 
@@ -78,6 +79,30 @@ def from_transformers(
         _offer_head(network, blocks, micro_batch)
     _check_adapters(model, blocks)
     return blocks
+
+
+def frozen_head(model: nn.Module) -> Part:
+    """A copy of what follows a language model's layers, the last norm and the head, frozen: [B, T, D] -> [B, T, V].
+
+    What every layer may be read out by (`unlocked.rules.FrozenHeadConsistency`). Its `hidden` is the norm, its `head`
+    the linear map.
+
+    Raises:
+        ValueError: as `from_transformers`; or the scores are not what one linear map gives.
+    """
+    network = _network(model)
+    with _evaluating(network):
+        skeleton = Skeleton(network, _layers(network), _example(network))
+    count = len(skeleton.layers)
+    whole, entrance = skeleton.part(count, count, last=True)
+    part = copy.deepcopy(_kind_of_part(network, first=False)(whole, entrance, _reads(network, first=False)))
+    part.requires_grad_(False).eval()
+    hidden = torch.linspace(-1, 1, 2 * network.config.get_text_config().hidden_size).view(1, 2, -1)
+    if not _has_head(part, network, hidden):
+        raise ValueError(
+            f"{type(network).__name__} has no head that is one linear map of the last norm's hidden states"
+        )
+    return part
 
 
 def _network(model: nn.Module) -> Any:
@@ -297,22 +322,27 @@ def _apart(network: nn.Module, block: Block, why: str) -> str:
 
 def _offer_head(network: Any, blocks: Sequence[Block], example: Mapping[str, Tensor]) -> None:
     """Lets the last block give its hidden states and its head apart, where nothing follows the head."""
-    head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
-    name = next((name for name, module in network.named_modules() if module is head), None)
     part = blocks[-1].body
-    if type(head) is not nn.Linear or name is None or not isinstance(part, Part):
-        return
-    main, *_ = example
-    x = example[main]
+    x = next(iter(example.values()))
     with torch.no_grad():
         for block in blocks[:-1]:
             x = block.body(x)
+    assert isinstance(part, Part)
+    _has_head(part, network, x)
+
+
+@torch.no_grad()
+def _has_head(part: Part, network: Any, x: Tensor) -> bool:
+    """Whether the network's scores are one linear map of hidden states; the part then offers it. x: its input."""
+    head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    name = next((name for name, module in network.named_modules() if module is head), None)
+    if type(head) is nn.Linear and name is not None:
         part.use_head(name)
-        assert part.head is not None
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
-            if torch.equal(part.head(part.hidden(x)), part(x)):
-                return
+            if isinstance(part.head, nn.Linear) and torch.equal(part.head(part.hidden(x)), part(x)):
+                return True
     part.use_head(None)
+    return False
 
 
 def _check_adapters(model: nn.Module, blocks: Sequence[Block]) -> None:

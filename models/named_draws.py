@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -105,17 +105,16 @@ class _Reader:
         self._read.add(code)
         of_self: Any = None  # what the last instruction has loaded is `self`
         names = set()
-        for step in dis.get_instructions(code):
-            last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
-            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        for opname, last in _loads(code):
+            if opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 if of_self and owner is not None and _has(owner, last):
                     self._refuse_generator(vars(owner).get(last), f"self.{last}", where)
                 else:
                     names.add(last)
-            elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "IMPORT_NAME", "IMPORT_FROM"):
+            elif opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "IMPORT_NAME", "IMPORT_FROM"):
                 names.add(last)
-                self._follow(scope.get(last) if not step.opname.startswith("IMPORT") else sys.modules.get(last), where)
-            of_self = step.opname.startswith("LOAD_") and last == "self" and step.opname != "LOAD_ATTR"
+                self._follow(scope.get(last) if not opname.startswith("IMPORT") else sys.modules.get(last), where)
+            of_self = opname.startswith("LOAD_") and last == "self" and opname != "LOAD_ATTR"
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._read_code(constant, scope, owner, where)
@@ -146,6 +145,16 @@ class _Reader:
                 "the layer ran; leave the generator out: draws from the global one are keyed by (seed, layer, "
                 "micro-batch)"
             )
+
+
+@lru_cache(maxsize=1 << 14)
+def _loads(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
+    """(operation, name) of every instruction: the layers of a network share their code."""
+    found = []
+    for step in dis.get_instructions(code):
+        last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+        found.append((step.opname, last))
+    return tuple(found)
 
 
 def _has(owner: Any, name: str) -> bool:

@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
 _COMMON = ("in_channels", "num_classes", "image_size", "dropout", "seed")
 LANGUAGE_MODELS: dict[str, Callable[..., list[Block]]] = {"gpt-mini": gpt}
 """Those that read tokens [T]: `image_size` is (T,), `num_classes` the vocabulary's size, `in_channels` not used."""
-_NOT_GIVEN = {"same_padding": False, "upsample": True}
+_NOT_GIVEN = {"same_padding": False, "upsample": True, "cut_blocks": False}
 """Options that are not None where nobody gives them."""
 
 

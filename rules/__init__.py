@@ -35,7 +35,7 @@ from unlocked.rules.registry import GLOBAL_RULES, LOCAL_RULES, OTHER_RULES, RULE
 from unlocked.rules.soft_hebb import SoftHebb
 from unlocked.rules.task_kinds import TASKS, Classification, MultiLabel, Regression, Segmentation, Tokens, infer_task
 from unlocked.rules.tasks import CLASS_NUMBER, NO_TARGETS, Figures, TargetForm, Task
-from unlocked.rules.zero_lock import TaskAndConsistency
+from unlocked.rules.zero_lock import FrozenHeadConsistency, TaskAndConsistency
 
 __all__ = [
     "CLASS_NUMBER",
@@ -60,6 +60,7 @@ __all__ = [
     "Draw",
     "Figures",
     "ForwardForward",
+    "FrozenHeadConsistency",
     "HeadArguments",
     "InfoPro",
     "InfoProContrastive",

@@ -53,10 +53,11 @@ class TwoViews(Views):
 
 
 class BarlowTwins(LocalRule):
-    """Level 3: two keyed views.
+    """Level 3: two keyed views. Maps are read by a pointwise convolution, BatchNorm and ReLU, and their means by the
+    projector, a linear layer, BatchNorm, ReLU, and another; other activations by the projector alone.
 
     Args:
-        width: of the projector's hidden layer and output.
+        width: of the convolution, of the projector's hidden layer and output.
         redundancy: lambda.
     """
 
@@ -64,12 +65,27 @@ class BarlowTwins(LocalRule):
         self, layer: LayerInfo, *, width: int = 128, redundancy: float = 5e-3, views: Views | None = None
     ) -> None:
         super().__init__(layer)
+        if width < 1:
+            raise ValueError(f"width is {width}; the projector's layers have at least 1 neuron")
         self.redundancy, self.latent_size, self.layout = redundancy, layer.latent_size, layer.layout
         self.views = TwoViews() if views is None else views
-        self.projector = nn.Sequential(nn.Linear(layer.num_latents, width), nn.ReLU(), nn.Linear(width, width))
+        self.expansion: nn.Module | None = None
+        size = width
+        if len(layer.activation_shape) == 3:
+            conv = nn.Conv2d(layer.activation_shape[0], width, 1, bias=False)
+            self.expansion = nn.Sequential(
+                conv, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
+        else:
+            size = layer.num_latents
+        self.projector = nn.Sequential(
+            nn.Linear(size, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width, bias=False)
+        )
 
     def step(self, layer_pass: LayerPass) -> Tensor:
-        first, second = self.projector(pool_latents(layer_pass.activations, self.latent_size, self.layout)).chunk(2)
+        a = layer_pass.activations
+        read = pool_latents(a, self.latent_size, self.layout) if self.expansion is None else self.expansion(a)
+        first, second = self.projector(read).chunk(2)
         return correlation_loss(first, second, self.redundancy)
 
 

@@ -7,6 +7,8 @@ activations, which therefore travels over the side channel. I(h, y) is a local c
 contrastive form a supervised contrastive loss of a local embedding.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +19,21 @@ from unlocked.rules.passes import Carried, LayerPass
 
 __all__ = ["InfoPro", "InfoProContrastive", "supervised_contrast"]
 
+_DECODER_WIDTH = 12
+_HIDDEN = 128
+_ENOUGH = 64  # channels
+
 
 class InfoPro(LocalRule):
     """Level 3: carries and receives the network's input, at most `side` pixels high and wide.
 
+    The decoder enlarges the maps to the image's size and has two convolutions; the classifier has one convolution and
+    two linear layers (on activations that are no maps, the linear layers alone): the "1c2f" of the paper's code.
+
     Args:
-        reconstruction: lambda1.
-        task: lambda2.
+        reconstruction: lambda1, of the first layer.
+        task: lambda2, of the first layer.
+        last_reconstruction, last_task: of the last local layer, between which the others' lie evenly; None: the same.
         side: of the reconstructed image, where the input is one; larger ones are averaged down to it.
     """
 
@@ -31,25 +41,37 @@ class InfoPro(LocalRule):
 
     receives = ("network_input",)
 
-    def __init__(self, layer: LayerInfo, *, reconstruction: float = 1.0, task: float = 1.0, side: int = 32) -> None:
+    def __init__(
+        self,
+        layer: LayerInfo,
+        *,
+        reconstruction: float = 1.0,
+        task: float = 1.0,
+        last_reconstruction: float | None = None,
+        last_task: float | None = None,
+        side: int = 32,
+    ) -> None:
         super().__init__(layer)
-        self.reconstruction, self.task = reconstruction, task
+        if side < 1:
+            raise ValueError(f"side is {side}; the reconstructed image has at least 1 pixel")
+        deep = layer.index / max(layer.index + len(layer.following_shapes), 1)
+        self.reconstruction = _between(reconstruction, last_reconstruction, deep)
+        self.task = _between(task, last_task, deep)
         self.latent_size, self.layout = layer.latent_size, layer.layout
         self.target_shape = _target_shape(layer.input_shape, side)
         self.carries = {"network_input": Carried(self.target_shape)}
         shape, target = layer.activation_shape, self.target_shape
         self.decoder: nn.Module
         if len(shape) == 3 and len(target) == 3:
-            width = min(shape[0], 32)
-            size = (target[1], target[2])
-            upwards = nn.Upsample(size, mode="nearest")
             self.decoder = nn.Sequential(
-                nn.Conv2d(shape[0], width, 1), nn.ReLU(), upwards, nn.Conv2d(width, target[0], 3, padding=1)
+                nn.Upsample((target[1], target[2]), mode="bilinear", align_corners=True),
+                nn.Conv2d(shape[0], _DECODER_WIDTH, 3, padding=1),
+                nn.BatchNorm2d(_DECODER_WIDTH),
+                nn.ReLU(),
+                nn.Conv2d(_DECODER_WIDTH, target[0], 3, padding=1),
             )
         else:
-            inner = 1
-            for length in target:
-                inner *= length
+            inner = prod(target)
             self.decoder = nn.Sequential(nn.Flatten(), nn.Linear(layer.num_features, inner), nn.Unflatten(1, target))
         self._make_task(layer)
 
@@ -73,15 +95,37 @@ class InfoPro(LocalRule):
         return F.adaptive_avg_pool2d(x, (height, width))
 
     def _make_task(self, layer: LayerInfo) -> None:
-        self.head = nn.Linear(layer.num_latents, layer.num_classes)
+        self.head = self._make_head(layer, layer.num_classes)
+
+    def _make_head(self, layer: LayerInfo, outputs: int) -> nn.Module:
+        shape = layer.activation_shape
+        if len(shape) != 3:
+            return nn.Sequential(nn.Linear(layer.num_latents, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, outputs))
+        few = shape[0] < _ENOUGH  # narrow layers are wide maps: more channels, at half their sides
+        width = 2 * shape[0] if few else shape[0]
+        return nn.Sequential(
+            nn.Conv2d(shape[0], width, 3, stride=2 if few else 1, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, _HIDDEN),
+            nn.ReLU(),
+            nn.Linear(_HIDDEN, outputs),
+        )
+
+    def _read(self, activations: Tensor) -> Tensor:
+        """The head's outputs."""
+        maps = activations.dim() == 4
+        read: Tensor = self.head(activations if maps else pool_latents(activations, self.latent_size, self.layout))
+        return read
 
     def _task(self, activations: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.scores(activations), labels)
 
     def scores(self, activations: Tensor) -> Tensor:
         """Of the local classifier, [B, n]."""
-        scores: Tensor = self.head(pool_latents(activations, self.latent_size, self.layout))
-        return scores
+        return self._read(activations)
 
 
 class InfoProContrastive(InfoPro):
@@ -95,21 +139,22 @@ class InfoProContrastive(InfoPro):
     scores = LocalRule.scores
 
     def __init__(self, layer: LayerInfo, *, width: int = 128, temperature: float = 0.07, **options: float) -> None:
+        if width < 1 or not temperature > 0:
+            raise ValueError(f"width is {width} and temperature {temperature}; both must be positive")
         self.width, self.temperature = width, temperature
         super().__init__(layer, **options)  # type: ignore[arg-type]
 
     def _make_task(self, layer: LayerInfo) -> None:
-        self.head = nn.Linear(layer.num_latents, self.width)
+        self.head = self._make_head(layer, self.width)
 
     def _task(self, activations: Tensor, labels: Tensor) -> Tensor:
-        embedded = self.head(pool_latents(activations, self.latent_size, self.layout))
-        return supervised_contrast(embedded, labels, self.temperature)
+        return supervised_contrast(self._read(activations), labels, self.temperature)
 
 
 def supervised_contrast(embedded: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The supervised contrastive loss (Khosla et al., NeurIPS 2020) of one view: the mean, over samples i that have
-    others P(i) of their class in the micro-batch, of -1/|P(i)| sum_p log exp(z_i z_p / T) / sum_(a != i) exp(z_i z_a
-    / T). z are the rows [B, D], normalised. A micro-batch without two of a class has loss 0."""
+    """The supervised contrastive loss (Khosla et al., NeurIPS 2020) of one view: the mean over samples i of -1/|P(i)|
+    sum_p log exp(z_i z_p / T) / sum_(a != i) exp(z_i z_a / T), where P(i) are the others of its class in the
+    micro-batch; a sample without any has loss 0. z are the rows [B, D], normalised."""
     z = F.normalize(embedded, dim=1)
     similar = z @ z.T / temperature
     self_mask = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -117,7 +162,11 @@ def supervised_contrast(embedded: Tensor, labels: Tensor, temperature: float) ->
     partners = (labels[:, None] == labels) & ~self_mask
     count = partners.sum(1)
     each = -log_share.masked_fill(~partners, 0).sum(1) / count.clamp_min(1)
-    return each.sum() / (count > 0).sum().clamp_min(1)
+    return each.mean()
+
+
+def _between(first: float, last: float | None, deep: float) -> float:
+    return first if last is None else first * (1 - deep) + last * deep
 
 
 def _target_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from unlocked.rules.base import LayerInfo, LocalRule
 __all__ = ["PredictiveSimilarity", "similarities"]
 
 _EPS = 1e-8  # of a variance: a map without any has a finite gradient
+_FEW = 3  # maps, whose deviations alone would say too little: as the paper's code, all of their pixels count
 
 
 class PredictiveSimilarity(LocalRule):
@@ -63,6 +64,8 @@ class PredictiveSimilarity(LocalRule):
         """[B, C]: what a feature map is compared by."""
         if maps.dim() == 2:
             return maps
+        if maps.dim() == 4 and maps.shape[1] <= _FEW:
+            return maps.flatten(1)
         flat = maps.transpose(1, 2) if maps.dim() == 3 and self.layout == "tokens" else maps.flatten(2)
         return flat[:, :, 0] if flat.shape[2] == 1 else (flat.var(2) + _EPS).sqrt()
 

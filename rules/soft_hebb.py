@@ -25,6 +25,8 @@ class SoftHebb(LocalRule):
 
     def __init__(self, layer: LayerInfo, *, rate: float = 0.02, temperature: float = 1.0, power: float = 0.5) -> None:
         super().__init__(layer)
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature!r}; it must be positive")
         self.rate, self.temperature, self.power = rate, temperature, power
 
     def step(self, layer_pass: LayerPass) -> Tensor:

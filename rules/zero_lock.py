@@ -5,18 +5,22 @@ Layer k's local scores give p_k; it minimises alpha CE(p_k, y) + (1 - alpha) KL(
 scores of the layer before, comes over the side channel and has no gradient. The first layer has the task alone.
 """
 
+from typing import Any, cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlocked.kernels.agreement import linear_agreement, scores_agreement
 from unlocked.rules.base import LayerInfo, LocalRule
 from unlocked.rules.passes import Carried, LayerPass
 
-__all__ = ["TaskAndConsistency"]
+__all__ = ["FrozenHeadConsistency", "TaskAndConsistency"]
 
 
 class TaskAndConsistency(LocalRule):
     """Level 3: carries and receives the log-probabilities. The read-out is a linear classifier on the latents, which
-    trains with the layer; the paper's, of language models, is the frozen head of the whole.
+    trains with the layer; the paper's, of language models, is the frozen head of the whole (`FrozenHeadConsistency`).
 
     Args:
         alpha: the share of the task, above 0 and at most 1.
@@ -64,3 +68,63 @@ class TaskAndConsistency(LocalRule):
         apart = F.kl_div(before.flatten(0, 1), own, reduction="none", log_target=True).sum(1)  # KL(own || before)
         consistency = apart.where(counts, 0).sum() / counts.sum().clamp_min(1)
         return self.alpha * loss + (1 - self.alpha) * consistency
+
+
+class FrozenHeadConsistency(LocalRule):
+    """Level 2, for language models: every layer is read out by the network's own frozen head, as in the paper.
+
+        rule = partial(FrozenHeadConsistency, head=unlocked.models.frozen_head(model))
+        Trainer(blocks, rule=rule, output_rule=partial(rule, on_scores=True), ...)
+
+    The scores of the layer before are the same head's of this layer's own input, so that nothing of the size of the
+    vocabulary travels, and [B, T, V] is whole at the output layer alone. The mean is over the positions that count.
+
+    Args:
+        head: with a method `hidden` [B, T, D] -> [B, T, D] and an attribute `head`, the linear map [V, D] that follows.
+        alpha: the share of the task, above 0 and at most 1.
+        on_scores: for the output layer, whose activations are the scores.
+    """
+
+    takes = ("tokens",)
+
+    def __init__(self, layer: LayerInfo, *, head: nn.Module, alpha: float = 0.7, on_scores: bool = False) -> None:
+        super().__init__(layer)
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha!r}; it must lie in (0, 1]")
+        if not callable(getattr(head, "hidden", None)) or not isinstance(getattr(head, "head", None), nn.Linear):
+            raise ValueError(f"head is a {type(head).__name__}; give what unlocked.models.frozen_head(model) makes")
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            raise ValueError(
+                "head has weights that would be trained, by every layer; freeze it (requires_grad_(False))"
+            )
+        self.layer, self.alpha, self.on_scores, self.frozen = layer, alpha, on_scores, head
+
+    def step(self, layer_pass: LayerPass) -> Tensor:
+        task: Any = self.layer.task
+        targets = self.layer.targets(layer_pass.labels)
+        linear = cast(nn.Linear, self.frozen.head)
+        own = layer_pass.activations if self.on_scores else self._hidden(layer_pass.activations)
+        own = own.flatten(0, 1)
+        if self.layer.index == 0:
+            found: Tensor = (
+                task.loss(own, targets)
+                if self.on_scores
+                else task.projected_loss(own, linear.weight, targets, bias=linear.bias)
+            )
+            return found
+        with torch.no_grad():
+            before = self._hidden(layer_pass.input).flatten(0, 1)
+        agreement = scores_agreement if self.on_scores else linear_agreement
+        return agreement(
+            own, before, linear.weight, targets, bias=linear.bias, alpha=self.alpha, ignore_index=task.ignore_index
+        )
+
+    def scores(self, activations: Tensor) -> Tensor:
+        if self.on_scores:
+            return activations.flatten(0, 1)
+        scores: Tensor = cast(nn.Linear, self.frozen.head)(self._hidden(activations).flatten(0, 1))
+        return scores
+
+    def _hidden(self, activations: Tensor) -> Tensor:
+        found: Tensor = cast(Any, self.frozen).hidden(activations)
+        return found

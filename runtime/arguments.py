@@ -23,6 +23,7 @@ __all__ = [
     "check_optimizer",
     "check_rule",
     "check_sinks",
+    "check_switch",
     "check_task",
     "try_optimizer",
 ]
@@ -158,3 +159,9 @@ def _shown(value: object) -> str:
     """A value in an error's one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
+    """Raises a ValueError unless it is True or False, or None where that is a choice."""
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        raise ValueError(f"{name} is {value!r}; it must be True{', False or None' if or_none else ' or False'}")

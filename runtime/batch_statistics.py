@@ -6,15 +6,17 @@ an epoch perhaps, and a fused kernel would train on a variance of zero; so it is
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 from unlocked.runtime.schedules.stream import StreamPlan
 
-__all__ = ["PROBE_ROWS", "BatchStatistics", "check_batch_statistics", "find_batch_statistics"]
+__all__ = ["PROBE_ROWS", "BatchStatistics", "RuleStatistics", "check_batch_statistics", "find_batch_statistics"]
 
 PROBE_ROWS = (2, 3)  # two batch sizes, so that a shape that depends on the batch shows
 
@@ -67,6 +69,39 @@ def find_batch_statistics(
             )
         )
     return found
+
+
+class RuleStatistics:
+    """Inside, notes the normalisations that a rule's own modules do: in training alone, by as many rows as come.
+
+    Args:
+        layer: for messages.
+        samples: of the micro-batch that the rule is tried with.
+    """
+
+    def __init__(self, layer: str, rule: nn.Module, samples: int) -> None:
+        self._layer, self._rule, self._samples = layer, rule, samples
+        self._handles: list[RemovableHandle] = []
+        self.found: list[BatchStatistics] = []
+
+    def __enter__(self) -> "RuleStatistics":
+        for name, module in self._rule.named_modules():
+            if isinstance(module, _BatchNorm):
+                self._handles.append(module.register_forward_pre_hook(partial(self._note, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shape = inputs[0].shape
+        each = shape[0] * prod(shape[2:]) // self._samples
+        few, more = (each * rows for rows in PROBE_ROWS)
+        module_name = f"its rule's {name} = {module}"
+        self.found.append(
+            BatchStatistics(layer=self._layer, module=module_name, values=(few, more), training=True, evaluation=False)
+        )
 
 
 def check_batch_statistics(uses: Sequence[BatchStatistics], plan: StreamPlan) -> None:

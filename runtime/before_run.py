@@ -1,5 +1,7 @@
 """What is looked at before a run begins: optimizers, precision, and the snapshot that it goes on from."""
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -15,14 +17,16 @@ from unlocked.runtime.engines import ENGINES, engine_class
 from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
 from unlocked.runtime.network import Network
 from unlocked.runtime.saving.identity import describe_data
-from unlocked.runtime.saving.snapshots import Snapshot
+from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
 from unlocked.runtime.schedules.stream import StreamPlan
+from unlocked.runtime.settings import Settings
 from unlocked.workers.optimizers import OptimizerFactory
 
 __all__ = [
     "by_layer",
     "check_evaluation",
     "check_resume",
+    "find_resume",
     "fingerprint_of",
     "tried_optimizers",
     "warn_of_slow_precision",
@@ -51,6 +55,22 @@ def by_layer(
     if not isinstance(optimizers, Mapping):
         return tell(optimizers, *tried.values())
     return {name: tell(optimizers[name], parameters) for name, parameters in tried.items()}
+
+
+def find_resume(settings: Settings) -> Snapshot | None:
+    """The snapshot that a run goes on from, if there is one.
+
+    Raises:
+        ValueError: the one that was named is not whole; or none was, and there is no folder to look in.
+    """
+    if not settings.resumes_by_itself:
+        return None if settings.resume is None else find_snapshot(settings.resume)
+    if settings.snapshot_dir is None:
+        raise ValueError("resume is 'auto', but there is no folder of snapshots to look in; give --save-path")
+    snapshot, problems = newest_whole(settings.snapshot_dir)
+    if snapshot is not None and problems and os.environ.get("RANK", "0") == "0":
+        print(f"resuming from {snapshot.folder}, since {problems[0]}", file=sys.stderr)
+    return snapshot
 
 
 def fingerprint_of(

@@ -1,8 +1,10 @@
 """What a step of each layer costs, measured: the stages are cut by it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +16,66 @@ from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
 from unlocked.workers.passing import PassLayer
 
-__all__ = ["measure_costs"]
+__all__ = ["Trial", "measure_costs", "trials"]
+
+Found = TypeVar("Found")
+
+
+class Trial:
+    """A throw-away layer with a made-up micro-batch before it."""
+
+    def __init__(self, layer: Layer, x: Tensor, labels: Tensor, arriving: dict[str, Tensor]) -> None:
+        self.layer, self.x, self.labels, self._arriving = layer, x, labels, arriving
+        self.output, self.left = x, dict[str, Tensor]()
+
+    def forward(self) -> None:
+        """As in training; what leaves the layer is kept for the next one's trial."""
+        if isinstance(self.layer, PassLayer):
+            self.layer.begin(0, self.labels, self._arriving)
+        self.output = self.layer.forward(self.x)
+        if isinstance(self.layer, PassLayer):
+            self.left = {name: value.clone() for name, value in self.layer.carry().items()}
+
+    def update(self) -> None:
+        """Without a look at the loss: only the time counts here."""
+        self.layer.step.update(self.labels)
+
+    def seconds(self, repeats: int = 5) -> float:
+        """Of one local step, the median of `repeats` after two warm-ups."""
+        times = []
+        for _ in range(repeats + 2):
+            start = self._now()
+            self.forward()
+            self.update()
+            times.append(self._now() - start)
+        return median(times[2:])
+
+    def _now(self) -> float:
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize(self.x.device)
+        return time.perf_counter()
 
 
 def measure_costs(
     make_layer: Callable[[int], Layer], network: Network, *, batch_size: int, device: torch.device, repeats: int = 5
 ) -> list[float]:
-    """Seconds of one local step of every layer, the median of `repeats` after two warm-ups.
+    """Seconds of one local step of every layer, the median of `repeats`. Other arguments and errors: see `trials`."""
+    timed = partial(Trial.seconds, repeats=repeats)
+    return list(trials(timed, make_layer, network, batch_size=batch_size, device=device))
 
-    `make_layer` builds throw-away layers; the network's own weights are put back afterwards.
+
+def trials(
+    look: Callable[[Trial], Found],
+    make_layer: Callable[[int], Layer],
+    network: Network,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Found]:
+    """What `look` sees in every layer, which it runs forward at least once.
+
+    Args:
+        make_layer: builds throw-away layers; the network's own weights are put back afterwards.
 
     Raises:
         RuntimeError: a layer or its rule fails; names the layer.
@@ -35,46 +88,21 @@ def measure_costs(
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     labels = made_up_targets(network, batch_size, generator).to(device)
-    costs = []
     carried: dict[str, Tensor] = {}
-    with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
-        for index, block in enumerate(network.blocks):
-            saved = {name: value.clone() for name, value in block.state_dict().items()}
-            try:
-                x = x[: channel.rows(index, batch_size)]
+    for index, block in enumerate(network.blocks):
+        saved = {name: value.clone() for name, value in block.state_dict().items()}
+        try:
+            with GlobalGenerators(SOURCES, device).keyed(0):  # what an update draws here counts for nothing
                 arriving = {name: carried[name] for name in channel.arriving(index)}
                 layer = make_layer(index)
                 layer.beside = {n: one.to(device) for n, one in network.beside_of(index, batch_size).items()}
-                seconds, x, left = _measure(layer, x, labels, arriving, repeats)
-                carried |= left
-            except (Exception, SystemExit) as error:
-                cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
-                name = network.infos[index].name
-                raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
-            costs.append(seconds)
-            block.load_state_dict(saved)
-    return costs
-
-
-def _measure(
-    layer: Layer, x: Tensor, labels: Tensor, arriving: Mapping[str, Tensor], repeats: int
-) -> tuple[float, Tensor, dict[str, Tensor]]:
-    """The median of the seconds that a step takes, the layer's output, and what leaves on the side channel."""
-    times = []
-    left: dict[str, Tensor] = {}
-    for _ in range(repeats + 2):
-        start = _now(x.device)
-        if isinstance(layer, PassLayer):
-            layer.begin(0, labels, arriving)
-        out = layer.forward(x)
-        if isinstance(layer, PassLayer):
-            left = {name: value.clone() for name, value in layer.carry().items()}
-        layer.step.update(labels)  # not `update`, which minds the loss: only the time counts here
-        times.append(_now(x.device) - start)
-    return median(times[2:]), out.clone(), left
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+                trial = Trial(layer, x[: channel.rows(index, batch_size)], labels, arriving)
+                found = look(trial)
+                x = trial.output.clone()
+                carried |= trial.left
+        except (Exception, SystemExit) as error:
+            cause = CalledExitError(error.code) if isinstance(error, SystemExit) else error
+            name = network.infos[index].name
+            raise RuntimeError(f"layer {name} failed while its cost was measured: {first_line(cause)}") from error
+        block.load_state_dict(saved)
+        yield found

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ def misfit(info: LayerInfo, rule: Rule, error: BaseException) -> ValueError:
 
 def rule_name(rule: Rule) -> str:
     """What messages call it."""
+    while isinstance(rule, partial):
+        rule = rule.func
     return str(getattr(rule, "__name__", type(rule).__name__))
 
 

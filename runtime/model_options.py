@@ -20,6 +20,9 @@ class ModelOptions:
         at_least=1,
         at_most=1024,
     )
+    cut_blocks: bool = setting(
+        False, "of the ResNets: residual blocks are two layers each, and what skips the first travels beside its output"
+    )
     width: int | None = setting(
         None,
         "of MLP (1024), ViT (192), MLPMixer (128) and gpt-mini (256): features of a layer or of a token",

@@ -142,7 +142,7 @@ class Recipe(Settings, ModelOptions, TextOptions):
     drop_last: bool = setting(False, "leave out the last training micro-batch of an epoch where it would be smaller")
     max_steps: int | None = setting(None, "stop after that many training micro-batches", at_least=1, at_most=LARGEST)
     no_eval: bool = setting(False, "train only")
-    summary: Path | None = setting(None, "write a JSON summary here", place="new file")
+    summary: Path | None = setting(None, "write a JSON summary here", place="JSON file")
     early_stop: int | None = setting(
         None, "stop after so many epochs without a lower test loss; drains at their ends", at_least=1, at_most=LARGEST
     )

@@ -1,6 +1,6 @@
 """Every layer's rule is tried once before a run: what does not fit is said before the first step."""
 
-import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from unlocked.rules import (
     has_scores,
     needs_pass,
 )
+from unlocked.runtime.batch_statistics import RuleStatistics
 from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, rule_name
 from unlocked.runtime.network import Network, optimizer_of
@@ -48,7 +49,8 @@ def check_rules(
         sample: one sample of the data; None: zeros.
 
     Returns:
-        The network, whose layers also draw from what their rules were seen to draw from, with its side channel.
+        The network, whose layers also draw from what their rules were seen to draw from, with its side channel and the
+        normalisations in its rules.
 
     Raises:
         ValueError: rules for other layers than there are, or a rule that doesn't fit its layer; names the layer, the
@@ -66,23 +68,34 @@ def check_rules(
         check_task(one, rule, info)
     channel = plan_side_channel(network.infos, built, names, sample, network.side_channel.inputs)
     draws = []
+    statistics = list(network.batch_statistics)
     carried: dict[str, Tensor] = {}  # what the layers before have sent
     for index, (info, rule) in enumerate(zip(network.infos, built, strict=True)):
         with generators.keyed(info.seed):
             before = generators.states()
-            if needs_pass(rule):
-                factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
-                carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
-            else:
-                activations = torch.randn(2, *info.activation_shape, requires_grad=True)
-                before = generators.states()
-                _try_rule(rule, activations, network.target.made_up(2), chosen[index], info)
+            takes_pass = needs_pass(rule)
+            with RuleStatistics(info.name, rule, _samples(network, info) if takes_pass else _SAMPLES) as seen:
+                if takes_pass:
+                    factory = torch.optim.SGD if optimizer is None else optimizer_for(optimizer, info.name)
+                    carried = _try_pass(network, index, rule, chosen[index], channel, carried, factory)
+                else:
+                    activations = torch.randn(_SAMPLES, *info.activation_shape, requires_grad=True)
+                    before = generators.states()
+                    _try_rule(rule, activations, network.target.made_up(_SAMPLES), chosen[index], info)
+            statistics += seen.found
             if has_scores(rule):
                 _try_scores(rule, chosen[index], info, channel.views if index < len(built) - 1 else None)
             draws.append(network.draws[index] | generators.moved(before))
     last = network.infos[-1]
     scored = tuple(i.name for i, rule in zip(network.infos, built, strict=True) if has_scores(rule) or i is last)
-    return replace(network, draws=draws, side_channel=channel, scored=scored, passes=any(map(needs_pass, built)))
+    return replace(
+        network,
+        draws=draws,
+        side_channel=channel,
+        scored=scored,
+        passes=any(map(needs_pass, built)),
+        batch_statistics=statistics,
+    )
 
 
 def check_trainable(network: Network, rules: Rules | str) -> None:
@@ -141,7 +154,7 @@ def _try_pass(
 ) -> dict[str, Tensor]:
     """A training step of a copy of the layer on made-up samples; what is on the side channel after it."""
     info = network.infos[index]
-    samples = max(_SAMPLES, info.num_classes) if network.target == CLASS_NUMBER else _SAMPLES  # of every class one
+    samples = _samples(network, info)
     rows = channel.rows(index, samples)
     shape = network.output_shapes[index - 1] if index else network.input_shape
     x = torch.zeros(rows, *shape, dtype=torch.int64)
@@ -149,9 +162,9 @@ def _try_pass(
         x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
     cpu, sums = torch.device("cpu"), network.num_sums
-    layer = PassLayer(copy.deepcopy(network.blocks[index]), rule, info, factory, device=cpu, sources=(), sums=sums)
+    layer = PassLayer(network.blocks[index].copy(), rule, info, factory, device=cpu, sources=(), sums=sums)
     layer.beside = network.beside_of(index, rows)
-    before = {name: value.clone() for name, value in layer.tensors()}
+    before = {name: value.clone() for name, value in _learned(layer)}
     try:
         labels = network.target.made_up(samples)
         if network.target == CLASS_NUMBER:
@@ -172,12 +185,18 @@ def _try_pass(
             f"{error}"
         ) from error
     idle = bool(layer.parameters) and all(p.grad is None for p in layer.parameters)
-    if idle and all(torch.equal(before[name], value) for name, value in layer.tensors()):
+    if idle and all(torch.equal(before[name], value) for name, value in _learned(layer)):
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} changes nothing in a step: it returns a loss without a "
             "graph, sets no gradients, and leaves weights and buffers as they are"
         )
     return carried
+
+
+def _learned(layer: PassLayer) -> Iterator[tuple[str, Tensor]]:
+    """What a rule may change: the weights, and whatever it keeps; not the statistics that a forward pass counts."""
+    yield from layer.block.named_parameters(prefix="block")
+    yield from layer.rule.state_dict().items()
 
 
 def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | None) -> None:
@@ -194,6 +213,11 @@ def _try_scores(rule: LocalRule, chosen: Rule, info: LayerInfo, views: Views | N
             f"the rule {rule_name(chosen)} of layer {info.name} gives scores of {got} for {_SAMPLES} samples; they "
             f"must be [B, {info.num_classes}]"
         )
+
+
+def _samples(network: Network, info: LayerInfo) -> int:
+    """With a label of every class, where labels are classes."""
+    return max(_SAMPLES, info.num_classes) if network.target == CLASS_NUMBER else _SAMPLES
 
 
 def _generator(info: LayerInfo) -> torch.Generator:

@@ -92,7 +92,7 @@ class Settings:
         "batch sizes must be the run's; auto: from the newest whole one of this run's own folder, or anew",
         place="folder",
     )
-    trace: Path | None = setting(None, "write a Chrome trace of every action here", place="new file")
+    trace: Path | None = setting(None, "write a Chrome trace of every action here", place="JSON file")
     timeout: float = setting(
         300.0, "seconds that a stage waits for a neighbour, or for its data", above=0, at_most=LONGEST_WAIT
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unlocked.rules import Carried, LayerInfo, LocalRule, Views, has_scores
+from unlocked.runtime.rule_declarations import check_declarations, check_views
 from unlocked.workers.cargo import READ_OUT, Freight, Traffic
 
 __all__ = ["SideChannel", "plan_side_channel"]
@@ -84,6 +85,8 @@ def plan_side_channel(
             give, a tensor that nobody carries, a read-out of layers without scores; names layer and rule.
     """
     last = len(rules) - 1
+    for info, rule, name in zip(infos, rules, names, strict=True):
+        check_declarations(rule, name, info.name)
     views = _common_views(infos, rules, names)
     if views is not None:
         if inputs and inputs[0]:
@@ -91,7 +94,7 @@ def plan_side_channel(
                 f"the rule {names[0]} makes its own rows of the samples, which have no {', '.join(inputs[0])}; a "
                 "network whose layers read named tensors needs a rule without views"
             )
-        _check_views(views, sample, infos[0].num_classes, names[0])
+        check_views(views, sample, infos[0].num_classes, names[0])
     for info, rule, name in zip(infos, rules, names, strict=True):
         if rule.read_out is not None and not has_scores(rule):
             raise ValueError(
@@ -138,15 +141,3 @@ def _common_views(infos: Sequence[LayerInfo], rules: Sequence[LocalRule], names:
                 "rules with the same views"
             )
     return views
-
-
-def _check_views(views: Views, sample: Tensor, num_classes: int, name: str) -> None:
-    if not (views.train >= 1 and views.evaluate >= 1):
-        raise ValueError(f"the rule {name} has views {views}; there must be at least one row per sample")
-    try:
-        views.check(sample, num_classes)
-    except ValueError as error:
-        raise ValueError(
-            f"the rule {name} makes {views.train} views of every sample, which samples of shape {tuple(sample.shape)} "
-            f"and type {sample.dtype} don't give: {error}"
-        ) from None

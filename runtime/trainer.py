@@ -1,11 +1,10 @@
 """The public API: one Trainer for every engine."""
 
-import os
 import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from unlocked.runtime.arguments import (
     check_optimizer,
     check_rule,
     check_sinks,
+    check_switch,
     check_task,
 )
 from unlocked.runtime.batch_statistics import check_batch_statistics
@@ -31,12 +31,14 @@ from unlocked.runtime.before_run import (
     by_layer,
     check_evaluation,
     check_resume,
+    find_resume,
     fingerprint_of,
     refuse_engine_options,
     tried_optimizers,
     warn_of_slow_precision,
 )
 from unlocked.runtime.engines import as_engine
+from unlocked.runtime.explaining import Explanation, explain
 from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, beside_of, check_drop_last, probe_sample, ready, rows_per_batch
@@ -53,7 +55,6 @@ from unlocked.runtime.metrics.notebook import in_notebook
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.network import (
     Model,
-    backpropagation_network,
     build_network,
     check_weights,
     kept_modes,
@@ -63,10 +64,10 @@ from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
 from unlocked.runtime.saving.identity import describe_network
-from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
+from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
-from unlocked.runtime.whole import feedback_alignment_network
+from unlocked.runtime.whole import whole_network
 
 __all__ = ["Trainer"]
 
@@ -139,10 +140,8 @@ class Trainer(Settings):
         check_lr_factor(self.lr_factor)
         check_sinks(self.sinks)
         check_names(self.names)
-        if not isinstance(self.redraw, bool):
-            raise ValueError(f"redraw is {self.redraw!r}; it must be True or False")
-        if not isinstance(self.progress, bool | None):
-            raise ValueError(f"progress is {self.progress!r}; it must be True, False or None")
+        check_switch("redraw", self.redraw)
+        check_switch("progress", self.progress, or_none=True)
         if self.snapshot_every and self.snapshot_dir is None:
             raise ValueError(f"snapshot_every is {self.snapshot_every}, but there is no snapshot_dir to write to")
         engine = as_engine(self.engine)
@@ -152,17 +151,7 @@ class Trainer(Settings):
         check_precision(self.precision, torch.device(self.device))
         warn_of_slow_precision(self.precision, self.device)
         object.__setattr__(self, "_engine", engine)
-        object.__setattr__(self, "_resume", self._find_resume())
-
-    def _find_resume(self) -> Snapshot | None:
-        if not self.resumes_by_itself:
-            return None if self.resume is None else find_snapshot(self.resume)
-        if self.snapshot_dir is None:
-            raise ValueError("resume is 'auto', but there is no folder of snapshots to look in; give --save-path")
-        snapshot, problems = newest_whole(self.snapshot_dir)
-        if snapshot is not None and problems and os.environ.get("RANK", "0") == "0":
-            print(f"resuming from {snapshot.folder}, since {problems[0]}", file=sys.stderr)
-        return snapshot
+        object.__setattr__(self, "_resume", find_resume(self))
 
     @property
     def settings(self) -> Settings:
@@ -249,6 +238,17 @@ class Trainer(Settings):
         trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
         object.__setattr__(self, "_trained", trained)
         return result
+
+    def explain(self, data: Data, *, batch_size: int | None = None) -> Explanation:
+        """Which operations of each layer run in closed form, joined, or through autograd and why; what a step costs.
+        Trains nothing; arguments and errors are those of `fit`."""
+        set_threads(self.threads)
+        train = as_dataset(data, "train", batch_size=batch_size, seed=self.seed, task=self.task)
+        rows = rows_per_batch(train, batch_size)
+        plan = StreamPlan(epochs=1, train_size=len(train), batch_size=rows, eval_size=0, eval_batch_size=rows)
+        job = replace(self, resume=None, lr_factor=constant)._job(train, None, plan)
+        with float32_products(self.precision), kept_modes(job.network):
+            return explain(job, rows)
 
     @property
     def module(self) -> nn.Module:
@@ -338,7 +338,6 @@ class Trainer(Settings):
             learned=learned_from(train_set, self.task),
             beside=beside_of(train_set),
         )
-        check_batch_statistics(network.batch_statistics, plan)
         learns = (network.task, network.target, network.infos[-1].num_classes)
         train_set = ready(train_set, *learns)
         test_set = None if test_set is None else ready(test_set, *learns)
@@ -346,8 +345,7 @@ class Trainer(Settings):
         check_weights(network)
         model = describe_network(network)
         if isinstance(self.rule, str):
-            whole = {"BP": backpropagation_network, "DFA": feedback_alignment_network}[self.rule]
-            network = whole(network)
+            network = whole_network(self.rule, network)
         check_layers(self.optimizer, network.names)
         tried = tried_optimizers(self.optimizer, network)
         network = check_rules(
@@ -357,6 +355,7 @@ class Trainer(Settings):
             optimizer=self.optimizer,
             sample=probe_sample(train_set),
         )
+        check_batch_statistics(network.batch_statistics, plan)
         fingerprint = fingerprint_of(
             network,
             {

@@ -15,7 +15,12 @@ from unlocked.rules import LayerInfo
 from unlocked.rules.drtp import random_projection
 from unlocked.runtime.network import Network, backpropagation_network
 
-__all__ = ["feedback_alignment_network"]
+__all__ = ["feedback_alignment_network", "whole_network"]
+
+
+def whole_network(rule: str, network: Network) -> Network:
+    """The network as one layer, which learns by the global rule "BP" or "DFA"."""
+    return {"BP": backpropagation_network, "DFA": feedback_alignment_network}[rule](network)
 
 
 def feedback_alignment_network(network: Network) -> Network:

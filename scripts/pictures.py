@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unlocked.comparison.memory.page import memory_chart
 from unlocked.comparison.memory.results import MemoryStudy
 from unlocked.comparison.report.figures import Ink, Picture, draw
+from unlocked.comparison.report.layers import LayerAccuracies, layers_charts
 from unlocked.runtime.schedules.backpropagation import backpropagation_schedule
 from unlocked.runtime.schedules.schedule import build_schedule
 from unlocked.runtime.schedules.simulate import Costs, simulate
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = RESULTS / "memory_cpu_2026-11-28.json"
+LAYERS = RESULTS / "layers_smallconv-digits_2026-11-28.json"
 TRACE = RESULTS / "trace_smallconv_epyc-2-cores_2026-11-28.json"
 
 _F, _U, _E, _B, _W = ActionKind.F, ActionKind.U, ActionKind.E, ActionKind.B, ActionKind.W
@@ -153,6 +155,13 @@ def memory() -> Picture:
     return memory_chart(MemoryStudy.load(MEMORY))
 
 
+def layers() -> Picture:
+    """Which layer of a small network has learned what, by three rules."""
+    runs = json.loads(LAYERS.read_text())["runs"]
+    (picture,) = layers_charts({rule: LayerAccuracies(**told) for rule, told in runs.items()}, "pictures")
+    return picture
+
+
 def traced() -> Picture:
     """A part of a real run's trace, after it has filled."""
     events = [event for event in json.loads(TRACE.read_text())["traceEvents"] if event["ph"] == "X"]
@@ -189,7 +198,7 @@ def traced() -> Picture:
     )
 
 
-PICTURES: Final[Sequence[Callable[[], Picture]]] = (pipelines, seams, queues, memory, traced)
+PICTURES: Final[Sequence[Callable[[], Picture]]] = (pipelines, seams, queues, memory, layers, traced)
 
 
 def _bars(timeline: Timeline, colours: dict[ActionKind, Ink]) -> list[Bar]:

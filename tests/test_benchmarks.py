@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "cpu_step", "data_input", "host_per_tick", "pipeline_scaling", "plain_lls", "kernels"),
-    *("models", "plain_reproduce", "predict", "reproduce", "single_gpu", "snapshots", "start_up", "two_checkouts"),
+    *("models", "plain_reproduce", "predict", "reproduce", "single_gpu", "snapshots", "start_up"),
+    *("two_checkouts", "zero_lock"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -42,6 +42,22 @@ def test_a_transformer_learns_by_local_rules_in_one_process_and_in_two() -> None
     assert float(epochs[-1].split("test accuracy ")[1].split(" %")[0]) > 80  # of ten classes
 
 
+@pytest.mark.alone
+def test_adapters_of_a_llama_learn_and_write_the_same_text_from_one_process_and_from_three() -> None:
+    example = str(EXAMPLES / "lora_llama.py")
+    commands = [[sys.executable, example], [sys.executable, example, "--processes", "3"]]
+    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    texts = []
+    for process in started:
+        printed, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        texts.append(printed.splitlines()[-3:])
+    assert [lines[0] for lines in texts] == [f"13,824 of 295,232 weights trained, in {n} stages" for n in (1, 3)]
+    assert texts[0][1:] == texts[1][1:]
+    before, after = re.search(r"loss (\d\.\d+) -> (\d\.\d+) nats", texts[0][1]).groups()  # type: ignore[union-attr]
+    assert float(after) < 0.65 * float(before)
+
+
 def test_a_sink_of_ones_own_writes_a_line_per_epoch(tmp_path: Path) -> None:
     file = tmp_path / "run.jsonl"
     command = [sys.executable, str(EXAMPLES / "own_sink.py"), str(file)]

@@ -66,8 +66,9 @@ def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, s
         body = make_body(layer, backend)
     except Untraceable as error:
         return None, str(error)
-    if all(call.how == "autograd" for call in body.calls) and not body.end.parameters:
-        return None, "; ".join(call.why for call in body.calls)
+    parts = [(call.how, call.why) for call in body.calls]
+    if all(how == "autograd" for how, _ in parts) and not body.end.parameters:
+        return None, "; ".join(why for _, why in parts)
     return body, ""
 
 

@@ -101,6 +101,7 @@ class PassStep(AutogradStep):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
+        self.why = f"the rule {type(layer.rule).__name__} takes whole passes"
         self._pass: LayerPass | None = None
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -126,6 +127,8 @@ class PassStep(AutogradStep):
             parameter.grad = None
         with torch.set_grad_enabled(layer.rule.needs_graph):
             loss = layer.rule.step(one)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
             if loss.requires_grad:
                 loss.backward()
         if layer.optimizer is not None:

@@ -271,7 +271,7 @@ def _reserve(size: int) -> tuple[str, mmap.mmap]:
         NoRoomError: there is no such place.
     """
     problems = []
-    for place in _memory_folders():
+    for place in memory_folders():
         folder = None
         try:
             folder = tempfile.mkdtemp(prefix="unlocked-", dir=place)
@@ -298,7 +298,7 @@ def _allocate(descriptor: int, size: int) -> None:
         os.pwrite(descriptor, bytes(min(1 << 20, size - start)), start)
 
 
-def _memory_folders() -> list[str]:
+def memory_folders() -> list[str]:
     """Where files are memory without a disk behind it: /dev/shm, then the temporary folder if it is of that kind; where
     the system has no such kind (macOS), the temporary folder as it is."""
     folders = ["/dev/shm"] if os.access("/dev/shm", os.W_OK) else []

@@ -11,32 +11,37 @@ from unlocked.runtime.schedules.stream import StreamPlan
 
 __all__ = ["Armed", "Armoury"]
 
+_AGAIN = 0.25  # share of the deaths at an action that the next worker dies there as well
 _HORIZON = 40  # stream positions ahead in which a stated action is chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """What is to happen: `kind` after `seconds`, or `fault` before its action."""
+    """What is to happen: `kind` after `seconds`, or `faults` before their actions, one after the other."""
 
     kind: str
     seconds: float = 0.0
-    fault: Fault | None = None
+    faults: tuple[Fault, ...] = ()
     moment: str = ""
-    """Of `fault`."""
+    """Of `faults`."""
     in_run: bool = False
     """Whether `seconds` begin once the run makes progress; else with its start, so that set-up is hit as well."""
 
 
 class Armoury:
-    """Draws the faults of a campaign, reproducibly as far as the runs are."""
+    """Draws the faults of a run, reproducibly as far as the run is.
 
-    def __init__(self, options: ChaosOptions, plan: StreamPlan, stages: int) -> None:
+    Args:
+        begun: faults of the campaign that have been before.
+    """
+
+    def __init__(self, options: ChaosOptions, plan: StreamPlan, stages: int, begun: int = 0) -> None:
         self._options, self._plan, self._stages = options, plan, stages
         self._typed = [name for name in options.kinds if name in TYPED]
-        self._given = 0
-        self.chance = random.Random(options.chaos_seed)
+        self._given = begun
+        self.chance = random.Random(f"{options.chaos_seed} {begun}")
         self.furthest = 0
-        """The first stream position that no run has come to yet, as far as is known; set it anew for every run."""
+        """The first stream position that the run has not come to yet, as far as is known."""
 
     def draw(self, position: int) -> Armed:
         """The fault of a start from `position`."""
@@ -60,5 +65,9 @@ class Armoury:
         action = self.chance.choice(needed_kinds(item.kind, stage, self._stages))
         kind = self.chance.choice(self._typed)
         moment = {"snapshot": "snapshot", "evaluate": "evaluation"}.get(item.kind, "steady state")
+        fault = fail_at(stage, action.value, item.position, kind)
+        if kind != "stop" and self.chance.random() < _AGAIN:  # the next worker dies at the end of its replay
+            again = fail_at(stage, action.value, item.position, kind, incarnation=1)
+            return Armed(kind, faults=(fault, again), moment="replay")
         moment = "replay" if item.position < self.furthest else moment
-        return Armed(kind, fault=fail_at(stage, action.value, item.position, kind), moment=moment)
+        return Armed(kind, faults=(fault,), moment=moment)

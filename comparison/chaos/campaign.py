@@ -31,27 +31,31 @@ _ECHO_SECONDS = 1.5  # in which what was under way may still be told of, althoug
 _SURE = 10  # looks in a row that show the same
 _LINES = 200  # bytes of the log that are more than one line: the run goes on
 _MOST_STARTS = 200  # of one run, which then can't come to an end
+_SAY_SECONDS = 0.2  # in which a process can say where it stands
 _GONE_SECONDS = 5.0  # in which the last process must follow the launcher
 
 
 def run_campaign(
     command: Sequence[str],
     plan: StreamPlan,
-    stages: int,
     options: ChaosOptions,
+    campaign: Campaign,
     *,
     start_timeout: float,
     root: Path | None,
     say: Callable[[str], None],
-) -> Campaign:
-    """All runs.
+    keep: Callable[[], object],
+) -> None:
+    """All runs that are still wanted; a campaign that has begun goes on.
 
     Args:
         command: starts the training; flags for its files are added.
         plan: what it runs through.
+        campaign: takes what is seen, see `new_campaign`.
         start_timeout: the training's, by which a worker is missed that stands still in set-up.
         root: where the runs' folders go; None: they are thrown away.
         say: takes a line at a time.
+        keep: called when there is something new to keep.
 
     Raises:
         ValueError: the undisturbed run fails, or this machine has no /proc.
@@ -60,32 +64,43 @@ def run_campaign(
         raise ValueError("faults need the process table in /proc (Linux); run them there")
     with tempfile.TemporaryDirectory(prefix="unlocked-chaos-") as scratch:
         folder = Path(scratch) if root is None else root
-        began = time.perf_counter()
-        undisturbed = _Run(command, folder, f"undisturbed-{secrets.token_hex(3)}")
-        if undisturbed.start() or not undisturbed.summary:
-            raise ValueError(f"the undisturbed run failed: {undisturbed.first_error or 'see its output'}")
-        campaign = Campaign(
-            command=list(command)[1:],
-            stages=stages,
-            environment=environment(),
-            undisturbed_seconds=time.perf_counter() - began,
-            weights_sha256=str(undisturbed.summary["weights_sha256"]),
-            mean_seconds_between_faults=options.mean_seconds,
-        )
+        if not campaign.weights_sha256:
+            _run_undisturbed(_Run(command, folder, f"undisturbed-{secrets.token_hex(3)}"), campaign)
+            keep()
         say(f"undisturbed: {campaign.undisturbed_seconds:.1f} s, weights {campaign.weights_sha256[:16]}")
-        armoury = Armoury(options, plan, stages)
-        while len(campaign.faults) < options.fault_count:
-            name = f"run-{len(campaign.runs)}-{secrets.token_hex(3)}"
-            run = _Run(command, folder, name)
+        while (begun := len(campaign.faults)) < options.fault_count:
+            run = _Run(command, folder, f"run-{len(campaign.runs)}-{secrets.token_hex(3)}")
+            armoury = Armoury(options, plan, campaign.stages, begun)
             try:
-                disturbed = _Disturbed(run, campaign, armoury, options, start_timeout, say)
-                campaign.runs.append(disturbed.run(undisturbed))
+                campaign.runs.append(_Disturbed(run, campaign, armoury, options, start_timeout, say).run())
             except KeyboardInterrupt:
                 campaign.is_interrupted = True
+                del campaign.faults[begun:]
                 break
             finally:
                 run.tree.end()
-    return campaign
+            keep()
+
+
+def new_campaign(command: Sequence[str], stages: int, options: ChaosOptions) -> Campaign:
+    """One that has seen nothing yet."""
+    told = {key: str(value) for key, value in vars(options).items() if key not in ("fault_count", "report")}
+    return Campaign(
+        command=list(command)[1:],
+        options=told,
+        stages=stages,
+        environment=environment(),
+        mean_seconds_between_faults=options.mean_seconds,
+    )
+
+
+def _run_undisturbed(run: "_Run", campaign: Campaign) -> None:
+    began = time.perf_counter()
+    if run.start() or not run.summary:
+        raise ValueError(f"the undisturbed run failed: {run.first_error or 'see its output'}")
+    campaign.undisturbed_seconds = time.perf_counter() - began
+    campaign.weights_sha256, campaign.steps = str(run.summary["weights_sha256"]), int(run.summary["steps"])
+    campaign.epochs = run.epochs()
 
 
 class _Run:
@@ -101,7 +116,7 @@ class _Run:
 
     def begin(self, fault: str = "") -> "subprocess.Popen[bytes]":
         """Starts it; whoever started it waits for it."""
-        own = {MARK: self._name, VARIABLE: fault, "PYTHONUNBUFFERED": "1"}
+        own = {MARK: self._name, VARIABLE: fault, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
             self._command,
@@ -121,6 +136,15 @@ class _Run:
     def start(self) -> int:
         """Runs it to its end; the exit code."""
         return self.begin().wait()
+
+    def stacks(self) -> list[str]:
+        """Where every thread of a run stands that stands still; ends it."""
+        states, said = self.tree.stacks(), len(self._errors)
+        for one in reversed(self.tree.processes()):  # a child before its parent, with which it would end
+            one.send(signal.SIGABRT)  # at which Python says where its threads are
+            time.sleep(_SAY_SECONDS)
+        self.tree.end()
+        return states + self._errors[said:]
 
     @property
     def first_error(self) -> str:
@@ -188,9 +212,8 @@ class _Disturbed:
         self._watched = 0  # the process that a stated action will end
         self._alone = 0  # looks in a row at which nobody else was left
 
-    def run(self, undisturbed: _Run) -> RunRecord:
-        record = RunRecord(starts=0)
-        self._armoury.furthest = 0
+    def run(self) -> RunRecord:
+        record, campaign = RunRecord(starts=0), self._campaign
         began = time.perf_counter()
         while True:
             if record.starts == _MOST_STARTS:
@@ -204,12 +227,9 @@ class _Disturbed:
                 record.problem = f"it ended with code {code} without a fault: {self._run.first_error}"
                 break
         record.seconds = time.perf_counter() - began
-        summary, expected = self._run.summary, undisturbed.summary
-        record.is_exact = summary.get("weights_sha256") == expected["weights_sha256"]
-        record.epochs_are_exact = (self._run.epochs(), summary.get("steps")) == (
-            undisturbed.epochs(),
-            expected["steps"],
-        )
+        summary = self._run.summary
+        record.is_exact = summary.get("weights_sha256") == campaign.weights_sha256
+        record.epochs_are_exact = (self._run.epochs(), summary.get("steps")) == (campaign.epochs, campaign.steps)
         return record
 
     def _start(self) -> tuple[int, FaultRecord | None]:
@@ -220,7 +240,7 @@ class _Disturbed:
         struck = at_start = self._run.progress()
         up_at = time.monotonic()
         at, self._watched, trains = 0.0, 0, False
-        process = self._run.begin(str(armed.fault) if armed is not None and armed.fault is not None else "")
+        process = self._run.begin(",".join(map(str, armed.faults)) if armed is not None else "")
         while process.poll() is None:
             time.sleep(_POLL)
             now, progress = time.monotonic(), self._run.progress()
@@ -253,18 +273,18 @@ class _Disturbed:
             limit += self._start_timeout + self._campaign.undisturbed_seconds  # it counts from the imports' end
         if seconds > limit and not fault.seconds:
             fault.hung = True
-            self._run.tree.end()
+            fault.stood = self._run.stacks()
 
     def _is_due(self) -> bool:
         return len(self._campaign.faults) < self._options.fault_count
 
     def _strike(self, armed: Armed, up: float) -> Blow | None:
         """Does it if its moment has come; of one before an action, finds out whether it has."""
-        if armed.fault is None:
+        if not armed.faults:
             if up < armed.seconds:
                 return None
             return KINDS[armed.kind].strike(self._run.tree, self._run.folder, self._armoury.chance)
-        rank = armed.fault.action.stage
+        rank = armed.faults[0].action.stage
         worker = self._run.tree.workers().get(rank)
         if armed.kind == "stop":
             return Blow(rank, (worker.pid,)) if worker is not None and worker.state == "T" else None
@@ -274,18 +294,18 @@ class _Disturbed:
     def _note(self, armed: Armed, blow: Blow, has_begun: bool) -> FaultRecord:
         self._still += blow.pids
         moment = armed.moment or ("steady state" if has_begun else "set-up")
-        action = f"{armed.fault} " if armed.fault is not None else ""
+        action = "".join(f"{one} " for one in armed.faults)
         fault = FaultRecord(kind=armed.kind, moment=moment, rank=blow.rank, action=action)
         self._campaign.faults.append(fault)
-        if armed.fault is not None:
-            self._armoury.furthest = max(self._armoury.furthest, armed.fault.action.microbatch + 1)
+        for one in armed.faults:
+            self._armoury.furthest = max(self._armoury.furthest, one.action.microbatch + 1)
         return fault
 
     def _after(self, fault: FaultRecord | None, armed: Armed | None, code: int, at: float) -> FaultRecord | None:
         """Once the launcher has ended."""
         now = time.monotonic()
-        if armed is not None and armed.fault is not None and code != 0:
-            fault, at = self._note(armed, Blow(armed.fault.action.stage), True), now
+        if armed is not None and armed.faults and code != 0:
+            fault, at = self._note(armed, Blow(armed.faults[0].action.stage), True), now
         for pid in self._still:  # one that was stopped must end as soon as it goes on
             if any(one.pid == pid for one in self._run.tree.processes()):
                 os.kill(pid, signal.SIGCONT)

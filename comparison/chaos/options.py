@@ -21,7 +21,10 @@ class ChaosOptions:
     mtbf: str = setting("10s", "mean time between two faults while the run is up, such as 10s or 2m")
     faults: str = setting(",".join(KINDS), "kinds of faults, separated by commas")
     fault_count: int = setting(
-        10, "faults in all; the run is repeated until there were as many", at_least=1, at_most=LARGEST
+        10,
+        "faults of this command line in all; the run is repeated until there were as many",
+        at_least=1,
+        at_most=LARGEST,
     )
     at_actions: float = setting(
         0.5,
@@ -34,7 +37,11 @@ class ChaosOptions:
         15.0, "seconds after a fault by which the run must go on or have ended", above=0, at_most=3600
     )
     chaos_seed: int = setting(0, "of the faults' kinds, victims and moments", at_least=0, at_most=LARGEST_SEED)
-    report: Path | None = setting(None, "write all faults and the table here, as JSON", place="new file")
+    report: Path | None = setting(
+        None,
+        "write all faults and the table here, as JSON, beside those that are there; the same command goes on",
+        place="JSON file",
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -33,6 +33,8 @@ class FaultRecord:
     hung: bool = False
     orphans: int = 0
     """Processes that were left behind."""
+    stood: list[str] = field(default_factory=list)
+    """Of a hang: what every process was about, and how busy the machine was."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,17 +53,23 @@ class RunRecord:
 
 @dataclass(kw_only=True, slots=True)
 class Campaign:
-    """All of it."""
+    """All runs of one command line under one kind of fire."""
 
     command: list[str]
+    options: dict[str, str]
+    """Of the faults, but for their number."""
     stages: int
     environment: Environment
-    undisturbed_seconds: float
-    weights_sha256: str
     mean_seconds_between_faults: float
     """That was asked for."""
+    undisturbed_seconds: float = 0.0
+    weights_sha256: str = ""
+    """That every run must come to."""
+    steps: int = 0
+    epochs: list[list[str]] = field(default_factory=list)
+    """The undisturbed run's figures of every epoch."""
     is_interrupted: bool = False
-    """Somebody stopped it: what the last faults came to is not known."""
+    """Somebody stopped it; of the run at hand nothing is kept."""
     runs: list[RunRecord] = field(default_factory=list)
     faults: list[FaultRecord] = field(default_factory=list)
 
@@ -92,24 +100,32 @@ class Campaign:
         return found
 
 
-def format_table(campaign: Campaign) -> str:
-    """By kind and by moment: how many, what came of them, how long it took."""
+def format_table(campaigns: Sequence[Campaign]) -> str:
+    """Of all of them together, by kind, by moment and by the number of processes: how many, what came of them, how long
+    it took."""
+    faults = [fault for campaign in campaigns for fault in campaign.faults]
     heads = ("recovered", "restarted", "unharmed", "hung", "unnamed", "median s")
     lines = [f"{'':<14}{'faults':>7}" + "".join(f"{head:>11}" for head in heads)]
-    for name in dict.fromkeys(one.kind for one in campaign.faults):
-        lines.append(_row(name, [one for one in campaign.faults if one.kind == name]))
+    lines += [_row(name, [one for one in faults if one.kind == name]) for name in dict.fromkeys(f.kind for f in faults)]
     lines.append("")
-    for name in MOMENTS:
-        if some := [one for one in campaign.faults if one.moment == name]:
-            lines.append(_row(name, some))
-    lines += ["", _row("all", campaign.faults)]
-    exact = sum(run.is_exact and run.epochs_are_exact for run in campaign.runs)
-    starts = sum(run.starts for run in campaign.runs)
+    lines += [_row(name, some) for name in MOMENTS if (some := [one for one in faults if one.moment == name])]
+    lines.append("")
+    for stages in sorted({campaign.stages for campaign in campaigns}):
+        some = [fault for campaign in campaigns if campaign.stages == stages for fault in campaign.faults]
+        lines.append(_row(f"{stages} processes", some))
+    runs = [run for campaign in campaigns for run in campaign.runs]
+    exact = sum(run.is_exact and run.epochs_are_exact for run in runs)
+    starts = sum(run.starts for run in runs)
     lines += [
         "",
-        f"{exact} of {len(campaign.runs)} runs came to the undisturbed weights and epochs, in {starts} starts",
-        f"effective training time {campaign.ettr:.3f} at a fault every {campaign.mean_seconds_between_faults:g} s "
-        f"(the undisturbed run takes {campaign.undisturbed_seconds:.1f} s)",
+        _row("all", faults),
+        "",
+        f"{exact} of {len(runs)} runs came to the undisturbed weights and epochs, in {starts} starts",
+    ]
+    lines += [
+        f"effective training time {one.ettr:.3f} at a fault every {one.mean_seconds_between_faults:g} s of "
+        f"{one.stages} processes (the undisturbed run takes {one.undisturbed_seconds:.1f} s)"
+        for one in campaigns
     ]
     return "\n".join(lines)
 

@@ -88,6 +88,14 @@ class Tree:
                 found.setdefault(one.rank, one)
         return found
 
+    def stacks(self) -> list[str]:
+        """What every process is about, and how busy the machine is: for a run that stands still."""
+        told = [f"{path.name}: {_line(path)}" for path in sorted(Path("/proc/pressure").glob("*"))]
+        for one in self.processes():
+            waits = _line(Path(f"/proc/{one.pid}/wchan"))
+            told.append(f"process {one.pid} of {one.parent}, rank {one.rank}: {one.state} {waits}")
+        return told
+
     def end(self) -> int:
         """Kills whatever is left; how many there were."""
         left = self.processes()
@@ -105,8 +113,9 @@ class Tree:
         return True
 
 
-def cut_connection(process: Process, chance: random.Random) -> bool:
-    """Shuts one of the process's TCP connections down, as a broken link does. False: it has none.
+def cut_connection(process: Process, chance: random.Random, port: int | None = None) -> bool:
+    """Shuts one of the process's TCP connections down, as a broken link does: with `port`, one to that port. False: it
+    has none.
 
     Raises:
         OSError: the system does not let this process do it.
@@ -125,12 +134,21 @@ def cut_connection(process: Process, chance: random.Random) -> bool:
                     raise OSError(ctypes.get_errno(), "pidfd_getfd")
                 with socket.socket(fileno=own) as taken:
                     if taken.family in (socket.AF_INET, socket.AF_INET6) and taken.type == socket.SOCK_STREAM:
-                        taken.getpeername()  # raises where it only listens
+                        peer = taken.getpeername()  # raises where it only listens
+                        if port is not None and peer[1] != port:
+                            continue
                         taken.shutdown(socket.SHUT_RDWR)
                         return True
     finally:
         os.close(handle)
     return False
+
+
+def _line(path: Path) -> str:
+    """The first line of a file of the kernel's; empty where it may not be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text().partition("\n")[0]
+    return ""
 
 
 def _stat(pid: int) -> list[str]:

@@ -137,12 +137,8 @@ _SHARED = (
 )
 
 
-def parse(arguments: Sequence[str]) -> LeaderboardOptions:
-    """Reads the command line.
-
-    Raises:
-        ValueError: a mistake, in one line.
-    """
+def make_parser() -> LineParser:
+    """All flags of the command."""
     parser = LineParser(
         prog="unlocked leaderboard",
         description="Trains every rule on every network and dataset with every seed under one budget, measures speed, "
@@ -153,7 +149,16 @@ def parse(arguments: Sequence[str]) -> LeaderboardOptions:
     add_flags(group, LeaderboardOptions)
     add_flags(parser.add_argument_group("what all cells share"), Recipe, _SHARED)
     add_flags(parser.add_argument_group("options of single models"), ModelOptions)
-    given = vars(parser.parse_args(arguments))
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> LeaderboardOptions:
+    """Reads the command line.
+
+    Raises:
+        ValueError: a mistake, in one line.
+    """
+    given = vars(make_parser().parse_args(arguments))
     shared = {name: given.pop(name) for name in list(given) if name in (*_SHARED, *setting_names(ModelOptions))}
     if "minutes" in given and "num_epochs" in shared:
         raise ValueError("--minutes and --num-epochs are two budgets; give one of them")

@@ -9,6 +9,7 @@ from unlocked.comparison.leaderboard.charts import accuracy_chart, speed_chart
 from unlocked.comparison.leaderboard.options import LeaderboardOptions
 from unlocked.comparison.leaderboard.results import Inspection, Row
 from unlocked.comparison.report.export import write_rows
+from unlocked.comparison.report.layers import LayerAccuracies, layers_charts
 from unlocked.comparison.report.sections import Headline, Section, render
 from unlocked.comparison.report.sections import Table as PageTable
 from unlocked.comparison.significance import LEVEL
@@ -108,6 +109,15 @@ def _sections(table: Table, key: str, seeds: int) -> list[Section]:
             "Pink is what the audit found not to be local."
         )
         sections.append(Section(key=f"{key}-charts", title=f"{title}, drawn", paragraphs=[legend], pictures=pictures))
+    told_by_layer = {row.rule: LayerAccuracies(last=row.layer_accuracies) for row in table.rows if row.layer_accuracies}
+    if pictures := layers_charts(told_by_layer, key):
+        layers = Section(
+            key=f"{key}-layers",
+            title=f"{title}: which layer has learned what",
+            paragraphs=["Each layer's own prediction of the test data after the last epoch, mean over the seeds."],
+            pictures=pictures,
+        )
+        sections.append(layers)
     return sections
 
 

@@ -47,6 +47,8 @@ class Training:
     train_seconds: float
     """Evaluation included, set-up not."""
     weights_sha256: str
+    layer_acc1: tuple[tuple[str, float], ...] = ()
+    """Of the layers' own predictions, after the last epoch, in network order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,12 @@ class Row:
     def deviation(self) -> float | None:
         """Sample standard deviation; None for fewer than two seeds."""
         return statistics.stdev(self.accuracies) if len(self.trainings) > 1 else None
+
+    @property
+    def layer_accuracies(self) -> dict[str, float]:
+        """Mean over the seeds, by layer; empty where only the output layer predicts."""
+        told = [dict(training.layer_acc1) for training in self.trainings if len(training.layer_acc1) > 1]
+        return {name: statistics.fmean(one[name] for one in told if name in one) for name in told[0]} if told else {}
 
     @property
     def train_seconds(self) -> float | None:

@@ -100,6 +100,7 @@ class Session:
             steps=run.steps,
             train_seconds=run.train_seconds,
             weights_sha256=run.weights_sha256,
+            layer_acc1=run.epochs[-1].layer_acc1,
         )
         told = f"{training.test_acc1:.2f} % after {run.train_seconds:.1f} s"
         return {"training": to_plain(training), "told": told}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unlocked.comparison.report import charts
+from unlocked.comparison.report.layers import CAPTION, LayerAccuracies, layers_charts
 from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.report.verdict import verdict
 from unlocked.comparison.results import Report, Spread
@@ -26,6 +27,7 @@ def write_page(report: Report, path: Path, *, studies: Sequence[Section] = ()) -
     sections = [
         _throughput_section(report),
         _accuracy_section(report),
+        _layers_section(report),
         _split_section(report),
         _timeline_section(report),
         _logged_section(report),
@@ -105,6 +107,21 @@ def _accuracy_section(report: Report) -> Section | None:
             ),
         ),
     )
+
+
+def _layers_section(report: Report) -> Section | None:
+    """Of the first run of every local rule: what runs it makes no difference."""
+    found: dict[str, LayerAccuracies] = {}
+    for contender in report.measured:
+        runs = [run for run in contender.accuracy_runs if run.epochs and len(run.epochs[-1].layer_acc1) > 1]
+        if runs and contender.family not in found:
+            epochs = runs[0].epochs
+            first = dict(epochs[0].layer_acc1) if len(epochs) > 1 else None
+            found[contender.family] = LayerAccuracies(last=dict(epochs[-1].layer_acc1), first=first)
+    pictures = layers_charts(found, "report")
+    if not pictures:
+        return None
+    return Section(key="layers", title="Which layer has learned what", paragraphs=(CAPTION,), pictures=tuple(pictures))
 
 
 def _split_section(report: Report) -> Section | None:

@@ -89,6 +89,8 @@ class CoordinatorClient:
         """How often the links at this stage were formed anew, by the stage that they lead into."""
         self.saved = 0
         """The position of the latest snapshot in which the coordinator has counted this stage's part."""
+        self.clock_ahead = 0.0
+        """Seconds by which this machine's clock is ahead of the coordinator's; 0 where that may be the way's delay."""
         self.kept = 0
         """Micro-batches of the outgoing edge that the next stage will never ask for again."""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -363,6 +365,7 @@ class CoordinatorClient:
             if isinstance(message, m.Start):
                 self._start, self._granted = message, max(self._granted, message.first)
                 self.saved = max(self.saved, message.saved)
+                self.clock_ahead = message.clock_ahead(time.time())
             elif isinstance(message, m.SnapshotSeen):
                 self.saved = max(self.saved, message.position)
             elif isinstance(message, m.Grant):

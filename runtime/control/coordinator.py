@@ -255,7 +255,8 @@ class Coordinator:
             self._failures.fail(
                 f"{self._roster.name(0)} is lost: its process, with the coordinator, stood still for {stood:.1f} s"
             )
-        self._pulse.tick(now, self._policy.granted)
+        if not self._complete:  # else whoever leaves may
+            self._pulse.tick(now, self._policy.granted)
         if not self._roster.is_complete and now > self._start_deadline:
             missing = ", ".join(self._roster.missing)
             self._failures.fail(f"coordinator: {missing} did not report within {self._start_timeout:g} s of the start")
@@ -287,7 +288,7 @@ class Coordinator:
 
     def _begin(self, member: Member) -> None:
         saved = self._ledger.saved(member.hello.stage)
-        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved))
+        self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved, clock=time.time()))
         self._send(member.identity, self._grant())
         if self.stopped:
             self._send(member.identity, self.stopped)

@@ -216,6 +216,14 @@ class Start:
     first: int
     total: int
     saved: int = 0
+    clock: float = 0.0
+    """Of the coordinator's machine, in seconds, when it sent this."""
+
+    def clock_ahead(self, now: float) -> float:
+        """Seconds by which a clock that says `now` on arrival is ahead of it; 0 where that may be the way's delay:
+        clocks that are kept by a time server differ by less than a second."""
+        ahead = now - self.clock
+        return ahead if abs(ahead) > 1.0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

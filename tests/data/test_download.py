@@ -4,11 +4,13 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from file_server import serve
 
+from unlocked.data import download
 from unlocked.data.download import Archive, obtain, obtain_file
 
 FILES = {"train/a/1.png": b"one", "train/b/2.png": b"two" * 1000, "words.txt": b"w"}
@@ -89,3 +91,38 @@ def test_a_file_that_broke_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert [one.name for one in path.parent.iterdir()] == [".labels.gz.lock"]
     with pytest.raises(ValueError, match=r"no labels.gz in .*downloading is off. To get it, download .*put labels.gz"):
         obtain_file(f"{url}/labels.gz", md5, path, download=False)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tgz"])
+def test_an_archive_that_unpacks_to_too_much_is_refused(suffix: str, tmp_path: Path) -> None:
+    """Of 32 MiB of nothing gzip makes 32 kB."""
+    path = tmp_path / f"set.{suffix}"
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("set/zeros", bytes(32 << 20))
+        archive = Archive(url="http://nowhere.invalid/x", md5=hashlib.md5(path.read_bytes()).hexdigest(), folder="set")
+        archive = replace(archive, url=f"http://nowhere.invalid/{path.name}")
+    else:
+        archive = make(path, {"set/zeros": bytes(32 << 20)})
+    with pytest.raises(ValueError, match=r"set\.\w+ unpacks to more than [\d,]+ bytes; remove it: it is no dataset"):
+        obtain(archive, tmp_path, download=False)
+    assert not (tmp_path / "set").exists()
+    assert sum(file.stat().st_size for file in (tmp_path / "set.part").iterdir()) < 16 << 20
+
+
+def test_an_archive_of_too_many_files_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(download, "_MOST_FILES", 2)
+    archive = make(tmp_path / "set.zip", {f"set/{number}": b"x" for number in range(3)})
+    with pytest.raises(ValueError, match="has more than 2 files"):
+        obtain(archive, tmp_path, download=False)
+
+
+def test_a_lock_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    with download.only_one(precious):
+        pass
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"), download.only_one(tmp_path / ".lock"):
+        pass
+    assert precious.read_text() == "data"

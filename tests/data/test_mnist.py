@@ -7,7 +7,7 @@ import pytest
 import torch
 from dataset_files import idx, mnist_pixels, write_mnist
 
-from unlocked.data import Augmentation, load_dataset
+from unlocked.data import Augmentation, load_dataset, mnist
 from unlocked.data.mnist import read_idx
 
 
@@ -64,3 +64,11 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
 def test_an_array_of_any_dimensions(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(idx(bytes(range(24)), 2, 3, 4))
     assert torch.equal(torch.from_numpy(read_idx(tmp_path / "a")), torch.arange(24, dtype=torch.uint8).view(2, 3, 4))
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mnist, "_MOST_BYTES", 1 << 20)
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(bytes(2 << 20)))
+    with pytest.raises(ValueError, match="it unpacks to more than 1,048,576 bytes"):
+        mnist.read_idx(path)

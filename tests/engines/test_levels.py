@@ -323,7 +323,10 @@ class ThreeParts(LocalRule):
         (WrongScores, r"rule WrongScores of layer sequential1 gives scores of shape \(2, 9\)"),
         (ThreeParts, r"rule ThreeParts does not fit layer sequential1 .*missing 1 required positional argument"),
         (BarlowTwins, r"rule BarlowTwins makes 2 views of every sample, which samples of shape \(6,\).* don't give"),
-        ([partial(ForwardForward, negatives=n) for n in (1, 2, 1)], "rule partial of layer sequential2 has the views"),
+        (
+            [partial(ForwardForward, negatives=n) for n in (1, 2, 1)],
+            "rule ForwardForward of layer sequential2 has the views",
+        ),
         ([ForwardForward, LLS(), ForwardForward], "rule LLS of layer sequential2 has the views None, but"),
         (partial(TaskAndConsistency, alpha=0.0), r"alpha is 0.0; it must lie in \(0, 1\]"),
         (partial(ForwardForward, negatives=0), "negatives is 0"),

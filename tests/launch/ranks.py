@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["ENVIRONMENT", "PIPELINE", "first_error", "free_port", "let_pass", "ranks", "torchrun"]
+__all__ = [
+    "ENVIRONMENT",
+    "PIPELINE",
+    "children_of",
+    "first_error",
+    "free_port",
+    "let_pass",
+    "ranks",
+    "torchrun",
+    "worker_of",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "launch" / "pipeline.py"
@@ -104,3 +114,21 @@ def torchrun(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def children_of(pid: int) -> list[int]:
+    """Its child processes (Linux)."""
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def worker_of(supervisor: int) -> int:
+    """Waits for the worker: its zygote's child."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = [worker for zygote in children_of(supervisor) for worker in children_of(zygote)]
+        if found:
+            return found[0]
+        assert time.monotonic() < deadline, "no worker came"

@@ -20,7 +20,7 @@ import torch
 
 from unlocked.data import load_dataset
 from unlocked.models import small_conv
-from unlocked.rules import DRTP, LLS, LayerInfo, LocalRule
+from unlocked.rules import DRTP, LLS, InfoPro, LayerInfo, LocalRule, TaskAndConsistency
 from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Trainer
 from unlocked.runtime.engines.processes import memory_saver
 from unlocked.runtime.faults import VARIABLE
@@ -33,7 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "best": {"best_dir": True},
     "impatient": {"timeout": 6.0},
+    "side channel": {},
+    "side channel of the input": {},
 }
+RULES = {"plateau": DRTP, "side channel": TaskAndConsistency, "side channel of the input": InfoPro}
 ROWS, EPOCHS = 100, 2
 
 
@@ -62,7 +65,7 @@ def train(engine: str, faults: str, transport: str, how: str, saves: str, folder
     variant = dict(VARIANTS[how])
     if variant.get("best_dir"):
         variant["best_dir"] = folder / "best"
-    rule = DRTP if how == "plateau" else LLS(temperature=0.5)
+    rule = RULES.get(how, LLS(temperature=0.5))
     options: dict[str, Any] = {
         "optimizer": partial(torch.optim.Adam, lr=1e-2),
         "snapshot_every": 3,

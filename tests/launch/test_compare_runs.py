@@ -71,6 +71,24 @@ def test_page_picture_and_table_are_written(runs: Path, tmp_path: Path, capsys: 
         assert [row["best, %"] for row in csv.DictReader(file)] == ["70.50", "62.00", "-"]
 
 
+def test_which_layer_has_learned_what(tmp_path: Path) -> None:
+    """Runs with the same layers share a picture; one whose layers predict nothing is in none."""
+    pytest.importorskip("matplotlib")
+    for name, layers in (("a", "conv1 output"), ("b", "conv1 output"), ("c", "block0 block1 output"), ("d", "")):
+        save(tmp_path / "runs" / name, settings={"lr": len(name)}, accuracies=[60.0, 70.0])
+        names = layers.split()
+        rows = [["epoch", "eval_acc1", *(f"eval_acc1/{layer}" for layer in names)]]
+        rows += [[str(n), "50", *(str(10 * n + place) for place in range(len(names)))] for n in (1, 2)]
+        (tmp_path / "runs" / name / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    told = set(re.findall(r'aria-label="Which layer has learned what: ([^"]*)"', page))
+    assert told == {
+        "a: conv1 20.0 %, output 21.0 %; b: conv1 20.0 %, output 21.0 %",
+        "c: block0 20.0 %, block1 21.0 %, output 22.0 %",
+    }
+
+
 def test_runs_as_they_are_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [
         "--plain",

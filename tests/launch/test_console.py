@@ -65,6 +65,10 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["evaluate", "--dataset", "CIFAR100"], {"CIFAR100", "CIFAR100AUG"}),
         (["compare", "--study", "m"], {"memory"}),
         (["completion", "z"], {"zsh"}),
+        (["leaderboard", "--report"], {"--report-only"}),
+        (["leaderboard", "--rules", "LLS_MxM_"], {"LLS_MxM_Random", "LLS_MxM_reduced"}),
+        (["chaos", "--fault"], {"--faults", "--fault-count"}),
+        (["chaos", "--queue"], {"--queue-depth"}),
     ],
 )
 def test_a_shell_completes_commands_flags_and_names(script: Path, words: list[str], found: set[str]) -> None:

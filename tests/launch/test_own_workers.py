@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from unlocked.launch import own_workers
+
 pytestmark = pytest.mark.alone
 
 
@@ -70,3 +72,22 @@ def test_a_process_that_is_killed_amid_its_imports_is_named_and_takes_the_others
     assert time.monotonic() - began < 15
     assert running.returncode == 128 + signal.SIGKILL
     assert "stage 1 (rank 1: layers unknown) was ended by SIGKILL" in complaints
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        ("sys.exit(1)", 1, "stage 1 (rank 1: layers unknown) left with exit code 1, and the others did not end"),
+        ("os.kill(os.getpid(), 11)", 139, "stage 1 (rank 1: layers unknown) was ended by SIGSEGV"),
+    ],
+)
+def test_who_left_is_named_where_the_others_stand_still(
+    end: str, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {end}\ntime.sleep(60)\n"
+    (tmp_path / "still_worker.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("_SHORT_PATIENCE", "_HASTE"):
+        monkeypatch.setattr(own_workers, name, 0.1)
+    assert own_workers.start_workers(2, "still_worker", [], threads=1) == code
+    assert capsys.readouterr().err.startswith(f"error: {told}")

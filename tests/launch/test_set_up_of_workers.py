@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import PIPELINE, first_error, ranks
+from ranks import PIPELINE, first_error, ranks, worker_of
 
 from unlocked.runtime.control.zygote import CAN_FORK
 
@@ -15,23 +15,6 @@ pytestmark = [pytest.mark.alone, pytest.mark.skipif(not CAN_FORK, reason="worker
 ENDLESS = [str(PIPELINE), "--dataset", "synthetic", "--num-epochs", "1000", "--plain", "--no-eval"]
 SLOW_WORKER = str(Path(__file__).with_name("slow_worker.py"))
 SECONDS = 15  # in which everybody must be gone: measured, it is three to six, but machines may be loaded
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def worker_of(supervisor: int) -> int:
-    """Waits for the worker: its zygote's child."""
-    deadline = time.monotonic() + 60
-    while True:
-        found = [worker for zygote in children(supervisor) for worker in children(zygote)]
-        if found:
-            return found[0]
-        assert time.monotonic() < deadline, "no worker came"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

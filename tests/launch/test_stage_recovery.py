@@ -69,8 +69,14 @@ JOBS = {
     "a group's rate that waits for losses": job(
         ["kill@2E8", "kill@1F9", "kill@0U10", "kill@2F12#1"], how="plateau", transport="group"
     ),
+    "a rule with a side channel": job(each(everything(1)), how="side channel", saves="always"),
+    "a group's rule with a side channel": job(
+        ["kill@0SEND9", "kill@1F2", "kill@1RECV9#1", "kill@2E8"], how="side channel of the input", transport="group"
+    ),
     "a pause": job(["stop@1F5", "abort@0E6"], how="impatient"),
 }
+ALONE = ("plain", "plateau", "side channel", "side channel of the input")
+"""Variants whose numbers are others; each is trained by the plain loop as well."""
 if ALL:
     JOBS |= {
         f"{fault.action} {transport}": job([Fault(fault.kind, fault.action)], transport=transport)
@@ -82,10 +88,10 @@ if ALL:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came out of every job, and of the plain loop ("plain", "plateau")."""
+    """What came out of every job, and of the plain loop (`ALONE`)."""
     folder = tmp_path_factory.mktemp("recovery")
     (folder / "alone").mkdir()
-    plain = [job(engine="sequential", how=how) for how in ("plain", "plateau")]
+    plain = [job(engine="sequential", how=how) for how in ALONE]
     (folder / "alone" / "jobs.json").write_text(json.dumps(plain))
     (folder / "jobs.json").write_text(json.dumps(list(JOBS.values())))
     alone = [sys.executable, WORKER, str(folder / "alone" / "jobs.json"), str(folder / "alone" / "out.json")]
@@ -95,13 +101,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         texts = [process.communicate(timeout=SECONDS)[1] for process in started]
         assert [process.returncode for process in started] == [0] * SIZE, texts
     lines = [json.loads(line) for path in ("alone/out.json", "out.json") for line in (folder / path).open()]
-    return dict(zip(["plain", "plateau", *JOBS], lines, strict=True))
+    return dict(zip([*ALONE, *JOBS], lines, strict=True))
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_worker_comes_back_alone(name: str, runs: dict[str, Any]) -> None:
     run, faults = runs[name], JOBS[name]["faults"].split(",")
-    expected = runs["plateau" if JOBS[name]["how"] == "plateau" else "plain"]
+    expected = runs[JOBS[name]["how"] if JOBS[name]["how"] in ALONE else "plain"]
     assert run["sha256"] == expected["sha256"]
     assert run["epochs"] == expected["epochs"]
     assert run["snapshots"] == expected["snapshots"]

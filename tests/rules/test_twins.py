@@ -78,22 +78,29 @@ def predictive_similarity(given: Given, a: Tensor, labels: Tensor) -> Tensor:
     return 0.01 * prediction + 0.99 * similar.square().sum() / len(a) ** 2
 
 
+def normalised(given: Given, name: str, x: Tensor) -> Tensor:
+    """Training-mode BatchNorm of [B, C, ...]."""
+    over = [d for d in range(x.dim()) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    scale, shift = (given[f"{name}.{n}"].reshape(shape) for n in ("weight", "bias"))
+    centred = x - x.mean(over, keepdim=True)
+    return centred / (centred.square().mean(over, keepdim=True) + 1e-5).sqrt() * scale + shift
+
+
 def dgl(given: Given, a: Tensor, labels: Tensor) -> Tensor:
-    x = a.reshape(len(a), 4, 2, 3, 2, 3).mean((3, 5))  # 6 / 4 < 2, so 2
-    for i in (1, 3, 5):
-        weight, bias = given[f"network.{i}.weight"][:, :, 0, 0], given[f"network.{i}.bias"]
-        x = (torch.einsum("oc,bchw->bohw", weight, x) + bias[:, None, None]).clamp_min(0)
+    x = a.reshape(len(a), 4, 2, 3, 2, 3).mean((3, 5))  # a quarter of 6, rounded up, is 2
+    for i in (1, 4, 7):
+        x = torch.einsum("oc,bchw->bohw", given[f"network.{i}.weight"][:, :, 0, 0], x)
+        x = normalised(given, f"network.{i + 1}", x).clamp_min(0)
     x = x.flatten(1)
-    x = linear(given, "network.9", x).clamp_min(0)
-    x = linear(given, "network.11", x).clamp_min(0)
-    return cross_entropy(linear(given, "network.13", x), labels)
+    for i in (12, 15, 18):
+        x = normalised(given, f"network.{i + 1}", x @ given[f"network.{i}.weight"].T).clamp_min(0)
+    return cross_entropy(linear(given, "network.21", x), labels)
 
 
 def aug_local(given: Given, a: Tensor, labels: Tensor) -> Tensor:
     x = F.conv2d(a, given["network.0.0.weight"], stride=2, padding=1)  # to the next layer's (6, 3, 3)
-    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    scale, shift = (given[f"network.0.1.{n}"][:, None, None] for n in ("weight", "bias"))
-    x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp_min(0)
+    x = normalised(given, "network.0.1", x).clamp_min(0)
     x = linear(given, "network.1.1", x.flatten(1)).clamp_min(0)  # and on to the one after it, (5,)
     return cross_entropy(linear(given, "network.3", x), labels)
 
@@ -113,7 +120,10 @@ def task_and_consistency(given: Given, a: Tensor, labels: Tensor) -> Tensor:
 
 
 def barlow_twins(given: Given, a: Tensor, labels: Tensor) -> Tensor:
-    z = linear(given, "projector.2", linear(given, "projector.0", pooled(a)).clamp_min(0))
+    x = torch.einsum("oc,bchw->bohw", given["expansion.0.weight"][:, :, 0, 0], a)
+    x = normalised(given, "expansion.1", x).clamp_min(0).mean((2, 3))
+    x = normalised(given, "projector.1", x @ given["projector.0.weight"].T).clamp_min(0)
+    z = x @ given["projector.3.weight"].T
     first, second = z.chunk(2)
     size = z.shape[1]
     total = z.new_zeros(())
@@ -126,12 +136,16 @@ def barlow_twins(given: Given, a: Tensor, labels: Tensor) -> Tensor:
 
 
 def info_pro(given: Given, a: Tensor, labels: Tensor, *, contrastive: bool = False) -> Tensor:
-    hidden = F.conv2d(a, given["decoder.0.weight"], given["decoder.0.bias"]).clamp_min(0)
-    places = torch.arange(8) * 6 // 8  # the nearest of 6 pixels
-    large = hidden[:, :, places][:, :, :, places]
-    error = F.conv2d(large, given["decoder.3.weight"], given["decoder.3.bias"], padding=1) - given["network_input"]
-    z = linear(given, "head", pooled(a))
-    return error.square().mean() + (contrast(z, labels) if contrastive else cross_entropy(z, labels))
+    places = torch.arange(8).double() * 5 / 7  # of 8 pixels among 6, corner on corner
+    share = (1 - (places[:, None] - torch.arange(6)).abs()).clamp_min(0)
+    large = torch.einsum("ip,jq,bcpq->bcij", share, share, a)
+    hidden = F.conv2d(large, given["decoder.1.weight"], given["decoder.1.bias"], padding=1)
+    hidden = normalised(given, "decoder.2", hidden).clamp_min(0)
+    error = F.conv2d(hidden, given["decoder.4.weight"], given["decoder.4.bias"], padding=1) - given["network_input"]
+    x = F.conv2d(a, given["head.0.weight"], stride=2, padding=1)
+    x = normalised(given, "head.1", x).clamp_min(0).mean((2, 3))
+    z = linear(given, "head.7", linear(given, "head.5", x).clamp_min(0))
+    return 0.75 * error.square().mean() + 2 * (contrast(z, labels) if contrastive else cross_entropy(z, labels))
 
 
 def contrast(z: Tensor, labels: Tensor) -> Tensor:
@@ -141,9 +155,10 @@ def contrast(z: Tensor, labels: Tensor) -> Tensor:
         others = [a for a in range(len(z)) if a != i]
         total = torch.stack([torch.exp(z[i] @ z[a] / 0.07) for a in others]).sum()
         partners = [p for p in others if labels[p] == labels[i]]
+        losses.append(z.new_zeros(()))
         if partners:
             shares = [torch.log(torch.exp(z[i] @ z[p] / 0.07) / total) for p in partners]
-            losses.append(-torch.stack(shares).mean())
+            losses[-1] = -torch.stack(shares).mean()
     return torch.stack(losses).mean()
 
 
@@ -158,6 +173,8 @@ def distance_forward(given: Given, a: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+LAMBDAS = {"reconstruction": 1.0, "last_reconstruction": 0.25, "task": 2.0}  # the layer is the second of four
+
 CASES: dict[str, tuple[Rule, Twin, int]] = {  # the rule, its twin, rows per sample
     "MonoForward": (MonoForward, mono_forward, 1),
     "PredictiveSimilarity": (PredictiveSimilarity, predictive_similarity, 1),
@@ -166,9 +183,9 @@ CASES: dict[str, tuple[Rule, Twin, int]] = {  # the rule, its twin, rows per sam
     "ForwardForward": (partial(ForwardForward, negatives=2), forward_forward, 4),
     "TaskAndConsistency": (TaskAndConsistency, task_and_consistency, 1),
     "BarlowTwins": (partial(BarlowTwins, width=5), barlow_twins, 2),
-    "InfoPro": (InfoPro, info_pro, 1),
-    "InfoProContrastive": (partial(InfoProContrastive, width=9), partial(info_pro, contrastive=True), 1),
-    "DistanceForward": (DistanceForward, distance_forward, 1),
+    "InfoPro": (partial(InfoPro, **LAMBDAS), info_pro, 1),
+    "InfoProContrastive": (partial(InfoProContrastive, width=9, **LAMBDAS), partial(info_pro, contrastive=True), 1),
+    "DistanceForward": (partial(DistanceForward, centres="trained"), distance_forward, 1),
 }
 
 
@@ -247,6 +264,29 @@ def test_soft_hebb_neuron_by_neuron(kind: str) -> None:
         delta /= delta.abs().max()
         weight += 0.3 * (weight.norm(dim=1, keepdim=True) - 1).abs().sqrt() * delta
     torch.testing.assert_close(learner.weight.detach().flatten(1), weight, rtol=1e-6, atol=1e-12)  # type: ignore
+
+
+def test_centres_follow_the_means_of_their_classes() -> None:
+    torch.manual_seed(1)
+    conv = nn.Conv2d(2, 4, 3)
+    layer = make_layer(partial(DistanceForward, momentum=0.75), nn.Sequential(conv, nn.Tanh()))
+    centres = layer.rule.centres.clone()
+    weight, bias = (p.detach().clone().requires_grad_() for p in conv.parameters())
+    labels = torch.tensor([0, 1, 0, 1, 0, 0, 1])  # none of the third class
+    for _ in range(3):
+        x = torch.randn(7, 2, 8, 8, dtype=torch.float64)
+        layer.forward(x)
+        layer.update(labels)
+        a = torch.tanh(F.conv2d(x, weight, bias))
+        loss = distance_forward({"centres": centres}, a, labels)
+        for leaf, grad in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
+            leaf.data -= RATE * grad
+        z = pooled(a.detach())
+        z = z / z.norm(dim=1, keepdim=True) * 4
+        for c in (0, 1):
+            centres[c] = 0.75 * centres[c] + 0.25 * z[labels == c].mean(0)
+    torch.testing.assert_close(layer.rule.centres, centres, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(conv.weight.detach(), weight.detach(), rtol=1e-6, atol=1e-12)
 
 
 def test_the_first_layer_has_nothing_to_be_consistent_with() -> None:

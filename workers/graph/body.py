@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from unlocked.kernels.reference import Layout, pool_latents, spread_latents
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
 from unlocked.workers.graph.tracing import Node
 
-__all__ = ["Call", "End", "GraphBody", "PlainEnd"]
+__all__ = ["Call", "End", "GraphBody", "How", "PlainEnd"]
 
 How = Literal["closed", "joined", "autograd"]
 
@@ -97,8 +97,7 @@ class GraphBody:
 
     Args:
         source: the body's input.
-        calls: in order.
-        end: reads `last`.
+        calls: in order; the last one's operation is the block's `End`.
         trained: the block's parameters that train, in their order.
         dropout: of the block's tail, where `end` leaves it out.
     """
@@ -107,22 +106,23 @@ class GraphBody:
         self,
         source: Node,
         calls: Sequence[Call],
-        end: End,
-        last: Node,
         *,
         trained: Iterable[nn.Parameter],
         casts: Casts,
         dropout: nn.Module | None = None,
     ) -> None:
-        self.calls, self.end, self.casts = calls, end, casts
+        *self.calls, ending = calls
+        self.end, self.casts = cast(End, ending.operation), casts
+        (last,) = ending.inputs
+        self._rows = [(call.how, tuple(node.name for node in call.covers), call.why) for call in calls]
         self._source, self._last, self._dropout = source, last, dropout
         self._places = {id(p): place for place, p in enumerate(trained)}
-        self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts] + [*end.counts]
+        self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts]
         self._needs = {source: False}
-        for call in calls:
+        for call in self.calls:
             needs = bool(call.operation.parameters) or any(self._needs[node] for node in call.inputs)
             self._needs.update(dict.fromkeys(call.outputs, needs))
-        self._spent = _last_uses(calls, last)
+        self._spent = _last_uses(self.calls, last)
         self._types: dict[Node, torch.dtype] = {}
 
     @property
@@ -135,6 +135,11 @@ class GraphBody:
                 found |= {id(p) for p in call.operation.parameters}
                 wanted |= set(call.inputs)
         return found
+
+    @property
+    def rows(self) -> list[tuple[How, tuple[str, ...], str]]:
+        """For every call: how it runs, the operations that it is made of, and why."""
+        return self._rows
 
     @property
     def gives_every_gradient(self) -> bool:

@@ -4,6 +4,7 @@
 | ---------------------------------------------------- | -------------------------------------------------- |
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| a split into parts, and those who take them          | one call                                           |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
 | whatever the table does not have, in a row           | one piece for autograd                             |
 """
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from unlocked.models import KeyedDropout
 from unlocked.workers.graph.autograd import AutogradPiece, Read
-from unlocked.workers.graph.body import Call, End, GraphBody, PlainEnd
+from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.normalized import Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
+from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
 
@@ -65,30 +67,33 @@ class _Planner:
         self._covered: set[Node] = set()
 
     def body(self) -> GraphBody:
-        end, last, dropout = self._end()
+        end, dropout = self._end()
         for node in self._nodes:
             if node not in self._covered:
                 self._join_norm(node)
+                self._join_parts(node)
         calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
         return GraphBody(
             self._nodes[0],
-            self._grouped(calls, last),
-            end,
-            last,
+            [*self._grouped(calls, end.inputs[0]), end],
             trained=[p for p in self._layer.block.parameters() if p.requires_grad],
             casts=self._casts,
             dropout=dropout,
         )
 
-    def _end(self) -> tuple[End, Node, nn.Module | None]:
-        """The block's end, the node that it reads, and the tail's dropout, where that is not part of the end."""
+    def _end(self) -> tuple[Call, nn.Module | None]:
+        """The block's end, and the tail's dropout, where that is not part of the end."""
         layer, info = self._layer, self._layer.info
         tail = _recognise(layer.block.tail)
         norm, slope = self._normalised(self._output)
         shape = info.activation_shape
+        ending = [Node("logits" if layer.is_output else "latents", None)]
+        if tail is None or tail.pool != "none":
+            ending.append(Node("tail", None))
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
-            return PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving), self._output, None
+            end = PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            return Call(end, [self._output], [], ending, "closed"), None
         p = info.latent_size
         even = p == shape[0]
         if len(shape) == 3:
@@ -96,9 +101,13 @@ class _Planner:
             even = tail.pool != "mean" and all(length % side == 0 for length in shape[1:] for side in sides)
         kind = NormalizedEnd if even else UnevenEnd
         options = self._of_norm(norm)
-        end = kind(norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options)
-        self._covered |= {norm, self._output}
-        return end, norm.inputs[0], tail.dropout
+        operation = kind(
+            norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options
+        )
+        covers = list(dict.fromkeys((norm, self._output)))
+        self._covered |= set(covers)
+        why = "in one pass each way" if even else "in one pass; pooled by the library, whose windows overlap or are 2x2"
+        return Call(operation, norm.inputs, [], [*covers, *ending], "joined", why), tail.dropout
 
     def _normalised(self, node: Node) -> tuple[Node | None, float]:
         """The BatchNorm whose activations `node` gives, on our kernels, and their slope; 1: it is the BatchNorm."""
@@ -123,6 +132,14 @@ class _Planner:
         self._joined[covers[-1]] = Call(operation, norm.inputs, covers[-1:], covers, how, why)  # type: ignore[arg-type]
         self._covered |= set(covers)
 
+    def _join_parts(self, node: Node) -> None:
+        """What splits a tensor, with those who take the parts."""
+        parts = parts_of(node)
+        if not parts or node is self._output or any(part in self._covered for part in parts):
+            return
+        self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
+        self._covered |= {node, *parts}
+
     def _of_norm(self, norm: Node) -> dict[str, Any]:
         """The bias that stands before the BatchNorm, which its convolution or product then leaves out."""
         before = norm.inputs[0]
@@ -138,8 +155,11 @@ class _Planner:
     def _operation(self, node: Node) -> Operation | str:
         if node not in self._operations:
             self._operations[node] = operation_of(node, self._casts)
-            if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            kept = id(node.target) in self._frozen
+            if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d):
                 self._operations[node] = usable_norm(node) or "it is kept in eval mode"
+            elif node.kind is KeyedDropout and kept:
+                self._operations[node] = "it is kept in eval mode"
         return self._operations[node]
 
     def _call(self, node: Node) -> Call | None:

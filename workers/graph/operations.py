@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlocked.models import KeyedDropout
+
 __all__ = [
     "Add",
     "Casts",
     "Convolution",
+    "Dropout",
     "Elementwise",
     "Flatten",
     "GroupNorm",
@@ -34,7 +37,7 @@ class Casts:
     """In which type a block computes."""
 
     def __init__(self, device: str = "cpu", *, half: bool = False) -> None:
-        self.half, self._device = half, device
+        self.half, self.device = half, device
         """Products and convolutions take bfloat16, as inside torch.autocast."""
         self.bfloat16_of: Callable[[Tensor], Tensor] | None = None
         """The optimizer's bfloat16 copy of a weight, where it keeps one: else it is cast in every `forward`."""
@@ -53,7 +56,7 @@ class Casts:
         """Inside, modules compute in that type. No casts are kept: a graph may be capturing."""
         if not self.half:
             return contextlib.nullcontext()
-        return torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
 
 Gradients = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -232,7 +235,8 @@ class GroupNorm(Operation):
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         norm, x, mean, rstd = self.norm, self._x, self._mean, self._rstd
         del self._x, self._mean, self._rstd
-        asked = [wanted[0], *(p is not None and p.requires_grad for p in (norm.weight, norm.bias))]
+        # The input's is asked for in any case: without it torch 2.13 reads what is not there, of channels-last images.
+        asked = [True, *(p is not None and p.requires_grad for p in (norm.weight, norm.bias))]
         grad = grad.to(x.dtype)
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
@@ -301,6 +305,22 @@ class Pool(Operation):
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
         return [self._derivative(grad, x, more)], []
+
+
+class Dropout(Operation):
+    """Of a module whose mask depends on a key."""
+
+    def __init__(self, dropout: KeyedDropout) -> None:
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._mask = self.dropout.mask(x)
+        return x * self._mask
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        mask = self._mask
+        del self._mask
+        return [grad * mask], []
 
 
 class Flatten(Operation):

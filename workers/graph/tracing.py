@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from unlocked.models import KeyedDropout
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
 
-__all__ = ["Node", "Untraceable", "has_hooks", "is_in_place", "trace"]
+__all__ = ["Node", "Untraceable", "filled", "has_hooks", "is_in_place", "trace"]
 
 
 class Untraceable(Exception):
@@ -65,10 +64,12 @@ def trace(body: nn.Module, frozen: list[nn.Module]) -> tuple[list[Node], Node]:
     holder = _Holder(body)
     _refuse_hooks(body)
     generators = GlobalGenerators(SOURCES, torch.device("cpu"))
-    with generators.keyed(0), _training(body, frozen), _unchanged(holder):
+    with generators.keyed(0), _training(body, frozen), _unchanged(body), _without_own_functions():
         before = generators.states()
         try:
             graph = _Tracer().trace(holder)
+        except Untraceable:
+            raise
         except Exception as error:  # whatever Python a forward() may hold
             raise Untraceable(f"torch.fx can't follow its forward(): {first_line(error)}") from error
         if generators.moved(before):
@@ -88,6 +89,19 @@ class _Holder(nn.Module):
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+
+    def create_node(self, *args: Any, **options: Any) -> fx.Node:
+        # A graph of operations knows nothing of the modes in which a forward() runs some of them.
+        if _modes() != self._modes:
+            raise Untraceable("its forward() switches gradients or autocast")
+        return super().create_node(*args, **options)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise Untraceable("data decides what its forward() runs")
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, KeyedDropout) or has_hooks(m) or is_parametrized(m):
             return True
@@ -98,6 +112,29 @@ class _Tracer(fx.Tracer):
         if not any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+
+def _modes() -> tuple[bool, ...]:
+    kinds = ("cpu", "cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, kinds)
+
+
+@contextlib.contextmanager
+def _without_own_functions() -> Iterator[None]:
+    """Refuses functions with a way back of their own, which torch.fx would follow inside and so replace it."""
+    function: Any = torch.autograd.Function
+    original = function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            raise Untraceable(f"the autograd function {cls.__name__} has a way back of its own")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -115,7 +152,7 @@ def _refuse_hooks(body: nn.Module) -> None:
         raise Untraceable(f"hooks are set on {', '.join(names)}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _training(body: nn.Module, frozen: list[nn.Module]) -> Iterator[None]:
     """The body in training mode, but for what is frozen; then every module is in its own mode again."""
     modes = [(module, module.training) for module in body.modules()]
@@ -129,11 +166,11 @@ def _training(body: nn.Module, frozen: list[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _unchanged(holder: nn.Module) -> Iterator[None]:
+@contextlib.contextmanager
+def _unchanged(body: nn.Module) -> Iterator[None]:
     """Puts back what a forward() has written to its modules, and refuses it."""
-    before = [(name, m, dict(m.__dict__), dict(m._buffers)) for name, m in holder.named_modules()]
-    buffers = [(name, b, b._version, b.clone()) for name, b in holder.named_buffers()]
+    before = [(name, m, dict(m.__dict__), dict(m._buffers)) for name, m in body.named_modules()]
+    buffers = [(name, b, b._version, b.clone()) for name, b in body.named_buffers()]
     found = []
     try:
         yield
@@ -142,13 +179,13 @@ def _unchanged(holder: nn.Module) -> Iterator[None]:
             now = module.__dict__
             changed = [key for key in {*attributes, *now} if attributes.get(key, now) is not now.get(key, now)]
             if changed or any(module._buffers.get(key) is not value for key, value in own.items()):
-                found.append(".".join((name.removeprefix("body").removeprefix("."), *sorted(changed))).strip("."))
+                found.append(f"{name}.{', '.join(sorted(changed))}".removeprefix("."))
                 now.clear()
                 now.update(attributes)
                 module._buffers.update(own)
         for name, buffer, version, value in buffers:
             if buffer._version != version:
-                found.append(name.removeprefix("body."))
+                found.append(name)
                 buffer.copy_(value)
     if found:
         raise Untraceable(f"its forward() changes {', '.join(dict.fromkeys(found))}")
@@ -169,6 +206,9 @@ def _as_nodes(holder: nn.Module, graph: fx.Graph) -> tuple[list[Node], Node]:
             name, target = str(one.target).removeprefix("body").removeprefix("."), holder.get_submodule(str(one.target))
         elif one.op == "get_attr":
             name, target = str(one.target).removeprefix("body."), _attribute(holder, str(one.target))
+        if _does_nothing(target):
+            made[one] = made[one.args[0]]
+            continue
         node = Node(name or "body", target)
         node.args, node.kwargs = fx.map_arg((one.args, dict(one.kwargs)), cast(Any, made.__getitem__))
         for given in node.inputs:
@@ -178,6 +218,12 @@ def _as_nodes(holder: nn.Module, graph: fx.Graph) -> tuple[list[Node], Node]:
     if not isinstance(output, fx.Node):
         raise Untraceable(f"it gives a {type(output).__name__}, not one tensor")
     return nodes, made[output]
+
+
+def _does_nothing(target: Any) -> bool:
+    if not isinstance(target, nn.Identity | KeyedDropout) or has_hooks(target):
+        return False
+    return type(target) is nn.Identity or (isinstance(target, KeyedDropout) and target.p == 0.0)
 
 
 def _attribute(holder: nn.Module, path: str) -> Any:
@@ -238,3 +284,18 @@ def _nodes(value: Any) -> Iterator[Node]:
         yield from _nodes(tuple(value.values()))
     elif isinstance(value, slice):
         yield from _nodes((value.start, value.stop, value.step))
+
+
+def filled(value: Any, values: Mapping[Node, Any]) -> Any:
+    """`value` with the nodes in it replaced by what they have given."""
+    if isinstance(value, Node):
+        return values[value]
+    if isinstance(value, tuple):
+        return tuple(filled(one, values) for one in value)
+    if isinstance(value, list):
+        return [filled(one, values) for one in value]
+    if isinstance(value, dict):
+        return {key: filled(one, values) for key, one in value.items()}
+    if isinstance(value, slice):
+        return slice(*(filled(one, values) for one in (value.start, value.stop, value.step)))
+    return value

@@ -15,7 +15,7 @@ from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.links import link_group
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout
 from unlocked.runtime.engines.processes.telling import telling
-from unlocked.runtime.engines.processes.worker import Worker
+from unlocked.runtime.engines.processes.worker import Worker, figures
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import occupy_cores
 from unlocked.workers.cargo import make_layout
@@ -175,7 +175,7 @@ class OwnWork:
         assert worker is not None
         with telling(self._client, self._task.names), occupy_cores(worker.cores):
             payload = worker.run()
-        self._client.finish(payload)
+        self._client.finish(figures(payload))
         return payload
 
     def close(self) -> None:

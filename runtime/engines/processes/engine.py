@@ -26,6 +26,7 @@ from unlocked.runtime.engines.one_process import epochs_before
 from unlocked.runtime.engines.processes.admission import new_keys
 from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, slot_layouts
 from unlocked.runtime.engines.processes.device_links import pick_device
+from unlocked.runtime.engines.processes.gathering import bring_weights, gather_weights
 from unlocked.runtime.engines.processes.hub import Hub
 from unlocked.runtime.engines.processes.links import share_memory
 from unlocked.runtime.engines.processes.options import (
@@ -113,10 +114,14 @@ class Processes(ProcessesOptions):
                 setup = time.perf_counter() - began
                 remember_owners(job, parts[world.rank])
                 payload = crew.run()
+            names = [[job.network.names[i] for i in part] for part in parts]
+            weights = unpack_tensors(payload["weights"])
             if hub is not None:
-                result = hub.collect(parts, terms["costs"], setup_seconds=setup, stopped=crew.stopped)
+                told = [stage_name(i, i, layers) for i, layers in enumerate(names)]
+                weights = gather_weights(store, world, weights, job.settings.timeout, told)
+                result = hub.collect(parts, terms["costs"], weights, setup_seconds=setup, stopped=crew.stopped)
             else:
-                names = [[job.network.names[i] for i in part] for part in parts]
+                bring_weights(store, world, weights, job.settings.timeout)
                 result = _own_result(job, names, payload, threads, setup_seconds=setup, stopped=crew.stopped)
             crew.close()
             if dist.is_initialized():

@@ -1,6 +1,6 @@
 """Rank 0's extra duties: partition, coordinator, the whole run's result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
-from unlocked.runtime.tensors import unpack_tensors, weights_digest
+from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.stopwatch import TimedAction
 
 __all__ = ["Hub"]
@@ -107,6 +107,9 @@ class Hub:
             self._job.network.names[i]: n for part, n in zip(parts, threads, strict=True) for i in part
         }
         warn_of_threads(self._job, self._layer_threads)
+        if self._job.device.type == "cpu" and len(set(threads)) > 1:
+            counts = ", ".join(f"{n} in stage {stage}" for stage, n in enumerate(threads))
+            self._sinks.on_message(f"stages have other numbers of threads ({counts}): equal bits need equal ones")
 
     def expect_supervisors(self, max_recoveries: int) -> None:
         """Workers are processes of their own, and may be replaced so often within an hour. Before any rank's crew."""
@@ -118,14 +121,19 @@ class Hub:
         FanOut(self._own_sinks).__exit__(RunFailed, RunFailed(message), None)
 
     def collect(
-        self, parts: list[range], predicted: list[float], *, setup_seconds: float, stopped: Stop | None
+        self,
+        parts: list[range],
+        predicted: list[float],
+        weights: Mapping[str, torch.Tensor],
+        *,
+        setup_seconds: float,
+        stopped: Stop | None,
     ) -> RunResult:
         """The whole run's result, once all stages have finished."""
         assert self._coordinator is not None
         payloads = self._coordinator.results()
         self._coordinator.close()
         stages = [payloads[i] for i in range(len(parts))]
-        weights = {k: v for payload in stages for k, v in unpack_tensors(payload["weights"]).items()}
         seconds = max(payload["train_seconds"] for payload in stages)
         job = self._job
         names = [[job.network.names[i] for i in part] for part in parts]
@@ -147,7 +155,7 @@ class Hub:
             train_seconds=seconds,
             setup_seconds=setup_seconds,
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
-            weights=weights,
+            weights=dict(weights),
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
             busy_fraction=[payload["busy"] for payload in stages],

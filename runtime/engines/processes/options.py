@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unlocked.runtime.control.messages import PROTOCOL_VERSION
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.processes.links import TRANSPORTS
 from unlocked.runtime.fields import LONGEST_WAIT, setting
@@ -69,6 +70,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
         "transport": options.transport,
         "max_recoveries": options.max_recoveries,
         "device": job.device.type,
+        "protocol version": PROTOCOL_VERSION,
     }
     return dict(json.loads(json.dumps(settings, allow_nan=False)))
 
@@ -76,7 +78,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
 def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     wrong = [f"{name} is {here} here and {there} in rank 0" for name, here, there in differences(mine, theirs)]
     if wrong:
-        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags")
+        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags and release")
 
 
 def log_slots(job: Job, options: ProcessesOptions, layout: SlotLayout) -> int:

@@ -29,7 +29,7 @@ from unlocked.runtime.engines.processes.parcel import (
 from unlocked.runtime.engines.processes.rendezvous import connect_again
 from unlocked.runtime.engines.processes.start_weights import adopt_weights
 from unlocked.runtime.engines.processes.telling import COORDINATOR, telling
-from unlocked.runtime.engines.processes.worker import Worker
+from unlocked.runtime.engines.processes.worker import Worker, figures
 from unlocked.runtime.job import needs_compiler, prepare_process
 from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
@@ -116,12 +116,16 @@ class SupervisedWork:
         end = self._supervisor.end
         if end is None or end.what == "result":
             return
+        rank = self._task.world.rank
+        name = stage_name(rank, rank, self._task.names[rank])
+        if "text" in end.content:
+            text = str(end.content["text"])
+            raise RunFailed(text if name in text else f"{name} failed: {text}")
         if end.what == "failure":
             raise unpack_error(os.pread(self._left, end.content["length"], 0))
         if end.what == "aborted":
             raise RunFailed(end.content["message"])
-        rank = self._task.world.rank
-        raise RunFailed(f"{stage_name(rank, rank, self._task.names[rank])} is lost: its worker {end.content['how']}")
+        raise RunFailed(f"{name} is lost: its worker {end.content['how']}")
 
     # --- in a worker
 
@@ -129,7 +133,7 @@ class SupervisedWork:
         try:
             self._in_own_thread(lambda: self._train(line))
         except BaseException as error:  # to be raised by the supervisor, whatever it is
-            self._leave(line, "failure", pack_error(error))
+            self._leave(line, "failure", pack_error(error), str(error) or type(error).__name__)
 
     def _train(self, line: WorkerLine) -> None:
         task = self._task
@@ -157,7 +161,7 @@ class SupervisedWork:
             payload = worker.run()
         left = (msgpack.packb(payload), global_state(), loader_states(task.job))
         self._leave(line, "result", pickle.dumps(left))
-        client.finish(payload)
+        client.finish(figures(payload))
         client.close()
         worker.close()
 
@@ -197,10 +201,18 @@ class SupervisedWork:
 
         return leave
 
-    def _leave(self, line: WorkerLine, what: str, data: bytes) -> None:
-        os.ftruncate(self._left, 0)
-        for start in range(0, len(data), 1 << 30):
-            os.pwrite(self._left, data[start : start + (1 << 30)], start)
+    def _leave(self, line: WorkerLine, what: str, data: bytes, in_short: str = "") -> None:
+        """Leaves it to the supervisor; `in_short`: what is said of it where there is no room for all."""
+        rest, place = memoryview(data), 0
+        try:
+            os.ftruncate(self._left, 0)
+            while rest:  # a write may be a short one
+                place += os.pwrite(self._left, rest[: 1 << 30], place)
+                rest = memoryview(data)[place:]
+        except OSError as error:  # no memory for it, or a limit of this process's
+            text = in_short or f"its {what} has no room: {error}"
+            line.tell("failure", text=text[:_LONGEST_WORD])
+            return
         line.tell(what, length=len(data))
 
     def _in_own_thread(self, work: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """One rank's stage with its edges, and its way through the windows of the stream."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,14 @@ from unlocked.workers.loop import StageLoop
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "figures"]
 
 _READ_AHEAD = 2  # micro-batches of resident data that a thread assembles for stage 0
+
+
+def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What the coordinator is told of a stage's final payload: all but the weights, which go another way."""
+    return {name: value for name, value in payload.items() if name != "weights"}
 
 
 class Worker:
@@ -143,6 +148,7 @@ class Worker:
         self.saver.finish()
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind
+        ahead = 1e6 * self.client.clock_ahead  # a trace has the clock of rank 0's machine
         return {
             "weights": pack_tensors(pair for layer in self.stage.layers for pair in layer.tensors()),
             "train_seconds": seconds,
@@ -151,7 +157,7 @@ class Worker:
             "busy": self.stopwatch.busy / max(seconds, 1e-9),
             "step_seconds": self.stopwatch.seconds_per_step(),
             "peak_memory": peak_memory_bytes(self.device),
-            "spans": [(one.label, one.start_us, one.end_us) for one in self.stopwatch.timed],
+            "spans": [(one.label, one.start_us - ahead, one.end_us - ahead) for one in self.stopwatch.timed],
         }
 
     def _come_back(self) -> None:

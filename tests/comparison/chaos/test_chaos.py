@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from unlocked.comparison.chaos.arming import Armoury
+from unlocked.comparison.chaos.campaign import new_campaign
 from unlocked.comparison.chaos.kinds import KINDS
 from unlocked.comparison.chaos.options import ChaosOptions
 from unlocked.comparison.chaos.records import Campaign, FaultRecord, RunRecord, format_table
+from unlocked.comparison.chaos.report import join, read_report, update_report
 from unlocked.comparison.environment import environment
 from unlocked.launch import chaos
 from unlocked.launch.console import COMMANDS
@@ -27,16 +29,17 @@ def test_faults_are_drawn_reproducibly_and_exist() -> None:
     first.furthest = second.furthest = 12
     drawn = [first.draw(10) for _ in range(200)]
     assert [second.draw(10) for _ in range(200)] == drawn
-    timed = [one for one in drawn if one.fault is None]
+    timed = [one for one in drawn if not one.faults]
     assert {one.kind for one in timed} == set(KINDS)
     assert 5 < sum(one.seconds for one in timed) / len(timed) < 20
-    typed = [one for one in drawn if one.fault is not None]
+    typed = [one for one in drawn if one.faults]
     assert {one.moment for one in typed} == {"steady state", "snapshot", "evaluation", "replay"}
     actions = [set(stage_actions(stage, 3, PLAN.items(10))) for stage in range(3)]
     for one in typed:
-        assert one.fault is not None
-        assert one.fault.action in actions[one.fault.action.stage]
-        assert (one.moment == "replay") == (one.fault.action.microbatch < 12)
+        assert all(fault.action in actions[fault.action.stage] for fault in one.faults)
+        assert [fault.incarnation for fault in one.faults] == [0, 1][: len(one.faults)]
+        is_again = len(one.faults) == 2 or one.faults[0].action.microbatch < 12
+        assert (one.moment == "replay") == is_again
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_a_mistake_is_one_line(flags: list[str], words: str, capsys: pytest.Capt
 def test_the_table_and_what_is_not_well() -> None:
     campaign = Campaign(
         command=["train"],
+        options={},
         stages=2,
         environment=environment(),
         undisturbed_seconds=10.0,
@@ -77,10 +81,11 @@ def test_the_table_and_what_is_not_well() -> None:
     ]
     assert campaign.ettr == 0.5
     assert campaign.problems == []
-    table = format_table(campaign)
+    table = format_table([campaign])
     assert "kill                2          1          1          0          0          0       2.00" in table
     assert "2 of 2 runs came to the undisturbed weights and epochs, in 4 starts" in table
-    assert "effective training time 0.500 at a fault every 5 s" in table
+    assert "2 processes         3" in table
+    assert "effective training time 0.500 at a fault every 5 s of 2 processes" in table
     campaign.runs[0].is_exact = campaign.runs[1].epochs_are_exact = False
     campaign.faults[0].named, campaign.faults[1].hung, campaign.faults[2].orphans = False, True, 2
     assert [problem.split(":")[0] for problem in campaign.problems] == [
@@ -89,6 +94,28 @@ def test_the_table_and_what_is_not_well() -> None:
         "fault 1 (kill in replay)",
         "fault 2 (link in steady state)",
     ]
+
+
+def test_campaigns_add_up_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.json"
+    assert read_report(path) == []
+    options = ChaosOptions(report=path, fault_count=7)
+    two, three = (new_campaign(["python", "train", str(stages)], stages, options) for stages in (2, 3))
+    two.faults.append(FaultRecord(kind="kill", moment="set-up", rank=1, outcome="restarted", seconds=1.0))
+    two.is_interrupted = True
+    assert update_report(path, two) == [two]
+    found = read_report(path)
+    assert found == [two]
+    again = new_campaign(["python", "train", "2"], 2, ChaosOptions(report=path, fault_count=9))
+    assert join(found, again) is found[0]
+    assert not found[0].is_interrupted
+    assert join(found, three) is three
+    assert update_report(path, three) == [two, three]
+    two.faults.append(FaultRecord(kind="segv", moment="replay", rank=0))
+    assert update_report(path, two) == read_report(path) == [two, three]
+    path.write_text('{"campaigns": [{"stages": 2}]}')
+    with pytest.raises(ValueError, match=r"report.json is no report of faults that could be added to"):
+        read_report(path)
 
 
 def test_the_fixture_arms_faults_for_one_test(fail_at: FailAt) -> None:
@@ -108,12 +135,14 @@ def test_a_run_under_faults_comes_to_the_undisturbed_bits(tmp_path: Path, capsys
     assert "chaos" in COMMANDS
     flags = ["--stages", "2", "--num-epochs", "2", "--batch-size", "100", "--save-path", str(tmp_path / "runs")]
     faults = ["--faults", "kill,preempt", "--fault-count", "2", "--mtbf", "2s", "--at-actions", "0.4"]
-    code = chaos.main([*flags, *faults, "--hang-limit", "60", "--report", str(tmp_path / "report.json")])
-    out = capsys.readouterr().out
-    assert code == 0, out
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["problems"] == []
-    assert len(report["faults"]) == 2
-    assert all(run["is_exact"] and run["epochs_are_exact"] for run in report["runs"])
-    assert 0 < report["ettr"] <= 1.5
-    assert report["table"][0].split()[0] == "faults"
+    for _ in range(2):  # the second one goes on, with nothing left to do
+        code = chaos.main([*flags, *faults, "--hang-limit", "60", "--report", str(tmp_path / "report.json")])
+        out = capsys.readouterr().out
+        assert code == 0, out
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["problems"] == []
+        [campaign] = report["campaigns"]
+        assert len(campaign["faults"]) == 2
+        assert all(run["is_exact"] and run["epochs_are_exact"] for run in campaign["runs"])
+        assert 0 < report["ettr"][0] <= 1.5
+        assert report["table"][0].split()[0] == "faults"

@@ -1,0 +1,271 @@
+"""Blocks of every operation, random ones, and a layer around a block: for the tests of the step made of them."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unlocked.kernels.reference import Layout
+from unlocked.models import Block
+from unlocked.rules import LLS, CrossEntropy, LayerInfo
+from unlocked.workers.fused import fused_step
+from unlocked.workers.layer import Layer
+
+CPU = torch.device("cpu")
+CLASSES = 5
+
+
+def made_layer(block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", lr: float = 0.5) -> Layer:
+    """A layer of `block` that trains by LLS (or cross-entropy, if it is the output), on autograd where `backend` is
+    None."""
+    kept = {name: value.clone() for name, value in block.state_dict().items()}
+    modes = [(module, module.training) for module in block.modules()]
+    with torch.no_grad():
+        shape = tuple(block.eval().body(x).shape[1:])
+    for module, training in modes:
+        module.training = training
+    block.load_state_dict(kept)
+    info = LayerInfo(
+        name="layer",
+        index=0,
+        activation_shape=shape,
+        num_classes=CLASSES,
+        latent_size=block.latent_size or (shape[0] if len(shape) == 1 else 1),
+        hidden=30,
+        reduced_rank=4,
+        seed=0,
+        layout=block.layout,
+    )
+    rule = CrossEntropy() if block.is_output else LLS()(info)
+    step = None if backend is None else fused_step(backend)
+    optimizer = partial(torch.optim.SGD, lr=lr)
+    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision)
+
+
+def step_of(layer: Layer, x: Tensor) -> Tensor:
+    """One step of training; its output."""
+    output = layer.forward(x).clone()
+    layer.update(torch.arange(len(x)) % CLASSES)
+    return output
+
+
+class Residual(nn.Module):
+    """What its branch gives, added to what came in, and an activation."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch, self.shortcut, self.after = branch, shortcut or nn.Identity(), after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(self.branch(x) + self.shortcut(x))
+        return result
+
+
+class Placed(nn.Module):
+    """Tokens, told where they stand."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.place, self.map = nn.Parameter(torch.randn(tokens, width)), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.map(x + self.place)
+        return result
+
+
+class Attending(nn.Module):
+    """Self-attention, its heads by view and permute, or by chunk and transpose."""
+
+    def __init__(self, width: int, heads: int, *, by_chunks: bool) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.by_chunks = heads, by_chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        y = self.qkv(self.norm(x))
+        if self.by_chunks:
+            a, b, c = y.chunk(3, dim=-1)
+            q, k, v = (part.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2) for part in (a, b, c))
+        else:
+            q, k, v = y.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        result: Tensor = x + self.out(y)
+        return result
+
+
+def _branch(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(out, out, 3, padding=1), nn.BatchNorm2d(out)),
+    )
+
+
+def _seeded(make: Callable[[], nn.Module], **options: Any) -> Callable[[], Block]:
+    def made() -> Block:
+        torch.manual_seed(1)
+        return Block("layer", make(), **options)
+
+    return made
+
+
+def _conv(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), *more)
+
+
+def _image(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, *shape, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    *(nn.ReLU, nn.LeakyReLU, nn.GELU, partial(nn.GELU, "tanh"), nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.ReLU6, nn.Hardtanh, nn.Softplus),
+]
+
+CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
+    "plain": (_seeded(lambda: _conv(nn.ReLU()), latent_size=2), _image(3, 8, 8), True),
+    "pooled": (_seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2)), latent_size=2), _image(3, 8, 8), True),
+    "uneven": (_seeded(lambda: _conv(nn.ReLU()), latent_size=3), _image(3, 8, 8), True),
+    "pools": (
+        _seeded(
+            lambda: _conv(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2), nn.Conv2d(16, 8, 1)),
+            latent_size=2,
+        ),
+        _image(3, 9, 9),
+        False,
+    ),
+    "depthwise": (
+        _seeded(
+            lambda: nn.Sequential(
+                *(nn.Conv2d(4, 8, 3, 2, 1, groups=4), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1)),
+                *(nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=2, dilation=2)),
+            ),
+            latent_size=2,
+        ),
+        _image(4, 8, 8),
+        False,
+    ),
+    "conv1d": (
+        _seeded(
+            lambda: nn.Sequential(
+                *(nn.Conv1d(3, 16, 5, 2, 2), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 16, 3)),
+                *(nn.BatchNorm1d(16), nn.LeakyReLU(0.1)),
+            ),
+            latent_size=2,
+            layout="channels_first",
+        ),
+        _image(3, 24),
+        True,
+    ),
+    "group": (
+        _seeded(
+            lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3, groups=4)),
+            latent_size=2,
+        ),
+        _image(3, 8, 8),
+        False,
+    ),
+    "silu": (
+        _seeded(
+            lambda: nn.Sequential(nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 8)),
+            latent_size=8,
+        ),
+        _image(12),
+        False,
+    ),
+    "linear": (_seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), latent_size=4), _image(12), False),
+    "flat": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8)), latent_size=8),
+        _image(3, 8, 8),
+        False,
+    ),
+    "residual": (
+        _seeded(
+            lambda: Residual(_branch(3, 16), nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)), nn.ReLU()),
+            latent_size=2,
+        ),
+        _image(3, 8, 8),
+        True,
+    ),
+    "dropout": (
+        _seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 8)), latent_size=8),
+        _image(12),
+        False,
+    ),
+    "parameter": (_seeded(lambda: Placed(7, 16), layout="tokens"), _image(7, 16), False),
+    "encoder": (
+        _seeded(
+            lambda: Residual(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))),
+            layout="tokens",
+        ),
+        _image(7, 16),
+        False,
+    ),
+    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
+    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), False),
+    "output": (
+        _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
+        _image(3, 8, 8),
+        False,
+    ),
+    **{
+        f"{make().__class__.__name__}{i}": (
+            _seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
+            _image(12),
+            False,
+        )
+        for i, make in enumerate(ACTIVATIONS)
+    },
+}
+"""Name -> a block's maker, an input, and whether something in it is joined."""
+
+
+def random_block(seed: int, *, tokens: bool) -> tuple[Callable[[], Block], Tensor]:
+    """A block of up to five random parts, and an input of it: on tokens, or on images."""
+    chance = random.Random(seed)
+    width, count = chance.choice([4, 8, 20]), chance.randint(1, 5)
+    side = chance.choice([6, 8, 9])
+
+    def make() -> Block:
+        torch.manual_seed(seed)
+        draw = random.Random(seed + 1)
+        parts: list[nn.Module] = [_on_tokens(draw, width) if tokens else _on_images(draw, width) for _ in range(count)]
+        parts.append(nn.Linear(width, width) if tokens else nn.Conv2d(width, width, 1))
+        if draw.random() < 0.5:
+            parts += [] if tokens else [nn.BatchNorm2d(width), nn.ReLU()]
+        layout: Layout | None = "tokens" if tokens else None
+        block = Block("layer", nn.Sequential(*parts), latent_size=draw.choice([1, 2, 3]), layout=layout)
+        # Where nothing before it trains, torch's own GroupNorm reads what is not there on its way back.
+        freezes = not any(isinstance(module, nn.GroupNorm) for module in block.modules())
+        for parameter in list(block.parameters())[:-2]:
+            if freezes and draw.random() < 0.15:
+                parameter.requires_grad_(False)
+        return block
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*((5, 7, width) if tokens else (5, width, side, side)), generator=generator)
+    return make, x if tokens else x.contiguous(memory_format=torch.channels_last)
+
+
+def _on_tokens(draw: random.Random, width: int) -> nn.Module:
+    net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width, bias=draw.random() < 0.5), _smooth(draw))
+    net.append(nn.Linear(2 * width, width))
+    return draw.choice([Residual(net), net, nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), _smooth(draw))])
+
+
+def _on_images(draw: random.Random, width: int) -> nn.Module:
+    groups = draw.choice([1, 2, width])
+    conv = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=draw.random() < 0.5)
+    norm = draw.choice([nn.BatchNorm2d(width), nn.GroupNorm(2, width)])
+    net = nn.Sequential(conv, norm, *draw.choice([[], [nn.ReLU()], [nn.LeakyReLU(0.2)], [_smooth(draw)]]))
+    pool = draw.choice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.Identity()])
+    return draw.choice([net, Residual(net), Residual(net, after=nn.ReLU()), nn.Sequential(net, pool)])
+
+
+def _smooth(draw: random.Random) -> nn.Module:
+    return draw.choice([nn.GELU, nn.SiLU, nn.Tanh, nn.ELU])()

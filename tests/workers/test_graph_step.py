@@ -1,0 +1,207 @@
+"""A step made of what a block computes, against float64 autograd: random blocks, and every operation of the table."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graph_blocks import CASES, Residual, made_layer, random_block, step_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from unlocked.kernels import cpp, reference
+from unlocked.models import Block, ConvBlock, LinearBlock
+from unlocked.workers.fused import FusedStep
+from unlocked.workers.graph import attention, autograd, body, normalized, operations, shapes
+from unlocked.workers.layer import Layer
+
+
+def assert_close_to_float64(make: Callable[[], Block], x: Tensor, backend: Any, limit: float = 2e-3) -> Layer:
+    """One step each: outputs, every parameter's change, running statistics and counts."""
+    tested, truth = made_layer(make(), x, backend), made_layer(make(), x, None)
+    truth.block.double()
+    truth.rule.double()
+    assert isinstance(tested.step, FusedStep)
+    before = {name: value.clone() for name, value in truth.tensors()}
+    labels = torch.arange(len(x)) % 5
+    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    truth.update(labels)
+    tested.update(labels)
+    scale = max(float((value - before[name]).double().norm()) for name, value in truth.tensors())
+    for (name, a), (_, b) in zip(tested.tensors(), truth.tensors(), strict=True):
+        change, wanted = a.double() - before[name], b.double() - before[name]
+        error = float((change - wanted).norm())
+        assert error <= limit * max(float(wanted.norm()), 1e-2 * scale), (name, error, float(wanted.norm()))
+    return tested
+
+
+@given(seed=st.integers(0, 2**31 - 1), tokens=st.booleans(), on_cpp=st.booleans())
+@settings(max_examples=40)
+def test_random_blocks(seed: int, tokens: bool, on_cpp: bool) -> None:
+    """Channels, sizes, groups, biases, skips, frozen parts: whatever comes out. In float32 another value of a few may
+    be the largest in its window, or be above zero; an operation too few or too many would be off by far more."""
+    make, x = random_block(seed, tokens=tokens)
+    assert_close_to_float64(make, x, cpp if on_cpp else reference, limit=3e-2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_operation_of_the_table(name: str) -> None:
+    make, x, joined = CASES[name]
+    tested = assert_close_to_float64(make, x, cpp)
+    hows = {how for how, _, _ in tested.step.body.rows}
+    assert "autograd" not in hows
+    assert ("joined" in hows) == joined
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
+@pytest.mark.parametrize("name", ["residual", "pooled", "depthwise"])
+def test_interpreted_triton_too(name: str) -> None:
+    triton = pytest.importorskip("unlocked.kernels.triton")
+    make, x, _ = CASES[name]
+    assert_close_to_float64(make, x, triton)
+
+
+OPERATIONS = {
+    operations.Convolution: "conv1d",
+    operations.Linear: "linear",
+    operations.LayerNorm: "encoder",
+    operations.GroupNorm: "group",
+    operations.Elementwise: "silu",
+    operations.Pool: "pooled",
+    operations.Flatten: "flat",
+    operations.Add: "residual",
+    attention.Attention: "attention",
+    shapes.Split: "attention",
+    shapes.Moved: "attention",
+    shapes.Reshaped: "chunks",
+    operations.Dropout: "dropout",
+    normalized.Normalized: "residual",
+    normalized.NormalizedEnd: "plain",
+    normalized.UnevenEnd: "uneven",
+    body.PlainEnd: "residual",
+    autograd.Read: "parameter",
+}
+
+
+def test_no_operation_is_left_out() -> None:
+    kinds = [
+        one for module in (operations, shapes, attention, normalized, body, autograd) for one in vars(module).values()
+    ]
+    found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}
+    others = {operations.Operation, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}  # no way back of their own
+    assert found - others == OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_an_error_in_any_way_back_is_found(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part in fifty, of every gradient that it gives."""
+    original = kind.backward  # type: ignore[attr-defined]
+
+    def wrong(self: Any, grad: Any, wanted: Any) -> Any:
+        inputs, parameters = original(self, grad, wanted)
+        return [g if g is None else 1.02 * g for g in inputs], [g if g is None else 1.02 * g for g in parameters]
+
+    make, x, _ = CASES[OPERATIONS[kind]]
+    assert_close_to_float64(make, x, cpp)
+    monkeypatch.setattr(kind, "backward", wrong)
+    with pytest.raises(AssertionError):
+        assert_close_to_float64(make, x, cpp, limit=1e-2)
+
+
+class _Own(nn.Module):
+    """Somebody's convolution, normalisation and activation, by a forward() of their own."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(self.norm(self.conv(x)), 0.01)
+
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "sequential": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(0.01, True)),
+    "own": lambda: _Own(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pool", ["none", "max", "mean", "average"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_computes_the_same_has_the_same_bits(form: str, pool: str, precision: str) -> None:
+    x = torch.randn(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    tails = {"none": None, "max": nn.MaxPool2d(2), "mean": nn.AvgPool2d(2), "average": nn.AdaptiveAvgPool2d(4)}
+    ours = ConvBlock(3, 8, pool=pool, pool_size=4 if pool == "average" else None, latent_size=2)  # type: ignore[arg-type]
+    theirs = Block("conv", FORMS[form](), tails[pool], latent_size=2)
+    for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True):
+        a.copy_(b)
+    _assert_equal_bits(ours, theirs, x, precision)
+
+
+def test_flat_blocks_have_the_same_bits_too() -> None:
+    ours = LinearBlock(48, 16, latent_size=16)
+    theirs = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.LeakyReLU())
+    theirs.load_state_dict({key.removeprefix("body."): value for key, value in _numbered(ours).items()})
+    _assert_equal_bits(ours, Block("linear", theirs, latent_size=16), torch.randn(6, 3, 4, 4), "fp32")
+
+
+def _numbered(block: Block) -> dict[str, Tensor]:
+    places = {name: str(place) for place, (name, _) in enumerate(block.body.named_children())}
+    state = block.body.state_dict()
+    return {".".join((places[key.split(".")[0]], key.split(".")[1])): value for key, value in state.items()}
+
+
+def _assert_equal_bits(ours: Block, theirs: Block, x: Tensor, precision: str) -> None:
+    layers = [made_layer(block, x, cpp, precision=precision) for block in (ours, theirs)]
+    for _ in range(2):
+        outputs = [step_of(layer, x) for layer in layers]
+        assert torch.equal(*outputs)
+    for (name, a), (_, b) in zip(*(layer.tensors() for layer in layers), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention"])
+def test_bfloat16_stays_near(name: str) -> None:
+    """Every product's inputs are off by 2**-9, and so is whatever is stored."""
+    make, x, _ = CASES[name]
+    single, half = (made_layer(make(), x, cpp, precision=precision) for precision in ("fp32", "bf16"))
+    before = [p.detach().clone() for p in single.parameters]
+    outputs = [step_of(layer, x).float() for layer in (single, half)]
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 0.03
+    for start, a, b in zip(before, single.parameters, half.parameters, strict=True):
+        if float((a.detach() - start).norm()) > 1e-3:
+            assert float((b - a).detach().norm() / (a.detach() - start).norm()) < 0.25
+
+
+def test_a_normalisation_used_twice_counts_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(torch.relu(self.norm(self.conv(x))))))
+
+    def make() -> Block:
+        torch.manual_seed(0)
+        return Block.wrap(Twice(), "twice", latent_size=2)
+
+    tested = assert_close_to_float64(make, torch.randn(6, 3, 8, 8), cpp)
+    assert int(dict(tested.tensors())["layer.block.body.norm.num_batches_tracked"]) == 2
+
+
+def test_nothing_of_a_micro_batch_outlives_its_update() -> None:
+    make, x, _ = CASES["residual"]
+    layer = made_layer(make(), x, cpp)
+    step_of(layer, x)
+    step_of(layer, x)
+    held = [
+        (type(call.operation).__name__, name)
+        for call in layer.step.body.calls
+        for name, value in vars(call.operation).items()
+        if isinstance(value, Tensor) and value.numel() >= len(x) * 8
+    ]
+    assert held == []
+    assert isinstance(make().body, Residual)
