@@ -34,6 +34,8 @@ chaos: $(STAMP)
 	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest -s -k killed tests/launch/test_set_up.py tests/launch/test_failures.py \
 	    tests/launch/test_stage_recovery.py
 	UNLOCKED_STRANGERS=20000 $(RUN) $(BIN)/python -m pytest tests/launch/test_strangers_of_runs.py
+	UNLOCKED_KILLS=20 $(RUN) $(BIN)/python -m pytest tests/launch/test_supervisors.py tests/launch/test_set_up_of_workers.py \
+	    tests/launch/test_two_nodes.py
 	UNLOCKED_RULES=all $(RUN) $(BIN)/python -m pytest tests/launch/test_every_rule_of_processes.py
 
 lint: $(STAMP)

@@ -28,7 +28,8 @@ On several machines run the same line on each.
       --rdzv-endpoint=HOST:29500 -- --dataset CIFAR10
 
 TORCHRUN FLAGS are those of `torchrun --help`; without --nnodes, --rdzv-endpoint and
---master-addr nothing listens beyond the loopback address. TRAIN FLAGS are those of `unlocked train --help`.
+--master-addr nothing listens beyond the loopback address. TRAIN FLAGS are those
+of `unlocked train --help`.
 
 Exit code: of the process that failed first, else 0; 130 and 143 after Ctrl-C and
 SIGTERM, where torchrun would leave with 1."""

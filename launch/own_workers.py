@@ -11,7 +11,7 @@ from types import FrameType
 __all__ = ["start_workers"]
 
 _LOOK_SECONDS = 0.05  # between two looks at who has ended
-_PATIENCE, _SHORT_PATIENCE, _HASTE = 30.0, 8.0, 4.0  # see `_patience`
+_PATIENCE, _SHORT_PATIENCE, _HASTE = 30.0, 8.0, 3.0  # see `_patience`
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -2,8 +2,8 @@
 
 ResNet-32 and ResNet-110 are those of He et al. (CVPR 2016) for small images, with a 1 x 1 convolution where a block
 changes the width, as InfoPro (Wang et al., ICLR 2021), AugLocal (Ma et al., ICLR 2024) and MAN (Su et al., ECCV 2024)
-train them; ResNet-18 is theirs for ImageNet. A residual connection never crosses a cut: a residual block is a layer, or
-several are one.
+train them; ResNet-18 is theirs for ImageNet. A residual block is a layer, or several are one; with `cut_blocks` it is
+two layers, and what skips the first travels beside its output.
 
 Without `local_module_num` the stem, every residual block and the classifier are a layer each. With K they are K layers,
 the last of which ends in the classifier and trains on its cross-entropy, as in InfoPro; K = 1 is the whole network.
@@ -12,7 +12,9 @@ the last of which ends in the classifier and trains on its cross-entropy, as in 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.images import sides_of
@@ -53,6 +55,69 @@ class ResidualBlock(nn.Module):
         return result
 
 
+class _Skip:
+    """What a first half was given, until its block's tail sends it on: one micro-batch, one call."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+
+class FirstHalf(nn.Module):
+    """A residual block up to its first ReLU: [B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride].
+
+    Args:
+        skip: gets what the second half needs of the input: every `stride`-th pixel, the only ones that its 1 x 1
+            convolution reads.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, skip: _Skip, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.act1 = nn.ReLU()
+        self.stride, self.skip = stride, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skip.kept = x[:, :, :: self.stride, :: self.stride]
+        result: Tensor = self.act1(self.norm1(self.conv1(x)))
+        return result
+
+
+class Beside(nn.Module):
+    """The tail of a first half: its activations, and behind their channels those of what skips it."""
+
+    def __init__(self, skip: _Skip) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, activations: Tensor) -> Tensor:
+        skipped, self.skip.kept = self.skip.kept, None
+        assert skipped is not None, "the body has run before its tail"
+        return torch.cat([activations, skipped], 1)
+
+
+class SecondHalf(nn.Module):
+    """The rest of a residual block, of what `Beside` gives: [B, out_channels + in_channels, H, W] -> [B, out_channels,
+    H, W]. The shortcut has a convolution where the block's has one."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, projects: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.sizes = (out_channels, in_channels)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if projects:
+            conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+        self.act2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, skipped = x.split(self.sizes, 1)
+        result: Tensor = self.act2(self.norm2(self.conv2(self.dropout(y))) + self.shortcut(skipped))
+        return result
+
+
 def resnet18(
     in_channels: int = 3,
     num_classes: int = 10,
@@ -60,6 +125,7 @@ def resnet18(
     dropout: float = 0.0,
     *,
     local_module_num: int | None = None,
+    cut_blocks: bool = False,
     seed: int = 0,
 ) -> list[Block]:
     """ResNet-18: widths 64, 128, 256, 512, two residual blocks each. Arguments and errors as `resnet32`.
@@ -69,7 +135,8 @@ def resnet18(
     """
     large = min(sides_of(image_size)) >= _LARGE_STEM_FROM
     widths = (64, 128, 256, 512)
-    return _resnet("ResNet18", widths, 2, large, in_channels, num_classes, image_size, dropout, local_module_num, seed)
+    sizes = (in_channels, num_classes, image_size, dropout)
+    return _resnet("ResNet18", widths, 2, large, *sizes, local_module_num, cut_blocks, seed)
 
 
 def resnet32(
@@ -79,6 +146,7 @@ def resnet32(
     dropout: float = 0.0,
     *,
     local_module_num: int | None = None,
+    cut_blocks: bool = False,
     seed: int = 0,
 ) -> list[Block]:
     """ResNet-32: a stem of 16 channels, then widths 16, 32, 64 with five residual blocks each.
@@ -86,13 +154,17 @@ def resnet32(
     Args:
         local_module_num: K of InfoPro and AugLocal, 1 to 16: the network as K layers, the last with the classifier.
             None: 17 layers, the stem, each residual block, and the classifier for itself.
+        cut_blocks: every residual block is two layers, cut behind its first ReLU. What skips the first of them travels
+            beside its output, as further channels. Not with `local_module_num`.
         dropout: probability, inside every residual block, between its convolutions.
         in_channels, num_classes, image_size, seed: see `unlocked.models.small_conv`. Any image fits.
 
     Raises:
-        ValueError: a size is not positive, or more local modules than the stem and the residual blocks are.
+        ValueError: a size is not positive, more local modules than the stem and the residual blocks are, or both ways
+            to cut.
     """
-    return _resnet("ResNet32", _NARROW, 5, False, in_channels, num_classes, image_size, dropout, local_module_num, seed)
+    sizes = (in_channels, num_classes, image_size, dropout)
+    return _resnet("ResNet32", _NARROW, 5, False, *sizes, local_module_num, cut_blocks, seed)
 
 
 def resnet110(
@@ -102,12 +174,12 @@ def resnet110(
     dropout: float = 0.0,
     *,
     local_module_num: int | None = None,
+    cut_blocks: bool = False,
     seed: int = 0,
 ) -> list[Block]:
     """ResNet-110: as `resnet32`, with 18 residual blocks of each width, and 1 to 55 local modules."""
-    return _resnet(
-        "ResNet110", _NARROW, 18, False, in_channels, num_classes, image_size, dropout, local_module_num, seed
-    )
+    sizes = (in_channels, num_classes, image_size, dropout)
+    return _resnet("ResNet110", _NARROW, 18, False, *sizes, local_module_num, cut_blocks, seed)
 
 
 def local_module_sizes(units: int, count: int) -> list[int]:
@@ -131,6 +203,7 @@ def _resnet(
     image_size: int | Sequence[int],
     dropout: float,
     local_module_num: int | None,
+    cut_blocks: bool,
     seed: int,
 ) -> list[Block]:
     check_positive(in_channels=in_channels, num_classes=num_classes, local_module_num=local_module_num)
@@ -140,24 +213,32 @@ def _resnet(
             f"local_module_num is {count}, but the stem and {units - 1} residual blocks make at most {units} local "
             f"modules; give 1 to {units}, or none for a layer each and the classifier as one more"
         )
+    if cut_blocks and count is not None:
+        raise ValueError(f"local_module_num is {count} and cut_blocks True, two ways to cut; give one of them")
     parts, widths_out, sides = _units(widths, depth, large_stem, in_channels, sides_of(image_size), dropout)
-    sizes = [1] * units if count is None else local_module_sizes(units, count)
     makers: list[Callable[[], Block]] = []
     first = 0
-    for number, size in enumerate(sizes):
+    for number, size in enumerate([1] * units if count is None else local_module_sizes(units, count)):
         stop = first + size
         name = f"module{number + 1}" if count is not None else f"block{number}" if number else "stem"
+        width = widths_out[stop - 1]
+        p = latent_side(width, sides[stop - 1], most=1024)
         if stop == units and count is not None:
-            makers.append(partial(_last_module, name, parts[first:stop], widths_out[-1], num_classes))
+            makers.append(partial(_last_module, name, parts[first:stop], width, num_classes))
+        elif cut_blocks and number:
+            entering, stride = widths_out[number - 1], 2 if number > 1 and (number - 1) % depth == 0 else 1
+            shape = _Half(name, entering, width, p, projects=stride != 1 or entering != width)
+            skip = _Skip()
+            makers.append(partial(_first_half, shape, skip, stride))
+            makers.append(partial(_second_half, shape, dropout, pooled=stop == units))
         else:
-            width = widths_out[stop - 1]
-            p = latent_side(width, sides[stop - 1], most=1024)
             makers.append(partial(_module, name, parts[first:stop], p, min(100, width * p * p), pooled=stop == units))
         first = stop
     if count is None:
         makers.append(partial(OutputBlock, widths_out[-1], num_classes))
-    shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": sides_of(image_size)}
-    origin = Origin(architecture=(network, {**shape, "dropout": dropout, "local_module_num": local_module_num}))
+    built: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes, "image_size": sides_of(image_size)}
+    built |= {"dropout": dropout, "local_module_num": local_module_num} | ({"cut_blocks": True} if cut_blocks else {})
+    origin = Origin(architecture=(network, built))
     return draw_by_layer(makers, seed, origin)
 
 
@@ -205,6 +286,31 @@ def _module(name: str, makers: _Makers, latent_size: int, reduced_rank: int, *, 
     body = nn.Sequential(*(make() for make in makers))
     tail = nn.AdaptiveAvgPool2d(1) if pooled else None
     return Block(name, body, tail, latent_size=latent_size, hidden=2048, reduced_rank=reduced_rank)
+
+
+class _Half(NamedTuple):
+    """What both halves of a residual block are told."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    latent_size: int
+    projects: bool
+
+    def block(self, part: str, body: nn.Module, tail: nn.Module | None) -> Block:
+        rank = min(100, self.out_channels * self.latent_size**2)
+        name = f"{self.name}_{part}"
+        return Block(name, body, tail, latent_size=self.latent_size, hidden=2048, reduced_rank=rank)
+
+
+def _first_half(half: _Half, skip: _Skip, stride: int) -> Block:
+    body = FirstHalf(half.in_channels, half.out_channels, skip, stride=stride)
+    return half.block("first", body, Beside(skip))
+
+
+def _second_half(half: _Half, dropout: float, *, pooled: bool) -> Block:
+    body = SecondHalf(half.in_channels, half.out_channels, projects=half.projects, dropout=dropout)
+    return half.block("second", body, nn.AdaptiveAvgPool2d(1) if pooled else None)
 
 
 def _last_module(name: str, makers: _Makers, width: int, num_classes: int) -> Block:

@@ -193,7 +193,10 @@ class Layer:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
         with self.autocast():
-            result: Tensor = self.block(self._entering(x), **self.beside)
+            hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
+            result: Tensor = (
+                self.block(self._entering(x), **self.beside) if hidden is None else hidden(self._entering(x))
+            )
         return as_delivered(self.leaving(result))
 
     @torch.no_grad()
@@ -221,12 +224,7 @@ class Layer:
             self.score_totals[1:] += hits
             return hits
         in_pieces = getattr(self.step, "tally", None)
-        if not self.is_output:
-            found = self._tally_scores(scores, labels)
-        elif in_pieces is not None:
-            found = in_pieces(scores, labels)
-        else:
-            found = self.task.tally(*self.task.rows(scores, labels))
+        found = self._tally_scores(scores, labels) if not self.is_output else (in_pieces or self._tally)(scores, labels)
         self.score_totals += found
         return found
 
@@ -242,9 +240,12 @@ class Layer:
         count = self.task.count(labels)
         loss_sum = loss.double() * count
         if self.is_output:
-            self.totals[2:] += self.task.tally(*self.task.rows(outputs, labels))[2:]
+            self.totals[2:] += self._tally(outputs, labels)[2:]
         self.totals[:2] += torch.stack([loss_sum, count])
         return loss_sum
+
+    def _tally(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.task.tally(*self.task.rows(outputs, labels))
 
     def _tally_scores(self, activations: Tensor, labels: Tensor) -> Tensor:
         """Sample by sample where a sample's scores are many already."""

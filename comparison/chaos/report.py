@@ -8,7 +8,7 @@ from unlocked.comparison.chaos.records import Campaign, format_table
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import from_plain, to_plain
 
-__all__ = ["join", "read_report", "write_report"]
+__all__ = ["join", "read_report", "update_report"]
 
 
 def read_report(path: Path) -> list[Campaign]:
@@ -28,8 +28,16 @@ def read_report(path: Path) -> list[Campaign]:
         ) from error
 
 
-def write_report(path: Path, campaigns: Sequence[Campaign]) -> None:
-    """The inverse of `read_report`, with the table and what is not well beside it."""
+def update_report(path: Path, campaign: Campaign) -> list[Campaign]:
+    """Puts the campaign as it is now into the file, with the table and what is not well; all that are there now, since
+    another process may have added some."""
+    campaigns = read_report(path)
+    for place, one in enumerate(campaigns):
+        if _identity(one) == _identity(campaign):
+            campaigns[place] = campaign
+            break
+    else:
+        campaigns.append(campaign)
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {
         "table": format_table(campaigns).splitlines(),
@@ -38,17 +46,17 @@ def write_report(path: Path, campaigns: Sequence[Campaign]) -> None:
         "campaigns": [to_plain(campaign) for campaign in campaigns],
     }
     write_json(path, told)
+    return campaigns
 
 
-def join(campaigns: list[Campaign], campaign: Campaign) -> Campaign:
-    """The campaign of the same command, options and commit that has begun; else the given one, which is added."""
-
-    def identity(one: Campaign) -> tuple[object, ...]:
-        return one.command, one.options, one.stages, one.environment.commit
-
+def join(campaigns: Sequence[Campaign], campaign: Campaign) -> Campaign:
+    """The campaign of the same command, options and commit that has begun; else the given one."""
     for one in campaigns:
-        if identity(one) == identity(campaign):
+        if _identity(one) == _identity(campaign):
             one.is_interrupted = False
             return one
-    campaigns.append(campaign)
     return campaign
+
+
+def _identity(one: Campaign) -> tuple[object, ...]:
+    return one.command, one.options, one.stages, one.environment.commit

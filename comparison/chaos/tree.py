@@ -113,8 +113,9 @@ class Tree:
         return True
 
 
-def cut_connection(process: Process, chance: random.Random) -> bool:
-    """Shuts one of the process's TCP connections down, as a broken link does. False: it has none.
+def cut_connection(process: Process, chance: random.Random, port: int | None = None) -> bool:
+    """Shuts one of the process's TCP connections down, as a broken link does: with `port`, one to that port. False: it
+    has none.
 
     Raises:
         OSError: the system does not let this process do it.
@@ -133,7 +134,9 @@ def cut_connection(process: Process, chance: random.Random) -> bool:
                     raise OSError(ctypes.get_errno(), "pidfd_getfd")
                 with socket.socket(fileno=own) as taken:
                     if taken.family in (socket.AF_INET, socket.AF_INET6) and taken.type == socket.SOCK_STREAM:
-                        taken.getpeername()  # raises where it only listens
+                        peer = taken.getpeername()  # raises where it only listens
+                        if port is not None and peer[1] != port:
+                            continue
                         taken.shutdown(socket.SHUT_RDWR)
                         return True
     finally:

@@ -92,11 +92,16 @@ class Post:
 
     def __init__(self, router: "zmq.Socket[Any]") -> None:
         self._router = router
+        self._latest: tuple[Any, bytes] = (None, b"")
 
     def send(self, identity: bytes, message: Any) -> bool:
         """False if the connection is gone. A connection that is congested loses the message."""
+        # One message often goes to everybody: it is packed once.
+        if self._latest[0] is not message:
+            self._latest = (message, pack(message))
         try:
-            self._router.send_multipart([identity, pack(message)], zmq.DONTWAIT)
+            self._router.send(identity, zmq.DONTWAIT | zmq.SNDMORE)
+            self._router.send(self._latest[1], zmq.DONTWAIT)
         except zmq.Again:
             return True
         except zmq.ZMQError as error:

@@ -1,12 +1,13 @@
 """The coordinator's socket: who gets in, and how many.
 
-A stranger fails in CurveZMQ's handshake, for which it has 5 seconds, before a byte of a message is read from it. What
-it can take meanwhile is bounded: so many connections, each of at most one frame.
+A stranger fails in CurveZMQ's handshake, for which it has 5 seconds (more where hundreds come together), before a byte
+of a message is read from it. What it can take meanwhile is bounded: so many connections, each of at most one frame.
 """
 
 import contextlib
 import ctypes
 import os
+import resource
 import socket
 import struct
 import sys
@@ -24,6 +25,8 @@ __all__ = ["Door", "Entrance", "most_connections"]
 
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 _HANDSHAKE_SECONDS = 5.0
+_ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others waits for theirs
+_OTHER_FILES = 256  # that a process has open beside its connections
 _STRANGERS = 64  # at once, beside the run's own processes
 _ZAP = "inproc://zeromq.zap.01"  # RFC 27: where libzmq asks who may come in
 _WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -91,7 +94,7 @@ class Entrance:
             who knows the coordinator's own.
 
     Raises:
-        ValueError: the port is taken, or the host is not this machine's.
+        ValueError: the port is taken, or the host is not this machine's, or so many connections are not allowed.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Entrance:
         admits: Callable[[bytes], bool],
     ) -> None:
         self._most, self._admits = most, admits
+        _allow_files(most + _OTHER_FILES)
         keys = KeyPair.new()
         self.socket = context.socket(zmq.ROUTER)
         self._asked = context.socket(zmq.REP)
@@ -117,7 +121,7 @@ class Entrance:
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection then fails, not vanishes
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             self.socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the heartbeat timeout: a few pings and grants per worker
-            self.socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * _HANDSHAKE_SECONDS))
+            self.socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * (_HANDSHAKE_SECONDS + most * _ONE_HANDSHAKE_SECONDS)))
             self.socket.setsockopt(zmq.CURVE_SERVER, 1)
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
             endpoint, self.door = _bind(self.socket, host, port, advertise, backlog=most)
@@ -163,6 +167,18 @@ class Entrance:
             self.strangers -= 1
         else:
             self._connections.discard(event["value"])
+
+
+def _allow_files(count: int) -> None:
+    """Raises the soft limit on this process's open files to what it needs, where that is below."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise ValueError(
+                f"the coordinator needs {count} open files for the connections of all stages, but the limit is {hard}; "
+                "raise it (ulimit -Hn, or LimitNOFILE of the service)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _bind(router: "zmq.Socket[Any]", host: str, port: int, advertise: str | None, *, backlog: int) -> tuple[str, Door]:

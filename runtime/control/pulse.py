@@ -12,6 +12,8 @@ __all__ = ["Pulse"]
 
 PING_SECONDS = 0.25
 """Every ping tells the workers that the coordinator lives, and finds out whose connection is gone."""
+MOST_PINGS = 2048
+"""A second: of more than 512 members each gets fewer."""
 
 
 class Pulse:
@@ -41,13 +43,15 @@ class Pulse:
         """Pings everybody, if that is due at `now` (monotonic seconds)."""
         if now < self._due:
             return
-        self._due = now + PING_SECONDS
+        members = tuple(self._roster.everybody())
+        self._due = now + max(PING_SECONDS, len(members) / MOST_PINGS)
+        ping = Beat(position=granted)
         silence = f"no heartbeat for {self._timeout:g} s"
-        for member in self._roster.everybody():
+        for member in members:
             is_worker = isinstance(member.hello, Hello)
             if member.gone:
                 continue
-            if not self._send(member.identity, Beat(position=granted)):
+            if not self._send(member.identity, ping):
                 (self._recoveries.gone if is_worker else self._failures.lost)(member, "its connection closed")
             elif now - member.heard > self._timeout:
                 (self._recoveries.silent if is_worker else self._failures.lost)(member, silence)

@@ -2,6 +2,7 @@
 The run ends by name, within seconds, and nothing is left; `--resume auto` goes on from its last snapshot."""
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ranks import PIPELINE, children_of, first_error, ranks, worker_of
+from ranks import PIPELINE, children_of, first_error, free_port, ranks, worker_of
 
+from unlocked.comparison.chaos.tree import Process, cut_connection
 from unlocked.runtime.control.zygote import CAN_FORK
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(not CAN_FORK, reason="workers have no supervisors here")]
@@ -84,3 +86,23 @@ def test_a_supervisor_that_stands_still_is_named_and_ends_when_it_goes_on(victim
         started[victim].communicate(timeout=SECONDS)
         assert started[victim].returncode == 1
         assert not any(map(lives, workers))
+
+
+def test_a_worker_that_loses_the_coordinator_alone_is_replaced(tmp_path: Path) -> None:
+    port = free_port()
+    flags = [*FLAGS, "--save-path", str(tmp_path), "--experiment-name", "run", "--coordinator-port", str(port)]
+    with ranks(2, [str(PIPELINE), *flags]) as started:
+        workers = run_until(tmp_path, started)
+        process = Process(workers[1], started[1].pid, 1)
+        try:
+            assert cut_connection(process, random.Random(0), port)
+        except OSError as error:
+            pytest.skip(f"this system does not let a connection be cut: {error}")
+        log, deadline = tmp_path / "run" / "train.log", time.monotonic() + 60
+        while "its worker lost its connection to the coordinator; the next one began" not in log.read_text():
+            assert all(one.poll() is None for one in started), words_of(started)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started[0].send_signal(signal.SIGINT)
+        texts = words_of(started)
+    assert [one.returncode for one in started] == [130, 130], texts

@@ -258,10 +258,41 @@ def test_every_rule_fits_every_layer(rule: str, name: str, options: dict[str, An
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_network_is_rebuilt_from_what_is_kept_of_it(name: str) -> None:
     options: dict[str, Any] = {"image_size": (16, 32), "num_classes": 7, "dropout": 0.1}
-    own = {"width": 64, "depth": 2, "patch_size": 8, "feat_mult": 2, "local_module_num": 3}
+    own = {"width": 64, "depth": 2, "patch_size": 8, "feat_mult": 2, "local_module_num": 3, "cut_blocks": False}
     options |= {option: own[option] for option in model_options(name)}
     with torch.device("meta"):
         blocks = get_model(name, **options)
         kept = architecture_of(blocks)
         assert kept is not None
         assert str(rebuild(kept)) == str(blocks)
+
+
+@pytest.mark.parametrize(("name", "size"), [("ResNet18", 19), ("ResNet32", 17)])
+def test_cut_blocks_compute_what_whole_ones_do(name: str, size: int) -> None:
+    """With odd sides too: of what skips a halving block every second pixel travels, and no other is read. (Channels
+    that lie beside others are summed in another order.)"""
+    whole, cut = (get_model(name, image_size=size, cut_blocks=cut) for cut in (False, True))
+    assert len(cut) == 2 * len(whole) - 2
+    assert [block.name for block in cut[:4]] == ["stem", "block1_first", "block1_second", "block2_first"]
+    by_name = {block.name: block.state_dict() for block in whole}
+    with torch.no_grad():
+        for block in cut:
+            mine = by_name[block.name.removesuffix("_first").removesuffix("_second")]
+            for key, tensor in block.state_dict().items():
+                if block.name.endswith(("_first", "_second")):
+                    key = key.replace("body.", "body.0.", 1)
+                tensor.copy_(mine[key])
+        torch.manual_seed(1)
+        x = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(_forward(cut, x), _forward(whole, x), rtol=1e-4, atol=1e-5)
+        for block in (*cut, *whole):
+            block.eval()
+        torch.testing.assert_close(_forward(cut, x), _forward(whole, x), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_cut_in_one_way() -> None:
+    with pytest.raises(ValueError, match="local_module_num is 4 and cut_blocks True, two ways to cut"):
+        get_model("ResNet32", local_module_num=4, cut_blocks=True)
+    with pytest.raises(ValueError, match="model 'MLP' takes no cut_blocks"):
+        get_model("MLP", cut_blocks=True)
+    assert [b.name for b in rebuild(architecture_of(get_model("ResNet18", cut_blocks=True)))][1] == "block1_first"

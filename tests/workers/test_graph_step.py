@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block, ConvBlock, LinearBlock
 from unlocked.workers.fused import FusedStep
-from unlocked.workers.graph import autograd, body, normalized, operations
+from unlocked.workers.graph import attention, autograd, body, normalized, operations, shapes
 from unlocked.workers.layer import Layer
 
 
@@ -72,6 +72,10 @@ OPERATIONS = {
     operations.Pool: "pooled",
     operations.Flatten: "flat",
     operations.Add: "residual",
+    attention.Attention: "attention",
+    shapes.Split: "attention",
+    shapes.Moved: "attention",
+    shapes.Reshaped: "chunks",
     operations.Dropout: "dropout",
     normalized.Normalized: "residual",
     normalized.NormalizedEnd: "plain",
@@ -82,9 +86,12 @@ OPERATIONS = {
 
 
 def test_no_operation_is_left_out() -> None:
-    kinds = [one for module in (operations, normalized, body, autograd) for one in vars(module).values()]
+    kinds = [
+        one for module in (operations, shapes, attention, normalized, body, autograd) for one in vars(module).values()
+    ]
     found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}
-    assert found - {operations.Operation, autograd.AutogradPiece} == OPERATIONS.keys()
+    others = {operations.Operation, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}  # no way back of their own
+    assert found - others == OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("kind", OPERATIONS)
@@ -155,7 +162,7 @@ def _assert_equal_bits(ours: Block, theirs: Block, x: Tensor, precision: str) ->
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group"])
+@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention"])
 def test_bfloat16_stays_near(name: str) -> None:
     """Every product's inputs are off by 2**-9, and so is whatever is stored."""
     make, x, _ = CASES[name]

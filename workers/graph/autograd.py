@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
-from unlocked.workers.graph.tracing import Node, is_in_place
+from unlocked.workers.graph.tracing import Node, filled, is_in_place
 
 __all__ = ["AutogradPiece", "Read"]
 
@@ -101,22 +101,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _call(node: Node, values: Mapping[Node, Any]) -> Any:
-    args, kwargs = _filled(node.args, values), _filled(dict(node.kwargs), values)
+    args, kwargs = filled(node.args, values), filled(dict(node.kwargs), values)
     if isinstance(node.target, str):
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     return node.target(*args, **kwargs)
-
-
-def _filled(value: Any, values: Mapping[Node, Any]) -> Any:
-    """`value` with the nodes in it replaced by what they have given."""
-    if isinstance(value, Node):
-        return values[value]
-    if isinstance(value, tuple):
-        return tuple(_filled(one, values) for one in value)
-    if isinstance(value, list):
-        return [_filled(one, values) for one in value]
-    if isinstance(value, dict):
-        return {key: _filled(one, values) for key, one in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_filled(one, values) for one in (value.start, value.stop, value.step)))
-    return value

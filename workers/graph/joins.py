@@ -4,6 +4,7 @@
 | ---------------------------------------------------- | -------------------------------------------------- |
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| a split into parts, and those who take them          | one call                                           |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
 | whatever the table does not have, in a row           | one piece for autograd                             |
 """
@@ -20,6 +21,7 @@ from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.normalized import Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
+from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
 
@@ -69,6 +71,7 @@ class _Planner:
         for node in self._nodes:
             if node not in self._covered:
                 self._join_norm(node)
+                self._join_parts(node)
         calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
         return GraphBody(
             self._nodes[0],
@@ -128,6 +131,14 @@ class _Planner:
         how, why = ("closed", "") if len(covers) == 1 else ("joined", "in one pass")
         self._joined[covers[-1]] = Call(operation, norm.inputs, covers[-1:], covers, how, why)  # type: ignore[arg-type]
         self._covered |= set(covers)
+
+    def _join_parts(self, node: Node) -> None:
+        """What splits a tensor, with those who take the parts."""
+        parts = parts_of(node)
+        if not parts or node is self._output or any(part in self._covered for part in parts):
+            return
+        self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
+        self._covered |= {node, *parts}
 
     def _of_norm(self, norm: Node) -> dict[str, Any]:
         """The bias that stands before the BatchNorm, which its convolution or product then leaves out."""

@@ -37,7 +37,7 @@ class Casts:
     """In which type a block computes."""
 
     def __init__(self, device: str = "cpu", *, half: bool = False) -> None:
-        self.half, self._device = half, device
+        self.half, self.device = half, device
         """Products and convolutions take bfloat16, as inside torch.autocast."""
         self.bfloat16_of: Callable[[Tensor], Tensor] | None = None
         """The optimizer's bfloat16 copy of a weight, where it keeps one: else it is cast in every `forward`."""
@@ -56,7 +56,7 @@ class Casts:
         """Inside, modules compute in that type. No casts are kept: a graph may be capturing."""
         if not self.half:
             return contextlib.nullcontext()
-        return torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
 
 Gradients = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]

@@ -20,7 +20,7 @@ from unlocked.models import KeyedDropout
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
 
-__all__ = ["Node", "Untraceable", "has_hooks", "is_in_place", "trace"]
+__all__ = ["Node", "Untraceable", "filled", "has_hooks", "is_in_place", "trace"]
 
 
 class Untraceable(Exception):
@@ -284,3 +284,18 @@ def _nodes(value: Any) -> Iterator[Node]:
         yield from _nodes(tuple(value.values()))
     elif isinstance(value, slice):
         yield from _nodes((value.start, value.stop, value.step))
+
+
+def filled(value: Any, values: Mapping[Node, Any]) -> Any:
+    """`value` with the nodes in it replaced by what they have given."""
+    if isinstance(value, Node):
+        return values[value]
+    if isinstance(value, tuple):
+        return tuple(filled(one, values) for one in value)
+    if isinstance(value, list):
+        return [filled(one, values) for one in value]
+    if isinstance(value, dict):
+        return {key: filled(one, values) for key, one in value.items()}
+    if isinstance(value, slice):
+        return slice(*(filled(one, values) for one in (value.start, value.stop, value.step)))
+    return value

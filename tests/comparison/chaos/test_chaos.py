@@ -10,7 +10,7 @@ from unlocked.comparison.chaos.campaign import new_campaign
 from unlocked.comparison.chaos.kinds import KINDS
 from unlocked.comparison.chaos.options import ChaosOptions
 from unlocked.comparison.chaos.records import Campaign, FaultRecord, RunRecord, format_table
-from unlocked.comparison.chaos.report import join, read_report, write_report
+from unlocked.comparison.chaos.report import join, read_report, update_report
 from unlocked.comparison.environment import environment
 from unlocked.launch import chaos
 from unlocked.launch.console import COMMANDS
@@ -103,14 +103,16 @@ def test_campaigns_add_up_in_one_file(tmp_path: Path) -> None:
     two, three = (new_campaign(["python", "train", str(stages)], stages, options) for stages in (2, 3))
     two.faults.append(FaultRecord(kind="kill", moment="set-up", rank=1, outcome="restarted", seconds=1.0))
     two.is_interrupted = True
-    write_report(path, [two])
+    assert update_report(path, two) == [two]
     found = read_report(path)
     assert found == [two]
     again = new_campaign(["python", "train", "2"], 2, ChaosOptions(report=path, fault_count=9))
     assert join(found, again) is found[0]
     assert not found[0].is_interrupted
     assert join(found, three) is three
-    assert join(found, new_campaign(["python", "train", "3"], 3, ChaosOptions(mtbf="3s"))) is found[2]
+    assert update_report(path, three) == [two, three]
+    two.faults.append(FaultRecord(kind="segv", moment="replay", rank=0))
+    assert update_report(path, two) == read_report(path) == [two, three]
     path.write_text('{"campaigns": [{"stages": 2}]}')
     with pytest.raises(ValueError, match=r"report.json is no report of faults that could be added to"):
         read_report(path)

@@ -1,0 +1,232 @@
+"""The coordinator under many stages: messages a second, how late windows come, memory. Real ZeroMQ on this machine.
+
+    python benchmarks/coordinator_load.py                          # 8, 64 and 1,024 stages, 10 seconds each
+    python benchmarks/coordinator_load.py --stages 1024 --seconds 30 --json load.json
+
+One process has the coordinator, another one all clients: of each stage a worker, which tells of its progress as
+a real one does, and its supervisor. Stage k is at position k behind stage 0, which does `--rate` micro-batches a second
+as far as they are granted; every `--epoch` micro-batches each stage reports an epoch. A window's lateness is the time
+for which a stage had nothing to do because it was not granted yet; its delay, the time from the first client that has
+heard of it to each of the others.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from unlocked.comparison.environment import environment
+from unlocked.runtime.control import messages as m
+from unlocked.runtime.control.address import Address, KeyPair, dial
+from unlocked.runtime.control.coordinator import Coordinator
+from unlocked.runtime.metrics.records import EpochPart, StageProgress
+from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.typed import to_plain
+
+PROGRESS_SECONDS, BEAT_SECONDS = 0.25, 1.0  # as a worker's client has it
+TOTAL = 10**9
+
+
+def main() -> int:
+    options = parse()
+    rows = [measure(stages, options) for stages in options.stages]
+    for row in rows:
+        print(
+            f"{row['stages']:5} stages: {row['messages_per_second']:.0f} messages/s, "
+            f"start {row['start_seconds']:.1f} s, "
+            f"lateness p99 {1e3 * row['late_p99_seconds']:.1f} ms, delay p50 {1e3 * row['delay_p50_seconds']:.1f} ms, "
+            f"p99 {1e3 * row['delay_p99_seconds']:.1f} ms, coordinator {row['memory_bytes'] >> 20} MiB and "
+            f"{row['busy_cores']:.2f} cores"
+        )
+    if options.json is not None:
+        write_json(options.json, {"environment": to_plain(environment()), "rows": rows})
+    return 0
+
+
+def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One run of so many stages."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    clients = context.Process(target=be_clients, args=(theirs, stages, options.seconds, options.rate, options.epoch))
+    names = [(f"layer{number}",) for number in range(stages)]
+    with Coordinator(names, TOTAL, start_timeout=120.0) as coordinator:
+        coordinator.expect_supervisors(1)
+        clients.start()
+        ours.send(coordinator.address)
+        began = ours.recv()  # all are there
+        before, wall = time.process_time(), time.monotonic()
+        found: dict[str, Any] = ours.recv()
+        busy = (time.process_time() - before) / (time.monotonic() - wall)
+        failure = coordinator.first_failure
+    clients.join()
+    assert failure is None, failure
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"stages": stages, "start_seconds": began, **found, "memory_bytes": memory, "busy_cores": busy}
+
+
+class Client:
+    """One process of the run, as the coordinator sees it."""
+
+    def __init__(self, context: "zmq.Context[Any]", address: Address, stage: int, keys: KeyPair, works: bool) -> None:
+        self.stage, self.works = stage, works
+        self.socket, monitor = dial(context, address, keys)
+        self.socket.disable_monitor()
+        monitor.close(linger=0)
+        kind = m.Hello if works else m.Supervise
+        self.say(kind(stage=stage, rank=stage, pid=1, host="simulated", layers=(f"layer{stage}",)))
+        self.granted, self.started, self.starved, self.epochs = 0, False, 0.0, 0
+        self.position = 0
+
+    def say(self, message: Any) -> None:
+        self.socket.send(m.pack(message))
+
+    def hear(self, now: float, first_heard: dict[int, float], delays: list[float]) -> None:
+        while True:
+            try:
+                frame = self.socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            if b"kind\xa4Beat" in frame:  # in MessagePack: what would cost the clients more than the coordinator
+                continue
+            message = m.unpack([frame])
+            if isinstance(message, m.Start):
+                self.started = True
+            elif isinstance(message, m.Abort):
+                raise RuntimeError(message.message)
+            elif isinstance(message, m.Grant) and self.works:
+                self.granted = max(self.granted, message.stop)
+                delays.append(now - first_heard.setdefault(message.stop, now))
+
+    def advance(self, wanted: int) -> bool:
+        """Does what may be done; whether it starves."""
+        self.position = max(self.position, min(wanted, self.granted))
+        return wanted > self.granted
+
+    def report(self, epoch: int) -> None:
+        self.say(
+            m.Progress(
+                progress=StageProgress(
+                    stage=self.stage,
+                    position=self.position,
+                    epoch=0,
+                    images=self.position,
+                    busy_seconds=1.0,
+                    wait_seconds=1.0,
+                    seconds=2.0,
+                    local_losses=((f"layer{self.stage}", 0.5),),
+                )
+            )
+        )
+        while self.position // epoch > self.epochs:
+            part = EpochPart(
+                stage=self.stage,
+                epoch=self.epochs,
+                local_losses=((f"layer{self.stage}", 0.5),),
+                seconds=1.0,
+                train=None,
+                evaluation=None,
+            )
+            self.say(m.Epoch(part=part))
+            self.epochs += 1
+
+
+def be_clients(line: Connection, stages: int, seconds: float, rate: float, epoch: int) -> None:
+    """All of them, in one thread."""
+    address = Address.parse(line.recv())
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 4 * stages + 100)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    began, keys = time.monotonic(), KeyPair.new()
+    clients = [Client(context, address, number // 2, keys, number % 2 == 0) for number in range(2 * stages)]
+    poller = zmq.Poller()
+    for client in clients:
+        poller.register(client.socket, zmq.POLLIN)
+    by_socket = {client.socket: client for client in clients}
+    first_heard: dict[int, float] = {}
+    delays: list[float] = []
+    while not all(client.started for client in clients):
+        for socket, _ in poller.poll(100):
+            by_socket[socket].hear(time.monotonic(), first_heard, delays)
+    line.send(time.monotonic() - began)
+    delays.clear()
+    late = run(clients, poller, by_socket, first_heard, delays, seconds, rate, epoch)
+    sent = sum(late.pop("sent"))
+    line.send(
+        {
+            "messages_per_second": sent / seconds,
+            "delay_p50_seconds": statistics.median(delays),
+            "delay_p99_seconds": percentile(delays, 0.99),
+            "late_p99_seconds": percentile(late["late"], 0.99),
+            "late_most_seconds": max(late["late"]),
+            "windows": len(first_heard),
+        }
+    )
+    context.destroy(linger=0)
+
+
+def run(
+    clients: Sequence[Client],
+    poller: zmq.Poller,
+    by_socket: dict[Any, Client],
+    first_heard: dict[int, float],
+    delays: list[float],
+    seconds: float,
+    rate: float,
+    epoch: int,
+) -> dict[str, list[Any]]:
+    """The steady state. How long each window kept each stage waiting, and the messages sent."""
+    began = time.monotonic()
+    due = [(began + PROGRESS_SECONDS * number / len(clients)) for number in range(len(clients))]
+    starving: dict[int, float] = {}
+    late: list[float] = [0.0]
+    sent = 0
+    offset = 0.0  # what stage 0 was kept waiting moves all that comes after
+    while (now := time.monotonic()) < began + seconds:
+        for socket, _ in poller.poll(2):
+            by_socket[socket].hear(time.monotonic(), first_heard, delays)
+        now = time.monotonic()
+        for number, client in enumerate(clients):
+            if client.works:
+                wanted = max(0, int(rate * (now - began - offset)) - client.stage)
+                if client.advance(wanted):
+                    starving.setdefault(number, now)
+                elif number in starving:
+                    late.append(now - starving.pop(number))
+            if now >= due[number]:
+                if client.works:
+                    client.report(epoch)
+                    due[number] += PROGRESS_SECONDS
+                else:
+                    client.say(m.Beat(position=0))
+                    due[number] += BEAT_SECONDS
+                sent += 1
+        late.append(0.0)
+    late += [now - since for since in starving.values()]
+    return {"late": late, "sent": [sent]}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[8, 64, 1024])
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rate", type=float, default=2000.0, help="micro-batches a second")
+    parser.add_argument("--epoch", type=int, default=4000, help="micro-batches")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
