@@ -7,6 +7,7 @@ from unlocked.data.dataset import Augmentation, ImageDataset
 from unlocked.data.loader import LoaderDataset
 from unlocked.data.order import class_order, epoch_order
 from unlocked.data.registry import DATASETS, load_dataset
+from unlocked.data.sequences import pack, pad_collate
 
 __all__ = [
     "DATASETS",
@@ -17,6 +18,8 @@ __all__ = [
     "class_order",
     "epoch_order",
     "load_dataset",
+    "pack",
+    "pad_collate",
 ]
 
 Dataset = ImageDataset | LoaderDataset

@@ -69,6 +69,12 @@ class ImageDataset:
     same."""
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors [N, ...] that layers read beside the samples, by the name of their forward's parameter."""
+    num_tokens: int = 0
+    """Of a text: how many tokens its vocabulary has; 0: nobody knows."""
+    bytes_per_token: float | None = None
+    """Of a text, on average."""
+    text_digest: str = ""
+    """Of a text: of all of its tokens."""
     classes_per_batch: int | None = None
     """Of how many classes a training micro-batch holds samples (see `class_order`); None: of any, all samples once."""
 

@@ -13,6 +13,7 @@ from unlocked.data.folders import load_folder, load_imagenette, load_imagenette_
 from unlocked.data.mnist import load_fashion_mnist, load_mnist
 from unlocked.data.published import load_tiny_imagenet, load_vww
 from unlocked.data.synthetic import load_synthetic
+from unlocked.data.text import load_stdlib, load_text
 
 __all__ = ["DATASETS", "load_dataset"]
 
@@ -35,6 +36,8 @@ DATASETS: dict[str, tuple[Callable[..., Splits], Augmentation]] = {
     "TinyIMAGENET": (load_tiny_imagenet, Augmentation(flip=True, erase_probability=0.2)),
     "VWW": (load_vww, Augmentation(flip=True, crop_margin=True)),
     "folder": (load_folder, _FLIP),
+    "stdlib": (load_stdlib, Augmentation()),
+    "text": (load_text, Augmentation()),
 }
 """Name -> the loader of both splits, and how the training set is augmented unless the caller says otherwise (as the
 authors' code augments the dataset of that name)."""
@@ -53,7 +56,8 @@ def load_dataset(
 
     Args:
         name: "digits" (scikit-learn's, real, 8x8, needs no file), "synthetic" (32x32 by default, learnable), "folder"
-            (images by class, see `load_folder`), or a published dataset: `DATASETS` lists them; CIFAR10 is mirrored,
+            (images by class, see `load_folder`), "stdlib" (the source of Python's standard library as bytes), "text"
+            (the files of a folder), or a published dataset: `DATASETS` lists them; CIFAR10 is mirrored,
             CIFAR10AUG mirrored, cropped and erased.
         dataset_dir: the folder that holds the datasets in their official layouts, or gets them; for "folder" the one
             with train and test.
@@ -62,7 +66,8 @@ def load_dataset(
         streamed: read ahead from where the data lies (True), or hold it on the device as a whole (False); None: as its
             size suggests. See `ImageDataset.streamed`.
         options: for "synthetic": num_train, num_test, num_classes, channels, image_size, seed; for "folder":
-            image_size, channels; for all that are decoded: cache_dir, workers.
+            image_size, channels; for "stdlib" and "text": sequence_length, num_train, num_test, and "text"'s
+            tokenizer; for all that are decoded: cache_dir, workers.
 
     Raises:
         ValueError: an unknown name or option (lists the valid ones); a file is missing or damaged (names it); the

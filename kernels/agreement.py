@@ -12,8 +12,8 @@ from torch import Tensor
 
 __all__ = ["linear_agreement", "scores_agreement"]
 
-_PIECE = 1 << 18
-"""Scores of a piece: 1 MiB of float32, so that what is done to them happens in a core's cache."""
+_PIECE = 1 << 20
+"""Scores of a piece: 4 MiB of float32, the fastest of 0.5 to 16 on a CPU."""
 
 
 def linear_agreement(

@@ -121,19 +121,26 @@ def pool_latents(activations: Tensor, latent_size: int, layout: Layout | None = 
 
 def spread_latents(grad: Tensor, activations: Tensor, latent_size: int, layout: Layout | None = None) -> Tensor:
     """The gradient at the activations, like them, from that of `pool_latents(activations, latent_size, layout)`."""
-    if activations.dim() == 4:
-        grid = grad.view(*activations.shape[:2], latent_size, latent_size)
-        full: Tensor = torch.ops.aten._adaptive_avg_pool2d_backward(grid, activations)
-        return full.contiguous(memory_format=torch.channels_last)
-    # torch pools in one dimension as in two, the other being 1
-    rows = activations[:, None, None]
-    if activations.dim() == 3:
+    if activations.dim() == 2:
+        rows = activations[:, None, None]
+    elif activations.dim() == 3:
         rows = (activations.transpose(1, 2) if layout == "tokens" else activations)[:, :, None]
-    grid = grad.view(*rows.shape[:2], 1, latent_size)
-    full = torch.ops.aten._adaptive_avg_pool2d_backward(grid, rows).squeeze(2)
+    else:
+        rows = activations
+    high = latent_size if activations.dim() == 4 else 1
+    grid = grad.view(*rows.shape[:2], high, latent_size)
+    full = torch.empty_like(activations)
+    target = full[:, None, None] if activations.dim() == 2 else full
     if activations.dim() == 3:
-        return full.transpose(1, 2) if layout == "tokens" else full
-    return full[:, 0]
+        target = (full.transpose(1, 2) if layout == "tokens" else full)[:, :, None]
+    height, width = rows.shape[2:]
+    if height % high or width % latent_size:  # windows overlap, or repeat values
+        target.copy_(torch.ops.aten._adaptive_avg_pool2d_backward(grid, rows))
+        return full
+    sides = (height // high, width // latent_size)
+    windows = target.unflatten(3, (latent_size, sides[1])).unflatten(2, (high, sides[0]))
+    windows.copy_((grid / (sides[0] * sides[1]))[:, :, :, None, :, None])
+    return full
 
 
 def local_head(

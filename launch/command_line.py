@@ -26,7 +26,17 @@ _VARIABLE = "UNLOCKED_SAVE_PATH"
 
 TOPICS: Mapping[str, Sequence[str]] = {
     "data and model": (
-        *("dataset", "dataset_dir", "image_size", "model", "pool", "dropout"),
+        *(
+            "dataset",
+            "dataset_dir",
+            "image_size",
+            "sequence_length",
+            "num_train",
+            "num_test",
+            "model",
+            "pool",
+            "dropout",
+        ),
         *("batch_size", "test_batch_size", "drop_last", "classes_per_batch"),
     ),
     "options of single models": tuple(sorted(setting_names(ModelOptions))),

@@ -20,12 +20,14 @@ from unlocked.runtime.recipe import Recipe, make_model
 from unlocked.runtime.saving.scoring import load_weights, score_snapshot, score_weights
 from unlocked.runtime.saving.snapshots import find_snapshot
 from unlocked.runtime.saving.whole_file import write_json
+from unlocked.runtime.text_options import TextOptions
 
 __all__ = ["main", "make_parser", "score"]
 
 _TOLD = (
     *("model", "pool", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout"),
     "precision",
+    *sorted(setting_names(TextOptions)),
     *sorted(setting_names(ModelOptions)),
 )
 """What of a run's settings its weights, and their scores, depend on."""
@@ -36,6 +38,7 @@ _FLAGS = (
     "dataset",
     "dataset_dir",
     "image_size",
+    *sorted(setting_names(TextOptions)),
     "test_batch_size",
     "device",
     "summary",
@@ -57,10 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
-    print(
-        f"test accuracy {figures['test_acc1']:.2f} %, among the first five {figures['test_acc5']:.2f} %, "
-        f"loss {figures['test_loss']:.4f} on {figures['images']} images of {figures['dataset']}"
-    )
+    told = [f"test accuracy {figures['test_acc1']:.2f} %"] if figures["test_acc1"] is not None else []
+    told += [f"among the first five {figures['test_acc5']:.2f} %"] if figures["test_acc5"] is not None else []
+    told += [f"loss {figures['test_loss']:.4f}", *(f"{name} {value:.4g}" for name, value in figures["figures"].items())]
+    kind = "images" if figures["test_acc5"] is not None else "samples"
+    print(f"{', '.join(told)} on {figures['images']} {kind} of {figures['dataset']}")
     return 0
 
 
@@ -102,6 +106,7 @@ def score(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         "test_loss": scores.loss,
         "test_acc1": scores.acc1,
         "test_acc5": scores.acc5,
+        "figures": dict(scores.figures),
     }
 
 

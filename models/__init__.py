@@ -12,15 +12,17 @@ from unlocked.models.blocks import (
 from unlocked.models.dropout import KeyedDropout, replace_dropout, set_dropout_keys
 from unlocked.models.hugging_face import from_transformers, frozen_head
 from unlocked.models.initialisation import initialise, key_start_values, keyed_generator
+from unlocked.models.language import generate, gpt
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.plain import architecture_of, plain_module, rebuild
 from unlocked.models.predictive import mlp, vgg8b, vgg11b
-from unlocked.models.registry import MODELS, check_model_options, find_model, get_model, model_options
+from unlocked.models.registry import LANGUAGE_MODELS, MODELS, check_model_options, find_model, get_model, model_options
 from unlocked.models.residual import resnet18, resnet32, resnet110
 from unlocked.models.splitting import split
 from unlocked.models.tokens import mlp_mixer, vit
 
 __all__ = [
+    "LANGUAGE_MODELS",
     "MODELS",
     "Block",
     "ConvBlock",
@@ -33,7 +35,9 @@ __all__ = [
     "find_model",
     "from_transformers",
     "frozen_head",
+    "generate",
     "get_model",
+    "gpt",
     "initialise",
     "key_start_values",
     "keyed_generator",

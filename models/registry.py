@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unlocked.models.blocks import Block
+from unlocked.models.language import gpt
 from unlocked.models.networks import mobilenet_v1, mobilenet_v1_small, small_conv, small_conv_l, vgg8, vgg11
 from unlocked.models.predictive import mlp, vgg8b, vgg11b
 from unlocked.models.residual import resnet18, resnet32, resnet110
 from unlocked.models.tokens import mlp_mixer, vit
 
-__all__ = ["MODELS", "check_model_options", "find_model", "get_model", "model_options"]
+__all__ = ["LANGUAGE_MODELS", "MODELS", "check_model_options", "find_model", "get_model", "model_options"]
 
 MODELS: dict[str, Callable[..., list[Block]]] = {
     "SmallConv": small_conv,
@@ -29,6 +30,8 @@ MODELS: dict[str, Callable[..., list[Block]]] = {
     "MLPMixer": mlp_mixer,
 }
 _COMMON = ("in_channels", "num_classes", "image_size", "dropout", "seed")
+LANGUAGE_MODELS: dict[str, Callable[..., list[Block]]] = {"gpt-mini": gpt}
+"""Those that read tokens [T]: `image_size` is (T,), `num_classes` the vocabulary's size, `in_channels` not used."""
 _NOT_GIVEN = {"same_padding": False, "upsample": True, "cut_blocks": False}
 """Options that are not None where nobody gives them."""
 
@@ -39,9 +42,10 @@ def find_model(name: str) -> Callable[..., list[Block]]:
     Raises:
         ValueError: the name is not known (lists those that are).
     """
-    factory = MODELS.get(name.removeprefix("LLS_"))
+    known = MODELS | LANGUAGE_MODELS
+    factory = known.get(name.removeprefix("LLS_"))
     if factory is None:
-        raise ValueError(f"model {name!r} is not known; valid, also with the prefix LLS_: {', '.join(MODELS)}")
+        raise ValueError(f"model {name!r} is not known; valid, also with the prefix LLS_: {', '.join(known)}")
     return factory
 
 
@@ -64,7 +68,7 @@ def check_model_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]
     given = {option: value for option, value in options.items() if value != _NOT_GIVEN.get(option)}
     for option in given:
         if option not in known:
-            takers = [other for other in MODELS if option in model_options(other)]
+            takers = [other for other in (*MODELS, *LANGUAGE_MODELS) if option in model_options(other)]
             raise ValueError(
                 f"model {name!r} takes no {option}, but {', '.join(known) or 'no options'}; "
                 + (f"it is for {', '.join(takers)}" if takers else "no model takes it")

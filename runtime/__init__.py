@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unlocked.runtime.engines.processes.engine import Processes
     from unlocked.runtime.engines.sequential import Sequential
     from unlocked.runtime.engines.streams.engine import Streams
+    from unlocked.runtime.explaining import Explanation
     from unlocked.runtime.learning_rate import PerStep, ReduceLROnPlateau, WarmUp
     from unlocked.runtime.metrics.csv_file import CsvFile
     from unlocked.runtime.metrics.early_stopping import EarlyStopping
@@ -22,6 +23,7 @@ __all__ = [
     "CsvFile",
     "EarlyStopping",
     "Evaluation",
+    "Explanation",
     "MLflow",
     "MetricsSink",
     "PerStep",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "Evaluation": "unlocked.runtime.prediction",
+    "Explanation": "unlocked.runtime.explaining",
     "CsvFile": "unlocked.runtime.metrics.csv_file",
     "EarlyStopping": "unlocked.runtime.metrics.early_stopping",
     **dict.fromkeys(("MLflow", "Trackio", "Wandb"), "unlocked.runtime.metrics.trackers"),

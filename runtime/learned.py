@@ -24,6 +24,7 @@ class Learned:
     task: Task | None = None
     two_valued: bool = False
     repeats_inputs: bool = False
+    bytes_per_token: float | None = None
 
     @property
     def is_classification(self) -> bool:
@@ -62,8 +63,10 @@ class Learned:
         """The task for a network with such outputs per sample, which reads samples of that type. Raises as
         `infer_task`."""
         task = self.task or infer_task(self.target, outputs, samples, self.two_valued)
-        if isinstance(task, Tokens) and task.shift is None:
+        if isinstance(task, Tokens):
             task = copy.copy(task)
+            task.bytes_per_token = task.bytes_per_token or self.bytes_per_token
+        if isinstance(task, Tokens) and task.shift is None:
             task.shift = self.repeats_inputs or self.target == NO_TARGETS
         return task
 
@@ -72,6 +75,8 @@ def learned_from(data: Dataset, task: Task | None) -> Learned:
     """What the data tells."""
     if isinstance(data, ImageDataset):
         form, own = TargetForm(data.target_shape, data.target_dtype), data.num_classes == 0
+        if data.bytes_per_token is not None:  # a text, which brings its targets as they are meant
+            return Learned(form, task, bytes_per_token=data.bytes_per_token)
         return Learned(form, task, own and is_two_valued(data.labels), own and repeats_inputs(data.images, data.labels))
     form = TargetForm(data.target_shape, data.target_dtype)
     return Learned(form, task, data.two_valued, data.repeats_inputs)

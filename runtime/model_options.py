@@ -25,14 +25,14 @@ class ModelOptions:
     )
     width: int | None = setting(
         None,
-        "of MLP (1024), ViT (192) and MLPMixer (128): features of a layer or of a token",
+        "of MLP (1024), ViT (192), MLPMixer (128) and gpt-mini (256): features of a layer or of a token",
         flag="--model-width",
         at_least=1,
         at_most=_WIDEST,
     )
     depth: int | None = setting(
         None,
-        "of MLP (3), ViT (6) and MLPMixer (8): their layers, beside patches and output",
+        "of MLP (3), ViT (6), MLPMixer (8) and gpt-mini (6): their layers, beside patches or embedding and output",
         flag="--model-depth",
         at_least=1,
         at_most=1024,

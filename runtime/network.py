@@ -310,7 +310,7 @@ def build_layer(
     if network.task.name == "tokens" and isinstance(local_rule, TaskLoss) and head_of(block) is not None:
         step = piecewise_step(step)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    return kind(block, local_rule, info, optimizer, step=step, **common)
+    return kind(block, local_rule, info, optimizer, step=step, sample=_sample(network, index), **common)
 
 
 def build_stage(
@@ -356,6 +356,13 @@ def _draws(
         find_draws(block, partial(_made_up, like, seed), rows_of(beside, names, 2))
         for block, like, names in zip(blocks, inputs, needs, strict=True)
     ]
+
+
+def _sample(network: Network, index: int) -> Tensor:
+    """A made-up micro-batch of two rows of a layer's input."""
+    shape = network.output_shapes[index - 1] if index else network.input_shape
+    like = torch.zeros(shape, dtype=torch.float32 if index else network.input_dtype)
+    return _made_up(like, network.infos[index].seed)
 
 
 def _made_up(sample: Tensor, seed: int) -> Tensor:

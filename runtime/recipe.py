@@ -29,6 +29,7 @@ from unlocked.runtime.schedules.marks import Period
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
 from unlocked.runtime.summary import summary_of
+from unlocked.runtime.text_options import TextOptions, check_reader
 from unlocked.runtime.trainer import Trainer
 
 __all__ = ["OPTIMIZERS", "Recipe", "make_lr_factor", "make_model", "make_optimizer", "make_rule", "place", "run"]
@@ -51,9 +52,9 @@ _MILESTONES = (50, 80, 120, 180)  # the authors', for MultiStepLR without milest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Settings, ModelOptions):
-    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings` and of
-    `ModelOptions`, and the engine with its own.
+class Recipe(Settings, ModelOptions, TextOptions):
+    """Everything that a run by names is told: the authors' settings under their names, ours, those of `Settings`,
+    `ModelOptions` and `TextOptions`, and the engine with its own.
 
     Raises:
         ValueError: a setting is out of range, or a name not known; says what is valid.
@@ -62,8 +63,8 @@ class Recipe(Settings, ModelOptions):
     dataset: str = setting(
         "digits",
         "digits, synthetic, MNIST, FashionMNIST, CIFAR10, CIFAR10AUG, CIFAR100, CIFAR100AUG, IMAGENETTE, "
-        "IMAGENETTE_BASIC, TinyIMAGENET, VWW, or folder (images in DIR/train/CLASS and DIR/test/CLASS, DIR being "
-        "--dataset-dir)",
+        "IMAGENETTE_BASIC, TinyIMAGENET, VWW, folder (images in DIR/train/CLASS and DIR/test/CLASS, DIR being "
+        "--dataset-dir), stdlib (the source of Python's standard library, as bytes), or text (the files in DIR)",
         choices=tuple(DATASETS),
     )
     dataset_dir: Path = setting(Path("datasets"), "folder of the datasets' official layouts", place="folder")
@@ -188,7 +189,8 @@ class Recipe(Settings, ModelOptions):
         Raises:
             ValueError: no such dataset, or its files are missing or damaged.
         """
-        sizes: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
+        told = ("image_size", *values_of(self, TextOptions))
+        sizes: dict[str, Any] = {name: value for name in told if (value := getattr(self, name)) is not None}
         train, test = load_dataset(self.dataset, self.dataset_dir, **sizes)
         return train if self.classes_per_batch is None else replace(
             train, classes_per_batch=self.classes_per_batch
@@ -319,11 +321,13 @@ def make_model(recipe: Recipe, data: ImageDataset) -> list[Block]:
     Raises:
         ValueError: the name is not known, or the images don't fit.
     """
-    channels, *sides = data.image_shape
+    name = _network_of(recipe.model)
+    check_reader(name, recipe.dataset, data)
+    channels, *sides = (1, *data.image_shape) if data.num_tokens else data.image_shape
     blocks = get_model(
-        _network_of(recipe.model),
+        name,
         in_channels=channels,
-        num_classes=data.num_classes,
+        num_classes=data.num_tokens or data.num_classes,
         image_size=sides,
         dropout=recipe.dropout,
         seed=recipe.seed,

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 CLASSES = 5
 
 
-def made_layer(block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", lr: float = 0.5) -> Layer:
+def made_layer(
+    block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", sample: Tensor | None = None
+) -> Layer:
     """A layer of `block` that trains by LLS (or cross-entropy, if it is the output), on autograd where `backend` is
     None."""
     kept = {name: value.clone() for name, value in block.state_dict().items()}
@@ -41,8 +43,8 @@ def made_layer(block: Block, x: Tensor, backend: Any, *, precision: str = "fp32"
     )
     rule = CrossEntropy() if block.is_output else LLS()(info)
     step = None if backend is None else fused_step(backend)
-    optimizer = partial(torch.optim.SGD, lr=lr)
-    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
 
 
 def step_of(layer: Layer, x: Tensor) -> Tensor:
@@ -73,6 +75,27 @@ class Placed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.map(x + self.place)
+        return result
+
+
+class Attending(nn.Module):
+    """Self-attention, its heads by view and permute, or by chunk and transpose."""
+
+    def __init__(self, width: int, heads: int, *, by_chunks: bool) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.by_chunks = heads, by_chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        y = self.qkv(self.norm(x))
+        if self.by_chunks:
+            a, b, c = y.chunk(3, dim=-1)
+            q, k, v = (part.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2) for part in (a, b, c))
+        else:
+            q, k, v = y.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        result: Tensor = x + self.out(y)
         return result
 
 
@@ -185,6 +208,8 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(7, 16),
         False,
     ),
+    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
+    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), False),
     "output": (
         _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
         _image(3, 8, 8),

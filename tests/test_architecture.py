@@ -40,7 +40,7 @@ LAYERS = {
             "metrics.records",
         ],
         ["saving.tensor_file", "saving.run_folder", "tensors"],
-        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "signals"],
+        ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "text_options", "signals"],
         ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
         ["named_inputs", "learned", "model_blocks"],

@@ -59,6 +59,7 @@ class Layer:
         optimizer: builds the layer's own optimizer; None for a layer that has no parameters.
         step: chooses how the local step is computed; by default through autograd.
         precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
+        sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
         needs: names of the tensors that the block's body takes beside its input.
         sums: how many the task adds up (`Task.tally`).
     """
@@ -73,6 +74,7 @@ class Layer:
         device: torch.device,
         step: "StepFactory | None" = None,
         precision: str = "fp32",
+        sample: Tensor | None = None,
         needs: Sequence[str] = (),
         sums: int = 3,
     ) -> None:
@@ -93,8 +95,7 @@ class Layer:
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         self.task = info.task
         self.classifies = self.task.name == "classification"
-        # Sums as the task has them; of a classification loss, correct, correct among the first five. Added up on the
-        # device, read every N steps.
+        # Sums as the task has them (of a classification: loss, hits, hits among the first five), read every N steps.
         self.totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.eval_totals = torch.zeros(sums, dtype=torch.float64, device=device)
         # Of the layer's own prediction in evaluation, a classification's loss being left out.
@@ -110,6 +111,7 @@ class Layer:
         self._pending = 0  # training steps that the clock has not been told of, where nothing reads it per step
         self._counted = torch.zeros_like(self.clock)  # the part of the clock that BatchNorm's own count knows of
         self._mode: str | None = None
+        self.sample = sample
         self.step: Step = (step or AutogradStep)(self)
 
     @property
@@ -193,7 +195,10 @@ class Layer:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
         with self.autocast():
-            result: Tensor = self.block(self._entering(x), **self.beside)
+            hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
+            result: Tensor = (
+                self.block(self._entering(x), **self.beside) if hidden is None else hidden(self._entering(x))
+            )
         return as_delivered(self.leaving(result))
 
     @torch.no_grad()
@@ -221,12 +226,7 @@ class Layer:
             self.score_totals[1:] += hits
             return hits
         in_pieces = getattr(self.step, "tally", None)
-        if not self.is_output:
-            found = self._tally_scores(scores, labels)
-        elif in_pieces is not None:
-            found = in_pieces(scores, labels)
-        else:
-            found = self.task.tally(*self.task.rows(scores, labels))
+        found = self._tally_scores(scores, labels) if not self.is_output else (in_pieces or self._tally)(scores, labels)
         self.score_totals += found
         return found
 
@@ -242,9 +242,12 @@ class Layer:
         count = self.task.count(labels)
         loss_sum = loss.double() * count
         if self.is_output:
-            self.totals[2:] += self.task.tally(*self.task.rows(outputs, labels))[2:]
+            self.totals[2:] += self._tally(outputs, labels)[2:]
         self.totals[:2] += torch.stack([loss_sum, count])
         return loss_sum
+
+    def _tally(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.task.tally(*self.task.rows(outputs, labels))
 
     def _tally_scores(self, activations: Tensor, labels: Tensor) -> Tensor:
         """Sample by sample where a sample's scores are many already."""
@@ -359,8 +362,7 @@ class AutogradStep:
     """The local step of any differentiable block and rule."""
 
     counts: Sequence[nn.Module] = ()
-    why = ""
-    """What stands against a closed form."""
+    why = ""  # what stands against a closed form
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

@@ -62,7 +62,8 @@ class Dashboard(MetricsSink):
             self._view = View(info, time.monotonic())
         if self._plain:
             self._lines.append(
-                f"{info.model} on {info.dataset} | {info.rule} | engine {info.engine} on {info.device} | "
+                f"{info.model} on {info.dataset}{info.task_told} | {info.rule} | "
+                f"engine {info.engine} on {info.device} | "
                 f"{len(info.stages)} stages | {info.epochs} epochs of {info.steps_per_epoch} steps"
             )
             self._lines.extend(f"  stage {i}: {', '.join(layers)}" for i, layers in enumerate(info.stages))

@@ -52,6 +52,11 @@ class RunInfo:
     """What the task tells besides loss and accuracy."""
 
     @property
+    def task_told(self) -> str:
+        """For a title: classification goes without saying."""
+        return "" if self.task == "classification" else f", task {self.task}"
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """All layer names in network order."""
         return tuple(layer for stage in self.stages for layer in stage)

@@ -77,9 +77,9 @@ class RunLog(MetricsSink):
         if info.start:
             self._line(f"Resumed at position {info.start} of {info.total}")
         stages = " | ".join(", ".join(layers) for layers in info.stages)
-        task = "" if info.task == "classification" else f"task {info.task}, "
         self._line(
-            f"{info.model} on {info.dataset}, {task}{info.rule}, engine {info.engine} on {info.device}: {stages}"
+            f"{info.model} on {info.dataset}{info.task_told}, {info.rule}, engine {info.engine} on {info.device}: "
+            f"{stages}"
         )
 
     def on_step(self, step: StepResult) -> None:

@@ -36,6 +36,10 @@ def describe_data(data: Dataset) -> dict[str, Any]:
     digest = hashlib.sha256()
     for whole in (data.images, data.labels):
         digest.update(tensor_bytes(whole[rows.to(whole.device)]))
+    if data.text_digest:
+        known["text"] = data.text_digest
+    for name, whole in data.beside.items():
+        known[name] = hashlib.sha256(tensor_bytes(whole[rows.to(whole.device)])).hexdigest()[:16]
     reading = hashlib.sha256(f"{data.augmentation} {data.mean} {data.std} {data.margin}".encode())
     return {**known, "digest": digest.hexdigest()[:16], "reading": reading.hexdigest()[:16]}
 

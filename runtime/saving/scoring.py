@@ -23,8 +23,9 @@ from unlocked.kernels.precision import check_precision, float32_products
 from unlocked.models.errors import first_line
 from unlocked.rules import LocalRule
 from unlocked.runtime.batch_statistics import check_batch_statistics
-from unlocked.runtime.input import make_source, probe_sample
+from unlocked.runtime.input import beside_of, make_source, probe_sample, ready
 from unlocked.runtime.job import check_device
+from unlocked.runtime.learned import learned_from
 from unlocked.runtime.metrics.records import Scores
 from unlocked.runtime.network import Model, Network, backpropagation_network, build_layer, build_network, build_stage
 from unlocked.runtime.saving.layer_files import UNREADABLE, layer_file_name
@@ -83,9 +84,10 @@ def score_weights(
         ValueError: the weights are of another network (lists what is missing, unexpected, or of another shape).
     """
     network = _network(model, test)
+    test = _ready(test, network)
     _fill(network, _without_rules(network, weights))
     plan = evaluation_plan(test, batch_size)
-    return _evaluate(make_stage(network, test, test, plan, 1, device, precision), plan, 1, precision)
+    return _evaluate(make_stage(network, test, test, plan, 1, device, precision), plan, 1, precision, network.sums)
 
 
 def score_snapshot(
@@ -106,6 +108,7 @@ def score_snapshot(
             f"{len(train)}; give the run's --dataset"
         )
     network = _network(model, train, settings["seed"])
+    train, test = _ready(train, network), _ready(test, network)
     whole = settings["layers"] == ["network"]  # under BP and DFA all blocks are one layer
     states = _read_states(snapshot, ["network"] if whole else network.names)
     tensors = {
@@ -131,7 +134,7 @@ def score_snapshot(
     stage = make_stage(network, train, test, plan, start, device, precision)
     for layer in stage.layers:
         layer.set_clock(states[layer.name]["clock"])  # the key of what is drawn, which statistics see as training does
-    return _evaluate(stage, plan, start, precision)
+    return _evaluate(stage, plan, start, precision, network.sums)
 
 
 def evaluation_plan(test: Dataset, batch_size: int) -> StreamPlan:
@@ -205,8 +208,18 @@ def scores_of(stage: Stage, count: int, sizes: Mapping[str, int] = MappingProxyT
 
 def _network(model: Model, data: Dataset, seed: int = 0) -> Network:
     return build_network(
-        model, input_shape=data.image_shape, num_classes=data.num_classes, seed=seed, sample=probe_sample(data)
+        model,
+        input_shape=data.image_shape,
+        num_classes=data.num_classes,
+        seed=seed,
+        sample=probe_sample(data),
+        learned=learned_from(data, None),
+        beside=beside_of(data),
     )
+
+
+def _ready(data: Dataset, network: Network) -> Dataset:
+    return ready(data, network.task, network.target, network.infos[-1].num_classes)
 
 
 def _read_states(snapshot: Snapshot, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -302,7 +315,7 @@ def _averaged(network: Network, name: str, state: dict[str, Any]) -> dict[str, T
     return block
 
 
-def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Scores:
+def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str, sizes: Mapping[str, int]) -> Scores:
     """Runs the plan's last items: statistics and evaluation micro-batches."""
     with float32_products(precision), closing(stage):
         for item in plan.items(start):
@@ -311,4 +324,4 @@ def _evaluate(stage: Stage, plan: StreamPlan, start: int, precision: str) -> Sco
                 stage.evaluate(item, x, labels)
             else:
                 stage.forward(item, x, labels)
-    return scores_of(stage, plan.eval_size)
+    return scores_of(stage, plan.eval_size, sizes)

@@ -74,6 +74,10 @@ def _writes_a_part(m: _Own, y: Tensor) -> Tensor:
     return y
 
 
+def _asks_for_a_type(m: _Own, y: Tensor) -> Tensor:
+    return y if isinstance(y, Tensor) else -y
+
+
 def _unused(m: _Own, y: Tensor) -> Tensor:
     return y.relu()
 
@@ -112,6 +116,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "writes a view": (lambda: _Own(_writes_a_view), "changes in place what"),
     "writes a part": (lambda: _Own(_writes_a_part), "torch.fx can't follow its forward()"),
     "unused": (lambda: _Own(_unused), "its result does not depend on unused.weight, unused.bias"),
+    "asks for a type": (lambda: _Own(_asks_for_a_type), "it does not compute what was traced"),
     "makes a tensor": (lambda: _Own(_makes_a_tensor), "makes a tensor that depends on no input"),
     "own function": (lambda: _Own(lambda m, y: _Double.apply(y)), "the autograd function _Double has a way back"),
     "without gradients": (lambda: _Own(_partly_without_gradients), "switches gradients or autocast"),
@@ -128,7 +133,9 @@ def test_a_block_that_is_left_to_autograd_as_a_whole(name: str) -> None:
     for backend in (cpp, None):
         torch.manual_seed(0)
         body = make()
-        layer = made_layer(Block("layer", body, latent_size=2), torch.randn(6, 3, 8, 8), backend)
+        layer = made_layer(
+            Block("layer", body, latent_size=2), torch.randn(6, 3, 8, 8), backend, sample=torch.randn(2, 3, 8, 8)
+        )
         assert type(layer.step) is AutogradStep
         if backend is not None:
             assert re.search(re.escape(why), layer.step.why), layer.step.why
@@ -167,7 +174,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "InstanceNorm2d is not in the table",
     ),
     "several values": (lambda: _Own(lambda m, y: torch.cat(y.chunk(2, 1)[::-1], 1)), "chunk is not in the table"),
-    "sizes": (lambda: _Own(lambda m, y: y.reshape(y.shape[0], -1).relu()), "is not in the table"),
+    "sizes": (lambda: _Own(lambda m, y: y.roll(y.shape[3] // 2, 3) * y.size(1)), "roll is not in the table"),
     "written inside": (lambda: _Own(lambda m, y: F.threshold(y, 0.1, 0.0, True)), "threshold is not in the table"),
 }
 

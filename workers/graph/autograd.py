@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
-from unlocked.workers.graph.tracing import Node, is_in_place
+from unlocked.workers.graph.tracing import Node, filled, is_in_place
 
-__all__ = ["AutogradPiece", "Read"]
+__all__ = ["AutogradPiece", "Read", "call"]
 
 
 class Read(Operation):
@@ -65,7 +65,7 @@ class AutogradPiece(Operation):
             for node, x in zip(self._inputs, self._entered, strict=True):
                 values[node] = x.clone() if self._writes and isinstance(x, Tensor) else x
             for node in self._nodes:
-                values[node] = _call(node, values)
+                values[node] = call(node, values)
         self._made = [values[node] for node in self._outputs]
         given = tuple(x.detach() if isinstance(x, Tensor) else x for x in self._made)
         return given[0] if len(given) == 1 else given
@@ -100,23 +100,9 @@ def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
-def _call(node: Node, values: Mapping[Node, Any]) -> Any:
-    args, kwargs = _filled(node.args, values), _filled(dict(node.kwargs), values)
+def call(node: Node, values: Mapping[Node, Any]) -> Any:
+    """Runs a node's module, function or method as it is, on the values of others."""
+    args, kwargs = filled(node.args, values), filled(dict(node.kwargs), values)
     if isinstance(node.target, str):
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     return node.target(*args, **kwargs)
-
-
-def _filled(value: Any, values: Mapping[Node, Any]) -> Any:
-    """`value` with the nodes in it replaced by what they have given."""
-    if isinstance(value, Node):
-        return values[value]
-    if isinstance(value, tuple):
-        return tuple(_filled(one, values) for one in value)
-    if isinstance(value, list):
-        return [_filled(one, values) for one in value]
-    if isinstance(value, dict):
-        return {key: _filled(one, values) for key, one in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_filled(one, values) for one in (value.start, value.stop, value.step)))
-    return value

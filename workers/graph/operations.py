@@ -37,7 +37,7 @@ class Casts:
     """In which type a block computes."""
 
     def __init__(self, device: str = "cpu", *, half: bool = False) -> None:
-        self.half, self._device = half, device
+        self.half, self.device = half, device
         """Products and convolutions take bfloat16, as inside torch.autocast."""
         self.bfloat16_of: Callable[[Tensor], Tensor] | None = None
         """The optimizer's bfloat16 copy of a weight, where it keeps one: else it is cast in every `forward`."""
@@ -56,7 +56,7 @@ class Casts:
         """Inside, modules compute in that type. No casts are kept: a graph may be capturing."""
         if not self.half:
             return contextlib.nullcontext()
-        return torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
 
 Gradients = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -122,17 +122,29 @@ class Convolution(Operation):
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         is_row = self.conv.weight.dim() == 3
         grad = grad.unsqueeze(2) if is_row else grad
+        x, kernel = self.spend()
         weight, bias = self.conv.weight, self.conv.bias
         asked = (wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad)
-        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, self._x, self._weight, asked)
-        del self._x, self._weight  # nothing of a micro-batch outlives its update, or a stage would hold all inputs
+        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, x, kernel, asked)
         if is_row:
             x_grad = x_grad.squeeze(2) if wanted[0] else x_grad
             weight_grad = weight_grad.squeeze(2) if weight.requires_grad else weight_grad
+        return [x_grad if wanted[0] else None], self.of_trained(weight_grad, bias_grad)
+
+    def spend(self) -> tuple[Tensor, Tensor]:
+        """The input and the kernel that `forward` has kept: nothing of a micro-batch outlives its update, or a stage
+        would hold all inputs."""
+        kept = self._x, self._weight
+        del self._x, self._weight
+        return kept
+
+    def of_trained(self, weight_grad: Tensor, bias_grad: Tensor | None = None) -> list[Tensor]:
+        """The gradients of `parameters`; that of a bias which is ahead is zero."""
+        weight, bias = self.conv.weight, self.conv.bias
         grads = [weight_grad] if weight.requires_grad else []
         if bias is not None and bias.requires_grad:
-            grads.append(bias_grad if self._zero is None else self._zero)
-        return [x_grad if wanted[0] else None], grads
+            grads.append(cast(Tensor, bias_grad if self._zero is None else self._zero))
+        return grads
 
 
 def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from unlocked.models import KeyedDropout
+from unlocked.workers.graph.attention import Attention
 from unlocked.workers.graph.operations import (
     Add,
     Casts,
@@ -24,6 +25,7 @@ from unlocked.workers.graph.operations import (
     Operation,
     Pool,
 )
+from unlocked.workers.graph.shapes import Moved, Reshaped, Sizes, is_size
 from unlocked.workers.graph.tracing import Node, has_hooks
 
 __all__ = ["name_of", "operation_of", "slope_of", "usable_norm"]
@@ -39,6 +41,8 @@ def operation_of(node: Node, casts: Casts) -> Operation | str:
             return "hooks are set on it"
         if is_parametrized(target):
             return "its weights are parametrised"
+    if is_size(node):
+        return Sizes(node)
     made: Operation | str | None = None
     maker = _BY_KIND.get(node.kind)
     if maker is not None and not any(isinstance(value, Node) for value in node.kwargs.values()):
@@ -138,6 +142,29 @@ def _flatten(node: Node, casts: Casts) -> Operation | None:
     return Flatten(lambda x: torch.flatten(x, *rest, **node.kwargs)) if isinstance(first, Node) else None
 
 
+def _attention(node: Node, casts: Casts) -> Operation | str:
+    options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    given = dict(zip(options, node.args[3:], strict=False)) | dict(node.kwargs)
+    if any(value != options.get(name) for name, value in given.items()):
+        return "attention with a mask, a dropout or a scale"
+    return Attention() if casts.device == "cpu" else "attention on a GPU"
+
+
+def _reshaped(node: Node, casts: Casts) -> Operation:
+    return Reshaped(node)
+
+
+def _moved(node: Node, casts: Casts) -> Operation | None:
+    first, *rest = node.args
+    orders = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+    if not isinstance(first, Node) or node.kwargs or not all(isinstance(number, int) for number in orders):
+        return None
+    if node.target in ("permute", torch.permute):
+        back = sorted(range(len(orders)), key=lambda i: orders[i] % len(orders))
+        return Moved(lambda x: x.permute(orders), lambda grad: grad.permute(back))
+    return Moved(lambda x: x.transpose(*orders), lambda grad: grad.transpose(*orders))
+
+
 def _leaky(node: Node, casts: Casts) -> Operation | None:
     slope = slope_of(node)
     if slope is None:
@@ -204,6 +231,10 @@ _BY_KIND: Mapping[Any, Callable[[Node, Casts], Operation | str | None]] = {
     nn.AdaptiveAvgPool2d: _adaptive_pool,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), _flatten),
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "contiguous", "unflatten"), _reshaped),
+    **dict.fromkeys((torch.reshape, torch.unsqueeze, torch.squeeze), _reshaped),
+    **dict.fromkeys(("permute", "transpose", torch.permute, torch.transpose), _moved),
     KeyedDropout: lambda node, casts: Dropout(node.target),
 }
 """By the module's class (itself, no subclass), the function, or the method's name."""

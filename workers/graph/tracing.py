@@ -7,7 +7,7 @@ body that can't be followed, or that would be another one the next time, is refu
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from unlocked.models import KeyedDropout
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
 
-__all__ = ["Node", "Untraceable", "has_hooks", "is_in_place", "trace"]
+__all__ = ["Node", "Untraceable", "filled", "has_hooks", "in_training", "is_in_place", "trace"]
 
 
 class Untraceable(Exception):
@@ -52,7 +52,7 @@ class Node:
         return list(dict.fromkeys(_nodes((self.args, self.kwargs))))
 
 
-def trace(body: nn.Module, frozen: list[nn.Module]) -> tuple[list[Node], Node]:
+def trace(body: nn.Module, frozen: Sequence[nn.Module]) -> tuple[list[Node], Node]:
     """(the operations of `body` in training, its input first; the one that gives the activations).
 
     Args:
@@ -64,7 +64,7 @@ def trace(body: nn.Module, frozen: list[nn.Module]) -> tuple[list[Node], Node]:
     holder = _Holder(body)
     _refuse_hooks(body)
     generators = GlobalGenerators(SOURCES, torch.device("cpu"))
-    with generators.keyed(0), _training(body, frozen), _unchanged(body), _without_own_functions():
+    with generators.keyed(0), in_training(body, frozen), _unchanged(body), _without_own_functions():
         before = generators.states()
         try:
             graph = _Tracer().trace(holder)
@@ -153,7 +153,7 @@ def _refuse_hooks(body: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _training(body: nn.Module, frozen: list[nn.Module]) -> Iterator[None]:
+def in_training(body: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]:
     """The body in training mode, but for what is frozen; then every module is in its own mode again."""
     modes = [(module, module.training) for module in body.modules()]
     body.train()
@@ -284,3 +284,18 @@ def _nodes(value: Any) -> Iterator[Node]:
         yield from _nodes(tuple(value.values()))
     elif isinstance(value, slice):
         yield from _nodes((value.start, value.stop, value.step))
+
+
+def filled(value: Any, values: Mapping[Node, Any]) -> Any:
+    """`value` with the nodes in it replaced by what they have given."""
+    if isinstance(value, Node):
+        return values[value]
+    if isinstance(value, tuple):
+        return tuple(filled(one, values) for one in value)
+    if isinstance(value, list):
+        return [filled(one, values) for one in value]
+    if isinstance(value, dict):
+        return {key: filled(one, values) for key, one in value.items()}
+    if isinstance(value, slice):
+        return slice(*(filled(one, values) for one in (value.start, value.stop, value.step)))
+    return value

@@ -1,0 +1,197 @@
+"""Which task targets are of; and one clear error, before step 0, where they are of none or can't be learnt."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from task_runs import CASES, LENGTH, TOKENS, language_model, perceptron, train
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from unlocked import Trainer
+from unlocked.data import pad_collate
+from unlocked.rules import DRTP, LLS, BarlowTwins, MultiLabel, Regression, Task, Tokens
+from unlocked.runtime import EarlyStopping, RunResult
+from unlocked.runtime.job import Job
+from unlocked.workers.errors import StageError
+
+
+def fit(network: list[nn.Module], data: Any, *, task: Task | None = None, rule: Any = None, **how: Any) -> RunResult:
+    optimizer = partial(torch.optim.SGD, lr=0.01)
+    trainer = Trainer(network, rule=rule or LLS(), optimizer=optimizer, task=task, threads=1)
+    if not isinstance(data, DataLoader | list):
+        how = {"batch_size": 8, **how}
+    return trainer.fit(data, epochs=1, **how)
+
+
+IDS = torch.randint(1, TOKENS, (16, LENGTH), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(16, LENGTH, dtype=torch.int64)
+GIVEN = {"input_ids": IDS, "attention_mask": MASK}
+X = torch.randn(16, 7, generator=torch.Generator().manual_seed(0))
+
+
+def with_targets(targets: Tensor) -> dict[str, Tensor]:
+    return {**GIVEN, "labels": targets}
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a mask of another length": (
+        lambda: fit(language_model(), {**GIVEN, "attention_mask": MASK[:, :-1]}),
+        rf"attention_mask has the shape \[16, {LENGTH - 1}\], input_ids \[16, {LENGTH}\]",
+    ),
+    "a target beyond the vocabulary": (
+        lambda: fit(language_model(), with_targets(IDS + 1)),
+        rf"the train data: targets from 2 to {TOKENS}; valid: 0 to {TOKENS - 1}",
+    ),
+    "an id beyond the vocabulary": (
+        lambda: fit(language_model(), {**GIVEN, "input_ids": IDS + 5}),
+        "a value is out of range: the data gives .* which layer embedding can't take: its tokens = Embedding",
+    ),
+    "all positions ignored": (
+        lambda: fit(language_model(), with_targets(IDS.index_fill(0, torch.tensor([3]), -100))),
+        "the train data: sample 3 has no position that counts",
+    ),
+    "a target of NaN": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2].index_fill(0, torch.tensor([5]), float("nan")))),
+        r"the train data: targets hold nan, at \[5, 0\]",
+    ),
+    "targets of no task": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :3])),
+        r"gives \(2,\) per sample and the targets are float32 \[N, 3\], which fits no task",
+    ),
+    "numbers or labels": (
+        lambda: fit(perceptron(7, 2), (X, (X[:, :2] > 0).float())),
+        r"all of them 0 or 1; say whether .* task=MultiLabel\(\) or task=Regression\(\)",
+    ),
+    "a task of other targets": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), task=Tokens()),
+        r"the task tokens takes targets int64 \[N, T\], or none .* got targets float32 \[N, 2\] and .* gives \(2,\)",
+    ),
+    "labels that are not 0 or 1": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), task=MultiLabel()),
+        "labels are 0 or 1 for the task multi-label, got values from",
+    ),
+    "no targets": (
+        lambda: fit(perceptron(7, 2), {"x": X}, task=Task()),
+        "there are no targets, which the task own needs",
+    ),
+    "a tensor that is not there": (
+        lambda: fit(language_model(), IDS),
+        "layer attention1 reads attention_mask beside its input, but the data has one tensor per sample",
+    ),
+    "a tensor of another name": (
+        lambda: fit(language_model(), {"input_ids": IDS, "mask": MASK}),
+        "layer attention1 reads attention_mask beside its input, which the data does not bring; there is mask",
+    ),
+    "a rule of classes alone": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), rule=DRTP),
+        "the rule DRTP of layer sequential1 takes the targets of classification, not of the task regression",
+    ),
+    "a rule with its own views": (
+        lambda: fit(language_model(), GIVEN, rule=BarlowTwins),
+        "makes its own rows of the samples, which have no attention_mask",
+    ),
+    "other keys in evaluation": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), eval_data={"x": X, "y": X, "labels": X[:, :2]}),
+        "evaluation data brings y beside its samples, training data nothing",
+    ),
+    "feedback alignment": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), rule="DFA"),
+        "DFA is for classification of samples of one tensor; the task is regression",
+    ),
+    "a task that is a class": (lambda: fit(perceptron(7, 2), (X, X[:, :2]), task=Regression), r"write Regression\(\)"),  # type: ignore[arg-type]
+    "a figure of another task": (
+        lambda: Trainer(
+            perceptron(7, 2),
+            rule=LLS(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            sinks=[EarlyStopping(1, figure="eval_perplexity")],
+        ).fit((X, X[:, :2]), epochs=1, batch_size=8, eval_data=(X, X[:, :2])),
+        "figure 'eval_perplexity' is not known to the task regression; valid: .*eval_mae",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_before_the_first_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, message = MISTAKES[name]
+    if name != "a figure of another task":  # the sinks are made by the engine
+        monkeypatch.setattr(Job, "stage", lambda *_, **__: pytest.fail("a stage was built"))
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def batches() -> Iterator[dict[str, Tensor]]:
+    for rows in range(0, 16, 8):
+        yield {name: value[rows : rows + 8] for name, value in GIVEN.items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            lambda batch: {**batch, "more": batch["input_ids"]},
+            "has attention_mask, more, those before had",
+        ),
+        (lambda batch: {**batch, "labels": batch["input_ids"]}, "has attention_mask, targets, those before had"),
+        (lambda batch: {"input_ids": batch["input_ids"]}, "the batch has nothing, those before had attention_mask"),
+        (lambda batch: {name: one[:, :-1] for name, one in batch.items()}, r"shape \(11,\).*unlocked.data.pad_collate"),
+        (
+            lambda batch: {**batch, "attention_mask": batch["attention_mask"] * 0},
+            "sample 0 has no position that counts",
+        ),
+        (lambda batch: {**batch, "input_ids": batch["input_ids"] + TOKENS}, "targets from .*valid: 0 to 16"),
+    ],
+)
+def test_a_loaders_later_batch_is_held_to_the_first(changed: Any, message: str) -> None:
+    first, second = batches()
+    with pytest.raises(StageError, match=f"train micro-batch 1 of epoch 0.*{message}") as caught:
+        fit(language_model(), [first, changed(second)])
+    assert "stage 0" in str(caught.value)
+
+
+def test_a_loader_trains_as_the_same_tensors_do() -> None:
+    """In order, without a shuffle; ragged sequences by a collate function."""
+    case = CASES["tokens"]
+    rows = [ids[mask.bool()] for ids, mask in zip(case.train["input_ids"], case.train["attention_mask"], strict=True)]
+    loader = DataLoader(rows, batch_size=8, collate_fn=pad_collate(LENGTH))  # type: ignore[arg-type]
+    by_loader = fit(language_model(), loader)
+    padded = [{name: one[i : i + 8] for name, one in case.train.items()} for i in range(0, 43, 8)]
+    assert by_loader.weights_sha256 == fit(language_model(), padded).weights_sha256
+    labelled = [
+        {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in padded
+    ]
+    assert by_loader.weights_sha256 == fit(language_model(), labelled).weights_sha256, "labels that repeat the inputs"
+    shifted = [
+        {**batch, "labels": torch.cat([batch["labels"][:, 1:], torch.full((len(batch["labels"]), 1), -100)], 1)}
+        for batch in labelled
+    ]
+    assert by_loader.weights_sha256 == fit(language_model(), shifted).weights_sha256, "labels that are shifted already"
+    assert by_loader.weights_sha256 != fit(language_model(), labelled, task=Tokens(shift=False)).weights_sha256
+
+
+def test_the_best_weights_are_the_tasks_best(tmp_path: Any) -> None:
+    _, result = train("tokens", "sequential", best_dir=tmp_path)
+    losses = [epoch.eval_loss for epoch in result.epochs]
+    record = json.loads((tmp_path / "best.json").read_text())
+    assert record["epoch"] == losses.index(min(losses))  # type: ignore[type-var]
+
+
+def test_a_task_tells_its_settings_to_a_resume(tmp_path: Any) -> None:
+    train("tokens", "sequential", snapshot_dir=tmp_path, snapshot_every=4)
+    case = CASES["tokens"]
+    trainer = Trainer(
+        case.network(),
+        rule=LLS(temperature=0.3),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        seed=3,
+        threads=1,
+        task=Tokens(bytes_per_token=2.0),
+        resume=tmp_path,
+    )
+    with pytest.raises(ValueError, match="task"):
+        trainer.fit(case.train, epochs=3, batch_size=8, eval_data=case.test, eval_batch_size=5)

@@ -1,0 +1,125 @@
+"""Operations that compute nothing: other shapes, other orders of dimensions, parts, and the sizes that they ask for."""
+
+import builtins
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlocked.workers.graph.operations import Gradients, Operation
+from unlocked.workers.graph.tracing import Node, filled
+
+__all__ = ["Moved", "Reshaped", "Sizes", "Split", "is_size", "parts_of"]
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem, operator.truediv}
+_SPLITTING: Mapping[Any, str] = {"unbind": "unbind", "chunk": "chunk", "split": "split"} | {
+    getattr(torch, name): name for name in ("unbind", "chunk", "split")
+}
+
+
+def is_size(node: Node) -> bool:
+    """Its value is a number, or several, that follow from shapes alone."""
+    if node.target is builtins.getattr:
+        return node.args[1:] in (("shape",), ("ndim",))
+    if node.target in ("size", "dim"):
+        return True
+    return not isinstance(node.target, Tensor) and _is_arithmetic(node) and all(map(is_size, node.inputs))
+
+
+def _is_arithmetic(node: Node) -> bool:
+    return callable(node.target) and node.target in _ARITHMETIC and bool(node.inputs)
+
+
+def parts_of(node: Node) -> list[Node]:
+    """The parts that are read of what `node` splits; empty: it does not split, or is read otherwise."""
+    if isinstance(node.target, torch.nn.Module | Tensor) or node.target not in _SPLITTING:
+        return []
+    plain = [user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users]
+    return list(node.users) if node.users and all(plain) and len(node.inputs) == 1 else []
+
+
+class _Filled(Operation):
+    """Of a node's own function or method, with the values of other nodes among its arguments."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self._inputs = node, [value for value in node.args if isinstance(value, Node)]
+
+    def _result(self, inputs: Sequence[Any]) -> Any:
+        values = dict(zip(self._inputs, inputs, strict=True))
+        args, kwargs = filled(self.node.args, values), filled(dict(self.node.kwargs), values)
+        if isinstance(self.node.target, str):
+            return getattr(args[0], self.node.target)(*args[1:], **kwargs)
+        return self.node.target(*args, **kwargs)
+
+
+class Sizes(_Filled):
+    """Numbers, to which nothing comes back."""
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._result(inputs)
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        return [None] * len(wanted), []
+
+
+class Reshaped(_Filled):
+    """The same values in the same order in another shape."""
+
+    def forward(self, *inputs: Any) -> Any:
+        self._shape = inputs[0].shape
+        return self._result(inputs)
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        return [grad.reshape(self._shape), *[None] * (len(wanted) - 1)], []
+
+
+class Moved(Operation):
+    """Dimensions in another order.
+
+    Args:
+        function: of the tensor.
+        inverse: brings a gradient into the old order.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> None:
+        self._function, self._inverse = function, inverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        return [self._inverse(grad)], []
+
+
+class Split(Operation):
+    """A tensor's parts along one dimension: unbind, chunk or split.
+
+    Args:
+        node: what splits.
+        parts: each takes one of them, by its number.
+    """
+
+    def __init__(self, node: Node, parts: Sequence[Node]) -> None:
+        self._kind = _SPLITTING[node.target]
+        self._args, self._kwargs = node.args[1:], dict(node.kwargs)
+        self._numbers = [part.args[1] for part in parts]
+        self._at = 0 if self._kind == "unbind" else 1  # the place of `dim` among the arguments
+
+    def forward(self, x: Tensor) -> Any:
+        whole = getattr(torch, self._kind)(x, *self._args, **self._kwargs)
+        self._empty = [part.shape for part in whole]
+        found = tuple(whole[number] for number in self._numbers)
+        return found if len(found) > 1 else found[0]
+
+    def backward(self, grad: Any, wanted: Sequence[bool]) -> Gradients:
+        given = grad if isinstance(grad, list | tuple) else [grad]
+        like = next(one for one in given if one is not None)
+        parts: list[Tensor | None] = [None] * len(self._empty)
+        for number, one in zip(self._numbers, given, strict=True):
+            before = parts[number]
+            parts[number] = one if before is None else before if one is None else before + one
+        whole = [like.new_zeros(s) if one is None else one for s, one in zip(self._empty, parts, strict=True)]
+        dim = self._args[self._at] if len(self._args) > self._at else self._kwargs.get("dim", 0)
+        return [torch.stack(whole, dim) if self._kind == "unbind" else torch.cat(whole, dim)], []
