@@ -135,8 +135,7 @@ class Layer:
         """`train`, `statistics` (train-mode forward without updates) or `evaluate`; free when nothing changes. What is
         `frozen` stays in eval mode.
 
-        A schedule-free optimizer holds its weights at another point for training than for evaluation and for the
-        statistics that evaluation uses; its `train` and `eval` switch between them.
+        A schedule-free optimizer holds other weights for training than for the rest: its `train` and `eval` switch.
         """
         if mode == self._mode:
             return
