@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_exact.py --json gpu_exact.json
     python benchmarks/gpu_exact.py --device cpu --max-steps 6     # the same code without a GPU
+    python benchmarks/gpu_exact.py --device stand-in --max-steps 9   # and the engine's device side
 
 SmallConv on the digits by LLS, in float32, with deterministic library kernels. All runs of one kernel backend must end
 with the same weights, bit for bit, whatever the engine; a backend that can't run is told and left out. Exit status: 0
@@ -14,11 +15,13 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from on_stand_in import STAND_IN, on_stand_in
 
 from unlocked.comparison.environment import environment
 from unlocked.data import load_dataset
@@ -40,7 +43,7 @@ ENGINES = {
     "streams, 2 stages, queue depth 1": Streams(stages=2, queue_depth=1),
 }
 # The first of a device is the truth for the others' losses, to within rounding.
-BACKENDS = {"cuda": ("torch", "triton", "cuda"), "cpu": ("torch", "cpp")}
+BACKENDS = {"cuda": ("torch", "triton", "triton_joined", "cuda"), "cpu": ("torch", "cpp"), STAND_IN: ("torch",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,32 +57,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"environment": to_plain(environment()), "options": {}, "runs": []}
     report["options"] = {name: str(value) for name, value in vars(options).items()}
     print(f"{environment().line}\n{'kernels':<9}{'engine':<34}{'s':>7}{'set-up s':>10}{'loss':>10}  digest", flush=True)
-    for row in rows(options):
-        report["runs"].append(row)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_json(options.json, report)
+    with on_stand_in() if options.device == STAND_IN else nullcontext({}) as given:
+        for row in rows(options, given):
+            report["runs"].append(row)
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(options.json, report)
     wrong = differences(report["runs"])
     print("\n".join(wrong) or "all engines left equal bits")
     return 1 if wrong else 0
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One run after the other, printed as they end."""
+def rows(options: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One run after the other, printed as they end; `given`: the trainer's options instead of the usual ones."""
     train, test = load_dataset("digits")
     for kernels in BACKENDS[options.device]:
         for name, engine in ENGINES.items():
             row: dict[str, Any] = {"kernels": kernels, "engine": name}
             began = time.perf_counter()
             try:
+                usual = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "device": options.device, "kernels": kernels}
                 trainer = Trainer(
                     get_model("SmallConv", in_channels=1, num_classes=10, image_size=8),
                     rule=get_rule("LLS", temperature=0.5, label_smoothing=0.0, waveform="cosine"),
-                    optimizer=partial(torch.optim.Adam, lr=1e-2),
                     engine=engine,
-                    device=options.device,
-                    kernels=kernels,
                     seed=0,
+                    **{**usual, **given},
                 )
                 result = trainer.fit(
                     train, epochs=options.epochs, batch_size=64, eval_data=test, max_steps=options.max_steps

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step_trace import head_work
 from torch import Tensor
+from traced_backend import head_work
 
 from unlocked.kernels import reference
 from unlocked.kernels.reference import PoolKind, make_basis

@@ -26,6 +26,7 @@ import torch._functorch.config
 from gpu_timing import Captured, capture, ceilings, environment, measure_in_turns
 from kernel_cases import Case, Context, head_cases, layers_of, norm_act_cases
 from step_cases import CONVOLUTIONS, convolution_cases, load_cases, optimizer_cases, step_case
+from weight_grad_cases import weight_grad_cases
 
 from unlocked.kernels.dispatch import get_backend
 from unlocked.runtime.saving.whole_file import write_json
@@ -94,6 +95,7 @@ def all_cases(context: Context, quick: bool) -> Iterator[Case]:
     small = layers_of("SmallConv", 64)
     for layer in small:
         yield from norm_act_cases(layer, context)
+    yield from weight_grad_cases(64, context)
     for layer in {layer.latents: layer for layer in small}.values():
         yield from head_cases(layer, context, hand)
     yield from load_cases(64, 10_000, context)
@@ -117,6 +119,7 @@ def small_cases(context: Context) -> Iterator[Case]:
     inside = next(layer for layer in layers_of("MobileNetV1", 2) if layer.latent_size == 0)
     for layer in (layers[2], layers[3], inside):
         yield from norm_act_cases(layer, context)
+    yield from weight_grad_cases(1, context, count=1)
     yield from head_cases(layers[1], context, _hand(context))
     yield from load_cases(2, 8, context)
     yield from optimizer_cases("small", [(5, 3, 3, 3), (7,)], context)

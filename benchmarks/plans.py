@@ -1,4 +1,4 @@
-"""What fusing further would bring: the trace of a step with kernels replaced by others that nobody has written."""
+"""What fusing further would bring: the trace of a step with kernels replaced by others, most of them not written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +19,13 @@ class Plan:
         name: for the table.
         change: of one stage's nodes.
         bf16: activations in bfloat16.
+        joined: of the step with `triton_joined`, whose joined kernels are there.
     """
 
     name: str
     change: Callable[[Sequence[Node]], list[Node]] = list
     bf16: bool = False
+    joined: bool = False
 
     def apply(self, trace: StepTrace) -> StepTrace:
         return replace(trace, stages=[self.change(stage) for stage in trace.stages])
@@ -75,9 +77,12 @@ PLANS = [
     Plan("as it is"),
     Plan("A: load, conv1 and moments as one product", _first),
     Plan("B: BatchNorm backward in the weight gradients", without_gradient),
+    Plan("B as built: `triton_joined`", joined=True),
     Plan("A and B", _both),
+    Plan("A, and B as built", _first, joined=True),
     Plan("A and B, moments in every convolution", _all),
     Plan("bf16, as it is", bf16=True),
+    Plan("bf16, B as built", bf16=True, joined=True),
     Plan("bf16, A and B", _both, bf16=True),
 ]
 

@@ -68,8 +68,11 @@ def update_document(text: str) -> str:
 
 
 @lru_cache
-def _local(model: str, batch: int, rule: str = "LLS", one_stage: bool = False, bf16: bool = False) -> StepTrace:
-    return trace_local(model, batch, rule, one_stage=one_stage, precision="bf16" if bf16 else "fp32")
+def _local(
+    model: str, batch: int, rule: str = "LLS", one_stage: bool = False, bf16: bool = False, joined: bool = False
+) -> StepTrace:
+    precision = "bf16" if bf16 else "fp32"
+    return trace_local(model, batch, rule, one_stage=one_stage, precision=precision, joined=joined)
 
 
 @lru_cache
@@ -162,7 +165,7 @@ def _plans() -> str:
     rows = []
     now = predict(_local("SmallConv", 64), H200).streamed
     for plan in PLANS:
-        trace = plan.apply(_local("SmallConv", 64, bf16=plan.bf16))
+        trace = plan.apply(_local("SmallConv", 64, bf16=plan.bf16, joined=plan.joined))
         found = {case: predict(trace, machine) for case, machine in CASES.items()}
         middle = found["middle"]
         slowest = max(range(len(middle.stages)), key=middle.stages.__getitem__)

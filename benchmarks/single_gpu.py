@@ -3,6 +3,7 @@
     python benchmarks/single_gpu.py --json results.json          # synthetic data of CIFAR-10's size
     python benchmarks/single_gpu.py --dataset CIFAR10 --dataset-dir datasets --json results.json
     python benchmarks/single_gpu.py --device cpu --max-steps 20  # the same code without a GPU; says nothing of speed
+    python benchmarks/single_gpu.py --device stand-in --in-process --max-steps 9   # and the engine's device side
 
 Every contender runs in a process of its own, with a time budget; they take turns in rounds, so that a drifting machine
 favours nobody, and the table gives medians. Set-up (compilation, capture, warm-up) is outside of the times and stands
@@ -22,12 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from on_stand_in import STAND_IN, on_stand_in
 
 from unlocked.comparison.environment import environment
 from unlocked.data import ImageDataset, load_dataset
@@ -86,6 +89,7 @@ def _bp(name: str, options: dict[str, Any] | None = _ONE_GRAPH, **more: Any) -> 
 CONTENDERS = [
     _streams("LLS streams", steps=None, rounds=3),
     _bp("BP graph", rounds=3),
+    _streams("LLS streams, joined", kernels="triton_joined", rounds=2),
     _bp("BP eager", None, kernels="torch", steps=400, rounds=2),
     _streams("LLS sequential graph", _ONE_GRAPH, rounds=2),
     _bp("BP compiled graph", compile=True, rounds=2, budget=90.0),
@@ -95,6 +99,7 @@ CONTENDERS = [
     Contender(name="LLS sequential plain", steps=1000),
     _bp("BP compiled", None, kernels="torch", compile=True, steps=1000, budget=90.0),
     _streams("LLS streams bf16", precision="bf16"),
+    _streams("LLS streams bf16, joined", precision="bf16", kernels="triton_joined"),
     _bp("BP graph bf16", precision="bf16"),
     _streams("LLS streams, four channels", four_channels=True),
     _streams("LLS streams bf16, four channels", precision="bf16", four_channels=True),
@@ -155,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(contender: Contender, options: argparse.Namespace, left: float) -> dict[str, Any]:
     """One run of one contender, in a process of its own; what went wrong instead, if something did."""
-    if options.device == "cpu" and (problem := _adapt(contender)[1]):
+    if options.device != "cuda" and (problem := _adapt(contender, options.device)[1]):
         return {"skipped": problem}
     if options.in_process:
         return measure(contender, options)
@@ -177,8 +182,8 @@ def run(contender: Contender, options: argparse.Namespace, left: float) -> dict[
 
 def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]:
     """Trains, in this process."""
-    if options.device == "cpu":
-        contender, _ = _adapt(contender)
+    if options.device != "cuda":
+        contender, _ = _adapt(contender, options.device)
     torch.backends.cudnn.benchmark = True  # for all alike: the library times its algorithms in the warm-up
     train, test = _load(options.dataset, options.dataset_dir, options.train_size)
     if contender.four_channels:
@@ -186,21 +191,25 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
     channels, *sides = train.image_shape
     model = get_model(contender.model, in_channels=channels, num_classes=train.num_classes, image_size=sides)
     rule: Any = "BP"
+    usual = {
+        "optimizer": partial(torch.optim.Adam, lr=0.01, fused=contender.kernels == "torch" or None),
+        "device": options.device,
+        "kernels": contender.kernels,
+    }
     if contender.rule != "BP":
         rule = get_rule(contender.rule, temperature=0.5, label_smoothing=0.0, waveform="cosine")
-    with tempfile.TemporaryDirectory() as folder:
+    stand_in = on_stand_in() if options.device == STAND_IN else nullcontext({})
+    with tempfile.TemporaryDirectory() as folder, stand_in as given:
         trace = Path(folder) / "trace.json" if contender.traced else None
         trainer = Trainer(
             model,
             rule=rule,
-            optimizer=partial(torch.optim.Adam, lr=0.01, fused=contender.kernels == "torch" or None),
             engine=contender.engine,
-            device=options.device,
-            kernels=contender.kernels,
             precision=contender.precision,
             compile=contender.compile and (options.compile_backend or True),
             print_freq=200,
             trace=trace,
+            **{**usual, **given},
         )
         began = time.perf_counter()
         steps = contender.steps if options.max_steps is None else options.max_steps
@@ -259,7 +268,8 @@ def overlap(events: Iterable[dict[str, Any]]) -> float:
 def predicted(contender: Contender) -> dict[str, float] | None:
     """Microseconds per step by the cost model, and the floor; None where the model has nothing to say."""
     engine = contender.engine
-    plain = not contender.compile and contender.kernels == "auto" and not contender.evaluate
+    joined = contender.kernels == "triton_joined"
+    plain = not contender.compile and (joined or contender.kernels == "auto") and not contender.evaluate
     if not plain or (contender.precision == "bf16" and contender.rule == "BP") or isinstance(engine, Sequential):
         return None
     if not engine.graphs or engine.green_contexts != "off":
@@ -278,6 +288,7 @@ def predicted(contender: Contender) -> dict[str, float] | None:
             contender.rule,
             one_stage=not streamed,
             precision="bf16" if contender.precision == "bf16" else "fp32",
+            joined=joined,
             in_channels=4 if contender.four_channels else 3,
         )
     found = predict(trace, H200, tf32=tf32)
@@ -325,19 +336,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every run")
     parser.add_argument("--max-steps", type=int, help="training micro-batches of every run")
     parser.add_argument("--train-size", type=int, help="only the first so many training images")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", STAND_IN))
     parser.add_argument("--compile-backend", help="of torch.compile, instead of its default")
     parser.add_argument("--in-process", action="store_true", help="all in this process, without time budgets")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def _adapt(contender: Contender) -> tuple[Contender, str]:
-    """The contender's form on a CPU, or why it has none."""
+def _adapt(contender: Contender, device: str) -> tuple[Contender, str]:
+    """The contender's form on a CPU or on the stand-in for a GPU, or why it has none."""
+    if device == STAND_IN and contender.compile:
+        return contender, "compiled kernels have no form on the stand-in"
     if isinstance(contender.engine, Streams) and contender.engine.green_contexts != "off":
         return contender, "green contexts have no CPU form"
-    if contender.kernels == "cuda":
-        return contender, "CUDA kernels have no CPU form"
+    if contender.kernels in ("cuda", "triton_joined"):
+        return contender, f"{contender.kernels} kernels have no CPU form"
     return replace(contender, precision="fp32" if contender.precision == "tf32" else contender.precision), ""
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unlocked.kernels import reference
 
-__all__ = ["convolution_cases", "load_cases", "optimizer_cases", "step_case"]
+__all__ = ["CONVOLUTIONS", "convolution_cases", "load_cases", "optimizer_cases", "step_case"]
 
 # SmallConv's convolutions: input channels, output channels, side.
 CONVOLUTIONS = (("conv1", 3, 32, 32), ("conv2", 32, 64, 16), ("conv3", 64, 128, 8))
@@ -59,8 +59,9 @@ def load_cases(batch: int, count: int, context: Context) -> Iterator[Case]:
 
 
 def convolution_cases(batch: int, context: Context) -> Iterator[Case]:
-    """The library's part: forward and weight gradient of each of SmallConv's convolutions."""
-    for name, inputs, outputs, side in CONVOLUTIONS:
+    """The library's part: forward and weight gradient of each of SmallConv's convolutions, and of the first one with a
+    fourth channel of zeros."""
+    for name, inputs, outputs, side in (*CONVOLUTIONS, ("conv1 of four", 4, 32, 32)):
         flops = 2 * batch * side * side * outputs * inputs * 9
         moved = 4 * (batch * side * side * (inputs + outputs) + 9 * inputs * outputs)
         for what in ("forward", "weight gradient"):

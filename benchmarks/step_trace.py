@@ -15,11 +15,9 @@ from operations import copies_itself, is_free, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from traced_backend import TracedBackend, TracedOptimizer
 
-from unlocked.kernels import reference
-from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.precision import storage_dtype
-from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.models import get_model
 from unlocked.rules import get_rule
 from unlocked.runtime.network import Network, backpropagation_network, build_layer, build_network
@@ -32,15 +30,11 @@ from unlocked.workers.source import BatchSource
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["Node", "StepTrace", "head_work", "trace_backpropagation", "trace_local"]
+__all__ = ["Node", "StepTrace", "trace_backpropagation", "trace_local"]
 
 META = torch.device("meta")
 IMAGE = (3, 32, 32)
 CLASSES = 10
-_OPTIMIZER_TENSORS = 32  # of one launch of the fused optimizer
-_ADAM_WORDS = 7  # parameter, gradient and two moments read; parameter and two moments written
-_ADAM_FLOPS = 14
-_FLOPS_PER_VALUE = 10  # normalise, affine map, slope, three sums: for the record, it never limits
 
 
 @dataclass(frozen=True)
@@ -91,27 +85,23 @@ def trace_local(
     *,
     one_stage: bool = False,
     precision: str = "fp32",
+    joined: bool = False,
     **model_options: Any,
 ) -> StepTrace:
     """One step of every layer, each in a stage of its own as the streams engine has it, or all in one stage.
 
-    `precision` "bf16" counts bytes of bfloat16 activations; "fp32" is also what tf32 moves.
+    `precision` "bf16" counts bytes of bfloat16 activations; "fp32" is also what tf32 moves. `joined`: by the backend
+    `triton_joined`.
     """
     network = _network(model, model_options)
     groups = [range(len(network.blocks))] if one_stage else [range(i, i + 1) for i in range(len(network.blocks))]
-    return _trace(model, rule, _rule(rule), network, batch, groups, precision)
+    return _trace(model, rule, _rule(rule), network, batch, groups, precision, joined=joined)
 
 
 def trace_backpropagation(model: str, batch: int, **model_options: Any) -> StepTrace:
     """One step of end-to-end backpropagation, as the "BP graph" of single_gpu.py runs it."""
     network = backpropagation_network(_network(model, model_options))
     return _trace(model, "BP", _rule("LLS"), network, batch, [range(1)])
-
-
-def head_work(batch: int, dim: int, rows: int, classes: int, modulation: int) -> tuple[int, int]:
-    """(bytes, flops) of `local_head` with a float32 basis [rows, dim]; `modulation` elements are trained."""
-    flops = batch * (4 * rows * dim + 8 * dim + 20 * classes + 6 * modulation)
-    return 4 * (2 * batch * dim + rows * dim + 3 * modulation) + 8 * batch, flops
 
 
 def _network(model: str, options: dict[str, Any]) -> Network:
@@ -126,17 +116,18 @@ def _rule(name: str) -> Any:
 
 
 def _trace(
-    model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range], precision: str = "fp32"
-) -> StepTrace:
+    model: str, rule: str, built: Any, network: Network, batch: int, groups: Sequence[range], precision: str = "fp32",
+    *, joined: bool = False,
+) -> StepTrace:  # fmt: skip
     recorder = _Recorder()
     layers = [
         build_layer(
             network,
             index,
             rule=built,
-            optimizer=lambda parameters: _Optimizer(parameters, recorder),  # type: ignore[arg-type,return-value]
+            optimizer=lambda owned: TracedOptimizer(owned, recorder),  # type: ignore[arg-type,return-value]
             device=META,
-            step=fused_step(_Backend(recorder)),  # type: ignore[arg-type]
+            step=fused_step(TracedBackend(recorder, joined=joined)),  # type: ignore[arg-type]
             precision=precision,
         )
         for index in range(len(network.blocks))
@@ -254,100 +245,6 @@ class _Recorder(TorchDispatchMode):
             self.add("convolution's bias gradient", "torch", sizes[0], grad.numel(), 132, 2)
 
 
-class _Backend:
-    """The operations of `kernels.reference` on meta tensors; notes the launches of the Triton backend."""
-
-    ABILITIES = Abilities(devices=frozenset({"meta"}))
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
-
-    def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
-        with self._recorder.silence():
-            result = reference.norm_act_forward(conv, *args, **options)
-        side = options["latent_size"] if conv.dim() == 4 else min(options["latent_size"], 1)
-        geometry = forward_geometry(_shape(conv), side, options["pool"], options["pool_size"])
-        written = _size(result.latents, result.output, result.mask_sums, result.mask_xhat_sums)
-        self._add_passes("norm_act_forward", geometry, _size(conv), _size(conv), written, conv.numel())
-        return result
-
-    def norm_act_backward(self, grad: Tensor, conv: Tensor, *args: Any, **options: Any) -> Any:
-        with self._recorder.silence():
-            result = reference.norm_act_backward(grad, conv, *args, **options)
-        side = options["latent_size"] if conv.dim() == 4 else 1
-        small = _size(grad, *args[4:6])
-        self._add_passes(
-            "norm_act_backward",
-            backward_geometry(_shape(conv), side),
-            small,
-            _size(conv, grad),
-            _size(conv),
-            conv.numel(),
-        )
-        return result
-
-    def norm_act_backward_full(self, grad: Tensor, conv: Tensor, *args: Any, **options: Any) -> Any:
-        with self._recorder.silence():
-            result = reference.norm_act_backward_full(grad, conv, *args, **options)
-        both = _size(grad, conv)
-        geometry = backward_geometry(_shape(conv), 0)
-        self._add_passes("norm_act_backward_full", geometry, both, both, _size(conv), conv.numel())
-        return result
-
-    def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
-        with self._recorder.silence():
-            result = reference.local_head(latents, labels, basis, modulation, **options)
-        batch, dim = latents.shape
-        rows = dim if basis is None else basis.shape[0]
-        classes = rows if modulation is None else modulation.shape[-1]
-        moved, flops = head_work(batch, dim, 0 if basis is None else rows, classes, _count(modulation))
-        # Latents, scores, the arrival, the last program's sums.
-        self._recorder.add("local_head", "fused", moved, flops, batch, 4)
-        if result.basis_grad is not None:
-            moved, flops = _size(latents, result.basis_grad), 2 * batch * rows * dim
-            self._recorder.add("batch_product", "fused", moved, flops, _divide_up(dim, 32), 3)
-        return result
-
-    def _add_passes(self, name: str, geometry: Geometry, reduced: int, read: int, written: int, values: int) -> None:
-        flops = _FLOPS_PER_VALUE * values
-        if geometry.reduction is not None:
-            grid = geometry.reduction.grid
-            # About five operations for each float32 that is read.
-            self._recorder.add(f"{name}: reduction", "fused", reduced, 5 * reduced // 4, grid[0] * grid[1], 1)
-        for index, part in enumerate(geometry.passes):
-            # The pass merges the reduction's results (or makes them) before it reads the tensor.
-            moved = read + written if index == 0 else read
-            self._recorder.add(f"{name}: pass", "fused", moved, flops, part.grid[0] * part.grid[1], 2)
-
-
-class _Optimizer:
-    """Counts what the fused optimizer launches."""
-
-    def __init__(self, parameters: Sequence[Tensor], recorder: _Recorder) -> None:
-        self._parameters, self._recorder = list(parameters), recorder
-        self.param_groups: list[dict[str, Any]] = []
-
-    def step(self, grads: Any = None) -> None:
-        for first in range(0, len(self._parameters), _OPTIMIZER_TENSORS):
-            parameters = self._parameters[first : first + _OPTIMIZER_TENSORS]
-            values = sum(p.numel() for p in parameters)
-            programs = sum(_divide_up(p.numel(), 1024) for p in parameters)
-            moved = 4 * _ADAM_WORDS * values
-            self._recorder.add("optimizer (Adam)", "fused", moved, _ADAM_FLOPS * values, programs, 2)
-
-    def bfloat16_of(self, parameter: Tensor) -> Tensor:
-        """Written by the launch of the step."""
-        with self._recorder.silence():
-            return parameter.to(torch.bfloat16)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self._parameters:
-            p.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-
 class _Source(BatchSource):
     """The dataset of stage 0."""
 
@@ -364,22 +261,8 @@ class _Source(BatchSource):
         return out
 
 
-def _shape(conv: Tensor) -> Shape:
-    height, width = conv.shape[2:] if conv.dim() == 4 else (1, 1)
-    channels_last = conv.stride(1) == 1 and conv.shape[1] > 1
-    return Shape(conv.shape[0], conv.shape[1], height, width, channels_last, conv.element_size())
-
-
 def _conv_name(what: str, groups: int) -> str:
     return f"{'depthwise ' if groups > 1 else ''}convolution {what}"
-
-
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _count(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel()
 
 
 def _divide_up(number: int, divisor: int) -> int:

@@ -2,6 +2,6 @@
 
 from typing import Literal
 
-BackendName = Literal["auto", "torch", "triton", "cuda", "cpp"]
+BackendName = Literal["auto", "torch", "triton", "cuda", "cpp", "triton_joined"]
 
 __all__ = ["BackendName"]

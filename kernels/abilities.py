@@ -14,6 +14,8 @@ class Abilities:
         closed_form: its operations are worth a local step in closed form; else layers train through autograd.
         in_place: `norm_act_backward` and `norm_act_backward_full` take `out`, which may be the very `conv` they read.
         optimizers: the backend whose fused optimizers go with it, by its name; None: the library's stay.
+        weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
+            library's weight gradient.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
     """
 
@@ -22,3 +24,4 @@ class Abilities:
     in_place: bool = False
     optimizers: str | None = None
     partial_gradients: bool = False
+    weight_gradient: bool = False

@@ -28,11 +28,14 @@ On several machines run the same line on each.
       --rdzv-endpoint=HOST:29500 -- --dataset CIFAR10
 
 TORCHRUN FLAGS are those of `torchrun --help`; without --nnodes, --rdzv-endpoint and
---master-addr nothing listens beyond the loopback address. TRAIN FLAGS are those of `unlocked train --help`.
+--master-addr nothing listens beyond the loopback address. TRAIN FLAGS are those
+of `unlocked train --help`.
 
 Exit code: of the process that failed first, else 0; 130 and 143 after Ctrl-C and
 SIGTERM, where torchrun would leave with 1."""
 _ELSEWHERE = ("--standalone", "--nnodes", "--rdzv", "--master", "--node")
+_SET_ELSEWHERE = ("PET_STANDALONE", "PET_NNODES", "PET_RDZV", "PET_MASTER", "PET_NODE")
+"""How the variables begin by which torchrun's flags can be set as well; Kubeflow does."""
 
 
 @lasting_output()
@@ -56,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(own: Sequence[str], training: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
-        if not any(flag.replace("_", "-").startswith(_ELSEWHERE) for flag in own):
+        told = any(flag.replace("_", "-").startswith(_ELSEWHERE) for flag in own)
+        if not told and not any(name.startswith(_SET_ELSEWHERE) for name in os.environ):
             own = [*stack.enter_context(_one_machine()), *own]
         return _launch(own, training)
 

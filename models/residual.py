@@ -55,30 +55,23 @@ class ResidualBlock(nn.Module):
         return result
 
 
-class _Skip:
-    """What a first half was given, until its block's tail sends it on: one micro-batch, one call."""
-
-    def __init__(self) -> None:
-        self.kept: Tensor | None = None
-
-
 class FirstHalf(nn.Module):
     """A residual block up to its first ReLU: [B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride].
 
-    Args:
-        skip: gets what the second half needs of the input: every `stride`-th pixel, the only ones that its 1 x 1
-            convolution reads.
+    `skipped` is what the second half needs of the input, until the block's tail sends it on in the same call: every
+    `stride`-th pixel, the only ones that the block's 1 x 1 convolution reads.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, skip: _Skip, *, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.act1 = nn.ReLU()
-        self.stride, self.skip = stride, skip
+        self.stride = stride
+        self.skipped: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.skip.kept = x[:, :, :: self.stride, :: self.stride]
+        self.skipped = x[:, :, :: self.stride, :: self.stride]
         result: Tensor = self.act1(self.norm1(self.conv1(x)))
         return result
 
@@ -86,12 +79,13 @@ class FirstHalf(nn.Module):
 class Beside(nn.Module):
     """The tail of a first half: its activations, and behind their channels those of what skips it."""
 
-    def __init__(self, skip: _Skip) -> None:
+    def __init__(self, half: FirstHalf) -> None:
         super().__init__()
-        self.skip = skip
+        self._half = (half,)  # no part of the tail, whose parameters its own would be
 
     def forward(self, activations: Tensor) -> Tensor:
-        skipped, self.skip.kept = self.skip.kept, None
+        (half,) = self._half
+        skipped, half.skipped = half.skipped, None
         assert skipped is not None, "the body has run before its tail"
         return torch.cat([activations, skipped], 1)
 
@@ -228,8 +222,7 @@ def _resnet(
         elif cut_blocks and number:
             entering, stride = widths_out[number - 1], 2 if number > 1 and (number - 1) % depth == 0 else 1
             shape = _Half(name, entering, width, p, projects=stride != 1 or entering != width)
-            skip = _Skip()
-            makers.append(partial(_first_half, shape, skip, stride))
+            makers.append(partial(_first_half, shape, stride))
             makers.append(partial(_second_half, shape, dropout, pooled=stop == units))
         else:
             makers.append(partial(_module, name, parts[first:stop], p, min(100, width * p * p), pooled=stop == units))
@@ -303,9 +296,9 @@ class _Half(NamedTuple):
         return Block(name, body, tail, latent_size=self.latent_size, hidden=2048, reduced_rank=rank)
 
 
-def _first_half(half: _Half, skip: _Skip, stride: int) -> Block:
-    body = FirstHalf(half.in_channels, half.out_channels, skip, stride=stride)
-    return half.block("first", body, Beside(skip))
+def _first_half(half: _Half, stride: int) -> Block:
+    body = FirstHalf(half.in_channels, half.out_channels, stride=stride)
+    return half.block("first", body, Beside(body))
 
 
 def _second_half(half: _Half, dropout: float, *, pooled: bool) -> Block:

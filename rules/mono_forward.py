@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.rules.base import LayerInfo, LocalRule
+from unlocked.kernels.reference import HeadResult
+from unlocked.rules.base import HeadArguments, LayerInfo, LocalRule
 
 __all__ = ["MonoForward"]
 
@@ -32,6 +33,7 @@ class MonoForward(LocalRule):
         values = torch.rand(layer.num_classes, layer.num_features, generator=layer.generator())
         self.projection = nn.Parameter(values.mul_(2 * bound).sub_(bound))
         self.read_out = 1.0 if sums else None
+        self._in_closed_form = len(layer.activation_shape) == 1 and layer.latent_size == layer.num_features
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.scores(activations), labels)
@@ -39,3 +41,11 @@ class MonoForward(LocalRule):
     def scores(self, activations: Tensor) -> Tensor:
         """G [B, n]."""
         return activations.flatten(1) @ self.projection.T
+
+    def head_arguments(self) -> HeadArguments | None:
+        """Where the latents are all activations, as in linear layers, G is a head with a trained basis."""
+        return HeadArguments(self.projection, None, False, 1.0, 0.0, True) if self._in_closed_form else None
+
+    def head_gradients(self, result: HeadResult) -> list[Tensor]:
+        assert result.basis_grad is not None
+        return [result.basis_grad]

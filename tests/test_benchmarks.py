@@ -17,9 +17,9 @@ from unlocked.kernels import cpp, reference
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
-    *("ahead_of_time", "cpu_step", "data_input", "host_per_tick", "pipeline_scaling", "plain_lls", "kernels"),
-    *("models", "plain_reproduce", "predict", "reproduce", "single_gpu", "snapshots", "start_up"),
-    *("two_checkouts", "zero_lock"),
+    *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
+    *("pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict", "reproduce"),
+    *("single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -105,7 +105,7 @@ def test_every_contender_runs_where_there_is_no_gpu(load: Any, tmp_path: Path, c
     report = json.loads(path.read_text())
     for name in names:
         (result,) = report["runs"][name]
-        if "green" in name or "C++" in name:
+        if any(word in name for word in ("green", "C++", "joined")):
             assert "no CPU form" in result["skipped"]
         else:
             assert result["steps"] == 2
@@ -194,6 +194,27 @@ def test_a_layer_of_lls_is_six_kernels_of_ours(load: Any) -> None:
     (forward,) = [node for node in trace.stages[1] if node.name == "convolution forward"]
     assert forward.flops == 2 * 64 * 16 * 16 * 64 * 32 * 9
     assert forward.bytes == 4 * (64 * 32 * 16 * 16 + 64 * 64 * 16 * 16 + 64 * 32 * 9)
+
+
+def test_the_joined_kernels_stand_for_two_in_each_convolution(load: Any) -> None:
+    step_trace = load("step_trace")
+    joined, apart = (step_trace.trace_local("SmallConv", 64, joined=joined) for joined in (True, False))
+    assert len(apart.nodes) - len(joined.nodes) == 3
+    instead = ["norm_act_backward: reduction", "BatchNorm backward, weight gradient", "weight gradient's sum"]
+    for stage in joined.stages[:3]:
+        names = [node.name for node in stage]
+        assert names[names.index("local_head") + 1 : -1] == instead
+        product, total = stage[-3:-1]
+        # What one leaves for the other; and no program does without a tile of the product.
+        assert total.bytes == pytest.approx(total.flops * 4, rel=0.15)
+        assert product.programs <= 132
+    assert joined.stages[3:] == apart.stages[3:]
+    # At least the product's multiplications, and no gradient as large as the output.
+    for stage, other in zip(joined.stages[:3], apart.stages[:3], strict=True):
+        (product,) = [n for n in stage if n.name == instead[1]]
+        (library,) = [n for n in other if n.name == "convolution weight gradient"]
+        assert library.flops <= product.flops <= 1.4 * library.flops
+    assert joined.stages[0][-3].bytes < apart.stages[0][-4].bytes
 
 
 def test_backpropagation_has_input_gradients_and_lls_has_none(load: Any) -> None:

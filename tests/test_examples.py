@@ -81,3 +81,36 @@ def test_a_learning_rate_is_found_that_learns() -> None:
     assert found[2].startswith("the loss grows beyond a rate of ")
     assert float(found[2].split()[-1]) > float(found[3]) > 1e-4
     assert float(found[4]) > 85
+
+
+def test_every_task_learns_in_seconds() -> None:
+    command = [sys.executable, str(EXAMPLES / "any_task.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = {line.split(":")[0]: line for line in done.stdout.splitlines()}
+    figures = {
+        name: {key: float(value) for key, value in re.findall(r"(\w+) (-?\d+\.\d+)", line)}
+        for name, line in found.items()
+    }
+    assert figures["regression"]["r2"] > 0.4
+    assert figures["labels"]["micro_f1"] > 55
+    assert figures["segmentation"]["mean_iou"] > 80
+    assert figures["sequences"]["accuracy"] > 90
+
+
+@pytest.mark.alone
+def test_a_language_model_is_the_same_from_one_process_and_from_three() -> None:
+    """Its digest, and what it writes, token for token."""
+    example, texts = str(EXAMPLES / "language_model.py"), []
+    for stages in ("1", "3"):
+        done = subprocess.run(
+            [sys.executable, example, stages], capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    one, three = ([line for line in text.splitlines() if "in " not in line] for text in texts)
+    assert one == three
+    assert one[-1].startswith("generated b'def ")
+    assert len({re.search(r"weights_sha256 (\w{64})", text)[1] for text in texts}) == 1  # type: ignore[index]
+    bits = [float(line.split(": ")[1].split(" bits")[0]) for line in one if line.startswith("epoch")]
+    assert bits[-1] < min(bits[0], 4.5)

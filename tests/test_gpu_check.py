@@ -183,6 +183,33 @@ def test_a_dry_run_runs_every_step(call: int, tmp_path: Path) -> None:
 
 
 @no_gpu
+def test_on_a_gpu_tritons_kernels_are_compared_with_the_reference(tmp_path: Path) -> None:
+    """Tests that take the interpreter elsewhere."""
+    (tmp_path / "with_a_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    found = []
+    for plugins in ([], ["-p", "with_a_gpu"]):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            *plugins,
+            "-m",
+            "gpu",
+            "--collect-only",
+            "-q",
+        ]
+        command.append("tests/kernels/test_triton_norm_act.py")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:]
+        found.append(done.stdout)
+    assert int(found[0].rsplit("test_triton_norm_act.py: ", 1)[1].split()[0]) < 10
+    assert int(found[1].rsplit("test_triton_norm_act.py: ", 1)[1].split()[0]) > 40
+
+
+@no_gpu
 def test_gpu_tests_are_found_where_schedulefree_is_missing(tmp_path: Path) -> None:
     """A machine that is lent has what it has."""
     (tmp_path / "schedulefree.py").write_text("raise ModuleNotFoundError('not here')\n")

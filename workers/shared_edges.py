@@ -233,10 +233,10 @@ class _Link:
             self._link.send(b"\0")
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Waits for a count.
+        """Waits for a count, as long as there are signs of the neighbour's: it may be doing a dead one's work again.
 
         Raises:
-            LinkLostError: the neighbour's end is gone, or it did not come in time.
+            LinkLostError: the neighbour's end is gone, or nothing came in time.
         """
         if ready():
             return
@@ -250,6 +250,7 @@ class _Link:
                 raise LinkLostError(f"{self._neighbour} did not answer within {self._timeout:g} s")
             if self._arrival.poll(1000 * left):
                 is_open = self._take()  # what was counted before an end still counts
+                deadline = time.monotonic() + self._timeout
 
     def close(self) -> None:
         self._link.close()

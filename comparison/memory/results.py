@@ -29,7 +29,7 @@ class ChainSettings:
     num_classes: int = setting(10, "of the output layer", at_least=1, at_most=LARGEST)
     steps: int = setting(3, "training steps; the first one builds the optimizer's states", at_least=2, at_most=LARGEST)
     device: str = setting("cpu", "cpu, cuda or cuda:INDEX")
-    kernels: str = setting("auto", "auto, torch, cpp (CPU), triton or cuda (GPU)", choices=BACKENDS)
+    kernels: str = setting("auto", "auto, torch, cpp (CPU), triton, triton_joined or cuda (GPU)", choices=BACKENDS)
     seed: int = setting(0, "of weights and images", at_least=0, at_most=LARGEST_SEED)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from unlocked.kernels.cuda.bindings import unavailable
 from unlocked.kernels.cuda.head import local_head
 from unlocked.kernels.cuda.images import load_batch
 from unlocked.kernels.cuda.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+from unlocked.kernels.cuda.weight_grad import norm_act_weight_grad
 
 __all__ = [
     "ABILITIES",
@@ -13,6 +14,7 @@ __all__ = [
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "norm_act_weight_grad",
     "unavailable",
 ]
 

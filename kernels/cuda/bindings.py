@@ -43,6 +43,7 @@ _SIGNATURES = {
     "unlocked_apply": "ii g pp ppp pp pp pp pp fff",
     "unlocked_backward": "iii g pp pppp pp p ppp f",
     "unlocked_backward_full": "i g pp pppp p ppp f",
+    "unlocked_weight_grad": "ii p pp pppp pp p pp pp f",
     "unlocked_head": "iii l iii i ll iii pppp p pp pppp ppp pp fff",
     "unlocked_load_batch": "lll iii ppp pp pp p i pp l iii f",
 }
@@ -144,7 +145,8 @@ def load_library(path: str) -> ctypes.CDLL:
     for name in ("unlocked_error_name", "unlocked_error_text"):
         getattr(library, name).argtypes = [ctypes.c_int]
         getattr(library, name).restype = ctypes.c_char_p
-    for name in ("unlocked_multiprocessors", "unlocked_shared_memory", "unlocked_geometry_bytes"):
+    sizes = ("unlocked_geometry_bytes", "unlocked_convolution_bytes")
+    for name in ("unlocked_multiprocessors", "unlocked_shared_memory", *sizes):
         getattr(library, name).argtypes = [ctypes.c_int]
         getattr(library, name).restype = ctypes.c_int
     return library

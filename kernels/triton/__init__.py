@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unlocked.kernels.triton.head import local_head
     from unlocked.kernels.triton.images import load_batch
     from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+    from unlocked.kernels.triton.weight_grad import norm_act_weight_grad
 
 __all__ = [
     "ABILITIES",
@@ -25,6 +26,7 @@ __all__ = [
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "norm_act_weight_grad",
     "unavailable",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "norm_act_forward": "norm_act",
     "norm_act_backward": "norm_act",
     "norm_act_backward_full": "norm_act",
+    "norm_act_weight_grad": "weight_grad",
 }
 
 

@@ -20,10 +20,16 @@ from unlocked.kernels.triton.norm_act_geometry import Shape, backward_geometry, 
 __all__ = [
     "Launch",
     "backward_launches",
+    "check_inputs",
+    "check_window_tensors",
     "forward_launches",
+    "latent_side",
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "run_launches",
+    "shape_of",
+    "strides_of",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +40,7 @@ class Launch(NamedTuple):
     """One kernel launch, as data: made from shapes alone, so that it can also be compiled ahead of time."""
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     num_warps: int
     arguments: tuple[Any, ...]
     constants: Any
@@ -64,12 +70,12 @@ def norm_act_forward(
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     if conv_bias is not None:
         vectors["conv_bias"] = conv_bias
-    _check(conv, vectors)
+    check_inputs(conv, vectors)
     result, launches = forward_launches(
         conv, weight, bias, running_mean, running_var, conv_bias, latent_size, pool, pool_size, momentum, eps,
         negative_slope, out,
     )  # fmt: skip
-    _run(conv, launches)
+    run_launches(conv, launches)
     return result
 
 
@@ -91,19 +97,16 @@ def norm_act_backward(
     Raises:
         ValueError: as `norm_act_forward`.
     """
-    _check(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
-    side = _latent_side(conv, latent_size)
-    if side == 0:
-        raise ValueError("latent_size 0 has no latents' gradient; call norm_act_backward_full")
-    wanted = (conv.shape[0], conv.shape[1] * side * side)
-    for name, given in {"latents_grad": latents_grad, "mask_sums": mask_sums, "mask_xhat_sums": mask_xhat_sums}.items():
-        if given.shape != wanted or given.device != conv.device:
-            raise ValueError(f"{name} must be {wanted} on {conv.device}, got {tuple(given.shape)} on {given.device}")
+    check_inputs(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
+    side = latent_side(conv, latent_size)
+    check_window_tensors(
+        conv, side, {"latents_grad": latents_grad, "mask_sums": mask_sums, "mask_xhat_sums": mask_xhat_sums}
+    )
     sums = (mask_sums.contiguous(), mask_xhat_sums.contiguous())
     result, launches = backward_launches(
         latents_grad.contiguous(), conv, mean, rstd, weight, bias, sums, side, negative_slope
     )
-    _run(conv, launches)
+    run_launches(conv, launches)
     return result
 
 
@@ -118,14 +121,14 @@ def norm_act_backward_full(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `norm_act_backward`, from a gradient at every activation (like `conv`, any strides)."""
-    _check(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
+    check_inputs(conv, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
     if activations_grad.shape != conv.shape or activations_grad.device != conv.device:
         raise ValueError(
             f"activations_grad must be {tuple(conv.shape)} on {conv.device} like conv, "
             f"got {tuple(activations_grad.shape)} on {activations_grad.device}"
         )
     result, launches = backward_launches(activations_grad, conv, mean, rstd, weight, bias, None, 0, negative_slope)
-    _run(conv, launches)
+    run_launches(conv, launches)
     return result
 
 
@@ -137,15 +140,15 @@ def forward_launches(
     """What `norm_act_forward` gives, in buffers that are still to be filled, and the launches that fill them, in order.
     The tensors are checked already; those of the device "meta" do, where only the launches are of interest.
     """
-    shape = _shape(conv)
+    shape = shape_of(conv)
     batch, channels = shape.batch, shape.channels
-    side = _latent_side(conv, latent_size)
+    side = latent_side(conv, latent_size)
     output = _output(conv, pool, pool_size, out)
     geometry = forward_geometry(shape, side, pool, pool_size)
     mean, rstd = conv.new_empty((2, channels), dtype=torch.float32).unbind()
     latents = conv.new_empty((batch, channels * side * side) if side else 0)
     mask_sums, mask_xhat_sums = conv.new_empty((2, *latents.shape), dtype=torch.float32).unbind()
-    strides, out_strides = _strides(conv), _strides(output)
+    strides, out_strides = strides_of(conv), strides_of(output)
     launches, partials, per_partial = [], None, 1
     if geometry.reduction is not None:
         grid, num_warps, num_partials, per_partial, constants = geometry.reduction
@@ -173,12 +176,12 @@ def backward_launches(
         grad: [B, C side side], or, where `sums` is None and `side` 0, like `conv`: that of every activation.
         sums: the forward pass's (mask_sums, mask_xhat_sums), both [B, C side side].
     """
-    shape = _shape(conv)
+    shape = shape_of(conv)
     channels = shape.channels
     geometry = backward_geometry(shape, side)
     conv_grad = torch.empty_like(conv)
     weight_grad, bias_grad = conv.new_empty((2, channels), dtype=torch.float32).unbind()
-    strides = (*_strides(conv), *(_strides(grad) if sums is None else (0, 0, 0, 0)))
+    strides = (*strides_of(conv), *(strides_of(grad) if sums is None else (0, 0, 0, 0)))
     scale = side * side / (shape.height * shape.width)
     (last,) = geometry.passes
     launches, partials = [], None
@@ -196,30 +199,34 @@ def backward_launches(
         launches.append(Launch(kernel, grid, num_warps, arguments, constants))
     arguments = (
         grad, conv, mean, rstd, weight, bias, *(sums or (None, None)), partials, conv_grad, weight_grad, bias_grad,
-        shape.rows, last.num_windows, last.num_tiles, channels, scale, negative_slope, *strides, *_strides(conv_grad),
+        shape.rows, last.num_windows, last.num_tiles, channels, scale, negative_slope, *strides, *strides_of(conv_grad),
     )  # fmt: skip
     launches.append(Launch(backward_kernel, last.grid, last.num_warps, arguments, last.constants))
     return (conv_grad, weight_grad, bias_grad), launches
 
 
-def _run(conv: Tensor, launches: Iterable[Launch]) -> None:
+def run_launches(conv: Tensor, launches: Iterable[Launch]) -> None:
+    """On the device of `conv`, in order, on its current stream."""
     device: AbstractContextManager[Any] = torch.cuda.device(conv.device) if conv.is_cuda else nullcontext()
     with device:
         for kernel, grid, num_warps, arguments, constants in launches:
             kernel[grid](*arguments, **constants, num_warps=num_warps)
 
 
-def _shape(conv: Tensor) -> Shape:
+def shape_of(conv: Tensor) -> Shape:
+    """Of [B, C, H, W] or [B, C]."""
     height, width = conv.shape[2:] if conv.dim() == 4 else (1, 1)
     channels_last = conv.stride(1) == 1 and conv.shape[1] > 1
     return Shape(conv.shape[0], conv.shape[1], height, width, channels_last, conv.element_size())
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Four; [B, C] is a plane of one pixel."""
     return tensor.stride() if tensor.dim() == 4 else (*tensor.stride(), 1, 1)
 
 
-def _check(conv: Tensor, vectors: dict[str, Tensor]) -> None:
+def check_inputs(conv: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Raises a ValueError unless the kernels take `conv`, and all `vectors` are [C] beside it."""
     if conv.dtype not in _DTYPES:
         raise ValueError(f"conv must be float32, bfloat16 or float16, got {conv.dtype}; kernels='torch' takes others")
     if conv.dim() not in (2, 4) or conv.numel() == 0:
@@ -235,7 +242,17 @@ def _check(conv: Tensor, vectors: dict[str, Tensor]) -> None:
             )
 
 
-def _latent_side(conv: Tensor, latent_size: int) -> int:
+def check_window_tensors(conv: Tensor, side: int, tensors: dict[str, Tensor]) -> None:
+    """Raises a ValueError unless all are [B, C side side] where `conv` is, and `side` is not 0."""
+    if side == 0:
+        raise ValueError("latent_size 0 has no latents' gradient; call norm_act_backward_full")
+    wanted = (conv.shape[0], conv.shape[1] * side * side)
+    for name, given in tensors.items():
+        if given.shape != wanted or given.device != conv.device:
+            raise ValueError(f"{name} must be {wanted} on {conv.device}, got {tuple(given.shape)} on {given.device}")
+
+
+def latent_side(conv: Tensor, latent_size: int) -> int:
     """The side of the latents' grid; 0: no latents. [B, C] is a plane of one pixel."""
     if conv.dim() == 2:
         if latent_size not in (0, conv.shape[1]):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from unlocked.kernels.triton.norm_act_forward_kernels import STATISTICS_MERGE, row_offsets, window_origin
 
-__all__ = ["backward_kernel", "full_totals_kernel", "window_totals_kernel"]
+__all__ = ["backward_kernel", "full_totals_kernel", "merge_totals", "window_totals_kernel"]
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def full_totals_kernel(
 
 
 @triton.jit
-def _merge_totals(partials, channel, channels, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def merge_totals(partials, channel, channels, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Adds up the results of `window_totals_kernel` or `full_totals_kernel`."""
     dy_sum = tl.zeros([BLOCK_C], tl.float32)
     dy_xhat_sum = tl.zeros([BLOCK_C], tl.float32)
@@ -136,7 +136,7 @@ def backward_kernel(
     offset = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     CELLS: tl.constexpr = GRID_H * GRID_W
     if STATISTICS == STATISTICS_MERGE:
-        dy_sum, dy_xhat_sum = _merge_totals(partials, channel, channels, PARTIALS, BLOCK_P, BLOCK_C)
+        dy_sum, dy_xhat_sum = merge_totals(partials, channel, channels, PARTIALS, BLOCK_P, BLOCK_C)
     elif FULL:
         dy_sum, dy_xhat_sum = _full_totals(
             grad, conv, mean, rstd, gain, offset, 0, num_rows, channel, channels, negative_slope,

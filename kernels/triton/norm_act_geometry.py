@@ -18,7 +18,17 @@ from unlocked.kernels.triton.norm_act_forward_kernels import (
     STATISTICS_WHOLE,
 )
 
-__all__ = ["Geometry", "Pass", "Reduction", "Shape", "backward_geometry", "forward_geometry"]
+__all__ = [
+    "Geometry",
+    "Pass",
+    "Reduction",
+    "Shape",
+    "backward_geometry",
+    "divide_up",
+    "forward_geometry",
+    "power_of_2",
+    "window_reduction",
+]
 
 WHOLE_ROWS = 1024  # up to here one program reads all rows of its channels, and one launch does everything
 TILE = 2048  # elements of a tile: 16 per thread at 4 warps, so that four float32 tiles fit the registers
@@ -123,7 +133,7 @@ def backward_geometry(shape: Shape, latent_size: int) -> Geometry:
     reduction = None
     if shape.rows > WHOLE_ROWS:
         # The full gradient is loaded beside `conv`: a block of half the size, or registers are spilled.
-        reduction = _window_reduction(shape, latent_size * latent_size) if latent_size else _row_reduction(shape, 4096)
+        reduction = window_reduction(shape, latent_size * latent_size) if latent_size else _row_reduction(shape, 4096)
     statistics = STATISTICS_MERGE if reduction else STATISTICS_WHOLE
     extra = {"STATISTICS": statistics.value, "FULL": latent_size == 0}
     return Geometry(reduction, (_pass(shape, windows, reduction, summed, extra),))
@@ -141,24 +151,24 @@ def _pass(
     scattered = "FULL" in extra and not shape.channels_last and shape.itemsize == 2 and pixels <= 16
     elements = TILE // 2 if step == 2 or scattered else TILE
     whole = extra["STATISTICS"] == STATISTICS_WHOLE.value
-    channels = _power_of_2(shape.channels)
+    channels = power_of_2(shape.channels)
     if shape.channels_last:
         # 32 channels are a full cache line of float32; with all rows in one program, there is a program per sector.
         block_c = min(SECTOR // shape.itemsize if whole else 32, channels)
-        block_k = min(_power_of_2(pixels), elements // block_c)
-        block_q = min(_power_of_2(num_windows), elements // (block_c * block_k))
+        block_k = min(power_of_2(pixels), elements // block_c)
+        block_q = min(power_of_2(num_windows), elements // (block_c * block_k))
     else:
-        block_k = min(_power_of_2(pixels), elements)
-        block_q = min(_power_of_2(num_windows), elements // block_k)
+        block_k = min(power_of_2(pixels), elements)
+        block_q = min(power_of_2(num_windows), elements // block_k)
         block_c = 1 if whole else min(channels, elements // (block_k * block_q))
-    num_tiles = _divide_up(num_windows, block_q)
-    channel_blocks = _divide_up(shape.channels, block_c)
+    num_tiles = divide_up(num_windows, block_q)
+    channel_blocks = divide_up(shape.channels, block_c)
     programs = 1 if whole else min(num_tiles, max(1, PROGRAMS // channel_blocks))
     partials = reduction.partials if reduction else 1
     constants = {
         "H": shape.height, "W": shape.width, "GRID_H": grid_h, "GRID_W": grid_w, "WIN_H": win_h, "WIN_W": win_w,
-        "PARTIALS": partials, "BLOCK_P": min(BLOCK_P, _power_of_2(partials)),
-        "BLOCK_R": min(_power_of_2(summed_rows), 4096 // block_c) if whole else 1,
+        "PARTIALS": partials, "BLOCK_P": min(BLOCK_P, power_of_2(partials)),
+        "BLOCK_R": min(power_of_2(summed_rows), 4096 // block_c) if whole else 1,
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     return Pass((programs, channel_blocks), 4, num_windows, num_tiles, constants | extra)
@@ -170,15 +180,15 @@ def _row_reduction(shape: Shape, elements: int) -> Reduction:
     large = shape.rows * shape.channels >= LARGE
     block_c = 1
     if shape.channels_last:
-        block_c = min(32 if large else SECTOR // shape.itemsize, _power_of_2(shape.channels))
+        block_c = min(32 if large else SECTOR // shape.itemsize, power_of_2(shape.channels))
     most = PARTIALS_LARGE if large else PARTIALS_SMALL
     constants = {"H": shape.height, "W": shape.width}
     return _reduction(shape.rows, shape.channels, block_c, elements // block_c, most, max(1, 512 // block_c), constants)
 
 
-def _window_reduction(shape: Shape, cells: int) -> Reduction:
+def window_reduction(shape: Shape, cells: int) -> Reduction:
     """A reduction over tensors [B, C, cells], contiguous: a program reads at least a sector at a time."""
-    block_c = min(max(1, 8 // _power_of_2(cells)), _power_of_2(shape.channels))
+    block_c = min(max(1, 8 // power_of_2(cells)), power_of_2(shape.channels))
     block_r = 1024 // block_c
     return _reduction(shape.batch * cells, shape.channels, block_c, block_r, BLOCK_P, block_r, {"CELLS": cells})
 
@@ -186,20 +196,20 @@ def _window_reduction(shape: Shape, cells: int) -> Reduction:
 def _reduction(
     rows: int, channels: int, block_c: int, block_r: int, most: int, least_rows: int, constants: dict[str, Any]
 ) -> Reduction:
-    channel_blocks = _divide_up(channels, block_c)
-    partials = min(most, _divide_up(REDUCING_PROGRAMS, channel_blocks), _divide_up(rows, least_rows))
-    rows_per_partial = _divide_up(rows, partials)
-    partials = _divide_up(rows, rows_per_partial)
-    block_r = min(block_r, _power_of_2(rows_per_partial))
+    channel_blocks = divide_up(channels, block_c)
+    partials = min(most, divide_up(REDUCING_PROGRAMS, channel_blocks), divide_up(rows, least_rows))
+    rows_per_partial = divide_up(rows, partials)
+    partials = divide_up(rows, rows_per_partial)
+    block_r = min(block_r, power_of_2(rows_per_partial))
     constants |= {"PARTIALS": partials, "BLOCK_R": block_r, "BLOCK_C": block_c}
     num_warps = 8 if block_r * block_c >= 4096 else 4
     return Reduction((partials, channel_blocks), num_warps, partials, rows_per_partial, constants)
 
 
-def _power_of_2(number: int) -> int:
+def power_of_2(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
-def _divide_up(number: int, divisor: int) -> int:
+def divide_up(number: int, divisor: int) -> int:
     return -(-number // divisor)

@@ -8,11 +8,11 @@ from unlocked.kernels.reference import PoolKind
 from unlocked.kernels.triton.aot_spec import AotSpec
 from unlocked.kernels.triton.norm_act import Launch, backward_launches, forward_launches
 
-__all__ = ["AOT_SPECS"]
+__all__ = ["AOT_SPECS", "CASES", "LAYOUTS", "launch_spec"]
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # Shape, latent_size, pool: SmallConv at batch 64, its first layer at batch 2048, and windows that don't nest.
-_CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
+CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
     ((64, 32, 32, 32), 4, "max"),
     ((64, 64, 16, 16), 2, "max"),
     ((64, 128, 8, 8), 2, "average"),
@@ -21,12 +21,12 @@ _CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
     ((64, 48, 12, 12), 4, "max"),
 )
 # Type, whether channels-last, and what the name of the specialisation says of it.
-_LAYOUTS = ((torch.float32, True, ""), (torch.bfloat16, True, "_bf16"), (torch.float16, False, "_fp16_contiguous"))
+LAYOUTS = ((torch.float32, True, ""), (torch.bfloat16, True, "_bf16"), (torch.float16, False, "_fp16_contiguous"))
 
 
 def _specs() -> Iterator[AotSpec]:
-    for shape, latent_size, pool in _CASES:
-        for dtype, channels_last, suffix in _LAYOUTS:
+    for shape, latent_size, pool in CASES:
+        for dtype, channels_last, suffix in LAYOUTS:
             conv = torch.empty(shape, dtype=dtype, device="meta")
             if conv.dim() == 4 and channels_last:
                 conv = conv.to(memory_format=torch.channels_last)
@@ -39,11 +39,11 @@ def _specs() -> Iterator[AotSpec]:
             launches += backward_launches(result.latents, conv, vector, vector, vector, vector, sums, side, 0.01)[1]
             launches += backward_launches(conv, conv, vector, vector, vector, vector, None, 0, 0.01)[1]
             name = "x".join(map(str, shape)) + suffix
-            yield from (_spec(launch, name) for launch in launches)
+            yield from (launch_spec(launch, "norm_act_", name) for launch in launches)
 
 
-def _spec(launch: Launch, name: str) -> AotSpec:
-    """Types and hints as Triton would find them in the arguments of the launch."""
+def launch_spec(launch: Launch, prefix: str, name: str) -> AotSpec:
+    """Types and hints as Triton would find them in the arguments of the launch. The name: `prefix`, kernel, `name`."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     for argument, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
@@ -58,7 +58,7 @@ def _spec(launch: Launch, name: str) -> AotSpec:
             signature[argument] = width + (":16" if value % 16 == 0 else "")
     kind = launch.kernel.fn.__name__.removesuffix("_kernel")
     suffix = "_full" if constants.get("FULL") else ""
-    return AotSpec(f"norm_act_{kind}{suffix}_{name}", launch.kernel, signature, constants, launch.num_warps)
+    return AotSpec(f"{prefix}{kind}{suffix}_{name}", launch.kernel, signature, constants, launch.num_warps)
 
 
 AOT_SPECS = list(_specs())

@@ -6,7 +6,7 @@ failure (or one signal) reach all. It never touches a tensor, and no step waits 
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import zmq
@@ -362,7 +362,7 @@ class Coordinator:
 
     def _extend(self) -> None:
         if self.stopped is None and self.first_failure is None and self._policy.extend():
-            self._send_all(self._grant())
+            self._send_all(self._grant(), self._roster.workers.values())  # their supervisors run nothing
 
     def _grant(self) -> m.Grant:
         factor = self._gate.factor if self._gate else 1.0
@@ -376,8 +376,8 @@ class Coordinator:
         if text is not None:
             self._callbacks.post(self._sink.on_message, text)
 
-    def _send_all(self, message: Any) -> None:
-        for member in self._roster.everybody():
+    def _send_all(self, message: Any, members: Iterable[Member] = ()) -> None:
+        for member in tuple(members) or self._roster.everybody():
             self._send(member.identity, message)
 
 

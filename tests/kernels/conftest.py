@@ -7,6 +7,16 @@ import torch
 from cuda_on_cpu import emulation
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, what runs on it is a test that needs it; those that draw shapes compile for too long."""
+    if torch.cuda.is_available():
+        for item in items:
+            draws = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+            if "kernel_device" in getattr(item, "fixturenames", ()) and not draws:
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> str:
     """The device that kernels under test run on."""

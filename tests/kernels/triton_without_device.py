@@ -93,6 +93,9 @@ def _norm_acts() -> None:
         sums = (result.mask_sums, result.mask_xhat_sums)
         fused.norm_act_backward(result.latents, conv, *kept, *sums, latent_size=latent_size)
         fused.norm_act_backward_full(conv, conv, *kept)
+        source, kernel = torch.randn(shape[0], 4, *shape[2:], dtype=dtype), torch.randn(shape[1], 4, 3, 3, dtype=dtype)
+        state = (result.latents, conv, *kept, *sums, source, kernel)
+        fused.norm_act_weight_grad(*state, padding=(1, 1), latent_size=latent_size)
 
 
 def _load_batches() -> None:

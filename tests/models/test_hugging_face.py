@@ -157,6 +157,7 @@ def test_tied_weights_are_refused_or_untied(tmp_path: Path) -> None:
         network.lm_head.weight.mul_(2)
     network.save_pretrained(tmp_path)
     again = type(network).from_pretrained(tmp_path).eval()
+    assert network.config.tie_word_embeddings is again.config.tie_word_embeddings is False
     assert torch.equal(again(**inputs).logits, network(**inputs).logits)
     assert not torch.equal(again(**inputs).logits, expected)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("start.md", "your_network.md", "hugging_face.md", "your_rule.md", "python.md")
+PAGES = ("start.md", "your_network.md", "hugging_face.md", "your_rule.md", "python.md", "tasks.md")
 
 
 def blocks(page: str, language: str) -> list[str]:

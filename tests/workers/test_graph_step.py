@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import joining_backend
 import pytest
 import torch
 from graph_blocks import CASES, Residual, made_layer, random_block, step_of
@@ -37,13 +38,13 @@ def assert_close_to_float64(make: Callable[[], Block], x: Tensor, backend: Any, 
     return tested
 
 
-@given(seed=st.integers(0, 2**31 - 1), tokens=st.booleans(), on_cpp=st.booleans())
+@given(seed=st.integers(0, 2**31 - 1), tokens=st.booleans(), backend=st.sampled_from([cpp, reference, joining_backend]))
 @settings(max_examples=40)
-def test_random_blocks(seed: int, tokens: bool, on_cpp: bool) -> None:
+def test_random_blocks(seed: int, tokens: bool, backend: Any) -> None:
     """Channels, sizes, groups, biases, skips, frozen parts: whatever comes out. In float32 another value of a few may
     be the largest in its window, or be above zero; an operation too few or too many would be off by far more."""
     make, x = random_block(seed, tokens=tokens)
-    assert_close_to_float64(make, x, cpp if on_cpp else reference, limit=3e-2)
+    assert_close_to_float64(make, x, backend, limit=3e-2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,6 +80,7 @@ OPERATIONS = {
     operations.Dropout: "dropout",
     normalized.Normalized: "residual",
     normalized.NormalizedEnd: "plain",
+    normalized.ConvolvedEnd: "plain",
     normalized.UnevenEnd: "uneven",
     body.PlainEnd: "residual",
     autograd.Read: "parameter",
@@ -104,10 +106,47 @@ def test_an_error_in_any_way_back_is_found(kind: type, monkeypatch: pytest.Monke
         return [g if g is None else 1.02 * g for g in inputs], [g if g is None else 1.02 * g for g in parameters]
 
     make, x, _ = CASES[OPERATIONS[kind]]
-    assert_close_to_float64(make, x, cpp)
+    backend = joining_backend if kind is normalized.ConvolvedEnd else cpp
+    assert_close_to_float64(make, x, backend)
     monkeypatch.setattr(kind, "backward", wrong)
     with pytest.raises(AssertionError):
-        assert_close_to_float64(make, x, cpp, limit=1e-2)
+        assert_close_to_float64(make, x, backend, limit=1e-2)
+
+
+def _chain(*before: Callable[[], nn.Module], groups: int = 1, frozen: bool = False) -> Block:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=(1, 0), stride=(1, 2), groups=groups)
+    conv.weight.requires_grad_(not frozen)
+    return Block(
+        "chain",
+        nn.Sequential(*(make() for make in before), conv, nn.BatchNorm2d(6), nn.ReLU()),
+        nn.MaxPool2d(2),
+        latent_size=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "joins"),
+    [
+        (_chain, True),
+        (lambda: _chain(groups=2), False),
+        (lambda: _chain(frozen=True), False),
+        (lambda: _chain(lambda: nn.Conv2d(4, 4, 1)), False),  # asks for the gradient of the last one's input
+        (lambda: _chain(nn.ReLU), False),
+    ],
+)
+def test_a_convolution_joins_the_end_where_its_weight_gradient_is_all_that_is_asked_for(
+    make: Callable[[], Block], joins: bool
+) -> None:
+    x = torch.randn(4, 4, 8, 9).contiguous(memory_format=torch.channels_last)
+    tested = assert_close_to_float64(make, x, joining_backend)
+    _, covered, why = tested.step.body.rows[-1]
+    assert isinstance(tested.step.body.end, normalized.ConvolvedEnd) == joins
+    assert ("weight gradient" in why) == joins
+    assert any(name.isdigit() for name in covered)
+    apart = assert_close_to_float64(make, x, reference)
+    for (name, a), (_, b) in zip(tested.tensors(), apart.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class _Own(nn.Module):

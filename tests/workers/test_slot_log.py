@@ -1,6 +1,7 @@
 """An edge that keeps what was sent: whoever comes back at either end finds it, and nothing is lost or comes twice."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -117,3 +118,22 @@ def test_a_sender_that_died_before_it_woke_the_receiver_is_made_up_for() -> None
     outbox.go_back(0)
     send(outbox, 0)
     assert inbox._link._arrival.poll(0), "nobody tells a receiver that waits already"
+
+
+def test_a_neighbour_that_does_a_dead_ones_work_again_is_waited_for() -> None:
+    """As long as it shows that it works: its replay may take longer than the time limit."""
+    outbox, inbox = edge(timeout=0.4)
+    for number in range(DEPTH):
+        send(outbox, number)
+    looks = []
+
+    def is_done() -> bool:
+        looks.append(time.monotonic())
+        inbox._link.wake()  # of the neighbour that comes to the next item of its replay
+        time.sleep(0.1)
+        return len(looks) > 10
+
+    outbox._link.wait_until(is_done)
+    assert looks[-1] - looks[0] > 0.8
+    with pytest.raises(LinkLostError, match="did not answer"):
+        outbox._link.wait_until(lambda: False)

@@ -4,6 +4,8 @@
 | ---------------------------------------------------- | -------------------------------------------------- |
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| the same and a convolution of the block's input      | likewise, and its weight gradient, by a backend    |
+|                                                      | that has it (`Abilities.weight_gradient`)          |
 | a split into parts, and those who take them          | one call                                           |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
 | whatever the table does not have, in a row           | one piece for autograd                             |
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from unlocked.models import KeyedDropout
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
-from unlocked.workers.graph.normalized import Normalized, NormalizedEnd, UnevenEnd
+from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
 from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
@@ -103,14 +105,28 @@ class _Planner:
             sides = [p, tail.size] if tail.pool == "average" else [p]
             even = tail.pool != "mean" and all(length % side == 0 for length in shape[1:] for side in sides)
         kind = NormalizedEnd if even else UnevenEnd
-        options = self._of_norm(norm)
-        operation = kind(
-            norm.target, slope, self._backend, latent_size=p, pool=tail.pool, pool_size=tail.size, **options
-        )
+        options = self._of_norm(norm) | {"latent_size": p, "pool": tail.pool, "pool_size": tail.size}
         covers = list(dict.fromkeys((norm, self._output)))
-        self._covered |= set(covers)
         why = "in one pass each way" if even else "in one pass; pooled by the library, whose windows overlap or are 2x2"
-        return Call(operation, norm.inputs, [], [*covers, *ending], "joined", why), tail.dropout
+        given = (norm.target, slope, self._backend)
+        convolution = self._joinable(norm.inputs[0]) if even else None
+        if convolution is not None:
+            covers.insert(0, norm.inputs[0])
+            why = "in one pass each way, with the weight gradient"
+        operation = kind(*given, **options) if convolution is None else ConvolvedEnd(convolution, *given, **options)
+        self._covered |= set(covers)
+        return Call(operation, covers[0].inputs, [], [*covers, *ending], "joined", why), tail.dropout
+
+    def _joinable(self, node: Node) -> Convolution | None:
+        """The convolution before the block's last BatchNorm, where the backend makes its weight gradient on the way
+        back through that: of the block's input, which needs no gradient."""
+        operation = self._operations.get(node)
+        if not isinstance(operation, Convolution) or not self._backend.ABILITIES.weight_gradient:
+            return None
+        module = operation.conv
+        plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.weight.requires_grad
+        alone = len(node.users) == 1 and node.inputs == [self._nodes[0]]
+        return operation if plain and alone else None
 
     def _normalised(self, node: Node) -> tuple[Node | None, float]:
         """The BatchNorm whose activations `node` gives, on our kernels, and their slope; 1: it is the BatchNorm."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import NormActResult, pool_latents, spread_latents
-from unlocked.workers.graph.operations import Gradients, Operation, trained
+from unlocked.workers.graph.operations import Convolution, Gradients, Operation, trained
 
-__all__ = ["Normalized", "NormalizedEnd", "UnevenEnd"]
+__all__ = ["ConvolvedEnd", "Normalized", "NormalizedEnd", "UnevenEnd"]
 
 
 class Normalized(Operation):
@@ -138,6 +138,47 @@ class NormalizedEnd(Normalized):
             **place,
         )
         return [conv_grad], self._of_trained(grads)
+
+
+class ConvolvedEnd(NormalizedEnd):
+    """The same with the convolution before it, whose weight gradient the backend makes in the same pass back: so the
+    gradient at the convolution's output does not exist either. Only where nobody asks for that of its input.
+
+    Args:
+        convolution: two-dimensional, of one group, its bias ahead, its weight trained.
+    """
+
+    def __init__(self, convolution: Convolution, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._convolution = convolution
+        self.parameters = [*convolution.parameters, *self.parameters]
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `NormalizedEnd.forward`, from the convolution's input [B, C_in, H_in, W_in]."""
+        return super().forward(self._convolution.forward(x), out)
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        """From the latents' gradient, [B, C p p], to those of the parameters alone."""
+        assert not wanted[0]
+        conv, r, _ = self._spend()
+        module, norm = self._convolution.conv, self.norm
+        kernel_grad, *of_norm = self.backend.norm_act_weight_grad(
+            grad,
+            conv,
+            r.mean,
+            r.rstd,
+            norm.weight,
+            norm.bias,
+            r.mask_sums,
+            r.mask_xhat_sums,
+            *self._convolution.spend(),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            latent_size=self.latent_size,
+            negative_slope=self.slope,
+        )
+        return [None], [*self._convolution.of_trained(kernel_grad), *self._of_trained(of_norm)]
 
 
 class UnevenEnd(Normalized):

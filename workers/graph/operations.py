@@ -122,17 +122,29 @@ class Convolution(Operation):
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         is_row = self.conv.weight.dim() == 3
         grad = grad.unsqueeze(2) if is_row else grad
+        x, kernel = self.spend()
         weight, bias = self.conv.weight, self.conv.bias
         asked = (wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad)
-        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, self._x, self._weight, asked)
-        del self._x, self._weight  # nothing of a micro-batch outlives its update, or a stage would hold all inputs
+        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, x, kernel, asked)
         if is_row:
             x_grad = x_grad.squeeze(2) if wanted[0] else x_grad
             weight_grad = weight_grad.squeeze(2) if weight.requires_grad else weight_grad
+        return [x_grad if wanted[0] else None], self.of_trained(weight_grad, bias_grad)
+
+    def spend(self) -> tuple[Tensor, Tensor]:
+        """The input and the kernel that `forward` has kept: nothing of a micro-batch outlives its update, or a stage
+        would hold all inputs."""
+        kept = self._x, self._weight
+        del self._x, self._weight
+        return kept
+
+    def of_trained(self, weight_grad: Tensor, bias_grad: Tensor | None = None) -> list[Tensor]:
+        """The gradients of `parameters`; that of a bias which is ahead is zero."""
+        weight, bias = self.conv.weight, self.conv.bias
         grads = [weight_grad] if weight.requires_grad else []
         if bias is not None and bias.requires_grad:
-            grads.append(bias_grad if self._zero is None else self._zero)
-        return [x_grad if wanted[0] else None], grads
+            grads.append(cast(Tensor, bias_grad if self._zero is None else self._zero))
+        return grads
 
 
 def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

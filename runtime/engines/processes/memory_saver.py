@@ -1,6 +1,7 @@
 """When a stage saves itself in memory, and how a later worker goes on from there.
 
-As often as costs at most a hundredth of its time, and before the log of its incoming edge is full.
+As often as costs at most a hundredth of its time, before the log of its incoming edge is full, and before doing again
+what lies behind it would take longer than the neighbours wait.
 """
 
 import random
@@ -22,6 +23,7 @@ __all__ = ["LoggedInEdge", "LoggedOutEdge", "MemorySaver"]
 
 _SHARE = 0.01  # of a stage's time that its own snapshots may take
 _SHORTEST, _LONGEST = 0.2, 30.0  # seconds between two of them, while the log has room
+_PATIENCE = 0.25  # share of the neighbours' time limit that lies between two; half of it goes to miss a silent worker
 _FULL = 0.5  # how full the log may be
 
 
@@ -118,7 +120,7 @@ class MemorySaver:
 
     def save(self, position: int) -> None:
         """The stage as it is before `position`."""
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         self._memory.write(
             {
                 "position": position,
@@ -135,4 +137,6 @@ class MemorySaver:
         if self._inbox is not None:
             self._inbox.keep()
         self._saved_at = time.perf_counter()
-        self._interval = min(max((self._saved_at - began) / _SHARE, _SHORTEST), _LONGEST)
+        # By the processor's time: on a busy machine the clock's would have a stage save itself ever more rarely.
+        longest = min(_LONGEST, _PATIENCE * self._job.settings.timeout)
+        self._interval = min(max((time.thread_time() - used) / _SHARE, _SHORTEST), longest)

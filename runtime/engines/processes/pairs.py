@@ -218,6 +218,7 @@ class PairOutEdge:
         self.count = 0
         """Micro-batches that this end has let go: the number of the next one."""
         self._left = 0  # those that the neighbour has taken
+        self._signs = 0  # how often it has taken one, be it again
         self._error: BaseException | None = None
         self._scratch: Tensor | None = None
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
@@ -263,7 +264,10 @@ class PairOutEdge:
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         timeout = self._link.timeout.total_seconds()
-        done = self._client.await_news(lambda: self._error is not None or ready(), timeout)
+        signs, done = -1, False
+        while not done and signs != self._signs:  # whoever does a dead one's work again takes what it had before
+            signs = self._signs
+            done = self._client.await_news(lambda: self._error is not None or ready(), timeout)
         if self._error is not None:
             raise self._error
         if not done:
@@ -303,4 +307,5 @@ class PairOutEdge:
 
     def _took(self, number: int) -> None:
         self._left = max(self._left, number)
+        self._signs += 1
         self._client.wake()

@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from unlocked.kernels.cpp.bindings import find_compiler
-from unlocked.kernels.cuda import bindings, build, head, images, norm_act
+from unlocked.kernels.cuda import bindings, build, head, images, norm_act, weight_grad
 from unlocked.kernels.native import build_once
 
 __all__ = ["build_kernels", "emulated", "kernel_sources", "load", "unavailable"]
@@ -89,7 +89,7 @@ def emulated(multiprocessors: int, *, seed: int = 0, kernels: Path | None = None
     torch.use_deterministic_algorithms(True)  # fills what nobody has written with NaN
     try:
         with pytest.MonkeyPatch.context() as patch, _Watching(emulator):
-            for module in (head, images, norm_act):
+            for module in (head, images, norm_act, weight_grad):
                 patch.setattr(module, "launch", launch)
                 patch.setattr(module, "require_cuda", lambda name, tensor: None)
                 if hasattr(module, "device_limits"):

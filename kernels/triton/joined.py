@@ -1,0 +1,40 @@
+"""The Triton backend with BatchNorm's way back inside of the convolutions' weight gradients: `kernels="triton_joined"`.
+
+A name of its own, because the sums are other ones than the library's: no machine may change its mind about them in the
+middle of a run, nor may two ranks differ. `triton` stays what `auto` takes until a GPU has measured both.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from unlocked.kernels import triton
+
+if TYPE_CHECKING:
+    from unlocked.kernels.triton import (
+        load_batch,
+        local_head,
+        norm_act_backward,
+        norm_act_backward_full,
+        norm_act_forward,
+        norm_act_weight_grad,
+    )
+
+__all__ = [
+    "ABILITIES",
+    "load_batch",
+    "local_head",
+    "norm_act_backward",
+    "norm_act_backward_full",
+    "norm_act_forward",
+    "norm_act_weight_grad",
+    "unavailable",
+]
+
+ABILITIES = replace(triton.ABILITIES, weight_gradient=True)
+unavailable = triton.unavailable
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(triton, name)
