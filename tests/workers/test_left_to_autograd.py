@@ -25,6 +25,7 @@ class _Own(nn.Module):
         self.conv, self.relu, self.seen = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), 0
         self.unused = nn.Linear(2, 2) if more is _unused else None
         self.register_buffer("count", torch.zeros(()))
+        self.shapes: list[torch.Size] = []
         self._more = more
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +58,11 @@ def _fills(m: _Own, y: Tensor) -> Tensor:
 
 def _keeps(m: _Own, y: Tensor) -> Tensor:
     m.last = y
+    return y.relu()
+
+
+def _collects(m: _Own, y: Tensor) -> Tensor:
+    m.shapes.append(y.shape)
     return y.relu()
 
 
@@ -111,6 +117,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "data decides": (lambda: _Own(_branches), "data decides what its forward() runs"),
     "counts": (lambda: _Own(_counts), "its forward() changes seen"),
     "fills": (lambda: _Own(_fills), "its forward() changes count"),
+    "collects": (lambda: _Own(_collects), "its forward() changes shapes"),
     "keeps": (lambda: _Own(_keeps), "its forward() changes last"),
     "reads again": (lambda: _Own(_reads_again), "changes in place what is read elsewhere"),
     "writes a view": (lambda: _Own(_writes_a_view), "changes in place what"),

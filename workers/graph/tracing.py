@@ -170,6 +170,12 @@ def in_training(body: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]:
 def _unchanged(body: nn.Module) -> Iterator[None]:
     """Puts back what a forward() has written to its modules, and refuses it."""
     before = [(name, m, dict(m.__dict__), dict(m._buffers)) for name, m in body.named_modules()]
+    held = [
+        (f"{name}.{key}".removeprefix("."), value, list(value.items() if isinstance(value, dict) else value))
+        for name, _, attributes, _ in before
+        for key, value in attributes.items()
+        if isinstance(value, list | dict | set) and not key.startswith("_")
+    ]
     buffers = [(name, b, b._version, b.clone()) for name, b in body.named_buffers()]
     found = []
     try:
@@ -183,12 +189,23 @@ def _unchanged(body: nn.Module) -> Iterator[None]:
                 now.clear()
                 now.update(attributes)
                 module._buffers.update(own)
+        for name, container, items in held:
+            now = list(container.items() if isinstance(container, dict) else container)
+            if list(map(id, _flat(now))) != list(map(id, _flat(items))):
+                found.append(name)
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(items)
         for name, buffer, version, value in buffers:
             if buffer._version != version:
                 found.append(name)
                 buffer.copy_(value)
     if found:
         raise Untraceable(f"its forward() changes {', '.join(dict.fromkeys(found))}")
+
+
+def _flat(items: list[Any]) -> list[Any]:
+    """Values, or those of pairs."""
+    return [value for item in items for value in (item if isinstance(item, tuple) else (item,))]
 
 
 def _as_nodes(holder: nn.Module, graph: fx.Graph) -> tuple[list[Node], Node]:
