@@ -26,6 +26,8 @@ def _strategy(kind: Any) -> st.SearchStrategy[Any]:
         return st.builds(kind, **fields)
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return st.tuples(*map(_strategy, arguments))
     if origin is tuple:
         return st.lists(_strategy(arguments[0]), max_size=2).map(tuple)
     if origin is dict:
