@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
-    *("pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict", "reproduce"),
-    *("single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
+    *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
+    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -36,6 +36,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 def load() -> Iterator[Any]:
     """Imports modules of benchmarks/ when a test asks (triton has to be imported after tests/kernels/conftest.py)."""
     sys.path.insert(0, str(BENCHMARKS))
+    sys.modules.pop("kernels", None)  # the folder of that name, which something may have taken for a package
     yield importlib.import_module
     sys.path.remove(str(BENCHMARKS))
 
