@@ -28,8 +28,10 @@ __all__ = ["CAN_FORK", "Ended", "Told", "WorkerLine", "Zygote", "how_it_ended"]
 CAN_FORK = sys.platform == "linux"
 """Workers are tied to their parents by what only Linux has."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_LIBC = ctypes.CDLL(None)
 _LARGEST = 1 << 16  # bytes of one message
 _LEAVE_SECONDS = 2.0  # that it may take to leave with its worker
+_LAST_SECONDS = 1.0  # the same, where its supervisor ends at once
 _FAVOURITE = "500"  # for the kernel's killer when memory is short: a worker can be replaced, its supervisor can't
 
 
@@ -161,6 +163,14 @@ class Zygote:
         self._line.close()
         self._go.close()
 
+    def let_go(self) -> None:
+        """The zygote ends its worker and leaves, which is waited for a little. From any thread, as the last act of a
+        process that ends: the kernel would end a worker with it too, but for one that was stopped as it began."""
+        with contextlib.suppress(OSError):
+            self._orders.shutdown(socket.SHUT_RDWR)
+            if self._pid:
+                _has_ended(self._pid, _LAST_SECONDS)
+
     def _order(self, what: str, incarnation: int) -> None:
         with contextlib.suppress(OSError):  # it is gone: `events` says so
             self._orders.send(_packed(what=what, incarnation=incarnation, content={}))
@@ -183,9 +193,9 @@ def _packed(**content: Any) -> bytes:
 def _be_zygote(supervisor: int, orders: socket.socket, work: Callable[[int], object]) -> NoReturn:
     """Serves orders until the supervisor closes the line, or ends."""
     try:
+        _end_with(supervisor)
         forget_acts()
         _leave_signals()
-        _end_with(supervisor)
         worker = None
         while True:
             ready = _readable([orders.fileno()] if worker is None else [orders.fileno(), worker.handle])
@@ -215,8 +225,8 @@ class _Worker:
         zygote, self.pid = os.getpid(), os.fork()
         if self.pid == 0:
             try:
-                _leave_signals()
                 _end_with(zygote)
+                _leave_signals()
                 _be_first_to_go()
                 orders.close()
                 work(incarnation)
@@ -238,7 +248,7 @@ class _Worker:
 
 def _end_with(parent: int) -> None:
     """The kernel kills this process when the one that has forked it ends."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(1)
 

@@ -86,7 +86,8 @@ def ranks(
         for process in started:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            with suppress(subprocess.TimeoutExpired):  # of somebody whom it has left behind, with its ends of the pipes
+                process.communicate(timeout=20)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Workers that a rank supervises, and replaces when they die."""
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.control.ending import last_act
 from unlocked.runtime.control.messages import RunFailed, Stop, stage_name
 from unlocked.runtime.control.supervisor import Supervisor
 from unlocked.runtime.control.zygote import WorkerLine, Zygote
@@ -56,6 +58,8 @@ class SupervisedWork:
         if needs_compiler(task.job):
             prepare_process()  # once here instead of in every worker
         self._zygote = Zygote(self._work)
+        self._acts = contextlib.ExitStack()
+        self._acts.enter_context(last_act(lambda _: self._zygote.let_go()))
         rank = task.world.rank
         self._supervisor = Supervisor(
             task.address,
@@ -106,6 +110,7 @@ class SupervisedWork:
 
     def close(self) -> None:
         self._supervisor.close()
+        self._acts.close()
         self._memory.close()
         if self._left >= 0:
             os.close(self._left)

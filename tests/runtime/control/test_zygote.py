@@ -111,6 +111,37 @@ def test_nobody_outlives_the_one_that_started_it(victim: str) -> None:
         supervisor.kill()
 
 
+UNTIED = """
+import ctypes, os, signal
+from unlocked.runtime.control.ending import Verdict, end_process, last_act
+from unlocked.runtime.control.zygote import Zygote
+def stand(line):
+    ctypes.CDLL(None).prctl(1, 0)  # as one that is stopped before its first line
+    line.tell("here", pid=os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+zygote = Zygote(stand)
+with last_act(lambda _: zygote.let_go()):
+    zygote.start(0)
+    while not (found := [one for one in zygote.events(1.0) if getattr(one, "what", "") == "here"]):
+        pass
+    print(found[0].content["pid"], flush=True)
+    end_process(Verdict("over"), None)
+"""
+
+
+def test_an_end_in_order_takes_along_a_worker_that_was_stopped_as_it_began() -> None:
+    # A session of its own: the kernel wakes and ends those that stand still in a group that loses its last parent.
+    command = [sys.executable, "-c", UNTIED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as supervisor:
+        assert supervisor.stdout is not None
+        worker = int(supervisor.stdout.readline())
+        assert supervisor.wait(SECONDS) == 1
+        is_left = lives(worker)
+        if is_left:
+            os.kill(worker, signal.SIGKILL)
+    assert not is_left
+
+
 def lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
