@@ -78,25 +78,24 @@ class Normalized(Operation):
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         """From the gradient at every activation."""
-        conv, r, place = self._spend()
+        state, place = self._spend()
+        conv = state[0]
         is_row = grad.dim() == 3
         grad = grad.unsqueeze(2) if is_row else grad
         if conv.device.type == "cpu" and grad.stride() != conv.stride():
             grad = torch.empty_like(conv).copy_(grad)
-        norm = self.norm
-        conv_grad, *grads = self.backend.norm_act_backward_full(
-            grad, conv, r.mean, r.rstd, norm.weight, norm.bias, negative_slope=self.slope, **place
-        )
+        conv_grad, *grads = self.backend.norm_act_backward_full(grad, *state[:5], negative_slope=self.slope, **place)
         return [conv_grad.squeeze(2) if is_row else conv_grad], self._of_trained(grads)
 
-    def _spend(self) -> tuple[Tensor, NormActResult, dict[str, Tensor]]:
-        """What `forward` has kept, and where the gradient may be written."""
-        conv, result = self.conv, self.result
+    def _spend(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """What `forward` has kept, as the kernels of the way back take it, and where the gradient may be written."""
+        conv, r, norm = self.conv, self.result, self.norm
         assert conv is not None
-        assert result is not None
+        assert r is not None
         self.conv = self.result = None
+        state = (conv, r.mean, r.rstd, norm.weight, norm.bias, r.mask_sums, r.mask_xhat_sums)
         # Where nothing reads the convolution's output any more, a CPU's gradient takes its place.
-        return conv, result, {"out": conv} if self.owns_input and conv.device.type == "cpu" else {}
+        return state, {"out": conv} if self.owns_input and conv.device.type == "cpu" else {}
 
     def _of_trained(self, grads: Sequence[Tensor]) -> list[Tensor]:
         pairs = zip((self.norm.weight, self.norm.bias), grads, strict=True)
@@ -122,17 +121,10 @@ class NormalizedEnd(Normalized):
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         """From the latents' gradient, [B, C p p]: no gradient of full size exists."""
-        conv, r, place = self._spend()
-        norm = self.norm
+        state, place = self._spend()
         conv_grad, *grads = self.backend.norm_act_backward(
             grad,
-            conv,
-            r.mean,
-            r.rstd,
-            norm.weight,
-            norm.bias,
-            r.mask_sums,
-            r.mask_xhat_sums,
+            *state,
             latent_size=self.latent_size,
             negative_slope=self.slope,
             **place,
@@ -160,17 +152,11 @@ class ConvolvedEnd(NormalizedEnd):
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         """From the latents' gradient, [B, C p p], to those of the parameters alone."""
         assert not wanted[0]
-        conv, r, _ = self._spend()
-        module, norm = self._convolution.conv, self.norm
+        state, _ = self._spend()
+        module = self._convolution.conv
         kernel_grad, *of_norm = self.backend.norm_act_weight_grad(
             grad,
-            conv,
-            r.mean,
-            r.rstd,
-            norm.weight,
-            norm.bias,
-            r.mask_sums,
-            r.mask_xhat_sums,
+            *state,
             *self._convolution.spend(),
             stride=module.stride,
             padding=module.padding,
