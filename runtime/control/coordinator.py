@@ -88,8 +88,8 @@ class Coordinator:
         self._changed, self._mailbox = threading.Condition(), Mailbox()
         self._context = zmq.Context()
         try:
-            most = most_connections(len(stages))
-            self._entrance = Entrance(self._context, host, port, advertise, most=most, admits=admits)
+            size: dict[str, Any] = {"most": most_connections(len(stages)), "ranks": len(stages)}
+            self._entrance = Entrance(self._context, host, port, advertise, **size, admits=admits)
         except ValueError:
             self._context.term()
             self._mailbox.close()

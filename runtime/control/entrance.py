@@ -27,6 +27,9 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 _HANDSHAKE_SECONDS = 5.0
 _ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others waits for theirs
 _OTHER_FILES = 256  # that a process has open beside its connections
+_MEETING_FILES = (
+    3  # of each rank in rank 0's process: a worker's and its supervisor's to the store, one to the roll call
+)
 _STRANGERS = 64  # at once, beside the run's own processes
 _ZAP = "inproc://zeromq.zap.01"  # RFC 27: where libzmq asks who may come in
 _WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -90,6 +93,7 @@ class Entrance:
     Args:
         host: see `Coordinator`; or `ipc://PATH`.
         most: connections at once.
+        ranks: processes that meet in this one's store, which takes descriptors too.
         admits: whether a public key (Z85) is that of one of the run's processes; asked once per connection of somebody
             who knows the coordinator's own.
 
@@ -106,9 +110,10 @@ class Entrance:
         *,
         most: int,
         admits: Callable[[bytes], bool],
+        ranks: int = 0,
     ) -> None:
         self._most, self._admits = most, admits
-        _allow_files(most + _OTHER_FILES)
+        _allow_files(most + _OTHER_FILES, _MEETING_FILES * ranks)
         keys = KeyPair.new()
         self.socket = context.socket(zmq.ROUTER)
         self._asked = context.socket(zmq.REP)
@@ -169,16 +174,19 @@ class Entrance:
             self._connections.discard(event["value"])
 
 
-def _allow_files(count: int) -> None:
-    """Raises the soft limit on this process's open files to what it needs, where that is below."""
+def _allow_files(count: int, more: int) -> None:
+    """Raises the soft limit on this process's open files to what it needs, and to what it may need beside that as far
+    as it can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        if hard != resource.RLIM_INFINITY and hard < count:
-            raise ValueError(
-                f"the coordinator needs {count} open files for the connections of all stages, but the limit is {hard}; "
-                "raise it (ulimit -Hn, or LimitNOFILE of the service)"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    if soft == resource.RLIM_INFINITY or soft >= count + more:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ValueError(
+            f"the coordinator needs {count} open files for the connections of all stages, but the limit is {hard}; "
+            "raise it (ulimit -Hn, or LimitNOFILE of the service)"
+        )
+    most = count + more if hard == resource.RLIM_INFINITY else min(count + more, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _bind(router: "zmq.Socket[Any]", host: str, port: int, advertise: str | None, *, backlog: int) -> tuple[str, Door]:

@@ -23,7 +23,7 @@ from unlocked.runtime.control.interfaces import listening_host, meeting_host
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.world import World, attempt
 
-__all__ = ["MEETING", "await_keys", "connect", "connect_again", "exchange", "meet", "meeting_folder"]
+__all__ = ["MEETING", "await_keys", "connect", "connect_again", "exchange", "gather", "meeting_folder"]
 
 MEETING = "UNLOCKED_MEETING"
 """The variable by which this project's own launcher names the folder (the user's alone) in which processes meet."""
@@ -154,21 +154,40 @@ def exchange(
     return value
 
 
-def meet(
-    store: dist.Store, world: World, key: str, timeout: float, pause: Callable[[float], None] = time.sleep
-) -> None:
-    """Waits until all ranks are here; `pause` as in `await_keys`.
+def gather(
+    store: dist.Store,
+    world: World,
+    key: str,
+    value: str,
+    timeout: float,
+    pause: Callable[[float], None] = time.sleep,
+    names: Sequence[str] = (),
+) -> list[str]:
+    """Every rank's `value`, by rank, once all ranks are here.
+
+    The last one to come writes them all into one place, so that the others ask for one key instead of for all ranks':
+    what a thousand ranks ask of the store does not grow with the square of their number.
+
+    Args:
+        pause: as in `await_keys`.
+        names: of the ranks, for the error.
 
     Raises:
         TimeoutError: names the ranks that did not come in time.
     """
     keys = [f"{key}-{rank}" for rank in range(world.size)]
-    store.set(keys[world.rank], "")
+    store.set(keys[world.rank], value)
+    if store.add(f"{key}-count", 1) == world.size:
+        values = [store.get(one).decode() for one in keys]
+        store.set(key, json.dumps(values, allow_nan=False))
+        return values
     try:
-        await_keys(store, keys, timeout, pause)
+        await_keys(store, [key], timeout, pause)
     except TimeoutError as error:
-        missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
-        raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
+        told = names or [f"rank {rank}" for rank in range(world.size)]
+        missing = [name for name, one in zip(told, keys, strict=True) if not store.check([one])]
+        raise TimeoutError(f"{key}: {', '.join(missing)} did not come within {timeout:g} s") from error
+    return list(json.loads(store.get(key)))
 
 
 def _open_store(world: World, serve: bool, timeout: float) -> dist.Store:
