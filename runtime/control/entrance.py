@@ -27,9 +27,8 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 _HANDSHAKE_SECONDS = 5.0
 _ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others waits for theirs
 _OTHER_FILES = 256  # that a process has open beside its connections
-_MEETING_FILES = (
-    3  # of each rank in rank 0's process: a worker's and its supervisor's to the store, one to the roll call
-)
+_MEETING_FILES = 3
+"""Of each rank, in rank 0's process: two connections to the store (worker, supervisor), one of the roll call."""
 _STRANGERS = 64  # at once, beside the run's own processes
 _ZAP = "inproc://zeromq.zap.01"  # RFC 27: where libzmq asks who may come in
 _WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
