@@ -29,6 +29,7 @@ _ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others wai
 _OTHER_FILES = 256  # that a process has open beside its connections
 _MEETING_FILES = 3
 """Of each rank, in rank 0's process: two connections to the store (worker, supervisor), one of the roll call."""
+_STORE_STRANGERS = 4096  # at once, at the store's port, which takes whoever comes until the run has begun
 _STRANGERS = 64  # at once, beside the run's own processes
 _ZAP = "inproc://zeromq.zap.01"  # RFC 27: where libzmq asks who may come in
 _WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -112,7 +113,7 @@ class Entrance:
         ranks: int = 0,
     ) -> None:
         self._most, self._admits = most, admits
-        _allow_files(most + _OTHER_FILES, _MEETING_FILES * ranks)
+        _allow_files(most + _OTHER_FILES, _MEETING_FILES * ranks + _STORE_STRANGERS)
         keys = KeyPair.new()
         self.socket = context.socket(zmq.ROUTER)
         self._asked = context.socket(zmq.REP)
@@ -174,8 +175,8 @@ class Entrance:
 
 
 def _allow_files(count: int, more: int) -> None:
-    """Raises the soft limit on this process's open files to what it needs, and to what it may need beside that as far
-    as it can."""
+    """Raises the soft limit on this process's open files to what it needs, and as far as it can to what it may need
+    beside that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count + more:
         return

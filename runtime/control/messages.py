@@ -52,7 +52,7 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 CHUNK_BYTES = 128 << 10
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected, a stranger during the handshake too: nobody can make the

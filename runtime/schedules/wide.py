@@ -12,6 +12,7 @@ stage waits for is decided by the order of its work alone, so the times are thos
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -162,6 +163,7 @@ class _Program:
     microbatches: npt.NDArray[np.int32]
 
 
+@lru_cache(maxsize=4)  # the same on every link; of a thousand stages a second of work
 def _program(name: str, num_stages: int, microbatches: int, steps: int) -> _Program:
     kinds, numbers = [], []
     for stage in range(num_stages):
