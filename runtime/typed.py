@@ -41,7 +41,7 @@ def from_plain(kind: type[_T], value: Any, where: str) -> _T:
 
 def _refuse_unknown(record: Any, value: Any, where: str) -> None:
     """msgspec passes over fields that a dataclass does not have."""
-    if (names := _field_names(type(record))) is not None:
+    if (names := _field_names(record.__class__)) is not None:
         if not value.keys() <= names.keys():
             unknown = sorted(map(str, value.keys() - names.keys()))
             raise ValueError(f"{where}: unknown fields {', '.join(unknown)}; valid: {', '.join(names)}")

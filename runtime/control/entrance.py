@@ -26,6 +26,7 @@ __all__ = ["Door", "Entrance", "most_connections"]
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 _HANDSHAKE_SECONDS = 5.0
 _ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others waits for theirs
+_WAITING = 64  # messages of each connection, where this thread has no core: a thousand of each of 2,048 are 500 MB
 _OTHER_FILES = 256  # that a process has open beside its connections
 _MEETING_FILES = 3
 """Of each rank, in rank 0's process: two connections to the store (worker, supervisor), one of the roll call."""
@@ -125,6 +126,7 @@ class Entrance:
         try:
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection then fails, not vanishes
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+            self.socket.setsockopt(zmq.RCVHWM, _WAITING)
             self.socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the heartbeat timeout: a few pings and grants per worker
             self.socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * (_HANDSHAKE_SECONDS + most * _ONE_HANDSHAKE_SECONDS)))
             self.socket.setsockopt(zmq.CURVE_SERVER, 1)
