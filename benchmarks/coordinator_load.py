@@ -9,7 +9,8 @@ as far as they are granted; every `--epoch` micro-batches each stage reports an 
 lines of progress take as those of a real run do. A window's lateness is the time for which a stage had nothing to do
 because it was not granted yet; its delay, the time from the first client that has heard of it to each of the others, in
 which all clients share one process and its core. At the end every stage delivers its last words, and hears that all
-have.
+have. Memory: the peak of the coordinator's process, and what of it the coordinator has added (to torch, above all; with
+several numbers of stages in one call: to the ones before).
 """
 
 import argparse
@@ -54,7 +55,8 @@ def main() -> int:
             f"start {row['start_seconds']:.1f} s, "
             f"lateness p99 {1e3 * row['late_p99_seconds']:.1f} ms, delay p50 {1e3 * row['delay_p50_seconds']:.1f} ms, "
             f"p99 {1e3 * row['delay_p99_seconds']:.1f} ms, {row['epochs']} epochs, end {row['end_seconds']:.2f} s, "
-            f"coordinator {row['memory_bytes'] >> 20} MiB and {row['busy_cores']:.2f} cores"
+            f"coordinator {row['own_memory_bytes'] >> 20} of its process's {row['memory_bytes'] >> 20} MiB and "
+            f"{row['busy_cores']:.2f} cores"
         )
     if options.json is not None:
         write_json(options.json, {"environment": to_plain(environment()), "rows": rows})
@@ -67,7 +69,7 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = context.Pipe()
     clients = context.Process(target=be_clients, args=(theirs, stages, options.seconds, options.rate, options.epoch))
     names = [(f"layer{number}",) for number in range(stages)]
-    sink = FanOut()
+    sink, before_all = FanOut(), peak_bytes()  # torch, above all
     with (
         tempfile.TemporaryDirectory() as folder,
         open("/dev/null", "w") as nowhere,
@@ -89,9 +91,14 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     clients.join()
     assert failure is None, failure
     assert ignored == 0, "every message is one of the run's"
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    measured = {"epochs": epochs, "memory_bytes": memory, "busy_cores": busy}
+    memory = {"memory_bytes": peak_bytes(), "own_memory_bytes": peak_bytes() - before_all}
+    measured = {"epochs": epochs, "busy_cores": busy, **memory}
     return {"stages": stages, "start_seconds": began, **found, **measured}
+
+
+def peak_bytes() -> int:
+    """Of this process's resident set so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def described(names: Sequence[tuple[str, ...]], epoch: int) -> RunInfo:

@@ -1,11 +1,11 @@
 """What the processes engine can be told, and what follows from it on every rank."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unlocked import __version__
 from unlocked.runtime.control.messages import PROTOCOL_VERSION
 from unlocked.runtime.engines.pipeline import PipelineOptions
 from unlocked.runtime.engines.processes.links import TRANSPORTS
@@ -72,7 +72,7 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
         "transport": options.transport,
         "max_recoveries": options.max_recoveries,
         "device": job.device.type,
-        "release": f"{__version__}, protocol {PROTOCOL_VERSION}",
+        "release": f"{sys.modules['unlocked'].__version__}, protocol {PROTOCOL_VERSION}",
     }
     return dict(json.loads(json.dumps(settings, allow_nan=False)))
 
