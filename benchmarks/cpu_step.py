@@ -160,7 +160,7 @@ def show_surroundings(options: argparse.Namespace) -> list[dict[str, Any]]:
     counts = sorted({1, options.threads})
     tables = [surroundings(threads, options.repeats, options.steps) for threads in counts]
     torch.set_num_threads(options.threads)
-    print("| ms of a step | " + " | ".join(f"{threads} threads" for threads in counts) + " |")
+    print("| ms of a step | " + " | ".join(f"threads: {threads}" for threads in counts) + " |")
     print("| --- |" + " --- |" * len(counts))
     for name in tables[0]["milliseconds"]:
         cells = []
