@@ -95,7 +95,7 @@ def _number_of_processes(stages: int | str | None) -> int:
     if stages is None:
         raise ValueError(
             "engine processes without a launcher starts a process per stage, but their number is not given; "
-            "give --stages N, or start it by 'torchrun --standalone --nproc-per-node=N'"
+            "give --stages N or --stages auto, or start it by 'torchrun --standalone --nproc-per-node=N'"
         )
     return stages if isinstance(stages, int) else stages.count(",") + 1
 

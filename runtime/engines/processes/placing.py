@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from unlocked.data.cores import usable_cores
 from unlocked.runtime.control.interfaces import own_address
+from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.pipeline import AUTO
 from unlocked.runtime.engines.processes.link_speed import links_of
@@ -28,6 +29,7 @@ def order_by_machine(store: dist.Store, world: World, timeout: float) -> tuple[W
 
     Raises:
         TimeoutError: names the ranks that did not come in time.
+        RunFailed: rank 0 is gone.
     """
     if world.is_local:
         return world, [Machine(world.size, usable_cores())]
@@ -36,6 +38,8 @@ def order_by_machine(store: dist.Store, world: World, timeout: float) -> tuple[W
     store.set(keys[world.rank], json.dumps(mine, allow_nan=False))
     try:
         await_keys(store, keys, timeout)
+    except RuntimeError as error:
+        raise RunFailed(f"{stage_name(0)} is lost: it ended during its set-up") from error
     except TimeoutError as error:
         missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
         raise TimeoutError(f"rank {', '.join(missing)} is not there after {timeout:g} s") from error
