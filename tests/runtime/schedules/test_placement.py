@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_no_more_processes_than_pay() -> None:
     assert count == 2
     assert paces == pytest.approx([0.09, 0.05, 0.05, 0.05, 0.05])
     assert fewest_stages(hot, 1)[0] == 1
+    assert fewest_stages(layers((1.0, 1), (0.5, 1), (0.51, 0)), 3)[0] == 2  # a third would bring 1 %
+    assert fewest_stages(layers((1.0, 1), (0.5, 1), (0.6, 0)), 3)[0] == 3
     assert fewest_stages(layers(*[(0.01, 1)] * 4), 3)[0] == 2  # three would have two layers in one of them, too
 
 
@@ -133,7 +136,9 @@ def test_the_simulator_plays_what_a_file_has(tmp_path: Path, capsys: pytest.Capt
     write_placement(path, placement())
     given = ["--placement", str(path), "--microbatches", "50"]
     assert main([*given, "--queue-depth", "4"]) == 0
-    assert f"{1 / placement().pace(4):.3g}" in capsys.readouterr().out
+    told = re.search(r"([\d.]+) micro-batches/s", capsys.readouterr().out)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(1 / placement().pace(4), rel=0.01)
     assert main([*given, "--stages", "4"]) == 2
     assert capsys.readouterr().err == "error: --stages is the placement's to say; leave it out, or --placement\n"
     assert main(["--placement", str(tmp_path / "none")]) == 2
@@ -203,6 +208,14 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pyte
         assert words in str(error.value), (what, str(error.value))
         assert len(str(error.value).splitlines()) == 1, what
         assert len(str(error.value)) < 500 + len(str(path)), what
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)  # of which nothing is on the disk
+    with pytest.raises(ValueError, match="more than 4194304 bytes"):
+        read_placement(path)
 
 
 def test_a_files_numbers_are_taken_as_they_are(tmp_path: Path) -> None:
