@@ -133,12 +133,13 @@ def test_a_file_gives_the_same_placement_back(tmp_path: Path) -> None:
 
 def test_the_simulator_plays_what_a_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "placement.json"
-    write_placement(path, placement())
+    made = placement(links=(SLOW, QUICK))  # into the second stage, what takes longest
+    write_placement(path, made)
     given = ["--placement", str(path), "--microbatches", "50"]
     assert main([*given, "--queue-depth", "4"]) == 0
     told = re.search(r"([\d.]+) micro-batches/s", capsys.readouterr().out)
     assert told is not None
-    assert float(told[1]) == pytest.approx(1 / placement().pace(4), rel=0.01)
+    assert float(told[1]) == pytest.approx(1 / made.pace(4), rel=0.01)
     assert main([*given, "--stages", "4"]) == 2
     assert capsys.readouterr().err == "error: --stages is the placement's to say; leave it out, or --placement\n"
     assert main(["--placement", str(tmp_path / "none")]) == 2
