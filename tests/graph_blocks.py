@@ -206,6 +206,16 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
             layout="tokens",
         ),
         _image(7, 16),
+        True,
+    ),
+    "gelu of images": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)), latent_size=2),
+        _image(3, 8, 8),
+        False,
+    ),
+    "gelu": (
+        _seeded(lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)), layout="tokens"),
+        _image(7, 12),
         False,
     ),
     "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
@@ -219,7 +229,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         f"{make().__class__.__name__}{i}": (
             _seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
             _image(12),
-            False,
+            make is nn.GELU,
         )
         for i, make in enumerate(ACTIVATIONS)
     },

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block, ConvBlock, LinearBlock
 from unlocked.workers.fused import FusedStep
-from unlocked.workers.graph import attention, autograd, body, normalized, operations, shapes
+from unlocked.workers.graph import attention, autograd, body, gelu, normalized, operations, products, shapes
 from unlocked.workers.layer import Layer
 
 
@@ -66,7 +66,9 @@ def test_interpreted_triton_too(name: str) -> None:
 
 OPERATIONS = {
     operations.Convolution: "conv1d",
-    operations.Linear: "linear",
+    products.Linear: "linear",
+    gelu.Gelu: "gelu",
+    gelu.GeluLinear: "encoder",
     operations.LayerNorm: "encoder",
     operations.GroupNorm: "group",
     operations.Elementwise: "silu",
@@ -89,7 +91,9 @@ OPERATIONS = {
 
 def test_no_operation_is_left_out() -> None:
     kinds = [
-        one for module in (operations, shapes, attention, normalized, body, autograd) for one in vars(module).values()
+        one
+        for module in (operations, products, gelu, shapes, attention, normalized, body, autograd)
+        for one in vars(module).values()
     ]
     found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}
     others = {operations.Operation, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}  # no way back of their own

@@ -23,11 +23,11 @@ __all__ = [
     "Flatten",
     "GroupNorm",
     "LayerNorm",
-    "Linear",
     "Operation",
     "Pool",
     "convolution_backward",
     "geometry_of",
+    "trained",
 ]
 
 aten = torch.ops.aten
@@ -173,37 +173,6 @@ def convolution_backward(
         grad, x, weight, sizes, *windows, False, [0, 0], groups, asked
     )
     return result
-
-
-class Linear(Operation):
-    """The library's product, of whatever dimensions stand before the features.
-
-    Args:
-        bias_is_ahead: as of `Convolution`.
-    """
-
-    def __init__(self, linear: nn.Linear, casts: Casts, *, bias_is_ahead: bool = False) -> None:
-        self.linear, self._casts = linear, casts
-        self._matrix, self._bias = linear.weight, linear.bias
-        self.parameters = trained(linear.weight, linear.bias)
-        self._has_bias = linear.bias is not None and not bias_is_ahead
-        self._zero = torch.zeros_like(linear.bias) if bias_is_ahead and linear.bias is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D_in] -> [..., D]."""
-        self._x = self._casts.value(x)
-        self._weight = self._casts.weight(self._matrix, self._x.dtype)
-        bias = self._casts.weight(self._bias, self._x.dtype) if self._has_bias else None
-        return F.linear(self._x, self._weight, bias)
-
-    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
-        rows, x = grad.reshape(-1, grad.shape[-1]), self._x.reshape(-1, self._x.shape[-1])
-        x_grad = (rows @ self._weight).view(self._x.shape) if wanted[0] else None
-        del self._x, self._weight
-        grads = [rows.T @ x] if self._matrix.requires_grad else []
-        if self._bias is not None and self._bias.requires_grad:
-            grads.append(rows.sum(0) if self._zero is None else self._zero)
-        return [x_grad], grads
 
 
 class LayerNorm(Operation):

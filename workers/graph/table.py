@@ -21,10 +21,10 @@ from unlocked.workers.graph.operations import (
     Flatten,
     GroupNorm,
     LayerNorm,
-    Linear,
     Operation,
     Pool,
 )
+from unlocked.workers.graph.products import Linear
 from unlocked.workers.graph.shapes import Moved, Reshaped, Sizes, is_size
 from unlocked.workers.graph.tracing import Node, has_hooks
 
