@@ -67,6 +67,7 @@ def test_interpreted_triton_too(name: str) -> None:
 OPERATIONS = {
     operations.Convolution: "conv1d",
     products.Linear: "linear",
+    products.Product: "encoder's layer",
     gelu.Gelu: "gelu",
     gelu.GeluLinear: "encoder",
     operations.LayerNorm: "encoder",

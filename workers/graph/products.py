@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation, trained
 
-__all__ = ["Linear", "product"]
+__all__ = ["Linear", "Product", "product"]
 
 _LARGE = 1 << 22  # multiply-adds from which another library's call is worth its while
 
@@ -50,6 +50,27 @@ class Linear(Operation):
             of_bias = self._zero if self._zero is not None else sums
             grads.append(rows.sum(0) if of_bias is None else of_bias)
         return [x_grad], grads
+
+
+class Product(Operation):
+    """The same of a weight and a bias that are values like others: parameters that a forward() uses as they are."""
+
+    def __init__(self, casts: Casts) -> None:
+        self._casts = casts
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., D_in], [D, D_in] and [D] -> [..., D]."""
+        self._x = self._casts.value(x)
+        self._weight = weight.to(self._x.dtype)
+        return product(self._x, self._weight, None if bias is None else bias.to(self._x.dtype))
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        x, weight = self._x, self._weight
+        del self._x, self._weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        grads = [product(grad, weight.T) if wanted[0] else None]
+        grads.append(rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None)
+        return [*grads, *(rows.sum(0) if is_wanted else None for is_wanted in wanted[2:])], []
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
