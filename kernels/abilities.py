@@ -17,6 +17,7 @@ class Abilities:
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
         gelu: it has `gelu_forward` and `gelu_backward`.
+        convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
     """
 
@@ -27,3 +28,4 @@ class Abilities:
     partial_gradients: bool = False
     weight_gradient: bool = False
     gelu: bool = False
+    convolutions: bool = False

@@ -6,6 +6,7 @@ bfloat16; parameters are float32, and so are their gradients, but for those of a
 
 import contextlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ __all__ = [
     "Operation",
     "Pool",
     "convolution_backward",
-    "geometry_of",
+    "geometry",
     "trained",
 ]
 
@@ -101,6 +102,9 @@ class Convolution(Operation):
         bias_is_ahead: what follows adds the bias, or has no use for it: then its gradient is zero.
     """
 
+    backend: ModuleType | None = None
+    """What takes the library's place, where that is wanted (`Abilities.convolutions`)."""
+
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, casts: Casts, *, bias_is_ahead: bool = False) -> None:
         self.conv, self._casts = conv, casts
         self._kernel, self._bias = conv.weight, conv.bias  # a module looks its parameters up anew each time
@@ -108,7 +112,7 @@ class Convolution(Operation):
         self._has_bias = conv.bias is not None and not bias_is_ahead
         self._zero = torch.zeros_like(conv.bias) if bias_is_ahead and conv.bias is not None else None
         self._is_row = conv.weight.dim() == 3
-        self.geometry = geometry_of(conv)
+        self._geometry: Geometry = (*geometry(conv), conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H_in, W_in] -> [B, C, H, W], or [B, C_in, L_in] -> [B, C, L]."""
@@ -119,7 +123,8 @@ class Convolution(Operation):
             weight = weight.unsqueeze(2)
         self._x, self._weight = x, weight
         bias = self._casts.weight(self._bias, x.dtype) if self._has_bias and self._bias is not None else None
-        result = F.conv2d(x, weight, bias, *self.geometry)
+        convolve = F.conv2d if self.backend is None else self.backend.convolution
+        result: Tensor = convolve(x, weight, bias, *self._geometry)
         return result.squeeze(2) if self._is_row else result
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
@@ -127,7 +132,7 @@ class Convolution(Operation):
         x, kernel = self.spend()
         weight, bias = self._kernel, self._bias
         asked = [wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad]
-        x_grad, weight_grad, bias_grad = convolution_backward(grad, x, kernel, self.geometry, asked)
+        x_grad, weight_grad, bias_grad = convolution_backward(grad, x, kernel, self._geometry, asked, self.backend)
         if self._is_row:
             x_grad = x_grad.squeeze(2) if wanted[0] else x_grad
             weight_grad = weight_grad.squeeze(2) if weight.requires_grad else weight_grad
@@ -149,30 +154,33 @@ class Convolution(Operation):
         return grads
 
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 """Stride, padding, dilation and groups of a convolution in two dimensions, as the library takes them."""
 
 
-def geometry_of(conv: nn.Conv1d | nn.Conv2d) -> Geometry:
-    """Of one dimension: as a row of pixels."""
-    stride, padding, dilation = (
-        (other, *size) if len(size) == 1 else tuple(size)
-        for other, size in ((1, conv.stride), (0, cast("tuple[int, ...]", conv.padding)), (1, conv.dilation))
-    )
-    return stride, padding, dilation, conv.groups
-
-
 def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, asked: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, asked: list[bool], backend: ModuleType | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at `x`, of the kernel (like `weight`) and of the bias, as far as they are asked for, from `grad`
-    [B, C, H, W]."""
-    sizes = [weight.shape[0]] if asked[2] else None
-    *windows, groups = geometry
-    result: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(
-        grad, x, weight, sizes, *windows, False, [0, 0], groups, asked
-    )
+    [B, C, H, W]; by a backend's own or by the library."""
+    result: tuple[Tensor, Tensor, Tensor]
+    if backend is not None:
+        result = backend.convolution_backward(grad, x, weight, *geometry, asked)
+    else:
+        sizes = [weight.shape[0]] if asked[2] else None
+        *windows, groups = geometry
+        result = aten.convolution_backward(grad, x, weight, sizes, *windows, False, [0, 0], groups, asked)
     return result
+
+
+def geometry(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Stride, padding, dilation; in one dimension, of one row of pixels."""
+    stride, padding, dilation = (_two(size) for size in (conv.stride, conv.padding, conv.dilation))
+    return stride, (0, padding[1]) if len(conv.padding) == 1 else padding, dilation
+
+
+def _two(size: Any) -> tuple[int, int]:
+    return (1, *size) if len(size) == 1 else size
 
 
 class LayerNorm(Operation):

@@ -107,7 +107,7 @@ class Split(Operation):
         self._numbers = [part.args[1] for part in parts]
 
     def forward(self, x: Tensor) -> Any:
-        self._like = torch.empty_like(x, device="meta")  # dense, its dimensions in the order of x
+        self._order = (x.shape, torch.empty_like(x, device="meta").stride())  # dense, its dimensions in the order of x
         whole = getattr(torch, self._kind)(x, *self._args, **self._kwargs)
         found = tuple(whole[number] for number in self._numbers)
         return found if len(found) > 1 else found[0]
@@ -116,7 +116,7 @@ class Split(Operation):
         given = grad if isinstance(grad, list | tuple) else [grad]
         like = next(one for one in given if one is not None)
         # In the order of what was split, so that whoever turned that round needs no copy of its own.
-        whole = torch.empty_like(self._like, dtype=like.dtype, device=like.device)
+        whole = torch.empty_strided(*self._order, dtype=like.dtype, device=like.device)
         places = getattr(torch, self._kind)(whole, *self._args, **self._kwargs)
         written: set[int] = set()
         for number, one in zip(self._numbers, given, strict=True):
