@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from unlocked.runtime.named_inputs import find_needs, rows_of, travelling
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.heads import head_of, piecewise_step
+from unlocked.workers.heads import SplitBody, head_of, piecewise_step, split_body
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 from unlocked.workers.passing import PassLayer, PassStage
 from unlocked.workers.source import Source
@@ -282,6 +282,18 @@ class _Routed(nn.Sequential):
         for block, names in zip(self, self._needs, strict=True):
             x = block(x, **{name: beside[name] for name in names})
         return x
+
+    @property
+    def head(self) -> nn.Linear | None:
+        return head_of(cast(Block, self[-1]))
+
+    def hidden(self, x: Tensor, **beside: Tensor) -> Tensor:
+        """What `head` reads."""
+        *before, last = zip(self, self._needs, strict=True)
+        for block, names in before:
+            x = block(x, **{name: beside[name] for name in names})
+        inner = cast(SplitBody, split_body(cast(Block, last[0])))
+        return inner.hidden(x, **{name: beside[name] for name in last[1]})
 
 
 def build_layer(
