@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (options.train_only or options.report_only):
             from language_speed import measure_speed
 
-            measure_speed(options)
+            measure_speed(options, partial(figures_of, options), partial(add, options), PARTS)
         print_tables(read_figures(options.json))
     except ValueError as error:
         print(f"language.py: {error}", file=sys.stderr)

@@ -87,10 +87,15 @@ def _speed(speed: list[Figures]) -> str:
     for name in dict.fromkeys(one["contender"] for one in speed):
         own = [one for one in speed if one["contender"] == name]
         rates = [one["tokens_per_second"] for one in own]
-        memory = [max(stage) / 2**20 for stage in zip(*(one["peak_memory_bytes"] for one in own), strict=True)]
+        memory = [_most(own, kind) for kind in ("own_memory_bytes", "peak_memory_bytes")]
         spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
-        rows.append([name, str(len(own)), spread, " / ".join(f"{stage:,.0f}" for stage in memory)])
-    return _markdown(["contender", "turns", "tokens/s, median", "peak memory of each process, MiB"], rows)
+        rows.append([name, str(len(own)), spread, *memory])
+    return _markdown(["contender", "turns", "tokens/s, median", "own memory, MiB", "with libraries, MiB"], rows)
+
+
+def _most(turns: list[Figures], kind: str) -> str:
+    """The peak of each process over all turns."""
+    return " / ".join(f"{max(stage) / 2**20:,.0f}" for stage in zip(*(one[kind] for one in turns), strict=True))
 
 
 def _equal_seconds(runs: dict[str, list[Figures]], speed: list[Figures]) -> str:

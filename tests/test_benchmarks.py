@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
-    *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
+    *("language", "own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
     *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
 )
 
