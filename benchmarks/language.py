@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_tables import print_tables, read_figures
+from language_tables import print_tables, read_figures, write_tables
 from torch import Tensor, nn
 
 from unlocked.comparison.environment import environment
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             measure_speed(options, partial(figures_of, options), partial(add, options), PARTS)
         print_tables(read_figures(options.json))
+        if options.page:
+            write_tables(read_figures(options.json), options.page)
     except ValueError as error:
         print(f"language.py: {error}", file=sys.stderr)
         return 2
@@ -84,6 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=CONTENDERS + MORE,
         metavar="CONTENDER",
     )
+    parser.add_argument("--page", type=Path, help="write the tables into this page, too, between its marks")
     what = parser.add_mutually_exclusive_group()
     for name, told in (("train", "bits per byte"), ("speed", "tokens/s and memory"), ("report", "print what is there")):
         what.add_argument(f"--{name}-only", action="store_true", help=told)

@@ -6,7 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["print_tables", "read_figures", "tables"]
+__all__ = ["print_tables", "read_figures", "tables", "write_tables"]
+
+BEGIN, END = "<!-- tables of benchmarks/language.py -->", "<!-- end of the tables -->"
 
 Figures = dict[str, Any]
 
@@ -26,6 +28,16 @@ def read_figures(path: Path) -> Figures:
 
 def print_tables(figures: Figures) -> None:
     print("\n\n".join(tables(figures)))
+
+
+def write_tables(figures: Figures, page: Path) -> None:
+    """Between the page's marks. Raises: ValueError: there are none."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} has no marks {BEGIN} and {END}; the tables stand between them")
+    page.write_text("\n\n".join([before + begin, *tables(figures), end + after]), encoding="utf-8")
 
 
 def tables(figures: Figures) -> list[str]:
