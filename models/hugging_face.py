@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -75,7 +76,12 @@ def from_transformers(
         block.origin = Origin(module=model)
         blocks.append(block)
     with _evaluating(network, *blocks):
-        _check_chain(network, blocks, micro_batch)
+        try:
+            _check_chain(network, blocks, micro_batch)
+        except ValueError:
+            if not _find_last_tokens(network, blocks):
+                raise
+            _check_chain(network, blocks, micro_batch)
         _offer_head(network, blocks, micro_batch)
     _check_adapters(model, blocks)
     return blocks
@@ -311,6 +317,34 @@ def _check_chain(network: nn.Module, blocks: Sequence[Block], example: Mapping[s
                 raise ValueError(_apart(network, block, first_line(error))) from error
     if x.shape != expected.shape or not torch.equal(x, expected):
         raise ValueError(_apart(network, blocks[-1], "the chain of its blocks gives other values than itself"))
+
+
+def _find_last_tokens(network: Any, blocks: Sequence[Block]) -> bool:
+    """A classifier that reads the last token of each sequence finds it by the padding among the tokens, which its last
+    block does not see: it finds it by the mask, and samples in which the two differ are refused."""
+    padding = getattr(network.config.get_text_config(), "pad_token_id", None)
+    first, last = blocks[0].body, blocks[-1].body
+    if padding is None or len(blocks) == 1 or not isinstance(last, MaskedPart) or not isinstance(first, Part):
+        return False
+    last.find_padding_by(padding)
+    first.check_samples = partial(_check_last_tokens, padding)
+    return True
+
+
+def _check_last_tokens(padding: int, tokens: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError: a sequence whose last token is another one by the mask than by the padding."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    mask = named.get("attention_mask")
+    by_tokens = (places * (tokens != padding)).argmax(1)
+    by_mask = torch.full_like(by_tokens, len(places) - 1) if mask is None else (places * (mask != 0)).argmax(1)
+    if differ := (by_tokens != by_mask).nonzero()[:, 0].tolist():
+        row = differ[0]
+        raise ValueError(
+            f"sample {row} ends at token {int(by_tokens[row])} by its padding (pad_token_id {padding}), and at "
+            f"{int(by_mask[row])} by {'its attention_mask' if mask is not None else 'the lack of an attention_mask'}, "
+            "by which the last block finds it; give an attention_mask that is 0 where tokens are padding, and a "
+            "pad_token_id that nothing else has"
+        )
 
 
 def _apart(network: nn.Module, block: Block, why: str) -> str:

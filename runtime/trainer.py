@@ -338,7 +338,7 @@ class Trainer(Settings):
             learned=learned_from(train_set, self.task),
             beside=beside_of(train_set),
         )
-        learns = (network.task, network.target, network.infos[-1].num_classes)
+        learns = (network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         train_set = ready(train_set, *learns)
         test_set = None if test_set is None else ready(test_set, *learns)
         check_trainable(network, self.rule)
