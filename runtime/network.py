@@ -46,6 +46,7 @@ from unlocked.workers.views import ViewMaker
 __all__ = [
     "Model",
     "Network",
+    "RoutedBlocks",
     "backpropagation_network",
     "build_layer",
     "build_network",
@@ -245,7 +246,7 @@ def backpropagation_network(network: Network) -> Network:
     names = [block.name for block in network.blocks]
     blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))
     used = tuple(name for name in network.beside if any(name in names for names in network.needs))
-    body = _Routed(blocks, network.needs) if used else nn.Sequential(blocks)
+    body = RoutedBlocks(blocks, network.needs) if used else nn.Sequential(blocks)
     block = Block("network", body, is_output=True)
     last = network.infos[-1]
     info = LayerInfo(
@@ -271,7 +272,7 @@ def backpropagation_network(network: Network) -> Network:
     )
 
 
-class _Routed(nn.Sequential):
+class RoutedBlocks(nn.Sequential):
     """Blocks in a row, each with the named tensors that it reads."""
 
     def __init__(self, blocks: "OrderedDict[str, nn.Module]", needs: Sequence[Sequence[str]]) -> None:

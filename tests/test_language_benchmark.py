@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["--length", "16", "--width", "16", "--depth", "3", "--batch", "4", "--test-samples", "4"]
 
 
 @pytest.fixture(scope="module")
 def language() -> Iterator[Any]:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
+    folder = str(ROOT / "benchmarks")
     sys.path.insert(0, folder)
     yield import_module("language")
     sys.path.remove(folder)
@@ -76,6 +77,34 @@ def test_the_parts_are_the_same_network(language: Any) -> None:
             x = block(x)
         outputs.append(x)
     assert torch.equal(*outputs)
+
+
+def test_the_page_shows_the_figures_that_are_kept(language: Any) -> None:
+    page = (ROOT / "docs" / "language_models.md").read_text()
+    module = sys.modules["language_tables"]
+    shown = page.partition(module.BEGIN)[2].partition(module.END)[0].strip()
+    kept = sorted((ROOT / "benchmarks" / "results").glob("language_*.json"))
+    expected = "\n\n".join(module.tables(module.read_figures(kept[-1]))) if kept else "Not measured yet."
+    assert shown == expected, "python benchmarks/language.py --json FILE --report-only --page docs/language_models.md"
+
+
+def test_tables_are_written_between_the_marks(language: Any, tmp_path: Path) -> None:
+    module, page = sys.modules["language_tables"], tmp_path / "page.md"
+    page.write_text(f"before\n\n{module.BEGIN}\n\nold\n\n{module.END}\n\nafter\n")
+    run = {
+        "contender": "BP",
+        "seed": 0,
+        "lr": 0.1,
+        "tokens": 1,
+        "curve": [{"tokens": 1, "bits_per_byte": 2, "acc1": 3}],
+    }
+    figures = {"runs": [run], "speed": []}
+    module.write_tables(figures, page)
+    (table,) = module.tables(figures)
+    assert page.read_text() == f"before\n\n{module.BEGIN}\n\n{table}\n\n{module.END}\n\nafter\n"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has no marks"):
+        module.write_tables(figures, page)
 
 
 def test_tables(language: Any) -> None:

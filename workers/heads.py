@@ -52,7 +52,7 @@ def _split(body: nn.Module) -> SplitBody | None:
     if type(last) is nn.Linear:
         return SplitBody(before, last)
     inner = _split(last)
-    return inner and SplitBody(lambda x: cast(Tensor, inner.hidden(before(x))), inner.head)
+    return inner and SplitBody(lambda x: inner.hidden(before(x)), inner.head)
 
 
 def piecewise_step(other: StepFactory | None) -> StepFactory:
