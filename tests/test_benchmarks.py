@@ -19,7 +19,8 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
     *("language", "own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
-    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
+    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts", "winograd"),
+    "zero_lock",
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
