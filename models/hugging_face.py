@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unlocked.models.blocks import Block, Origin
 from unlocked.models.errors import first_line
-from unlocked.models.parts import MaskedPart, Part, Skeleton, TokenPart, accepted, run_whole
+from unlocked.models.parts import MaskedPart, Part, Skeleton, TokenPart, accepted, check_last_tokens, run_whole
 
 __all__ = ["from_transformers", "frozen_head"]
 
@@ -327,24 +327,8 @@ def _find_last_tokens(network: Any, blocks: Sequence[Block]) -> bool:
     if padding is None or len(blocks) == 1 or not isinstance(last, MaskedPart) or not isinstance(first, Part):
         return False
     last.find_padding_by(padding)
-    first.check_samples = partial(_check_last_tokens, padding)
+    first.check_samples = partial(check_last_tokens, padding)
     return True
-
-
-def _check_last_tokens(padding: int, tokens: Tensor, named: Mapping[str, Tensor]) -> None:
-    """Raises: ValueError: a sequence whose last token is another one by the mask than by the padding."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = named.get("attention_mask")
-    by_tokens = (places * (tokens != padding)).argmax(1)
-    by_mask = torch.full_like(by_tokens, len(places) - 1) if mask is None else (places * (mask != 0)).argmax(1)
-    if differ := (by_tokens != by_mask).nonzero()[:, 0].tolist():
-        row = differ[0]
-        raise ValueError(
-            f"sample {row} ends at token {int(by_tokens[row])} by its padding (pad_token_id {padding}), and at "
-            f"{int(by_mask[row])} by {'its attention_mask' if mask is not None else 'the lack of an attention_mask'}, "
-            "by which the last block finds it; give an attention_mask that is 0 where tokens are padding, and a "
-            "pad_token_id that nothing else has"
-        )
 
 
 def _apart(network: nn.Module, block: Block, why: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MaskedPart", "Part", "Skeleton", "TokenPart", "accepted"]
+__all__ = ["MaskedPart", "Part", "Skeleton", "TokenPart", "accepted", "check_last_tokens"]
 
 
 class Part(nn.Module):
@@ -267,6 +267,22 @@ class _Exit(_Hollow):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         raise _Left(inputs[0] if inputs else named["hidden_states"])
+
+
+def check_last_tokens(padding: int, tokens: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError: a sequence whose last token is another one by the mask than by the padding."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    mask = named.get("attention_mask")
+    by_tokens = (places * (tokens != padding)).argmax(1)
+    by_mask = torch.full_like(by_tokens, len(places) - 1) if mask is None else (places * (mask != 0)).argmax(1)
+    if differ := (by_tokens != by_mask).nonzero()[:, 0].tolist():
+        row = differ[0]
+        raise ValueError(
+            f"sample {row} ends at token {int(by_tokens[row])} by its padding (pad_token_id {padding}), and at "
+            f"{int(by_mask[row])} by {'its attention_mask' if mask is not None else 'the lack of an attention_mask'}, "
+            "by which the last block finds it; give an attention_mask that is 0 where tokens are padding, and a "
+            "pad_token_id that nothing else has"
+        )
 
 
 def accepted(module: nn.Module) -> frozenset[str]:

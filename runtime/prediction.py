@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
 from unlocked.runtime.exporting import export
-from unlocked.runtime.input import as_dataset, ready, rows_per_batch, with_classes
+from unlocked.runtime.input import as_dataset, ready, rows_per_batch
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
 from unlocked.runtime.named_inputs import rows_of
@@ -188,7 +188,7 @@ class Trained:
         if missing := [name for name in used if name not in data.beside]:
             raise ValueError(f"samples come without {', '.join(missing)}, which the network reads; give named tensors")
         if network.task.name == "classification":
-            data = with_classes(data, network.infos[-1].num_classes)
+            data = ready(data, network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         data = self._normalised(data)
         set_threads(settings.threads)
         plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))
