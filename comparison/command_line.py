@@ -22,6 +22,7 @@ from unlocked.runtime.fields import (
 from unlocked.runtime.job import check_device
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.recipe import Recipe
+from unlocked.runtime.text_options import TextOptions
 
 __all__ = ["CompareOptions", "make_parser", "parse"]
 
@@ -78,6 +79,7 @@ _SHARED = (
     *("dataset", "dataset_dir", "image_size", "model", "lr", "batch_size", "drop_last", "test_batch_size"),
     *("weight_decay", "momentum", "optimizer", "waveform", "temperature", "label_smoothing", "seed", "precision"),
     *sorted(setting_names(ModelOptions)),
+    *sorted(setting_names(TextOptions)),
 )
 """The recipe's settings that the command line gives for all contenders, beside the device."""
 

@@ -10,6 +10,7 @@ from unlocked.comparison.contenders import Spec, all_contenders, choose
 from unlocked.comparison.environment import environment
 from unlocked.comparison.excerpts import cut_excerpts
 from unlocked.comparison.logged import LoggedRun
+from unlocked.comparison.networks import network_of
 from unlocked.comparison.pool import ContenderFailed, Pool
 from unlocked.comparison.request import Form, LayerCosts, RankAnswer, Request, Task, save_data
 from unlocked.comparison.results import (
@@ -25,8 +26,7 @@ from unlocked.comparison.results import (
 from unlocked.comparison.rival.forms import forms_to_try
 from unlocked.kernels.precision import check_precision
 from unlocked.runtime.batch_statistics import check_batch_statistics
-from unlocked.runtime.network import build_network
-from unlocked.runtime.recipe import Recipe, make_model, make_optimizer, make_rule
+from unlocked.runtime.recipe import Recipe, make_optimizer, make_rule
 
 __all__ = ["make_run", "measure"]
 
@@ -54,14 +54,13 @@ def measure(options: CompareOptions, announce: Callable[[str], None]) -> Report:
     make_optimizer(recipe)
     make_rule(recipe)
     train, test = recipe.load_data()
-    model = make_model(recipe, train)
-    layers = tuple(block.name for block in model)
-    network = build_network(model, input_shape=train.image_shape, num_classes=train.num_classes, seed=recipe.seed)
+    network = network_of(recipe, train)
+    layers = tuple(network.names)
     kinds: list[RunKind] = ["speed"] * bool(options.repeats)
     kinds += ["accuracy"] * bool(options.epochs and options.seeds)
     for kind in kinds:
         check_batch_statistics(network.batch_statistics, _recipe(options, kind).plan(train, test))
-    del model, network
+    del network
     settings = ComparisonSettings(
         command=options.command,
         dataset=recipe.dataset,

@@ -11,14 +11,15 @@ import torch
 
 from unlocked.comparison.leaderboard.inspection import inspect
 from unlocked.comparison.meter import MeasuredTrainer, Meter, reset_peak_memory
+from unlocked.comparison.networks import network_of
 from unlocked.comparison.request import LayerCosts, RankAnswer, Request, load_data
 from unlocked.comparison.results import EpochFigures, SpanKind, TimelineSpan
 from unlocked.comparison.rival.worker import backpropagation_costs, train_pipeline, try_forms
 from unlocked.runtime.costs import measure_costs
 from unlocked.runtime.job import prepare_process
 from unlocked.runtime.machine import peak_memory_bytes
-from unlocked.runtime.network import Network, build_layer, build_network
-from unlocked.runtime.recipe import make_model, make_optimizer, make_rule
+from unlocked.runtime.network import build_layer
+from unlocked.runtime.recipe import make_optimizer, make_rule
 from unlocked.runtime.result import RunResult
 from unlocked.workers.actions import Action
 from unlocked.workers.fused import choose_step
@@ -139,15 +140,7 @@ def _measure_costs(request: Request) -> LayerCosts:
     device = torch.device(recipe.device)
     optimizer = make_optimizer(recipe)
 
-    def network() -> Network:
-        return build_network(
-            make_model(recipe, train),
-            input_shape=train.image_shape,
-            num_classes=train.num_classes,
-            seed=recipe.seed,
-        )
-
-    local = network()
+    local = network_of(recipe, train)
     rule = make_rule(replace(recipe, training_mode="LLS"))
     assert not isinstance(rule, str)
     step = choose_step(recipe.kernels, device)
@@ -158,5 +151,6 @@ def _measure_costs(request: Request) -> LayerCosts:
         device=device,
     )
     return LayerCosts(
-        backpropagation=backpropagation_costs(network(), optimizer, recipe.batch_size, device), local=tuple(costs)
+        backpropagation=backpropagation_costs(network_of(recipe, train), optimizer, recipe.batch_size, device),
+        local=tuple(costs),
     )

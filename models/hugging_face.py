@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from unlocked.models.blocks import Block, Origin
 from unlocked.models.errors import first_line
-from unlocked.models.parts import MaskedPart, Part, Skeleton, TokenPart, accepted, run_whole
+from unlocked.models.parts import MaskedPart, Part, Skeleton, TokenPart, accepted, check_last_tokens, run_whole
 
 __all__ = ["from_transformers", "frozen_head"]
 
@@ -75,7 +76,12 @@ def from_transformers(
         block.origin = Origin(module=model)
         blocks.append(block)
     with _evaluating(network, *blocks):
-        _check_chain(network, blocks, micro_batch)
+        try:
+            _check_chain(network, blocks, micro_batch)
+        except ValueError:
+            if not _find_last_tokens(network, blocks):
+                raise
+            _check_chain(network, blocks, micro_batch)
         _offer_head(network, blocks, micro_batch)
     _check_adapters(model, blocks)
     return blocks
@@ -311,6 +317,18 @@ def _check_chain(network: nn.Module, blocks: Sequence[Block], example: Mapping[s
                 raise ValueError(_apart(network, block, first_line(error))) from error
     if x.shape != expected.shape or not torch.equal(x, expected):
         raise ValueError(_apart(network, blocks[-1], "the chain of its blocks gives other values than itself"))
+
+
+def _find_last_tokens(network: Any, blocks: Sequence[Block]) -> bool:
+    """A classifier that reads the last token of each sequence finds it by the padding among the tokens, which its last
+    block does not see: it finds it by the mask, and samples in which the two differ are refused."""
+    padding = getattr(network.config.get_text_config(), "pad_token_id", None)
+    first, last = blocks[0].body, blocks[-1].body
+    if padding is None or len(blocks) == 1 or not isinstance(last, MaskedPart) or not isinstance(first, Part):
+        return False
+    last.find_padding_by(padding)
+    first.check_samples = partial(check_last_tokens, padding)
+    return True
 
 
 def _apart(network: nn.Module, block: Block, why: str) -> str:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ def gpt(
     *,
     width: int = 256,
     depth: int = 6,
+    local_module_num: int | None = None,
     seed: int = 0,
 ) -> list[Block]:
     """Token ids [B, T] -> scores [B, T, vocabulary]: an embedding with learned places, `depth` causal layers with heads
@@ -37,26 +39,37 @@ def gpt(
         dropout: probability, before each residual addition.
         width: features of a token: a multiple of 64, or below it one head.
         depth: layers beside the embedding and the output.
+        local_module_num: K, 1 to `depth`: the network as K blocks of `depth` / K layers or one more, the first with the
+            embedding, the last with the head. None: a block for each layer, for the embedding and for the head.
         in_channels: not used.
         seed: see `unlocked.models.small_conv`.
 
     Raises:
-        ValueError: a size is not positive, or a width without whole heads.
+        ValueError: a size is not positive, a width without whole heads, or more blocks than layers.
     """
     length = image_size if isinstance(image_size, int) else int(image_size[-1])
-    check_positive(num_classes=num_classes, image_size=length, width=width, depth=depth)
+    check_positive(
+        num_classes=num_classes, image_size=length, width=width, depth=depth, local_module_num=local_module_num
+    )
+    if local_module_num is not None and local_module_num > depth:
+        raise ValueError(f"local_module_num is {local_module_num}, but there are {depth} layers; give 1 to {depth}")
     heads = max(1, width // _HEAD)
     if width > _HEAD and width % _HEAD:
         raise ValueError(f"width is {width}, which is no whole number of heads of {_HEAD}; give a multiple of {_HEAD}")
     sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": (length,), "dropout": dropout}
-    origin = Origin(architecture=("gpt-mini", {**sizes, "width": width, "depth": depth}))
+    own = {"width": width, "depth": depth, "local_module_num": local_module_num}
+    origin = Origin(architecture=("gpt-mini", {**sizes, **own}))
 
     def layer(number: int) -> Block:
-        return Block(f"transformer{number}", _Layer(width, heads, dropout), layout="tokens", hidden=2048)
+        return Block(f"transformer{number + 1}", _Layer(width, heads, dropout), layout="tokens", hidden=2048)
 
     makers: list[Callable[[], Block]] = [partial(_first, num_classes, length, width)]
-    makers += [partial(layer, number + 1) for number in range(depth)]
-    return draw_by_layer([*makers, partial(_output, width, num_classes)], seed, origin)
+    makers += [partial(layer, number) for number in range(depth)]
+    makers.append(partial(_output, width, num_classes))
+    if local_module_num is not None:
+        cuts = [0, *(1 + depth * k // local_module_num for k in range(1, local_module_num)), len(makers)]
+        makers = [partial(_module, k + 1, makers[a:b], b == len(makers)) for k, (a, b) in enumerate(pairwise(cuts))]
+    return draw_by_layer(makers, seed, origin)
 
 
 @torch.no_grad()
@@ -150,3 +163,10 @@ def _first(vocabulary: int, length: int, width: int) -> Block:
 def _output(width: int, vocabulary: int) -> Block:
     parts = OrderedDict(norm=nn.LayerNorm(width), linear=nn.Linear(width, vocabulary))
     return Block("output", nn.Sequential(parts), is_output=True)
+
+
+def _module(number: int, makers: Sequence[Callable[[], Block]], is_output: bool) -> Block:
+    """Blocks as one."""
+    body = nn.Sequential(OrderedDict((block.name, block.body) for block in (make() for make in makers)))
+    name = f"module{number}"
+    return Block(name, body, is_output=True) if is_output else Block(name, body, layout="tokens", hidden=2048)

@@ -6,13 +6,13 @@ is done as its authors do it. Where the part ends, forward() is left by an excep
 
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MaskedPart", "Part", "Skeleton", "TokenPart", "accepted"]
+__all__ = ["MaskedPart", "Part", "Skeleton", "TokenPart", "accepted", "check_last_tokens"]
 
 
 class Part(nn.Module):
@@ -30,6 +30,9 @@ class Part(nn.Module):
         self.reads = reads
         self._entrance = entrance
         self._head: str | None = None
+        self._padding: int | None = None
+        self.check_samples: Callable[[Tensor, Mapping[str, Tensor]], None] | None = None
+        """Raises a ValueError for samples, and named tensors beside them, that the network would be given wrongly."""
         names = accepted(whole)
         self._fixed = {"use_cache": False} if "use_cache" in names else {}
         if "return_dict" in names:
@@ -41,13 +44,26 @@ class Part(nn.Module):
     def _run(self, x: Tensor, named: Mapping[str, Tensor | None]) -> Tensor:
         given = {name: value for name, value in named.items() if value is not None}
         self._entrance.hidden = x
+        main = {self.reads: x} if self._padding is None else {"input_ids": self._made_up(x, given)}
         try:
-            output = self.whole(**{self.reads: x}, **given, **self._fixed)
+            output = self.whole(**main, **given, **self._fixed)
         except _Left as left:
             return left.hidden
         finally:
             self._entrance.hidden = None
         return scores_of(output)
+
+    def find_padding_by(self, token: int) -> None:
+        """forward() asks the tokens themselves which of them are padding, `token`, and is told so by the mask: tokens
+        are made up, which the embedding's stand-in takes no notice of."""
+        self._padding = token
+
+    def _made_up(self, x: Tensor, named: Mapping[str, Tensor]) -> Tensor:
+        """Tokens [B, T] for hidden states [B, T, D]."""
+        assert self._padding is not None
+        tokens = torch.full(x.shape[:2], self._padding + 1, dtype=torch.int64, device=x.device)
+        mask = named.get("attention_mask")
+        return tokens if mask is None else tokens.masked_fill(mask == 0, self._padding)
 
     def use_head(self, name: str | None) -> None:
         """`name` is the linear map that ends forward(): `head` and `hidden` are offered."""
@@ -251,6 +267,22 @@ class _Exit(_Hollow):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         raise _Left(inputs[0] if inputs else named["hidden_states"])
+
+
+def check_last_tokens(padding: int, tokens: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError: a sequence whose last token is another one by the mask than by the padding."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    mask = named.get("attention_mask")
+    by_tokens = (places * (tokens != padding)).argmax(1)
+    by_mask = torch.full_like(by_tokens, len(places) - 1) if mask is None else (places * (mask != 0)).argmax(1)
+    if differ := (by_tokens != by_mask).nonzero()[:, 0].tolist():
+        row = differ[0]
+        raise ValueError(
+            f"sample {row} ends at token {int(by_tokens[row])} by its padding (pad_token_id {padding}), and at "
+            f"{int(by_mask[row])} by {'its attention_mask' if mask is not None else 'the lack of an attention_mask'}, "
+            "by which the last block finds it; give an attention_mask that is 0 where tokens are padding, and a "
+            "pad_token_id that nothing else has"
+        )
 
 
 def accepted(module: nn.Module) -> frozenset[str]:

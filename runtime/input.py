@@ -1,12 +1,12 @@
 """What a run reads: data of any kind as a dataset, and which source stage 0 gets for it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
@@ -168,15 +168,36 @@ def with_classes(data: Dataset, num_classes: int) -> Dataset:
     return data
 
 
-def ready(data: Dataset, task: Task, target: TargetForm, num_scores: int) -> Dataset:
+def ready(data: Dataset, task: Task, target: TargetForm, num_scores: int, first: nn.Module | None = None) -> Dataset:
     """The data as a run of that task reads it.
 
+    Args:
+        first: the network's first block, whose body may have a say in which samples there may be (`check_samples`).
+
     Raises:
-        ValueError: targets that are not of the task, or beyond what the model tells apart.
+        ValueError: targets that are not of the task, or beyond what the model tells apart; samples that the first block
+            refuses.
     """
+    if check := getattr(getattr(first, "body", None), "check_samples", None):
+        data = _with_check(data, check)
     if task.name == "classification":
         return with_classes(data, num_scores)
     return with_task(data, task, target, num_scores)
+
+
+def _with_check(data: Dataset, check: Callable[[Tensor, Mapping[str, Tensor]], None]) -> Dataset:
+    if isinstance(data, ImageDataset):
+        try:
+            check(data.images, data.beside)
+        except ValueError as error:
+            raise ValueError(f"the {data.split} data: {error}") from None
+        return data
+
+    def unchanged(samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]) -> Tensor:
+        check(samples, beside)
+        return torch.zeros(len(samples), 0, dtype=torch.uint8) if targets is None else targets
+
+    return replace(data, aligned=unchanged)
 
 
 def probe_sample(data: Dataset) -> Tensor:

@@ -15,8 +15,8 @@ class ModelOptions:
 
     local_module_num: int | None = setting(
         None,
-        "of the ResNets: local modules to cut the network into, the last with the classifier (unless given: a layer "
-        "for the stem, for each residual block and for the classifier)",
+        "of the ResNets and gpt-mini: local modules to cut the network into, the last with the classifier (unless "
+        "given: a layer for the stem, or embedding, for each block and for the classifier)",
         at_least=1,
         at_most=1024,
     )

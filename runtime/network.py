@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from unlocked.runtime.named_inputs import find_needs, rows_of, travelling
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.heads import head_of, piecewise_step
+from unlocked.workers.heads import SplitBody, head_of, piecewise_step, split_body
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
 from unlocked.workers.passing import PassLayer, PassStage
 from unlocked.workers.source import Source
@@ -46,6 +46,7 @@ from unlocked.workers.views import ViewMaker
 __all__ = [
     "Model",
     "Network",
+    "RoutedBlocks",
     "backpropagation_network",
     "build_layer",
     "build_network",
@@ -245,7 +246,7 @@ def backpropagation_network(network: Network) -> Network:
     names = [block.name for block in network.blocks]
     blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))
     used = tuple(name for name in network.beside if any(name in names for names in network.needs))
-    body = _Routed(blocks, network.needs) if used else nn.Sequential(blocks)
+    body = RoutedBlocks(blocks, network.needs) if used else nn.Sequential(blocks)
     block = Block("network", body, is_output=True)
     last = network.infos[-1]
     info = LayerInfo(
@@ -271,7 +272,7 @@ def backpropagation_network(network: Network) -> Network:
     )
 
 
-class _Routed(nn.Sequential):
+class RoutedBlocks(nn.Sequential):
     """Blocks in a row, each with the named tensors that it reads."""
 
     def __init__(self, blocks: "OrderedDict[str, nn.Module]", needs: Sequence[Sequence[str]]) -> None:
@@ -282,6 +283,18 @@ class _Routed(nn.Sequential):
         for block, names in zip(self, self._needs, strict=True):
             x = block(x, **{name: beside[name] for name in names})
         return x
+
+    @property
+    def head(self) -> nn.Linear | None:
+        return head_of(cast(Block, self[-1]))
+
+    def hidden(self, x: Tensor, **beside: Tensor) -> Tensor:
+        """What `head` reads."""
+        *before, last = zip(self, self._needs, strict=True)
+        for block, names in before:
+            x = block(x, **{name: beside[name] for name in names})
+        inner = cast(SplitBody, split_body(cast(Block, last[0])))
+        return inner.hidden(x, **{name: beside[name] for name in last[1]})
 
 
 def build_layer(

@@ -1,20 +1,24 @@
 """What a trained network says of samples: its scores, and how many of each class it gets right."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
-from unlocked.runtime.input import as_dataset, ready, rows_per_batch, with_classes
+from unlocked.runtime.exporting import export
+from unlocked.runtime.input import as_dataset, ready, rows_per_batch
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
-from unlocked.runtime.network import Network
+from unlocked.runtime.named_inputs import rows_of
+from unlocked.runtime.network import Network, RoutedBlocks
 from unlocked.runtime.saving.scoring import evaluation_plan, make_stage, scores_of
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
@@ -150,6 +154,18 @@ class Trained:
             size=plan.eval_size,
         )
 
+    def export(self, module: nn.Module, path: str | Path) -> None:
+        """Writes the network, which `module` is as one plain module, as `unlocked.export` does. With named tensors that
+        its layers read it is the chain of its layers, which takes them by their names."""
+        network = self.network
+        samples = torch.zeros(2, *network.input_shape, dtype=network.input_dtype)
+        names = sorted(set().union(*network.needs))
+        if not names:
+            export(module, path, samples)
+            return
+        blocks: OrderedDict[str, nn.Module] = OrderedDict((block.name, block) for block in network.blocks)
+        export(RoutedBlocks(blocks, network.needs), path, samples, rows_of(network.beside, names, 2))
+
     @contextlib.contextmanager
     def _evaluating(
         self, data: Dataset, batch_size: int | None, settings: Settings
@@ -172,7 +188,7 @@ class Trained:
         if missing := [name for name in used if name not in data.beside]:
             raise ValueError(f"samples come without {', '.join(missing)}, which the network reads; give named tensors")
         if network.task.name == "classification":
-            data = with_classes(data, network.infos[-1].num_classes)
+            data = ready(data, network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         data = self._normalised(data)
         set_threads(settings.threads)
         plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))

@@ -39,7 +39,6 @@ from unlocked.runtime.before_run import (
 )
 from unlocked.runtime.engines import as_engine
 from unlocked.runtime.explaining import Explanation, explain
-from unlocked.runtime.exporting import export
 from unlocked.runtime.fields import values_of
 from unlocked.runtime.input import Data, as_dataset, beside_of, check_drop_last, probe_sample, ready, rows_per_batch
 from unlocked.runtime.job import Engine, Job, check_compile, check_device
@@ -298,8 +297,7 @@ class Trainer(Settings):
         """
         if self._trained is None or not self._trained.complete:
             raise ValueError("there is nothing to export before fit(); under torchrun, rank 0 exports")
-        network = self._trained.network
-        export(self.module, path, torch.zeros(2, *network.input_shape, dtype=network.input_dtype))
+        self._trained.export(self.module, path)
 
     def _trained_for(self, data: Dataset) -> Trained:
         """What the last `fit` has left, or the model as it was given."""
@@ -338,7 +336,7 @@ class Trainer(Settings):
             learned=learned_from(train_set, self.task),
             beside=beside_of(train_set),
         )
-        learns = (network.task, network.target, network.infos[-1].num_classes)
+        learns = (network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         train_set = ready(train_set, *learns)
         test_set = None if test_set is None else ready(test_set, *learns)
         check_trainable(network, self.rule)

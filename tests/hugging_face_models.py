@@ -11,7 +11,7 @@ from transformers.models.bert.modeling_bert import BertForSequenceClassification
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -26,9 +26,12 @@ TEXT = {**WIDTH, "vocab_size": 40, "max_position_embeddings": 32}
 GROUPED = {**TEXT, "num_key_value_heads": 1}
 
 
+GPT2 = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+
+
 def gpt2(**options: Any) -> GPT2LMHeadModel:
-    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32, "bos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**{**sizes, "eos_token_id": 0, "tie_word_embeddings": False, **options}))
+    return GPT2LMHeadModel(GPT2Config(**{**GPT2, "tie_word_embeddings": False, **options}))
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
@@ -37,6 +40,10 @@ def llama(**options: Any) -> LlamaForCausalLM:
 
 def llama_classifier(**options: Any) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(LlamaConfig(**{**GROUPED, "num_labels": 3, "pad_token_id": 0, **options}))
+
+
+def gpt2_classifier(**options: Any) -> GPT2ForSequenceClassification:
+    return GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "num_labels": 3, "pad_token_id": 0, **options}))
 
 
 def qwen2(**options: Any) -> Qwen2ForCausalLM:
@@ -67,6 +74,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "gemma2": gemma2,
+    "llama classifier": llama_classifier,
+    "gpt2 classifier": gpt2_classifier,
     "bert": bert,
     "vit": vit,
 }

@@ -65,7 +65,7 @@ LAYERS = {
     "comparison": [
         ["logged", "contenders", "command_line", "energy", "environment", "meter", "reading", "results"],
         ["saved_runs"],
-        ["cells", "significance", "leaderboard.results"],
+        ["cells", "significance", "networks", "leaderboard.results"],
         ["request"],
         ["excerpts"],
         ["report"],

@@ -21,6 +21,7 @@ SCRIPTS = (
     *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
     *("recovery", "reproduce", "rule_costs", "scale", "single_gpu", "snapshots", "start_up", "two_checkouts"),
     *("winograd", "zero_lock"),
+    "language",
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -1,7 +1,8 @@
 """The local step of an output layer over a vocabulary: its scores [B, T, V] are never whole, in training or evaluation
 ."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +12,47 @@ from unlocked.models import Block
 from unlocked.rules import Tokens
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
-__all__ = ["PiecewiseStep", "head_of", "piecewise_step"]
+__all__ = ["PiecewiseStep", "SplitBody", "head_of", "piecewise_step", "split_body"]
 
 
-def head_of(block: Block) -> nn.Linear | None:
-    """The linear layer that makes the scores of what `hidden` gives; None: the block does not tell.
+class SplitBody(NamedTuple):
+    """A body as what comes before its scores, and the linear layer that makes them."""
 
-    A body tells by a `head` and a method `hidden`, or by being an nn.Sequential that ends in an nn.Linear.
+    hidden: Callable[..., Tensor]
+    """(x, named tensors) -> [B, T, D]"""
+    head: nn.Linear
+
+
+def split_body(block: Block) -> SplitBody | None:
+    """None: the block does not tell where its scores are made.
+
+    A body tells by a `head` and a method `hidden`, or by being an nn.Sequential that ends in an nn.Linear, or in
+    another body (or a `Block` without a tail) that tells.
     """
     if list(block.tail.children()) or not isinstance(block.tail, nn.Identity):
         return None
-    body = block.body
-    found = getattr(body, "head", None) if callable(getattr(body, "hidden", None)) else None
-    if found is None and type(body) is nn.Sequential and len(body):
-        found = body[-1]
-    return found if type(found) is nn.Linear else None
+    return _split(block.body)
+
+
+def head_of(block: Block) -> nn.Linear | None:
+    """The linear layer that makes the scores of what comes before it; None: the block does not tell."""
+    found = split_body(block)
+    return None if found is None else found.head
+
+
+def _split(body: nn.Module) -> SplitBody | None:
+    if isinstance(body, Block):
+        return split_body(body)
+    hidden, head = getattr(body, "hidden", None), getattr(body, "head", None)
+    if callable(hidden) and type(head) is nn.Linear:
+        return SplitBody(cast(Callable[..., Tensor], hidden), head)
+    if type(body) is not nn.Sequential or not len(body):
+        return None
+    before, last = body[:-1], body[-1]
+    if type(last) is nn.Linear:
+        return SplitBody(before, last)
+    inner = _split(last)
+    return inner and SplitBody(lambda x: inner.hidden(before(x)), inner.head)
 
 
 def piecewise_step(other: StepFactory | None) -> StepFactory:
@@ -45,16 +72,11 @@ class PiecewiseStep(AutogradStep):
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self.task = cast(Tokens, layer.task)
-        self.head = cast(nn.Linear, head_of(layer.block))
+        self._before, self.head = cast(SplitBody, split_body(layer.block))
 
     def hidden(self, x: Tensor) -> Tensor:
         """[B, T, D]: what the head reads."""
-        body = self.layer.block.body
-        if isinstance(body, nn.Sequential):
-            inner: Tensor = body[:-1](x)
-            return inner
-        found: Tensor = body.hidden(x, **self.layer.beside)  # type: ignore[operator]
-        return found
+        return self._before(x, **self.layer.beside)
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """What the head reads, in the place of the scores: nobody asks for those of a training micro-batch."""

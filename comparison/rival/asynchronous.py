@@ -23,16 +23,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.comparison.request import Form
 from unlocked.comparison.rival.pipeline import Clock, chunks_for
+from unlocked.comparison.rival.scoring import mean_loss, tally
 from unlocked.comparison.rival.weight_versions import WeightVersions
 from unlocked.runtime.network import Network
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
-from unlocked.workers.layer import count_correct
 from unlocked.workers.shared_edges import SharedInEdge, SharedListener, SharedOutEdge
 from unlocked.workers.source import BatchSource
 
@@ -100,7 +99,7 @@ class AsynchronousPipeline:
         self._batches = 0
         self._in_flight: deque[_InFlight] = deque()
         self.loss = torch.zeros((), dtype=torch.float64)
-        self.scores = torch.zeros(2, dtype=torch.float64)
+        self.scores = torch.zeros(network.num_sums, dtype=torch.float64)
         self._link(timeout)
 
     def train(self, item: Item) -> None:
@@ -161,8 +160,7 @@ class AsynchronousPipeline:
             if self._outbox is not None:
                 self._hand_on(self._outbox, item, y, labels)
             elif item.kind == "evaluate":
-                self.scores[0] += F.cross_entropy(y, labels, reduction="sum")
-                self.scores[1] += count_correct(y, labels)[0]
+                self.scores += tally(self.network, y, labels)
             if self._inbox is not None:
                 self._inbox.release()
         module.train()
@@ -180,7 +178,7 @@ class AsynchronousPipeline:
         version = max(self._batches - 1, 0) if self._is_double_buffered else self.versions.newest
         y = self.clock.timed("forward", self.rank, chunk, self.versions.at(version), x)
         if self._outbox is None:
-            y = self.clock.timed("forward", self.rank, chunk, F.cross_entropy, y, labels) / chunks
+            y = self.clock.timed("forward", self.rank, chunk, mean_loss, self.network, y, labels) / chunks
             self.loss += y.detach() * item.size * chunks
         else:
             self._hand_on(self._outbox, item, y.detach(), labels)
@@ -238,9 +236,10 @@ class AsynchronousPipeline:
         shapes, rows = self.network.output_shapes, self.source.batch_size
         most_rows = max(rows, self.source.eval_batch_size)
         names = [f"stage {stage}" for stage in range(dist.get_world_size())]
+        target = self.network.target
         listeners = {}
         if not self.is_first:
-            layout = SlotLayout(most_rows, shapes[start - 1])
+            layout = SlotLayout(most_rows, shapes[start - 1], target=target)
             listeners["forward"] = SharedListener(layout, depth=self._most + 1, timeout=timeout)
         if not self.is_last:
             layout = SlotLayout(rows, shapes[stop - 1])
@@ -256,7 +255,8 @@ class AsynchronousPipeline:
         self._grad_inbox: SharedInEdge | None = None
         self._grad_outbox: SharedOutEdge | None = None
         if not self.is_last:
-            self._outbox = reach("forward", self.rank + 1, SlotLayout(most_rows, shapes[stop - 1]), self._most)
+            layout = SlotLayout(most_rows, shapes[stop - 1], target=target)
+            self._outbox = reach("forward", self.rank + 1, layout, self._most)
         if not self.is_first:
             self._grad_outbox = reach("backward", self.rank - 1, SlotLayout(rows, shapes[start - 1]), self._most + 1)
         if "forward" in listeners:

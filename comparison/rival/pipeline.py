@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -24,10 +23,10 @@ from torch.distributed.pipelining import (
 
 from unlocked.comparison.request import Form
 from unlocked.comparison.results import SpanKind, TimelineSpan
+from unlocked.comparison.rival.scoring import mean_loss, tally
 from unlocked.data import epoch_order
 from unlocked.runtime.network import Network
 from unlocked.workers.actions import Item
-from unlocked.workers.layer import count_correct
 from unlocked.workers.source import BatchSource
 
 __all__ = ["BpPipeline", "Clock", "chunks_for", "owner"]
@@ -177,7 +176,7 @@ class BpPipeline:
         self.optimizer = optimizer(self.parameters)
         self._mode: str | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.scores = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.scores = torch.zeros(network.num_sums, dtype=torch.float64, device=self.device)
         self._schedule(source.batch_size)  # a form that the schedule refuses is refused here
 
     def train(self, item: Item) -> None:
@@ -246,9 +245,7 @@ class BpPipeline:
     def _score(self, logits: Tensor, item: Item) -> None:
         if item.kind != "evaluate":
             return
-        labels = self._labels(item)
-        self.scores[0] += F.cross_entropy(logits, labels, reduction="sum")
-        self.scores[1] += count_correct(logits, labels)[0]  # what every contender counts by
+        self.scores += tally(self.network, logits, self._labels(item))
 
     def _load(self, item: Item) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What this process's stages read: images where the first one is, labels where the last one is."""
@@ -262,10 +259,14 @@ class BpPipeline:
         source = self.source
         if item.kind == "evaluate":
             assert source.test is not None
-            return source.test.labels[item.index * source.eval_batch_size :][: item.size]
+            return self._as_targets(source.test.labels[item.index * source.eval_batch_size :][: item.size])
         if self._order is None or self._order[0] != item.epoch:
             self._order = item.epoch, epoch_order(len(source.train), source.seed, item.epoch, self.device)
-        return source.train.labels[self._order[1][item.index * source.batch_size :][: item.size]]
+        return self._as_targets(source.train.labels[self._order[1][item.index * source.batch_size :][: item.size]])
+
+    def _as_targets(self, labels: Tensor) -> Tensor:
+        """Labels that are stored narrow, as every stage gets them."""
+        return labels.to(self.network.target.dtype)
 
     def _set_mode(self, mode: str) -> None:
         """A schedule-free optimizer holds its weights at another point for training than for evaluation."""
@@ -310,7 +311,9 @@ class BpPipeline:
     def _stage(self, stage: int, rows: int) -> _TimedStage:
         start, stop = self.form.parts[stage]
         shapes = [self.network.input_shape, *self.network.output_shapes]
-        inputs = torch.empty(rows, *(self._travelling(shapes[start]) if stage else shapes[start]), device=self.device)
+        shape = self._travelling(shapes[start]) if stage else shapes[start]
+        dtype = torch.float32 if stage else self.network.input_dtype
+        inputs = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
         if stage == 0 and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         outputs = torch.empty(rows, *self._travelling(shapes[stop]), device=self.device)
@@ -326,7 +329,8 @@ class BpPipeline:
         return made
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self.clock.timed("forward", self.num_stages - 1, None, F.cross_entropy, logits, labels)
+        last = self.num_stages - 1
+        loss: Tensor = self.clock.timed("forward", last, None, mean_loss, self.network, logits, labels)
         return loss
 
     @staticmethod

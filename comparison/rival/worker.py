@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from unlocked.comparison.contenders import ASYNCHRONOUS
 from unlocked.comparison.meter import Meter, reset_peak_memory
+from unlocked.comparison.networks import network_of
 from unlocked.comparison.request import Form, RankAnswer, Request, load_data
 from unlocked.comparison.results import EpochFigures, Trial
 from unlocked.comparison.rival.asynchronous import AsynchronousPipeline
@@ -24,8 +25,8 @@ from unlocked.kernels.images import load_batch
 from unlocked.kernels.precision import float32_products
 from unlocked.runtime.job import prepare_process
 from unlocked.runtime.machine import peak_memory_bytes
-from unlocked.runtime.network import Network, build_network
-from unlocked.runtime.recipe import make_model, make_optimizer
+from unlocked.runtime.network import Network
+from unlocked.runtime.recipe import make_optimizer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.actions import Item
@@ -47,7 +48,7 @@ def train_pipeline(request: Request) -> RankAnswer:
         assert request.form is not None
         plan = request.recipe.plan(train, test)
         clock = Clock(dist.get_rank() if request.timeline else None)
-        network = _network(request, train)
+        network = network_of(request.recipe, train)
         pipeline = _pipeline(request, request.form, network, _source(request, train, test, device), clock)
         pipeline.warm_up(_one_of_each_size(plan))
         meter = Meter(device)
@@ -56,7 +57,7 @@ def train_pipeline(request: Request) -> RankAnswer:
         clock.restart()
         meter.begin()
         began = time.perf_counter()
-        epochs, images = _follow(plan, pipeline, began)
+        epochs, images = _follow(plan, pipeline, network, began)
         pipeline.finish()
         _synchronize(device)
         seconds = time.perf_counter() - began
@@ -96,7 +97,7 @@ def try_forms(request: Request) -> RankAnswer:
         reasons: dict[Form, str] = {}
         for form in request.forms:
             try:
-                pipelines[form] = _pipeline(request, form, _network(request, train), source, Clock())
+                pipelines[form] = _pipeline(request, form, network_of(request.recipe, train), source, Clock())
             except ValueError as error:  # raised alike on every process, before anything was sent
                 reasons[form] = " ".join(str(error).split())
             else:
@@ -112,7 +113,7 @@ def try_forms(request: Request) -> RankAnswer:
                 dist.barrier()
                 rate = sum(item.size for item in steps) / (time.perf_counter() - began)
                 rates[form] = max(rate, rates.get(form, 0.0))
-        names = _network(request, train).names
+        names = network_of(request.recipe, train).names
         return RankAnswer(
             trials=tuple(
                 Trial(
@@ -131,6 +132,8 @@ def backpropagation_costs(
 ) -> tuple[float, ...]:
     """Seconds of every layer's forward, backward (with the input's gradient, save the first's) and update: medians."""
     x = torch.randn(batch_size, *network.input_shape, device=device)
+    if not network.input_dtype.is_floating_point:
+        x = torch.zeros_like(x, dtype=network.input_dtype)  # a token that every vocabulary has
     costs = []
     for index, block in enumerate(network.blocks):
         block.to(device).train()
@@ -139,7 +142,7 @@ def backpropagation_costs(
             block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parameters = list(block.parameters())
         own = optimizer(parameters) if parameters else None
-        x = x.detach().requires_grad_(index > 0)
+        x = x.detach().requires_grad_(index > 0)  # tokens have no gradient, nor does the first layer's input
         times = []
         for _ in range(repeats + 2):
             _synchronize(device)
@@ -177,15 +180,6 @@ def _process_group(request: Request) -> Iterator[torch.device]:
     with float32_products(request.recipe.precision):
         yield device
     dist.destroy_process_group()  # not after a failure: the others would be waited for
-
-
-def _network(request: Request, train: ImageDataset) -> Network:
-    return build_network(
-        make_model(request.recipe, train),
-        input_shape=train.image_shape,
-        num_classes=train.num_classes,
-        seed=request.recipe.seed,
-    )
 
 
 def _source(request: Request, train: ImageDataset, test: ImageDataset, device: torch.device) -> BatchSource:
@@ -228,7 +222,7 @@ def _one_of_each_size(plan: StreamPlan) -> list[Item]:
 
 
 def _follow(
-    plan: StreamPlan, pipeline: BpPipeline | AsynchronousPipeline, began: float
+    plan: StreamPlan, pipeline: BpPipeline | AsynchronousPipeline, network: Network, began: float
 ) -> tuple[list[EpochFigures], int]:
     """Runs the whole stream; the evaluated epochs (without evaluation the last one), and the training images."""
     epochs: list[EpochFigures] = []
@@ -245,17 +239,18 @@ def _follow(
             for start in range(0, len(items), _INFER_ITEMS):
                 pipeline.infer(items[start : start + _INFER_ITEMS])
         if kind == "evaluate" or (not plan.eval_size and epoch == plan.num_epochs - 1):
-            loss, test_loss, correct = _sums_of_last_stage(pipeline)
-            for what, found in (("loss", loss), ("test loss", test_loss)):
+            loss, *sums = _sums_of_last_stage(pipeline)
+            for what, found in (("loss", loss), ("test loss", sums[0])):
                 if not isfinite(found):
                     raise ValueError(f"the {what} of epoch {epoch} is {found}; lower --lr, and check the input data")
+            figures = network.task.read(sums, plan.eval_size, network.sums)
             epochs.append(
                 EpochFigures(
                     epoch=epoch,
                     seconds=time.perf_counter() - began,
                     train_loss=loss / trained,
-                    test_loss=test_loss / plan.eval_size if plan.eval_size else None,
-                    test_acc1=100 * correct / plan.eval_size if plan.eval_size else None,
+                    test_loss=figures.loss if plan.eval_size else None,
+                    test_acc1=figures.acc1 if plan.eval_size else None,
                 )
             )
             pipeline.scores.zero_()
@@ -263,8 +258,7 @@ def _follow(
 
 
 def _sums_of_last_stage(pipeline: BpPipeline | AsynchronousPipeline) -> list[float]:
-    """Training loss, evaluation loss, correct answers, summed over samples: known to the last stage's process, told
-    to all."""
+    """Training loss, summed over samples, and an evaluation's sums: known to the last stage's process, told to all."""
     sums = torch.cat([pipeline.loss[None], pipeline.scores])
     dist.broadcast(sums, pipeline.last_owner)
     values: list[float] = sums.tolist()

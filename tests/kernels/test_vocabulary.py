@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unlocked import Trainer
 from unlocked.kernels import vocabulary
 from unlocked.kernels.vocabulary import linear_cross_entropy, pieces
+from unlocked.models import Block
 from unlocked.rules import DGL, LLS, LLS_M
 
 ROWS, WIDTH, TOKENS = 37, 8, 50
@@ -86,7 +87,7 @@ def test_scores_are_never_whole_in_training_or_evaluation(monkeypatch: pytest.Mo
     """A whole run of two layers, local head and output: B T V would be 8 x 16 x 400."""
     monkeypatch.setattr(vocabulary, "PIECE", 16 * 400)
     tokens = torch.randint(400, (16, 16), generator=torch.Generator().manual_seed(1))
-    for rule in (LLS(temperature=0.3), LLS_M(), DGL):
+    for rule in (LLS(temperature=0.3), LLS_M(), DGL, "BP"):
         torch.manual_seed(0)
         network = [nn.Embedding(400, 8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 400)]
         network[-1] = nn.Sequential(network[-1])
@@ -95,6 +96,35 @@ def test_scores_are_never_whole_in_training_or_evaluation(monkeypatch: pytest.Mo
             trainer.fit(tokens, epochs=1, batch_size=8, eval_data=tokens)
         whole = 8 * 16 * 400
         assert 16 * 400 <= largest.most < whole / 2, (rule, largest.most)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return x * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("rule", ["BP", LLS(temperature=0.3)])
+def test_a_head_is_found_inside_of_what_lies_around_it(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several layers in one block, and layers that read a mask: in pieces, and what whole scores give."""
+    tokens = torch.randint(400, (16, 16), generator=torch.Generator().manual_seed(1))
+    data = {"input_ids": tokens, "attention_mask": (torch.arange(16) < 12).expand(16, 16).long()}
+
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 400))
+        network = [nn.Embedding(400, 8), Block("masked", Masked()), Block("last", nn.Sequential(nn.Tanh(), inner))]
+        trainer = Trainer(network, rule=rule, optimizer=partial(torch.optim.SGD, lr=0.1), kernels="torch")
+        result = trainer.fit(data, epochs=2, batch_size=8, eval_data=data)
+        return [
+            loss for epoch in result.epochs for loss in (epoch.eval_loss or 0.0, *dict(epoch.local_losses).values())
+        ]
+
+    monkeypatch.setattr(vocabulary, "PIECE", 16 * 400)
+    with Largest() as largest:
+        found = losses()
+    assert largest.most < 8 * 16 * 400 / 2
+    monkeypatch.setattr("unlocked.runtime.network.head_of", lambda block: None)
+    assert found == pytest.approx(losses(), rel=1e-5)
 
 
 def test_pieces_cover_all_rows() -> None:

@@ -1,11 +1,14 @@
 """One rank of the test of every task: trains each as it comes, with a worker that dies, and from a snapshot.
 
-python tasks_worker.py SNAPSHOTS OUT.jsonl KINDS CASE...
+python tasks_worker.py MODULE SNAPSHOTS OUT.jsonl KINDS CASE...
+
+MODULE, of tests/, has `train(CASE, engine, ...)`.
 
 KINDS are some of plain, killed and resumed, by commas. SNAPSHOTS/CASE holds a snapshot from the middle of an epoch of a
 plain loop.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -14,13 +17,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from task_runs import train
-
 from unlocked.runtime import Processes
 from unlocked.runtime.faults import VARIABLE
 
 
-def main(snapshots: Path, out: Path, kinds: list[str], names: list[str]) -> None:
+def main(module: str, snapshots: Path, out: Path, kinds: list[str], names: list[str]) -> None:
+    train = importlib.import_module(module).train
     for name in names:
         jobs: dict[str, dict[str, Any]] = {
             "plain": {"engine": Processes(transport="group", queue_depth=2)},
@@ -39,4 +41,4 @@ def main(snapshots: Path, out: Path, kinds: list[str], names: list[str]) -> None
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), sys.argv[4:])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(","), sys.argv[5:])

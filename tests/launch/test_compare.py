@@ -115,6 +115,17 @@ def test_all_schedules_compute_the_same_and_two_have_timelines(tmp_path: Path) -
     assert cut >= {(kind, chunk) for kind in ("forward", "backward") for chunk in range(4)}
 
 
+def test_a_language_models_pipeline_computes_what_its_plain_loop_does(tmp_path: Path) -> None:
+    text = ["--dataset", "stdlib", "--sequence-length", "16", "--num-train", "48", "--num-test", "12"]
+    network = ["--model", "gpt-mini", "--model-width", "16", "--model-depth", "2"]
+    sizes = ["--batch-size", "8", "--test-batch-size", "8", "--lr", "0.003", "--chunks", "4", "--repeats", "0"]
+    found = _compare(tmp_path, *text, *network, *sizes, "--only", "BP, 1 thread", "BP 1F1B")
+    plain, piped = _last_epoch(found["BP, 1 thread"]), _last_epoch(found["BP 1F1B, 2 processes"])
+    assert piped.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert piped.test_loss == pytest.approx(plain.test_loss, rel=1e-5)
+    assert piped.test_acc1 == pytest.approx(plain.test_acc1, abs=0.6), "of 192 tokens one"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -4,12 +4,13 @@ import gc
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hugging_face_models import FAMILIES, TEXT, bert, gemma2, gpt2, llama, vit
+from hugging_face_models import FAMILIES, TEXT, bert, gemma2, gpt2, llama, llama_classifier, vit
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -19,6 +20,9 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
 from unlocked.models import Block, from_transformers, plain_module
+from unlocked.rules import LLS
+from unlocked.runtime import Trainer
+from unlocked.workers.errors import StageError
 
 
 def batch(network: Any) -> dict[str, Tensor]:
@@ -27,7 +31,7 @@ def batch(network: Any) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(3, 1, 8, 8)}
     mask = torch.ones(3, 11, dtype=torch.int64)
     mask[0, 7:] = 0
-    given = {"input_ids": torch.randint(1, 40, (3, 11)), "attention_mask": mask}
+    given = {"input_ids": torch.randint(1, 40, (3, 11)).masked_fill(mask == 0, 0), "attention_mask": mask}
     if type(network).__name__.startswith("Bert"):
         given["token_type_ids"] = torch.randint(0, 2, (3, 11))
     elif type(network).__name__.startswith("Llama"):
@@ -61,6 +65,32 @@ def test_the_blocks_are_the_network(family: str, cut: Any) -> None:
     assert all(found[name] is parameter for name, parameter in named.items())
     assert sum(len(list(block.parameters())) for block in blocks) == len(named)
     assert plain_module(blocks) is network
+
+
+def test_the_last_token_is_the_networks_or_refused() -> None:
+    network = llama_classifier()
+    torch.manual_seed(0)
+    data = batch(network) | {"labels": torch.tensor([0, 1, 2])}
+    del data["position_ids"]
+
+    def fit(given: Any) -> Any:
+        optimizer = partial(torch.optim.SGD, lr=0.0)
+        trainer = Trainer(from_transformers(network, 1), rule=LLS(temperature=0.5), optimizer=optimizer)
+        return trainer.fit(given, epochs=1, batch_size=3, eval_data=given).test_loss
+
+    with torch.no_grad():
+        expected = float(network.eval()(**data).loss)
+    network.train()
+    assert fit(data) == pytest.approx(expected, rel=1e-6)
+    otherwise = {**data, "input_ids": data["input_ids"].index_fill(1, torch.tensor([10]), 0)}
+    message = r"sample 1 ends at token 9 by its padding \(pad_token_id 0\), and at 10 by its attention_mask"
+    with pytest.raises(ValueError, match=message):
+        fit(otherwise)
+    with pytest.raises(StageError, match=message):
+        fit([data, otherwise])
+    alone = {name: value for name, value in data.items() if name != "attention_mask"}
+    with pytest.raises(ValueError, match=r"sample 0 ends at token 6 .* at 10 by the lack of an attention_mask"):
+        fit(alone)
 
 
 def test_gradients_are_the_networks_own() -> None:

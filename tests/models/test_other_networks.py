@@ -139,6 +139,21 @@ def test_local_modules_are_the_same_network(count: int) -> None:
         assert _forward(cut, torch.zeros(2, 3, 20, 20)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_local_modules_of_a_language_model_are_the_same_network(count: int) -> None:
+    sizes = {"num_classes": 11, "image_size": 6, "width": 8, "depth": 5, "seed": 1}
+    whole, cut = (get_model("gpt-mini", local_module_num=k, **sizes) for k in (None, count))
+    assert [block.name for block in cut] == [f"module{i + 1}" for i in range(count)]
+    assert [block.is_output for block in cut] == [False] * (count - 1) + [True]
+    sources = [p for block in whole for p in block.parameters()]
+    for p, source in zip((p for block in cut for p in block.parameters()), sources, strict=True):
+        p.data.copy_(source)
+    tokens = torch.randint(11, (2, 6))
+    assert torch.equal(_forward(cut, tokens), _forward(whole, tokens))
+    with pytest.raises(ValueError, match="local_module_num is 6, but there are 5 layers; give 1 to 5"):
+        get_model("gpt-mini", depth=5, local_module_num=6)
+
+
 def test_too_many_local_modules_are_refused() -> None:
     with pytest.raises(ValueError, match=r"local_module_num is 17, but the stem and 15 residual .* give 1 to 16"):
         get_model("ResNet32", local_module_num=17)

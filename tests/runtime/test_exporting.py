@@ -49,6 +49,36 @@ def test_torch_export_and_onnx_give_the_modules_scores(name: str, tmp_path: Path
     assert torch.allclose(torch.from_numpy(scores), expected, atol=1e-4)
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        counts = attention_mask[..., None].float()
+        return self.linear((x * counts).sum(1) / counts.sum(1))
+
+
+@pytest.mark.parametrize("rule", [LLS(), "BP"])
+def test_named_tensors_are_inputs_by_their_names(rule: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    ids, mask = torch.randint(9, (16, 6)), (torch.arange(6) < torch.randint(1, 7, (16, 1))).long()
+    data = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0] % 3}
+    one = Trainer([nn.Embedding(9, 8), Masked()], rule=rule, optimizer=partial(torch.optim.SGD, lr=0.1))
+    one.fit(data, epochs=1, batch_size=8)
+    expected = one.predict(data)
+    one.export(tmp_path / "kept.pt2")
+    one.export(tmp_path / "kept.onnx")
+    graph = torch.export.load(tmp_path / "kept.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(graph(ids, attention_mask=mask), expected, atol=1e-6)
+        assert torch.allclose(graph(ids[:1], attention_mask=mask[:1]), expected[:1], atol=1e-6)
+    session = onnxruntime.InferenceSession(tmp_path / "kept.onnx", providers=["CPUExecutionProvider"])
+    (scores,) = session.run(["scores"], {"samples": ids.numpy(), "attention_mask": mask.numpy()})
+    assert torch.allclose(torch.from_numpy(scores), expected, atol=1e-5)
+
+
 class Moody(nn.Module):
     """Its forward() depends on the values of its input, which no graph can hold."""
 

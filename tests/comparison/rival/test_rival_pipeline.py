@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from unlocked.comparison.rival.pipeline import BpPipeline, chunks_for, owner
 from unlocked.comparison.rival.worker import _follow
+from unlocked.rules import Classification
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import Item
 
@@ -30,13 +32,17 @@ def test_chunks_are_equal_and_as_many_as_fit(rows: int, chunks: int) -> None:
     assert found == max(fitting, default=1)
 
 
+CLASSES: Any = SimpleNamespace(task=Classification(), sums={})
+"""What of a network is asked for its figures."""
+
+
 class Spoilt:
     """What `_follow` asks of a pipeline, with a loss of its own choice in training or in evaluation."""
 
     last_owner = 0
 
     def __init__(self, loss: float, test_loss: float) -> None:
-        self.loss, self.scores = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        self.loss, self.scores = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
         self._found = loss, test_loss
 
     def train(self, item: Item) -> None:
@@ -52,8 +58,8 @@ def test_a_loss_that_is_no_number_has_no_accuracy(loss: float, test_loss: float)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match=r"the (test )?loss of epoch 0 is (nan|inf)"):
-            _follow(plan, Spoilt(loss, test_loss), 0.0)  # type: ignore[arg-type]
-        epochs, images = _follow(plan, Spoilt(1.0, 1.0), 0.0)  # type: ignore[arg-type]
+            _follow(plan, Spoilt(loss, test_loss), CLASSES, 0.0)  # type: ignore[arg-type]
+        epochs, images = _follow(plan, Spoilt(1.0, 1.0), CLASSES, 0.0)  # type: ignore[arg-type]
     finally:
         dist.destroy_process_group()
     assert (len(epochs), images) == (1, 4)
@@ -63,6 +69,6 @@ def test_scores_that_are_no_number_are_no_hit() -> None:
     labels = torch.tensor([0, 1, 2])
     logits = torch.nn.functional.one_hot(labels).float()
     logits[1, 1] = float("nan")
-    rival = SimpleNamespace(scores=torch.zeros(2, dtype=torch.float64), _labels=lambda item: labels)
+    rival = SimpleNamespace(scores=torch.zeros(3, dtype=torch.float64), network=CLASSES, _labels=lambda item: labels)
     BpPipeline._score(rival, logits, SimpleNamespace(kind="evaluate"))  # type: ignore[arg-type]
     assert rival.scores[1] == 2
