@@ -17,6 +17,7 @@ class Abilities:
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
+        vocabulary: it has `score_gradients`, for heads that work in pieces (`kernels.vocabulary`).
     """
 
     devices: frozenset[str]
@@ -25,3 +26,4 @@ class Abilities:
     optimizers: str | None = None
     partial_gradients: bool = False
     weight_gradient: bool = False
+    vocabulary: bool = False

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.agreement import linear_agreement, scores_agreement
+from unlocked.kernels.vocabulary import linear_cross_entropy
 from unlocked.rules.base import LayerInfo, LocalRule
 from unlocked.rules.passes import Carried, LayerPass
 
@@ -77,15 +78,16 @@ class FrozenHeadConsistency(LocalRule):
         Trainer(blocks, rule=rule, output_rule=partial(rule, on_scores=True), ...)
 
     The scores of the layer before are the same head's of this layer's own input, so that nothing of the size of the
-    vocabulary travels, and [B, T, V] is whole at the output layer alone. The mean is over the positions that count.
+    vocabulary travels, and [B, T, V] is never whole. The mean is over the positions that count.
 
     Args:
         head: with a method `hidden` [B, T, D] -> [B, T, D] and an attribute `head`, the linear map [V, D] that follows.
         alpha: the share of the task, above 0 and at most 1.
-        on_scores: for the output layer, whose activations are the scores.
+        on_scores: for the output layer, whose scores are its block's own.
     """
 
     takes = ("tokens",)
+    reads_head = True
 
     def __init__(self, layer: LayerInfo, *, head: nn.Module, alpha: float = 0.7, on_scores: bool = False) -> None:
         super().__init__(layer)
@@ -103,21 +105,20 @@ class FrozenHeadConsistency(LocalRule):
         task: Any = self.layer.task
         targets = self.layer.targets(layer_pass.labels)
         linear = cast(nn.Linear, self.frozen.head)
-        own = layer_pass.activations if self.on_scores else self._hidden(layer_pass.activations)
-        own = own.flatten(0, 1)
+        whole = self.on_scores and layer_pass.head is None
+        own = (layer_pass.activations if self.on_scores else self._hidden(layer_pass.activations)).flatten(0, 1)
+        weight, bias, hits = (linear.weight, linear.bias, None) if layer_pass.head is None else layer_pass.head
         if self.layer.index == 0:
-            found: Tensor = (
-                task.loss(own, targets)
-                if self.on_scores
-                else task.projected_loss(own, linear.weight, targets, bias=linear.bias)
-            )
-            return found
+            if whole:
+                found: Tensor = task.loss(own, targets)
+                return found
+            return linear_cross_entropy(own, weight, targets, bias=bias, ignore_index=task.ignore_index, hits=hits)
         with torch.no_grad():
             before = self._hidden(layer_pass.input).flatten(0, 1)
-        agreement = scores_agreement if self.on_scores else linear_agreement
-        return agreement(
-            own, before, linear.weight, targets, bias=linear.bias, alpha=self.alpha, ignore_index=task.ignore_index
-        )
+        options: dict[str, Any] = {"bias": linear.bias, "alpha": self.alpha, "ignore_index": task.ignore_index}
+        if whole:
+            return scores_agreement(own, before, linear.weight, targets, **options)
+        return linear_agreement(own, before, linear.weight, targets, **options, own=(weight, bias), hits=hits)
 
     def scores(self, activations: Tensor) -> Tensor:
         if self.on_scores:

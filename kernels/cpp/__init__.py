@@ -8,6 +8,7 @@ from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.cpp.bindings import unavailable
 from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+from unlocked.kernels.cpp.vocabulary import score_gradients
 from unlocked.kernels.images import load_batch
 
 __all__ = [
@@ -17,7 +18,8 @@ __all__ = [
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "score_gradients",
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp")
+ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", vocabulary=True)

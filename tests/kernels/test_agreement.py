@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlocked.kernels import agreement
+from unlocked.kernels import vocabulary
 from unlocked.kernels.agreement import linear_agreement, scores_agreement
 
 
@@ -29,7 +29,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch, alpha: float, rows: int, with_bias: bool) -> None:
-    monkeypatch.setattr(agreement, "_PIECE", 11 * rows)
+    monkeypatch.setattr(vocabulary, "PIECE", 11 * rows)
     latents, before, weight, bias, targets = inputs(torch.float64)
     offset = bias if with_bias else None
     latents.requires_grad_()
