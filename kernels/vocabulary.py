@@ -59,32 +59,34 @@ def score_gradients(
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = IGNORED,
-    gradients: bool = True,
+    out: Tensor | None,
 ) -> None:
-    """Puts the gradient of the sum over rows of share times loss in the place of the scores.
+    """The gradient at the scores of the sum over rows of share times loss.
 
     A row's loss is the cross-entropy of its softmax p, its target smoothed; with `before`, alpha times that and
     1 - alpha times KL(p || q), q the softmax of `before`, whose gradient at the scores is p (log p - log q - KL).
 
     Args:
-        scores: [R, V], replaced; only spent where no `gradients` are wanted.
+        scores: [R, V].
         targets: [R] int64 in [0, V), or `ignore_index` where a row has no loss.
         shares: [R]; 0 where a row has no loss.
         sums: [1] or [2] float64; to the first the losses are added, to the second how many rows have their target
             first.
         before: [R, V] or None.
+        out: [R, V], where the gradient goes, which may be the scores themselves; None: it is not wanted.
     """
     counts = targets != ignore_index
     known = targets.where(counts, 0)
     if len(sums) > 1:
         sums[1] += ((label_ranks(scores, known) < 1) & counts).sum()
-    scores -= scores.logsumexp(1, keepdim=True)  # log-probabilities
+    # log-probabilities
+    scores = torch.sub(scores, scores.logsumexp(1, keepdim=True), out=out)
     losses = -scores.gather(1, known[:, None])[:, 0]
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * scores.mean(1)
     weight = 1.0
     if before is None:
-        gradient = scores.exp_() if gradients else scores
+        gradient = scores if out is None else scores.exp_()
     else:
         weight = alpha
         apart = (before.logsumexp(1, keepdim=True) - before).add_(scores)  # log p - log q
@@ -93,7 +95,7 @@ def score_gradients(
         losses = alpha * losses + (1 - alpha) * distance[:, 0]
         gradient = probable.mul_(apart.sub_(distance).mul_(1 - alpha).add_(alpha))
     sums[0] += losses.where(counts, 0).double().sum()
-    if not gradients:
+    if out is None:
         return
     if label_smoothing:
         gradient -= weight * label_smoothing / scores.shape[1]
@@ -137,10 +139,12 @@ class Before:
     alpha: float
     """The share of the cross-entropy."""
 
-    def scores(self, rows: slice, place: "_Buffer") -> Tensor:
-        """[R, V], in `place` unless they are there."""
+    def scores(self, rows: slice, buffer: "_Buffer") -> Tensor:
+        """[R, V], in the buffer unless they are there."""
         latents = self.latents[rows]
-        return latents if self.weight is None else place.scores(latents, self.weight, self.bias)
+        if self.weight is None:
+            return latents
+        return _project(latents, self.weight, self.bias, buffer.first(rows, len(self.weight), latents))
 
 
 def linear_loss(
@@ -158,7 +162,7 @@ def linear_loss(
     """The mean over the rows that count of the loss that `score_gradients` has. Without a weight latents are scores.
 
     Args:
-        known: [N, V], the scores that latents and weight give, where they are there already; spent.
+        known: [N, V], the scores that latents and weight give, where they are there already.
     """
     options = (targets, ignore_index, label_smoothing, hits, before, known)
     found: Tensor = _LinearLoss.apply(latents, weight, bias, *options)
@@ -194,7 +198,13 @@ class _LinearLoss(torch.autograd.Function):
             extent = (PIECE if before is None else min(PIECE, PAIR_PIECE), 1)
         own, other = _Buffer(), _Buffer()
         for rows in pieces(len(latents), latents.shape[1] if weight is None else len(weight), *extent):
-            scores = own.scores(latents[rows], weight, bias) if known is None else known[rows]
+            if weight is None:
+                scores = latents[rows]
+                out = None if at_latents is None else at_latents[rows]
+            else:
+                place = own.first(rows, len(weight), latents)
+                scores = _project(latents[rows], weight, bias, place) if known is None else known[rows]
+                out = place if any(wants) else None
             compute(
                 scores,
                 targets[rows],
@@ -204,17 +214,16 @@ class _LinearLoss(torch.autograd.Function):
                 alpha=1.0 if before is None else before.alpha,
                 label_smoothing=label_smoothing,
                 ignore_index=ignore_index,
-                gradients=any(wants),
+                out=out,
             )
+            if out is None or weight is None:
+                continue
             if at_latents is not None:
-                if weight is None:
-                    at_latents[rows] = scores
-                else:
-                    torch.mm(scores, weight, out=at_latents[rows])
+                torch.mm(out, weight, out=at_latents[rows])
             if at_weight is not None:
-                at_weight.addmm_(scores.T, latents[rows])
+                at_weight.addmm_(out.T, latents[rows])
             if at_bias is not None:
-                at_bias += scores.sum(0)
+                at_bias += out.sum(0)
         if hits is not None:
             hits += sums[1]
         ctx.save_for_backward(at_latents, at_weight, at_bias)
@@ -228,19 +237,20 @@ class _LinearLoss(torch.autograd.Function):
 
 
 class _Buffer:
-    """One place for the scores of all pieces, so that they stay in the cache."""
+    """One place for the scores of all pieces."""
 
     def __init__(self) -> None:
         self._place: Tensor | None = None
 
-    def scores(self, latents: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """latents weightT + bias, or, without a weight, a copy of latents."""
-        rows, classes = len(latents), latents.shape[1] if weight is None else len(weight)
+    def first(self, rows: slice, classes: int, like: Tensor) -> Tensor:
+        """[R, V] for so many rows, of the type and on the device of `like`."""
         if self._place is None:
-            self._place = latents.new_empty(rows, classes)  # the first piece is the largest
-        place = self._place[:rows]
-        if weight is None:
-            return place.copy_(latents)
-        if bias is None:
-            return torch.mm(latents, weight.T, out=place)
-        return torch.addmm(bias, latents, weight.T, out=place)
+            self._place = like.new_empty(rows.stop - rows.start, classes)  # the first piece is the largest
+        return self._place[: rows.stop - rows.start]
+
+
+def _project(latents: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """latents weightT + bias, in `out`."""
+    if bias is None:
+        return torch.mm(latents, weight.T, out=out)
+    return torch.addmm(bias, latents, weight.T, out=out)

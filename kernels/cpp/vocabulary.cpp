@@ -114,9 +114,9 @@ Exponentials exponentiate(const float* row, const float* before, int64_t classes
   return sums;
 }
 
-// One row that counts. `scale` is its share in the mean; where `wants`, its gradient replaces the scores.
+// One row that counts. `scale` is its share in the mean; its gradient goes to `out`, unless that is null.
 template <bool kAgrees, bool kSmooths>
-RowResult row_of(const Loss& l, float* row, const float* before, int64_t target, float scale, bool wants) {
+RowResult row_of(const Loss& l, const float* row, const float* before, int64_t target, float scale, float* out) {
   RowResult found;
   const float top = largest_of(row, l.classes), of_target = row[target];
   const float top_before = kAgrees ? largest_of(before, l.classes) : 0.0f;
@@ -133,7 +133,7 @@ RowResult row_of(const Loss& l, float* row, const float* before, int64_t target,
   }
   found.loss = loss;
   found.hit = found.hit && std::isfinite(sums.own);
-  if (!wants) return found;
+  if (!out) return found;
   // p (alpha + (1 - alpha) (log p - log q - KL)); without a layer before alpha is 1.
   const Vector inverse = broadcast(static_cast<float>(scale / sums.own)), alpha = broadcast(l.alpha);
   const Vector largest = broadcast(top), rest = broadcast(1.0f - l.alpha), mean = broadcast(static_cast<float>(mean_apart));
@@ -143,9 +143,9 @@ RowResult row_of(const Loss& l, float* row, const float* before, int64_t target,
     Vector g = exponential(s - largest) * inverse;
     if constexpr (kAgrees) g = g * (rest * (s - load(before + i, lanes) - mean) + alpha);
     if constexpr (kSmooths) g = g - spread;
-    store(row + i, g, lanes);
+    store(out + i, g, lanes);
   });
-  row[target] -= scale * l.alpha * (1.0f - l.smoothing);
+  out[target] -= scale * l.alpha * (1.0f - l.smoothing);
   return found;
 }
 
@@ -153,27 +153,28 @@ RowResult row_of(const Loss& l, float* row, const float* before, int64_t target,
 
 extern "C" {
 
-// scores [rows, classes] become the gradient of the sum over rows of share times loss, where `wants`. before
-// [rows, classes]: null where there are none. A row's loss is alpha CE(p, target) + (1 - alpha) KL(p || q), of
+// out [rows, classes] gets the gradient at the scores of the sum over rows of share times loss; it may be the scores
+// themselves, or null. before [rows, classes]: null where there are none. A row's loss is alpha CE(p, target) + (1 - alpha) KL(p || q), of
 // the softmax p of scores and q of before, its target smoothed; no loss where the target is `ignored`, and
 // NaN where it is beyond the classes. sums: to the
 // first the losses are added, to the second how many rows have their target first.
-void unlocked_score_gradients(int threads, float* scores, const float* before, int64_t rows, int64_t classes,
+void unlocked_score_gradients(int threads, const float* scores, const float* before, int64_t rows, int64_t classes,
                               const int64_t* targets, int64_t ignored, const float* shares, float alpha,
-                              float smoothing, int wants, double* sums) {
+                              float smoothing, float* out, double* sums) {
   const Loss l = {classes, alpha, smoothing};
   const auto of = before ? (smoothing != 0.0f ? row_of<true, true> : row_of<true, false>)
                          : (smoothing != 0.0f ? row_of<false, true> : row_of<false, false>);
   std::vector<RowResult> found(rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = scores + r * classes;
+    const float *row = scores + r * classes, *other = before ? before + r * classes : nullptr;
+    float* to = out ? out + r * classes : nullptr;
     const bool counts = targets[r] != ignored, known = targets[r] >= 0 && targets[r] < classes;
     if (counts && known) {
-      found[r] = of(l, row, before ? before + r * classes : nullptr, targets[r], shares[r], wants != 0);
+      found[r] = of(l, row, other, targets[r], shares[r], to);
     } else {
       if (counts) found[r].loss = std::numeric_limits<double>::quiet_NaN();
-      for (int64_t i = 0; wants && i < classes; ++i) row[i] = 0.0f;
+      for (int64_t i = 0; to && i < classes; ++i) to[i] = 0.0f;
     }
   }
   for (const RowResult& one : found) {

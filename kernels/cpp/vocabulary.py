@@ -19,11 +19,11 @@ def score_gradients(
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int,
-    gradients: bool = True,
+    out: Tensor | None,
 ) -> None:
     """See `kernels.vocabulary.score_gradients`: one pass over each row while it is in the cache, for float32."""
     rows, classes = scores.shape
-    given = [one for one in (scores, shares, before) if one is not None]
+    given = [one for one in (scores, shares, before, out) if one is not None]
     fits = all(one.dtype == torch.float32 and one.is_contiguous() for one in given) and sums.is_contiguous()
     if not fits or rows == 0:
         vocabulary.score_gradients(
@@ -35,7 +35,7 @@ def score_gradients(
             alpha=alpha,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
-            gradients=gradients,
+            out=out,
         )
         return
     targets = targets.contiguous()
@@ -51,7 +51,7 @@ def score_gradients(
         shares.data_ptr(),
         alpha if before is not None else 1.0,
         label_smoothing,
-        int(gradients),
+        None if out is None else out.data_ptr(),
         found.data_ptr(),
     )
     sums += found[: len(sums)]

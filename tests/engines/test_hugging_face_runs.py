@@ -121,9 +121,9 @@ def adapted() -> Any:
     return get_peft_model(llama(num_hidden_layers=6), config)
 
 
-def trained_on_text(engine: Engine | str, network: Any) -> tuple[Trainer, RunResult]:
+def trained_on_text(engine: Engine | str, network: Any, hand_on: str = "scores") -> tuple[Trainer, RunResult]:
     """By ZeroLock's rule, in its three chunks."""
-    rule = partial(FrozenHeadConsistency, head=frozen_head(network), alpha=0.7)
+    rule = partial(FrozenHeadConsistency, head=frozen_head(network), alpha=0.7, hand_on=hand_on)
     trainer = Trainer(
         from_transformers(network, 2),
         rule=rule,
@@ -155,6 +155,8 @@ def test_adapters_are_trained_alike_by_every_engine(tmp_path: Path) -> None:
         assert all("lora_" in name for name in changed)
         found.append((result.weights_sha256, result.test_loss, result.local_losses, continued(network)))
     assert found[0] == found[1] == found[2]
+    _, other = trained_on_text("sequential", adapted(), "hidden")  # which makes the same scores again
+    assert other.local_losses == pytest.approx(found[0][2], rel=1e-5)
     network.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlocked.kernels import cpp, vocabulary
-from unlocked.kernels.agreement import linear_agreement
-from unlocked.kernels.vocabulary import linear_cross_entropy, score_gradients, using
+from unlocked.kernels.vocabulary import Before, linear_cross_entropy, linear_loss, score_gradients, using
 
 pytestmark = pytest.mark.skipif(bool(cpp.unavailable("cpu")), reason=cpp.unavailable("cpu"))
 ROWS = 9
@@ -48,9 +47,11 @@ def test_losses_hits_and_gradients_are_autograds(classes: int, smoothing: float,
     for compute in (cpp.score_gradients, score_gradients):
         found, sums = scores.clone(), torch.zeros(2, dtype=torch.float64)
         options: dict[str, Any] = {"before": before, "alpha": 0.6, "label_smoothing": smoothing, "ignore_index": -100}
-        compute(found, targets, shares, sums, **options)
+        compute(scores, targets, shares, torch.zeros(2, dtype=torch.float64), out=None, **options)
+        compute(found, targets, shares, sums, out=found, **options)
         torch.testing.assert_close(sums, torch.stack([losses.detach().sum(), hits.double()]), atol=2e-5, rtol=1e-6)
         torch.testing.assert_close(found.double(), expected, atol=2e-7, rtol=2e-5)
+        torch.testing.assert_close(scores, case(classes, pair)[0], atol=0, rtol=0)
     assert before is None or torch.equal(before, kept)  # type: ignore[arg-type]
 
 
@@ -62,7 +63,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         scores, before, targets, shares = case(1000, True)
         sums = torch.zeros(2, dtype=torch.float64)
         torch.set_num_threads(count)
-        cpp.score_gradients(scores, targets, shares, sums, before=before, alpha=0.7, ignore_index=-100)
+        cpp.score_gradients(scores, targets, shares, sums, before=before, alpha=0.7, ignore_index=-100, out=scores)
         torch.set_num_threads(before_threads)
         found.append((scores, sums))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -75,7 +76,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     expected = F.cross_entropy(wide, targets, reduction="sum")
     expected.backward()
     sums = torch.zeros(1, dtype=torch.float64)
-    cpp.score_gradients(scores, targets, shares, sums, ignore_index=-100)
+    cpp.score_gradients(scores, targets, shares, sums, ignore_index=-100, out=scores)
     torch.testing.assert_close(sums[0], expected.detach())
     assert wide.grad is not None
     torch.testing.assert_close(scores.double(), wide.grad, atol=1e-7, rtol=1e-6)
@@ -87,14 +88,14 @@ def test_what_is_no_number_is_no_hit_and_is_told(bad: float, place: int) -> None
     scores = torch.zeros(2, 21)
     scores[1, place] = bad
     sums = torch.zeros(2, dtype=torch.float64)
-    cpp.score_gradients(scores, torch.tensor([3, place]), torch.ones(2), sums, ignore_index=-100)
+    cpp.score_gradients(scores, torch.tensor([3, place]), torch.ones(2), sums, ignore_index=-100, out=None)
     assert sums[0].isnan()
     assert sums[1] == 0
 
 
 def test_a_target_beyond_the_classes_reads_nothing() -> None:
     sums = torch.zeros(1, dtype=torch.float64)
-    cpp.score_gradients(torch.zeros(1, 4), torch.tensor([4]), torch.ones(1), sums, ignore_index=-100)
+    cpp.score_gradients(torch.zeros(1, 4), torch.tensor([4]), torch.ones(1), sums, ignore_index=-100, out=None)
     assert sums.isnan()
 
 
@@ -113,8 +114,8 @@ def test_losses_in_pieces_are_those_of_plain_pytorch(rows: int, monkeypatch: pyt
         hits = torch.zeros((), dtype=torch.float64)
         with using(backend):
             one = linear_cross_entropy(given[0], given[1], targets, bias=given[2], label_smoothing=0.1, hits=hits)
-            options: dict[str, Any] = {"own": (given[1], given[2]), "alpha": 0.7, "hits": hits}
-            other = linear_agreement(given[0], before.to(dtype), head.to(dtype), targets, **options)
+            apart = Before(before.to(dtype), head.to(dtype), None, 0.7)
+            other = linear_loss(*given, targets, -100, hits, before=apart)
         grads = torch.autograd.grad(one + 3 * other, given)
         found.append([one.detach(), other.detach(), *grads, hits])
     for mine, theirs in zip(*found, strict=True):

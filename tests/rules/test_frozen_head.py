@@ -100,6 +100,7 @@ def test_the_head_is_a_frozen_copy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"hand_on": "logits"}, 'hand_on is \'logits\'; valid: "hidden", "scores"'),
         ({"alpha": 0.0}, "alpha is 0.0; it must lie in (0, 1]"),
         (
             {"head": nn.Linear(WIDTH, VOCABULARY)},
