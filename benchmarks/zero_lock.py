@@ -108,7 +108,7 @@ def tokens(options: argparse.Namespace) -> Tensor:
 
 def trained(engine: str, options: argparse.Namespace, steps: int) -> RunResult:
     model = adapted(options)
-    rule = partial(FrozenHeadConsistency, head=frozen_head(model), alpha=ALPHA)
+    rule = partial(FrozenHeadConsistency, head=frozen_head(model), alpha=ALPHA, hand_on=options.hand_on)
     trainer = Trainer(
         from_transformers(model, -(-options.layers // STAGES)),
         rule=rule,
@@ -268,6 +268,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--hand-on", choices=("scores", "hidden"), default="scores", help="what ours sends; default: as the runner"
+    )
     parser.add_argument("--json", help="write the figures there")
     return parser.parse_args()
 

@@ -19,6 +19,7 @@ class Abilities:
         gelu: it has `gelu_forward` and `gelu_backward`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
+        vocabulary: it has `score_gradients`, for heads that work in pieces (`kernels.vocabulary`).
     """
 
     devices: frozenset[str]
@@ -29,3 +30,4 @@ class Abilities:
     weight_gradient: bool = False
     gelu: bool = False
     convolutions: bool = False
+    vocabulary: bool = False

@@ -1,6 +1,7 @@
 """What a layer draws from: found before training, by its modules' classes, by the names in its code, and by a trial."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -92,8 +93,9 @@ def _run(
 ) -> tuple[frozenset[str], list[tuple[str, Any, Any]]]:
     """What was drawn from, and what every module gave: (name, module, output), inner ones first."""
     given: list[tuple[str, nn.Module, Any]] = []
+    keep = _Keeper()
     for name, module in block.named_modules():
-        module.register_forward_hook(lambda m, _, output, name=name: given.append((name, m, _kept(output))))
+        module.register_forward_hook(lambda m, _, output, name=name: given.append((name, m, keep(output))))
     set_dropout_keys(block, 0, 0, 0)
     training = [(module, module.training) for module in block.modules()]
     with generators.keyed(_KEY):
@@ -111,10 +113,23 @@ def _run(
     return moved, given
 
 
-def _kept(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach().clone()
-    return [_kept(value) for value in output] if isinstance(output, tuple | list) else None
+class _Keeper:
+    """Copies outputs; one that a module hands on from inside as it is shares its copy: of a vocabulary's scores there
+    would be one for every module around the head."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def __call__(self, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return [self(value) for value in output] if isinstance(output, tuple | list) else None
+        if self._last is not None:
+            last, version, copy = self._last
+            if last() is output and output._version == version:
+                return copy
+        kept = output.detach().clone()
+        self._last = (weakref.ref(output), output._version, kept)
+        return kept
 
 
 def _equal(a: Any, b: Any) -> bool:

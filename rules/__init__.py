@@ -29,7 +29,7 @@ from unlocked.rules.lls import (
 )
 from unlocked.rules.mono_forward import MonoForward
 from unlocked.rules.output import OUTPUT_RULES, Margin, SquaredError
-from unlocked.rules.passes import Carried, Draw, LayerPass, Views
+from unlocked.rules.passes import Carried, Draw, LayerPass, OutputHead, Views
 from unlocked.rules.predictive_similarity import PredictiveSimilarity
 from unlocked.rules.registry import GLOBAL_RULES, LOCAL_RULES, OTHER_RULES, RULES, TRAINING_MODES, get_rule
 from unlocked.rules.soft_hebb import SoftHebb
@@ -77,6 +77,7 @@ __all__ = [
     "Margin",
     "MonoForward",
     "MultiLabel",
+    "OutputHead",
     "PredictiveSimilarity",
     "Regression",
     "Rule",

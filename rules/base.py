@@ -153,6 +153,9 @@ class LocalRule(nn.Module):
     """What it hands on beside the layer's output, by name: what `carry` gives."""
     views: Views | None = None
     """How stage 0 makes its rows of the data; all local layers of a network have the same."""
+    reads_head: bool = False
+    """As an output layer's rule of tokens: `step` makes the scores itself, in pieces. Where the block tells its linear
+    head, `activations` are what that reads, and the pass has the head; [B, T, V] is never whole then."""
     read_out: float | None = None
     """The weight of its `scores` in the run's prediction, which then is the sum over all layers that have one; None:
     not in it. Where no layer has one, the output layer's scores are the prediction."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Carried", "Draw", "LayerPass", "Views"]
+__all__ = ["Carried", "Draw", "LayerPass", "OutputHead", "Views"]
 
 
 class Carried(NamedTuple):
@@ -21,6 +21,16 @@ class Carried(NamedTuple):
     dtype: torch.dtype = torch.float32
     per_sample: bool = False
     """One entry per sample of the micro-batch, however many rows its views make of it."""
+
+
+class OutputHead(NamedTuple):
+    """The linear map from what an output layer's head reads to its scores."""
+
+    weight: Tensor
+    """[V, D], with a graph if it is trained."""
+    bias: Tensor | None
+    hits: Tensor
+    """[] float64: the rule adds how many positions have their target first."""
 
 
 Draw = Callable[[int], Tensor]
@@ -64,10 +74,12 @@ class LayerPass:
         epoch: from 0.
         lr_factor: the learning-rate schedule's value, for a rule that changes the weights itself.
         carried: what arrived on the side channel, by name; nothing at the first layer.
+        head: of an output layer whose rule `reads_head`: what makes the scores of `activations` [B, T, D]. None: the
+            activations are the scores.
     """
 
     __slots__ = (
-        *("_forward", "_generator", "_key", "activations", "block", "carried", "epoch", "input", "labels"),
+        *("_forward", "_generator", "_key", "activations", "block", "carried", "epoch", "head", "input", "labels"),
         *("lr_factor", "step"),
     )
 
@@ -84,11 +96,12 @@ class LayerPass:
         carried: Mapping[str, Tensor],
         key: int,
         forward: Callable[[Tensor], Tensor],
+        head: OutputHead | None = None,
     ) -> None:
         self.input, self.activations, self.labels, self.block = input, activations, labels, block
         self.step, self.epoch, self.lr_factor = step, epoch, lr_factor
         self.carried: Mapping[str, Tensor] = _Arrived(carried)
-        self._key, self._forward = key, forward
+        self._key, self._forward, self.head = key, forward, head
         self._generator: torch.Generator | None = None
 
     @property

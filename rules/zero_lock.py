@@ -5,13 +5,13 @@ Layer k's local scores give p_k; it minimises alpha CE(p_k, y) + (1 - alpha) KL(
 scores of the layer before, comes over the side channel and has no gradient. The first layer has the task alone.
 """
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.agreement import linear_agreement, scores_agreement
+from unlocked.kernels.vocabulary import Before, linear_loss
 from unlocked.rules.base import LayerInfo, LocalRule
 from unlocked.rules.passes import Carried, LayerPass
 
@@ -77,17 +77,29 @@ class FrozenHeadConsistency(LocalRule):
         Trainer(blocks, rule=rule, output_rule=partial(rule, on_scores=True), ...)
 
     The scores of the layer before are the same head's of this layer's own input, so that nothing of the size of the
-    vocabulary travels, and [B, T, V] is whole at the output layer alone. The mean is over the positions that count.
+    vocabulary travels, and [B, T, V] is never whole. The mean is over the positions that count.
 
     Args:
         head: with a method `hidden` [B, T, D] -> [B, T, D] and an attribute `head`, the linear map [V, D] that follows.
         alpha: the share of the task, above 0 and at most 1.
-        on_scores: for the output layer, whose activations are the scores.
+        on_scores: for the output layer, whose scores are its block's own.
+        hand_on: "hidden": nothing but the hidden states travels, and a layer makes the scores of the one before again,
+            a piece at a time. "scores": they travel, T V floats a sample, which spares that product, a third of the
+            head's arithmetic, where an edge has the memory and the bandwidth. The loss is the same.
     """
 
     takes = ("tokens",)
+    reads_head = True
 
-    def __init__(self, layer: LayerInfo, *, head: nn.Module, alpha: float = 0.7, on_scores: bool = False) -> None:
+    def __init__(
+        self,
+        layer: LayerInfo,
+        *,
+        head: nn.Module,
+        alpha: float = 0.7,
+        on_scores: bool = False,
+        hand_on: Literal["hidden", "scores"] = "hidden",
+    ) -> None:
         super().__init__(layer)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha is {alpha!r}; it must lie in (0, 1]")
@@ -97,27 +109,43 @@ class FrozenHeadConsistency(LocalRule):
             raise ValueError(
                 "head has weights that would be trained, by every layer; freeze it (requires_grad_(False))"
             )
+        if hand_on not in ("hidden", "scores"):
+            raise ValueError(f'hand_on is {hand_on!r}; valid: "hidden", "scores"')
         self.layer, self.alpha, self.on_scores, self.frozen = layer, alpha, on_scores, head
+        self._made: Tensor | None = None  # [B, T, V] between `carry` and `step`
+        if hand_on == "scores":
+            self.receives = ("scores",)
+            if not on_scores:
+                self.carries = {"scores": Carried((layer.activation_shape[0], cast(nn.Linear, head.head).out_features))}
+
+    def carry(self, layer_pass: LayerPass) -> dict[str, Tensor]:
+        hidden = self._hidden(layer_pass.activations)
+        self._made = cast(nn.Linear, self.frozen.head)(hidden)
+        return {"scores": self._made}
 
     def step(self, layer_pass: LayerPass) -> Tensor:
         task: Any = self.layer.task
         targets = self.layer.targets(layer_pass.labels)
         linear = cast(nn.Linear, self.frozen.head)
-        own = layer_pass.activations if self.on_scores else self._hidden(layer_pass.activations)
-        own = own.flatten(0, 1)
+        whole = self.on_scores and layer_pass.head is None
+        own = (layer_pass.activations if self.on_scores else self._hidden(layer_pass.activations)).flatten(0, 1)
+        weight: Tensor | None = None
+        bias, hits = None, None
+        if not whole:
+            weight, bias, hits = layer_pass.head or (linear.weight, linear.bias, None)
+        known, self._made = None if self._made is None else self._made.flatten(0, 1), None
         if self.layer.index == 0:
-            found: Tensor = (
-                task.loss(own, targets)
-                if self.on_scores
-                else task.projected_loss(own, linear.weight, targets, bias=linear.bias)
-            )
-            return found
-        with torch.no_grad():
-            before = self._hidden(layer_pass.input).flatten(0, 1)
-        agreement = scores_agreement if self.on_scores else linear_agreement
-        return agreement(
-            own, before, linear.weight, targets, bias=linear.bias, alpha=self.alpha, ignore_index=task.ignore_index
-        )
+            if whole:
+                found: Tensor = task.loss(own, targets)
+                return found
+            return linear_loss(own, weight, bias, targets, task.ignore_index, hits, known=known)
+        arrived = layer_pass.carried.get("scores")
+        if arrived is None:
+            with torch.no_grad():
+                before = Before(self._hidden(layer_pass.input).flatten(0, 1), linear.weight, linear.bias, self.alpha)
+        else:
+            before = Before(arrived.flatten(0, 1), None, None, self.alpha)
+        return linear_loss(own, weight, bias, targets, task.ignore_index, hits, before=before, known=known)
 
     def scores(self, activations: Tensor) -> Tensor:
         if self.on_scores:

@@ -317,6 +317,7 @@ def build_layer(
     block = network.blocks[index]
     needs = network.needs[index] if network.needs else ()
     common: dict[str, Any] = {"device": device, "precision": precision, "needs": needs, "sums": network.num_sums}
+    common["kernels"] = getattr(step, "backend", None)
     if needs_pass(local_rule):
         own = optimizer_of(local_rule, optimizer)
         return PassLayer(block, local_rule, info, own, **common, sources=sources)

@@ -10,6 +10,7 @@ gradients, the latents and their gradient, the output. The kernels compute in fl
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -40,18 +41,22 @@ def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
 
 def fused_step(backend: ModuleType) -> StepFactory:
     """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
+    return _FusedSteps(backend)
 
-    def build(layer: Layer) -> Step:
-        body, why = _closed_form(layer, backend)
+
+@dataclass(frozen=True)
+class _FusedSteps:
+    backend: ModuleType
+
+    def __call__(self, layer: Layer) -> Step:
+        body, why = _closed_form(layer, self.backend)
         promised = body is not None and body.gives_every_gradient
-        layer.optimizer = _fuse_optimizer(layer, backend, every_gradient=promised)
+        layer.optimizer = _fuse_optimizer(layer, self.backend, every_gradient=promised)
         if body is not None:
-            return FusedStep(layer, backend, body)
-        step = LogitsStep(layer, backend) if _gives_logits(layer) else AutogradStep(layer)
+            return FusedStep(layer, self.backend, body)
+        step = LogitsStep(layer, self.backend) if _gives_logits(layer) else AutogradStep(layer)
         step.why = why
         return step
-
-    return build
 
 
 def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, str]:

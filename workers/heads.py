@@ -7,12 +7,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from unlocked.kernels.vocabulary import linear_cross_entropy, pieces
+from unlocked.kernels.vocabulary import linear_cross_entropy, pieces, using
 from unlocked.models import Block
 from unlocked.rules import Tokens
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 
-__all__ = ["PiecewiseStep", "SplitBody", "head_of", "piecewise_step", "split_body"]
+__all__ = ["PiecewiseHead", "PiecewiseStep", "SplitBody", "head_of", "piecewise_step", "split_body"]
 
 
 class SplitBody(NamedTuple):
@@ -66,17 +66,45 @@ def piecewise_step(other: StepFactory | None) -> StepFactory:
     return build
 
 
-class PiecewiseStep(AutogradStep):
+class PiecewiseHead:
+    """What steps over a vocabulary have in common: the block's linear head, apart from what it reads."""
+
+    layer: Layer
+    split: SplitBody
+
+    @property
+    def head(self) -> nn.Linear:
+        """What makes the scores."""
+        return self.split.head
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[B, T, D]: what the head reads."""
+        return self.split.hidden(x, **self.layer.beside)
+
+    @torch.no_grad()
+    def tally(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The task's sums for what `hidden` gave [B, T, D] and targets [B, T]."""
+        rows, targets = hidden.flatten(0, 1), labels.flatten()
+        total = torch.zeros_like(self.layer.totals)
+        for part in pieces(len(rows), self.head.out_features):
+            total += self.layer.task.tally(self.head(rows[part]), targets[part])
+        return total
+
+    def account(self, loss: Tensor, hits: Tensor, labels: Tensor) -> Tensor:
+        """Adds a training micro-batch with that mean loss and so many hits to the layer's totals; the sum of losses."""
+        count = self.layer.task.count(labels)
+        loss_sum = loss.double() * count
+        self.layer.totals += torch.stack([loss_sum, count, hits])
+        return loss_sum
+
+
+class PiecewiseStep(PiecewiseHead, AutogradStep):
     """Cross-entropy of a linear head in pieces, with its backward; what comes before the head goes through autograd."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self.task = cast(Tokens, layer.task)
-        self._before, self.head = cast(SplitBody, split_body(layer.block))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """[B, T, D]: what the head reads."""
-        return self._before(x, **self.layer.beside)
+        self.split = cast(SplitBody, split_body(layer.block))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """What the head reads, in the place of the scores: nobody asks for those of a training micro-batch."""
@@ -87,7 +115,7 @@ class PiecewiseStep(AutogradStep):
     def update(self, labels: Tensor) -> Tensor:
         layer, activations, head = self.layer, self.take_activations(), self.head
         hits = torch.zeros((), dtype=torch.float64, device=layer.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), using(layer.kernels):
             loss = linear_cross_entropy(
                 activations.flatten(0, 1),
                 head.weight,
@@ -101,16 +129,4 @@ class PiecewiseStep(AutogradStep):
             loss.backward()
             layer.optimizer.step()
         with torch.no_grad():
-            count = self.task.count(labels)
-            loss_sum = loss.detach().double() * count
-            layer.totals += torch.stack([loss_sum, count, hits])
-        return loss_sum
-
-    @torch.no_grad()
-    def tally(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The task's sums for what `hidden` gave [B, T, D] and targets [B, T]."""
-        rows, targets = hidden.flatten(0, 1), labels.flatten()
-        total = torch.zeros_like(self.layer.totals)
-        for part in pieces(len(rows), self.head.out_features):
-            total += self.task.tally(self.head(rows[part]), targets[part])
-        return total
+            return self.account(loss.detach(), hits, labels)

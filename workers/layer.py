@@ -7,19 +7,21 @@ The output never carries a gradient, so nothing can come back from later layers.
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.precision import storage_dtype
-from unlocked.kernels.vocabulary import pieces
+from unlocked.kernels.vocabulary import pieces, using
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule, has_scores
 from unlocked.workers.delivery import as_delivered, count_correct
 from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
 from unlocked.workers.frozen import frozen_modules
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
+from unlocked.workers.step import Step
 
 __all__ = [
     "AutogradStep",
@@ -31,22 +33,6 @@ __all__ = [
     "count_correct",
     "frozen_modules",
 ]
-
-
-class Step(Protocol):
-    """One way to compute a layer's local step."""
-
-    counts: Sequence[nn.Module]
-    """The BatchNorms that don't count their batches by themselves."""
-
-    def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """Training-mode forward; keeps what `update` needs. Returns the next layer's input, in `out` if given."""
-        ...
-
-    def update(self, labels: Tensor) -> Tensor:
-        """The local update for the activations that `forward` kept, by the targets [B, ...]. Adds the loss (and, for
-        the output layer, the hits) to the layer's totals. Returns the sum of the rows' losses, on the device."""
-        ...
 
 
 class Layer:
@@ -62,6 +48,7 @@ class Layer:
         sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
         needs: names of the tensors that the block's body takes beside its input.
         sums: how many the task adds up (`Task.tally`).
+        kernels: the backend of losses over a vocabulary; None: plain PyTorch.
     """
 
     def __init__(
@@ -77,8 +64,9 @@ class Layer:
         sample: Tensor | None = None,
         needs: Sequence[str] = (),
         sums: int = 3,
+        kernels: ModuleType | None = None,
     ) -> None:
-        self.info = info
+        self.info, self.kernels = info, kernels
         self.block = block.to(device=device)
         if device.type == "cuda" or any(p.dim() == 4 for p in block.parameters()):
             # Convolutions and 2x2 pooling are faster with channels last, on CPUs and GPUs alike.
@@ -378,7 +366,7 @@ class AutogradStep:
 
     def update(self, labels: Tensor) -> Tensor:
         layer, activations = self.layer, self.take_activations()
-        with torch.enable_grad():
+        with torch.enable_grad(), using(layer.kernels):
             loss = layer.rule(activations, labels)
         if layer.optimizer is not None:
             layer.optimizer.zero_grad(set_to_none=True)

@@ -5,23 +5,25 @@ side channel from layer to layer and into the slots. Where no rule of a network 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from unlocked.kernels.philox import Purpose, philox_int
+from unlocked.kernels.vocabulary import using
 from unlocked.models.generators import mixed
-from unlocked.rules import Carried, LayerPass
+from unlocked.rules import Carried, LayerPass, OutputHead
 from unlocked.workers.actions import Item
 from unlocked.workers.cargo import READ_OUT, Cargo, write
 from unlocked.workers.drawing import DrawingLayer
+from unlocked.workers.heads import PiecewiseHead, SplitBody, head_of, split_body
 from unlocked.workers.layer import AutogradStep, Layer, as_delivered
 from unlocked.workers.source import Source
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
 
-__all__ = ["PassLayer", "PassStage", "PassStep"]
+__all__ = ["PassHeadStep", "PassLayer", "PassStage", "PassStep"]
 
 
 class _Given(NamedTuple):
@@ -38,7 +40,7 @@ class PassLayer(DrawingLayer):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._given: _Given | None = None
         self.lr_factor = 1.0
-        super().__init__(*args, **options, step=PassStep)
+        super().__init__(*args, **options, step=_step_of)
         self._pass_key = philox_int(self.info.seed, Purpose.RULE, self.info.index, 2)
 
     def begin(self, epoch: int, labels: Tensor, carried: Mapping[str, Tensor]) -> None:
@@ -66,6 +68,7 @@ class PassLayer(DrawingLayer):
             carried=carried,
             key=mixed(self._pass_key, self._steps),
             forward=self._forward_again,
+            head=self.step.head_given() if isinstance(self.step, PassHeadStep) else None,
         )
 
     @torch.no_grad()
@@ -107,13 +110,18 @@ class PassStep(AutogradStep):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer, x = self.layer, x.detach()
         with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast():
-            activations = layer.block.body(x, **layer.beside)
+            activations = self.activate(x)
         with torch.set_grad_enabled(layer.rule.needs_graph):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         self._pass = layer.new_pass(x, seen)
         with torch.no_grad():
             result = layer.leaving(layer.block.tail(activations.detach()))
             return result if out is None else out.copy_(result)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activations as the rule sees them."""
+        found: Tensor = self.layer.block.body(x, **self.layer.beside)
+        return found
 
     def current(self) -> LayerPass:
         """The micro-batch between `forward` and `update`."""
@@ -125,7 +133,7 @@ class PassStep(AutogradStep):
         self._pass = None
         for parameter in layer.parameters:
             parameter.grad = None
-        with torch.set_grad_enabled(layer.rule.needs_graph):
+        with torch.set_grad_enabled(layer.rule.needs_graph), using(layer.kernels):
             loss = layer.rule.step(one)
             if not isinstance(loss, Tensor):
                 raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
@@ -134,7 +142,37 @@ class PassStep(AutogradStep):
         if layer.optimizer is not None:
             layer.optimizer.step()
         with torch.no_grad():
-            return layer.account(loss.detach(), one.activations, labels)
+            return self.tell(loss.detach(), one, labels)
+
+    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
+        """Adds the micro-batch to the layer's totals; the sum of its losses."""
+        return self.layer.account(loss, one.activations, labels)
+
+
+class PassHeadStep(PiecewiseHead, PassStep):
+    """The same at an output layer whose rule makes the scores in pieces."""
+
+    layer: PassLayer
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.split = cast(SplitBody, split_body(layer.block))
+
+    def head_given(self) -> OutputHead:
+        hits = torch.zeros((), dtype=torch.float64, device=self.layer.device)
+        return OutputHead(self.head.weight, self.head.bias, hits)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.hidden(x)
+
+    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
+        assert one.head is not None
+        return self.account(loss, one.head.hits, labels)
+
+
+def _step_of(layer: Layer) -> PassStep:
+    in_pieces = layer.rule.reads_head and layer.is_output and layer.task.name == "tokens"
+    return PassHeadStep(layer) if in_pieces and head_of(layer.block) is not None else PassStep(layer)
 
 
 class PassStage(Stage):

@@ -9,6 +9,7 @@ from unlocked.kernels.cpp.bindings import unavailable
 from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward
 from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+from unlocked.kernels.cpp.vocabulary import score_gradients
 from unlocked.kernels.images import load_batch
 
 __all__ = [
@@ -20,7 +21,8 @@ __all__ = [
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "score_gradients",
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True)
+ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True, vocabulary=True)

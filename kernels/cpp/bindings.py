@@ -94,6 +94,7 @@ class _Signatures:
     local_head = (_P, _P, _P, _P, _N, _I, _I, _I, _I, _I, _I, _N, _F, _F, _P, _P, _P, _P)
     gelu_forward = (_N, _P, _I, _P, _P, _N)
     gelu_backward = (_N, _P, _P, _I, _I, _P, _P, _P, _N)
+    score_gradients = (_N, _P, _P, _I, _I, _P, _I, _P, _F, _F, _P, _P)
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)
     sgd = (_N, _P, _P, _P, _P, _D, _D, _D, _N, _N, _N)

@@ -23,6 +23,7 @@ from unlocked.kernels.cpp import (
     norm_act_backward,
     norm_act_backward_full,
     norm_act_forward,
+    score_gradients,
 )
 from unlocked.kernels.cpp.bindings import load_kernels
 
@@ -37,6 +38,7 @@ __all__ = [
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
+    "score_gradients",
     "takes_convolution",
     "unavailable",
 ]

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from hugging_face_models import gpt2, llama, vit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import create_causal_mask
 
 from unlocked.data.order import epoch_order
+from unlocked.kernels import vocabulary
 from unlocked.models import from_transformers, frozen_head
 from unlocked.rules import LLS, FrozenHeadConsistency, LocalRule
 from unlocked.runtime import Processes, RunResult, Streams, Trainer
@@ -119,9 +121,9 @@ def adapted() -> Any:
     return get_peft_model(llama(num_hidden_layers=6), config)
 
 
-def trained_on_text(engine: Engine | str, network: Any) -> tuple[Trainer, RunResult]:
+def trained_on_text(engine: Engine | str, network: Any, hand_on: str = "scores") -> tuple[Trainer, RunResult]:
     """By ZeroLock's rule, in its three chunks."""
-    rule = partial(FrozenHeadConsistency, head=frozen_head(network), alpha=0.7)
+    rule = partial(FrozenHeadConsistency, head=frozen_head(network), alpha=0.7, hand_on=hand_on)
     trainer = Trainer(
         from_transformers(network, 2),
         rule=rule,
@@ -153,6 +155,8 @@ def test_adapters_are_trained_alike_by_every_engine(tmp_path: Path) -> None:
         assert all("lora_" in name for name in changed)
         found.append((result.weights_sha256, result.test_loss, result.local_losses, continued(network)))
     assert found[0] == found[1] == found[2]
+    _, other = trained_on_text("sequential", adapted(), "hidden")  # which makes the same scores again
+    assert other.local_losses == pytest.approx(found[0][2], rel=1e-5)
     network.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
@@ -165,6 +169,35 @@ def test_adapters_are_trained_alike_by_every_engine(tmp_path: Path) -> None:
     targets = evaluated["input_ids"].masked_fill(evaluated["attention_mask"] == 0, -100)[:, 1:]
     loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert found[0][1] == pytest.approx(float(loss), abs=1e-6)  # tokens are weighted alike, whatever their batch
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(one, Tensor):
+                self.most = max(self.most, one.numel())
+        return found
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_scores_of_a_vocabulary_are_never_whole(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ZeroLock's rule, in training and evaluation, the output layer's as well."""
+    monkeypatch.setattr(vocabulary, "PIECE", 64 * 3000)
+    torch.manual_seed(3)
+    network = get_peft_model(llama(vocab_size=3000), LoraConfig(r=2, target_modules=["q_proj"]))
+    rule = partial(FrozenHeadConsistency, head=frozen_head(network), alpha=0.7)
+    options: Any = {"rule": rule, "output_rule": partial(rule, on_scores=True), "kernels": kernels, "seed": 4}
+    trainer = Trainer(from_transformers(network, 2), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
+    tokens = torch.randint(3000, (16, 16), generator=torch.Generator().manual_seed(1))
+    with Largest() as largest:
+        trainer.fit({"input_ids": tokens}, epochs=1, batch_size=16, eval_data={"input_ids": tokens})
+    whole = 16 * 16 * 3000
+    assert 64 * 3000 <= largest.most < whole / 2, largest.most
 
 
 def test_optimizer_state_is_of_the_adapters_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from unlocked.kernels import cpp, cuda, dispatch, reference, triton
 from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.cpp import winograd
 from unlocked.kernels.dispatch import BACKENDS, fuse_optimizer, get_backend
+from unlocked.kernels.triton import joined
 
 CPU = torch.device("cpu")
 OPERATIONS = ("load_batch", "local_head", "norm_act_backward", "norm_act_backward_full", "norm_act_forward")
@@ -27,6 +28,11 @@ def test_every_backend_has_every_operation_and_says_what_it_can_do(backend: Modu
         pytest.skip("needs triton")
     assert all(callable(getattr(backend, name)) for name in OPERATIONS)
     assert isinstance(backend.unavailable(CPU), str)
+
+
+def test_a_backend_over_another_has_all_of_it() -> None:
+    assert set(cpp.__all__) <= set(winograd.__all__)
+    assert set(triton.__all__) <= set(joined.__all__)
 
 
 @pytest.mark.parametrize("backend", [cpp, reference])

@@ -1,6 +1,7 @@
 """What a layer draws from is found before training; what draws nothing is left alone."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -199,3 +200,36 @@ def test_dropout_by_key_needs_no_seeding() -> None:
     assert _draws(nn.Sequential(nn.Dropout(0.5), KeyedDropout(0.3))) == frozenset()
     assert _draws(nn.Sequential(nn.AlphaDropout(0.5))) == TORCH
     assert _draws(nn.Sequential(nn.AlphaDropout(0.0))) == frozenset()
+
+
+def test_a_change_in_place_after_an_inner_module_is_seen() -> None:
+    """Its output is the inner one's very tensor, of which a copy is kept already."""
+    runs = itertools.count()
+
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Calls(torch.sin)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x)
+            return y.add_(next(runs))
+
+    with pytest.raises(ValueError, match=r"module body \(Shifts\): gives other values"):
+        _draws(Shifts())
+
+
+def test_one_output_is_copied_once_however_many_modules_hand_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[torch.Size] = []
+    clone = Tensor.clone
+
+    def counted(self: Tensor) -> Tensor:
+        copies.append(self.shape)
+        return clone(self)
+
+    monkeypatch.setattr(Tensor, "clone", counted)
+    module: nn.Module = Calls(torch.sin)
+    for _ in range(5):
+        module = nn.Sequential(module)
+    _draws(module)
+    assert copies.count(torch.Size([2, 4])) == 4  # two runs, each in training and in eval mode

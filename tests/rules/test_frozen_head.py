@@ -10,7 +10,7 @@ from hugging_face_models import bert, gemma2, llama
 from torch import Tensor, nn
 
 from unlocked.models import frozen_head
-from unlocked.rules import FrozenHeadConsistency, LayerInfo, LayerPass, Tokens
+from unlocked.rules import FrozenHeadConsistency, LayerInfo, LayerPass, OutputHead, Tokens
 
 WIDTH, VOCABULARY, PLACES = 16, 40, 6
 
@@ -21,7 +21,7 @@ def info(index: int, width: int = WIDTH) -> LayerInfo:
     return LayerInfo(name="chunk", index=index, activation_shape=shape, num_classes=VOCABULARY, task=Tokens(), **sizes)  # type: ignore[arg-type]
 
 
-def one_pass(x: Tensor, activations: Tensor, labels: Tensor) -> LayerPass:
+def one_pass(x: Tensor, activations: Tensor, labels: Tensor, head: OutputHead | None = None) -> LayerPass:
     return LayerPass(
         input=x,
         activations=activations,
@@ -33,6 +33,7 @@ def one_pass(x: Tensor, activations: Tensor, labels: Tensor) -> LayerPass:
         carried={},
         key=0,
         forward=nn.Identity(),
+        head=head,
     )
 
 
@@ -60,6 +61,29 @@ def test_the_formula(index: int, on_scores: bool) -> None:
     torch.testing.assert_close(rule.scores(activations), own.flatten(0, 1))
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_output_head_of_its_own_gets_gradients(index: int) -> None:
+    """In pieces: the output layer's weight trains, while the layer before is read out by the frozen one."""
+    head = frozen_head(llama())
+    rule = FrozenHeadConsistency(info(index), head=head, alpha=0.6, on_scores=True)
+    x, hidden = torch.randn(3, PLACES, WIDTH), torch.randn(3, PLACES, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (3, PLACES))
+    labels[:, -1] = -100
+    hits = torch.zeros((), dtype=torch.float64)
+    loss = rule.step(one_pass(x, hidden, labels, OutputHead(weight, None, hits)))
+    counts = labels != -100
+    scores = F.linear(hidden, weight)[counts]
+    p, q = scores.log_softmax(1), head(x)[counts].log_softmax(1)
+    expected = F.nll_loss(p, labels[counts])
+    if index:
+        expected = 0.6 * expected + 0.4 * (p.exp() * (p - q)).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(*(torch.autograd.grad(one, (hidden, weight)) for one in (loss, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert hits == (scores.argmax(1) == labels[counts]).sum()
+
+
 def test_the_head_is_a_frozen_copy() -> None:
     network = llama()
     head = frozen_head(network)
@@ -76,6 +100,7 @@ def test_the_head_is_a_frozen_copy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"hand_on": "logits"}, 'hand_on is \'logits\'; valid: "hidden", "scores"'),
         ({"alpha": 0.0}, "alpha is 0.0; it must lie in (0, 1]"),
         (
             {"head": nn.Linear(WIDTH, VOCABULARY)},
