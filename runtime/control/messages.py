@@ -52,7 +52,7 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 CHUNK_BYTES = 128 << 10
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected, a stranger during the handshake too: nobody can make the
@@ -98,6 +98,10 @@ class Supervise:
     pid: int
     host: str
     layers: tuple[str, ...]
+    returns: int = 0
+    """How often it has lost its connection and made it anew."""
+    incarnation: int = 0
+    """The latest worker that it was told to start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
