@@ -3,12 +3,13 @@
     python benchmarks/cpu_step.py                                          # synthetic data of CIFAR-10's size
     python benchmarks/cpu_step.py --dataset CIFAR10 --dataset-dir datasets --json cpu_step.json
 
-Six tables, of SmallConv at batch 64 unless they say otherwise:
+Seven tables, of SmallConv at batch 64 unless they say otherwise:
   engines      images/s in processes of their own that take turns: plain PyTorch (benchmarks/plain_lls.py), eager
                backpropagation (channels last, fused Adam), LLS by one and two threads and by two processes
   optimizers   images/s of LLS by one thread with Adam, the authors' AdamWSF and the library's newest, taking turns
   ladder       milliseconds of each kept improvement on top of the one before, taking turns in this process
   operations   where a step's time goes now: bytes, operations, and the share of what the machine reaches
+  surroundings what lies around the convolutions of a step: by one thread and by several, out to the whole run
   hops         an edge between two processes (benchmarks/pipeline_scaling.py)
   memory       VGG8 at batch 128, LLS and backpropagation: what training adds to the process, and the whole process
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from cpu_operations import ceilings, ladder, operations
+from cpu_surroundings import surroundings
 from pipeline_scaling import ROOT, show_hops, train
 
 from unlocked.comparison.environment import environment
@@ -46,6 +48,7 @@ def main() -> int:
         "optimizers": show_optimizers,
         "ladder": show_ladder,
         "operations": show_operations,
+        "surroundings": show_surroundings,
         "hops": lambda options: show_hops(options.hop_batches),
         "memory": show_memory,
     }
@@ -67,9 +70,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps of a round in the ladder and per operation")
     parser.add_argument("--hop-batches", type=int, default=1000)
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument(
-        "--only", nargs="*", choices=("engines", "optimizers", "ladder", "operations", "hops", "memory")
-    )
+    tables = ("engines", "optimizers", "ladder", "operations", "surroundings", "hops", "memory")
+    parser.add_argument("--only", nargs="*", choices=tables)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -152,6 +154,21 @@ def show_operations(options: argparse.Namespace) -> dict[str, Any]:
         )
     print(f"{'sum':<38}{total * 1e3:>8.3f}")
     return {"peak_operations_per_second": peak, "copy_bytes_per_second": bandwidth, "rows": rows}
+
+
+def show_surroundings(options: argparse.Namespace) -> list[dict[str, Any]]:
+    counts = sorted({1, options.threads})
+    tables = [surroundings(threads, options.repeats, options.steps) for threads in counts]
+    torch.set_num_threads(options.threads)
+    print("| ms of a step | " + " | ".join(f"threads: {threads}" for threads in counts) + " |")
+    print("| --- |" + " --- |" * len(counts))
+    for name in tables[0]["milliseconds"]:
+        cells = []
+        for table in tables:
+            values = table["milliseconds"][name]
+            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        print(f"| {name} | {' | '.join(cells)} |")
+    return tables
 
 
 def show_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ from unlocked.comparison.leaderboard.results import Inspection
 from unlocked.comparison.results import EpochFigures, TimelineSpan, Trial
 from unlocked.data import ImageDataset
 from unlocked.runtime.recipe import Recipe
+from unlocked.runtime.saving.tensor_file import save_tensors
 from unlocked.runtime.saving.whole_file import whole_file
 
 __all__ = ["Form", "LayerCosts", "RankAnswer", "Request", "Task", "load_data", "save_data"]
@@ -94,7 +95,7 @@ class RankAnswer:
 def save_data(path: Path, splits: tuple[ImageDataset, ImageDataset]) -> None:
     """Both splits in a file that every process maps into its memory instead of loading them anew."""
     with whole_file(path) as temporary:
-        torch.save(splits, temporary)
+        save_tensors(splits, temporary)
 
 
 def load_data(path: Path) -> tuple[ImageDataset, ImageDataset]:

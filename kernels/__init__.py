@@ -2,6 +2,6 @@
 
 from typing import Literal
 
-BackendName = Literal["auto", "torch", "triton", "cuda", "cpp", "triton_joined"]
+BackendName = Literal["auto", "torch", "triton", "cuda", "cpp", "triton_joined", "cpp_winograd"]
 
 __all__ = ["BackendName"]

@@ -16,6 +16,7 @@ class Abilities:
         optimizers: the backend whose fused optimizers go with it, by its name; None: the library's stay.
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
+        convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
     """
 
@@ -25,3 +26,4 @@ class Abilities:
     optimizers: str | None = None
     partial_gradients: bool = False
     weight_gradient: bool = False
+    convolutions: bool = False

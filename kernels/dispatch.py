@@ -1,4 +1,4 @@
-"""One choice of backend for all operations: `auto | torch | triton | cuda | cpp | triton_joined`.
+"""One choice of backend for all operations: `auto | torch | triton | cuda | cpp | triton_joined | cpp_winograd`.
 
 A backend asked for by name raises if it can't run; `auto` takes Triton on a CUDA device and C++ on a CPU, and falls
 back to plain PyTorch with one warning.
@@ -16,7 +16,7 @@ from unlocked.kernels import BackendName
 __all__ = ["BACKENDS", "fuse_optimizer", "get_backend"]
 
 BACKENDS: tuple[str, ...] = get_args(BackendName)
-_MODULES = {"torch": "reference", "triton": "triton", "cuda": "cuda", "cpp": "cpp", "triton_joined": "triton.joined"}
+_MODULES = {"torch": "reference", "triton_joined": "triton.joined", "cpp_winograd": "cpp.winograd"}  # others: as named
 _AUTOMATIC = ("triton", "cpp")  # whichever is made for the device
 _warned: set[str] = set()
 

@@ -1,6 +1,7 @@
 """What becomes of a network's layers: which operations run in closed form, together, or through autograd, and why."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class ExplainedCall:
     operations: tuple[str, ...]
     """By their place in the block; `latents` and `tail` stand for what a block ends in."""
     why: str
-    """Of autograd: what stands against a closed form. Of joined: what is joined. Else empty."""
+    """Of autograd: what stands against a closed form. Of joined: what is joined. Of closed: what is of our own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class ExplainedLayer:
     saved_bytes: int
     """What the layer keeps from its forward to its update, its input included."""
     flops: int
-    """Of products and convolutions, in forward and update."""
+    """Of products and convolutions, in forward and update; of these the direct sums', however they are computed."""
     moved_bytes: int
     """That must move: input, output and what is kept, each written once and read once; weights read, and read and
     written by the optimizer with its state."""
@@ -106,7 +107,8 @@ def _explained(trial: Trial) -> ExplainedLayer:
         return tensor
 
     trial.seconds()  # what is done once, such as the optimizer's state
-    with _Flops() as counter:
+    by_library = layer.step.body.by_library() if isinstance(layer.step, FusedStep) else nullcontext()
+    with _Flops() as counter, by_library:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             trial.forward()
         for tensor in _held(layer.step):

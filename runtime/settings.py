@@ -51,7 +51,9 @@ class Settings:
 
     seed: int = setting(0, "keys initialisation, shuffling, augmentation and dropout", at_least=0, at_most=LARGEST_SEED)
     device: str = setting("cpu", "cpu, cuda or cuda:INDEX")
-    kernels: str = setting("auto", "auto, torch, cpp (CPU), triton, triton_joined or cuda (GPU)", choices=_backends)
+    kernels: str = setting(
+        "auto", "auto, torch, cpp, cpp_winograd (CPU), triton, triton_joined, cuda (GPU)", choices=_backends
+    )
     precision: str = setting(
         "fp32",
         "fp32, tf32 (GPU) or bf16, in which weights, optimizer and statistics stay float32; auto: bf16 where a trial "

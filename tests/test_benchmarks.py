@@ -19,7 +19,8 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
     *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
-    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts", "zero_lock"),
+    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts"),
+    *("winograd", "zero_lock"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -334,7 +335,20 @@ def test_the_plain_baseline_computes_what_the_runtime_does(load: Any) -> None:
 @pytest.mark.skipif(bool(cpp.unavailable("cpu")), reason="no C++ backend")
 def test_cpu_step_takes_a_step_apart(tmp_path: Path) -> None:
     report = tmp_path / "cpu.json"
-    arguments = ["--only", "ladder", "operations", "--repeats", "1", "--steps", "1", "--json", str(report)]
+    arguments = [
+        "--only",
+        "ladder",
+        "operations",
+        "surroundings",
+        "--threads",
+        "1",
+        "--repeats",
+        "1",
+        "--steps",
+        "1",
+        "--json",
+        str(report),
+    ]
     result = run("cpu_step", *arguments, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     content = json.loads(report.read_text())
@@ -344,6 +358,8 @@ def test_cpu_step_takes_a_step_apart(tmp_path: Path) -> None:
     # conv2: 64 images of 16 x 16 pixels, 32 channels to 64, 3 x 3 taps, two operations a tap
     assert rows["conv2", "convolution"]["operations"] == 2 * 64 * 256 * 32 * 64 * 9
     assert {layer for layer, _ in rows} == {"conv1", "conv2", "conv3", "linear1", "output"}
+    (around,) = content["surroundings"]
+    assert {len(values) for values in around["milliseconds"].values()} == {1}
 
 
 def test_a_loss_curve_takes_means_apart(load: Any) -> None:

@@ -95,6 +95,11 @@ class _Signatures:
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)
     sgd = (_N, _P, _P, _P, _P, _D, _D, _D, _N, _N, _N)
+    winograd_pays = (_P,)
+    winograd_rows = (_I, _I, _N, _P)
+    winograd_kernel = (_P, _I, _I, _I, _I, _I, _I, _N, _P, _N)
+    winograd_forward = (_P, _I, _I, _I, _I, _I, _I, _P, _P, _P, _P, _I, _N)
+    winograd_kernel_grad = (_P, _P, _I, _I, _I, _I, _I, _I, _P, _I, _I, _I, _I, _P, _N)
 
 
 def _threading() -> list[str]:

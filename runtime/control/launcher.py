@@ -7,10 +7,15 @@ import threading
 from unlocked.runtime.control.ending import Verdict, end_process, error_line
 from unlocked.runtime.control.world import launched_by_torchrun
 
-__all__ = ["follow_launcher"]
+__all__ = ["LAUNCHER", "follow_launcher"]
+
+LAUNCHER = "UNLOCKED_LAUNCHER"
+"""The variable by which our own launcher tells its number: a process that lost it before it ran any code of ours would
+take its new parent for the launcher, meet the others of its kind and train without an end."""
 
 _POLL_SECONDS = 0.5
-_PARENT = os.getppid()  # as early as this process runs any code of ours
+_told = os.environ.pop(LAUNCHER, "")  # not for processes that this one starts
+_PARENT = int(_told) if _told.isdecimal() else os.getppid()  # as early as this process runs any code of ours
 _follows = threading.Lock()
 
 
@@ -26,7 +31,7 @@ def follow_launcher(rank: int) -> None:
 
 
 def _follow(rank: int) -> None:
-    # Who had no parent left at its start finds no store at MASTER_ADDR:MASTER_PORT.
+    # Whose agent was gone at its start, under torchrun, finds no store at MASTER_ADDR:MASTER_PORT.
     try:
         handle = os.pidfd_open(_PARENT)
     except (AttributeError, OSError):  # not Linux, an old kernel, or gone: the parent's number tells

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unlocked.models.errors import first_line
-from unlocked.runtime.saving.tensor_file import load_tensors
+from unlocked.runtime.saving.tensor_file import load_tensors, save_tensors
 from unlocked.runtime.saving.whole_file import whole_file
 from unlocked.runtime.tensors import tensor_bytes
 
@@ -67,7 +67,7 @@ def write_layer(path: Path, state: Mapping[str, Any], *, run: str, position: int
     content = {**state, "run": run, "position": position, "layer": layer}
     digest = state_digest(content)
     with whole_file(path) as temporary:
-        torch.save({**content, _CHECKSUM: digest}, temporary)
+        save_tensors({**content, _CHECKSUM: digest}, temporary)
         size = temporary.stat().st_size
     return LayerFile(size, digest)
 

@@ -1,6 +1,7 @@
 """Files of tensors: what one claims to hold must lie in it, and weights have their checksum beside them."""
 
 import hashlib
+import io
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,54 @@ from torch import Tensor
 
 from unlocked.runtime.saving.whole_file import whole_file, write_whole
 
-__all__ = ["CHECKSUM", "check_weights", "load_tensors", "save_weights"]
+__all__ = ["CHECKSUM", "check_weights", "load_tensors", "save_tensors", "save_weights"]
 
 CHECKSUM = ".sha256"
 """What is added to the name of a file of weights for that of its checksum, which `sha256sum -c` reads."""
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """`torch.save`, which says why it could not write: of a full disk, or a limit on files, it tells no more than that
+    its position in the file is not what it expected.
+
+    Raises:
+        OSError: the operating system's, with the file's name.
+    """
+    with path.open("wb", buffering=0) as file:
+        told = _Told(file)
+        try:
+            torch.save(content, told)  # type: ignore[arg-type]
+        except (OSError, RuntimeError):
+            if told.error is None:
+                raise
+            raise OSError(told.error.errno, told.error.strerror, str(path)) from None
+
+
+class _Told:
+    """A file that keeps the first error of a write.
+
+    Args:
+        file: unbuffered, so that a write may take a part only.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes all of it."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return size
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -25,7 +70,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """
     checksum = path.with_name(path.name + CHECKSUM)
     with whole_file(path) as temporary:
-        torch.save(dict(weights), temporary)
+        save_tensors(dict(weights), temporary)
         digest = _digest(temporary)
         checksum.unlink(missing_ok=True)
     write_whole(checksum, f"{digest}  {path.name}\n")

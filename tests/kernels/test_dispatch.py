@@ -11,13 +11,14 @@ import torch
 
 from unlocked.kernels import cpp, cuda, dispatch, reference, triton
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.cpp import winograd
 from unlocked.kernels.dispatch import BACKENDS, fuse_optimizer, get_backend
 
 CPU = torch.device("cpu")
 OPERATIONS = ("load_batch", "local_head", "norm_act_backward", "norm_act_backward_full", "norm_act_forward")
 
 
-@pytest.mark.parametrize("backend", [reference, cpp, cuda, triton])
+@pytest.mark.parametrize("backend", [reference, cpp, cuda, triton, winograd])
 def test_every_backend_has_every_operation_and_says_what_it_can_do(backend: ModuleType) -> None:
     assert isinstance(backend.ABILITIES, Abilities)
     names = ("ABILITIES", "unavailable", *OPERATIONS)

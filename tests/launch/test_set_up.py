@@ -103,6 +103,38 @@ def test_the_launchers_death_takes_its_workers_along(seconds: float) -> None:
         print(f"gone after {time.monotonic() - began:.2f} s")
 
 
+GATE = """
+import os, time
+while "RANK" in os.environ and not os.path.exists(os.environ["GATE"]):
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.alone
+def test_our_own_launchers_death_before_its_workers_run_any_code(tmp_path: Path) -> None:
+    """They would meet without it, and train on."""
+    command = [sys.executable, "-m", "unlocked", "train", "--stages", "2", *ENDLESS[1:]]
+    told, gate = tmp_path / "told", tmp_path / "gate"
+    (tmp_path / "sitecustomize.py").write_text(GATE)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TMPDIR": str(tmp_path), "GATE": str(gate), "PYTHONPATH": path}
+    with told.open("w") as errors:
+        launcher = subprocess.Popen(command, stderr=errors, env=environment)
+    deadline = time.monotonic() + 60
+    while len(workers := children_of(launcher.pid)) < 2:
+        assert time.monotonic() < deadline
+    launcher.kill()
+    launcher.wait()
+    gate.touch()
+    try:
+        while any(map(is_alive, workers)):
+            assert time.monotonic() < deadline + 60, "a worker outlives its launcher"
+    finally:
+        for pid in filter(is_alive, workers):
+            os.kill(pid, signal.SIGKILL)
+    assert f"the launcher (process {launcher.pid}) is gone, and its workers end with it" in told.read_text()
+
+
 def children_of(parent: int) -> list[int]:
     listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return [int(pid) for pid, of in map(str.split, listing.splitlines()) if int(of) == parent]

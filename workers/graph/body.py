@@ -1,6 +1,7 @@
 """A block's step as a list of calls: forward to the next layer's input, and from the latents' gradient back."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout, pool_latents, spread_latents
-from unlocked.workers.graph.operations import Casts, Gradients, Operation
+from unlocked.workers.graph.operations import Casts, Convolution, Gradients, Operation
 from unlocked.workers.graph.tracing import Node
 
 __all__ = ["Call", "End", "GraphBody", "How", "PlainEnd"]
@@ -140,6 +141,18 @@ class GraphBody:
     def rows(self) -> list[tuple[How, tuple[str, ...], str]]:
         """For every call: how it runs, the operations that it is made of, and why."""
         return self._rows
+
+    @contextmanager
+    def by_library(self) -> Iterator[None]:
+        """Inside, all convolutions are the library's, whose operations can be counted."""
+        kept = [(op, op.backend) for op in (call.operation for call in self.calls) if isinstance(op, Convolution)]
+        for operation, _ in kept:
+            operation.backend = None
+        try:
+            yield
+        finally:
+            for operation, backend in kept:
+                operation.backend = backend
 
     @property
     def gives_every_gradient(self) -> bool:

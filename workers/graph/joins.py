@@ -22,7 +22,7 @@ from unlocked.models import KeyedDropout
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
-from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation
+from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation, geometry
 from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
@@ -167,19 +167,27 @@ class _Planner:
         operation = self._operation(before) if alone and before.kind in kinds else ""
         if isinstance(operation, str):
             return {"bias": None, "owns_input": False}
-        self._operations[before] = kinds[before.kind](before.target, self._casts, bias_is_ahead=True)
+        self._operations[before] = self._of_backend(kinds[before.kind](before.target, self._casts, bias_is_ahead=True))
         bias: Tensor | None = before.target.bias
         return {"bias": bias, "owns_input": True}
 
     def _operation(self, node: Node) -> Operation | str:
         if node not in self._operations:
-            self._operations[node] = operation_of(node, self._casts)
+            self._operations[node] = self._of_backend(operation_of(node, self._casts))
             kept = id(node.target) in self._frozen
             if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d):
                 self._operations[node] = usable_norm(node) or "it is kept in eval mode"
             elif node.kind is KeyedDropout and kept:
                 self._operations[node] = "it is kept in eval mode"
         return self._operations[node]
+
+    def _of_backend(self, operation: Operation | str) -> Operation | str:
+        """The operation, by the backend's own convolution where it has one for these sizes."""
+        if isinstance(operation, Convolution) and self._backend.ABILITIES.convolutions and not self._casts.half:
+            conv = operation.conv
+            sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, *geometry(conv), conv.groups)
+            operation.backend = self._backend if self._backend.takes_convolution(*sizes) else None
+        return operation
 
     def _call(self, node: Node) -> Call | None:
         if node in self._joined:
@@ -191,7 +199,9 @@ class _Planner:
         operation = self._operation(node)
         if isinstance(operation, str):
             return Call(Operation(), node.inputs, [node], [node], "autograd", operation)
-        return Call(operation, _arguments(node), [node], [node], "closed")
+        own = isinstance(operation, Convolution) and operation.backend is not None
+        why = "by the backend's own convolution" if own else ""
+        return Call(operation, _arguments(node), [node], [node], "closed", why)
 
     def _grouped(self, calls: Sequence[Call], last: Node) -> list[Call]:
         """Calls that stand for autograd become pieces of as many as follow each other."""

@@ -6,6 +6,7 @@ bfloat16; parameters are float32, and so are their gradients, but for those of a
 
 import contextlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "Pool",
     "convolution_backward",
     "convolve",
+    "geometry",
 ]
 
 aten = torch.ops.aten
@@ -101,6 +103,9 @@ class Convolution(Operation):
         bias_is_ahead: what follows adds the bias, or has no use for it: then its gradient is zero.
     """
 
+    backend: ModuleType | None = None
+    """What takes the library's place, where that is wanted (`Abilities.convolutions`)."""
+
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, casts: Casts, *, bias_is_ahead: bool = False) -> None:
         self.conv, self._casts = conv, casts
         self.parameters = trained(conv.weight, conv.bias)
@@ -116,7 +121,7 @@ class Convolution(Operation):
             weight = weight.unsqueeze(2)
         self._x, self._weight = x, weight
         bias = self._casts.weight(self.conv.bias, x.dtype) if self._has_bias and self.conv.bias is not None else None
-        result = convolve(self.conv, x, weight, bias)
+        result = convolve(self.conv, x, weight, bias, self.backend)
         return result.squeeze(2) if self.conv.weight.dim() == 3 else result
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
@@ -125,7 +130,7 @@ class Convolution(Operation):
         x, kernel = self.spend()
         weight, bias = self.conv.weight, self.conv.bias
         asked = (wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad)
-        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, x, kernel, asked)
+        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, x, kernel, asked, self.backend)
         if is_row:
             x_grad = x_grad.squeeze(2) if wanted[0] else x_grad
             weight_grad = weight_grad.squeeze(2) if weight.requires_grad else weight_grad
@@ -147,27 +152,46 @@ class Convolution(Operation):
         return grads
 
 
-def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv` with a kernel `weight` [C, C_in / groups, h, w] and this bias: [B, C_in, H_in, W_in] -> [B, C, H, W]."""
-    stride, padding, dilation = (_two(size) for size in (conv.stride, conv.padding, conv.dilation))
-    if len(conv.padding) == 1:
-        padding = (0, padding[1])
-    return F.conv2d(x, weight, bias, stride, padding, dilation, conv.groups)
+def convolve(
+    conv: nn.Conv1d | nn.Conv2d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    backend: ModuleType | None = None,
+) -> Tensor:
+    """`conv` with a kernel `weight` [C, C_in / groups, h, w] and this bias: [B, C_in, H_in, W_in] -> [B, C, H, W]; by a
+    backend's own or by the library."""
+    if backend is None:
+        return F.conv2d(x, weight, bias, *geometry(conv), conv.groups)
+    result: Tensor = backend.convolution(x, weight, bias, *geometry(conv), conv.groups)
+    return result
 
 
 def convolution_backward(
-    conv: nn.Conv1d | nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, asked: Sequence[bool]
+    conv: nn.Conv1d | nn.Conv2d,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    asked: Sequence[bool],
+    backend: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at `x`, of the kernel (like `weight`) and of the bias, as far as they are asked for, from `grad`
     [B, C, H, W]."""
-    stride, padding, dilation = (_two(size) for size in (conv.stride, conv.padding, conv.dilation))
-    if len(conv.padding) == 1:
-        padding = (0, padding[1])
-    sizes = [weight.shape[0]] if asked[2] else None
-    result: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(
-        grad, x, weight, sizes, stride, padding, dilation, False, [0, 0], conv.groups, list(asked)
-    )
+    result: tuple[Tensor, Tensor, Tensor]
+    if backend is not None:
+        result = backend.convolution_backward(grad, x, weight, *geometry(conv), conv.groups, asked)
+    else:
+        sizes = [weight.shape[0]] if asked[2] else None
+        result = aten.convolution_backward(
+            grad, x, weight, sizes, *geometry(conv), False, [0, 0], conv.groups, list(asked)
+        )
     return result
+
+
+def geometry(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Stride, padding, dilation; in one dimension, of one row of pixels."""
+    stride, padding, dilation = (_two(size) for size in (conv.stride, conv.padding, conv.dilation))
+    return stride, (0, padding[1]) if len(conv.padding) == 1 else padding, dilation
 
 
 def _two(size: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from unlocked.runtime.control.launcher import LAUNCHER
 from unlocked.runtime.engines.processes.rendezvous import MEETING
 
 __all__ = ["Started", "rank_environments", "start_processes"]
@@ -118,6 +119,7 @@ def _environment(rank: int, count: int, folder: str, run_id: str, threads: int) 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": _NO_PORT,
         MEETING: folder,
+        LAUNCHER: os.getpid(),
         # As torchrun's workers: the parent's end is theirs.
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": 0,

@@ -43,6 +43,31 @@ print((folder / "kept.txt").read_text(), (folder / "grows.log").read_text().spli
 RUN = 'python "$@"; echo "code $?"; cd "$DISK"; find . -type f | sort; tail -c 1 run/train.log | od -An -c'
 
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from unlocked.runtime.saving.tensor_file import load_tensors, save_tensors
+
+path = Path(sys.argv[1])
+save_tensors({"w": torch.arange(3)}, path)
+print(load_tensors(path)["w"].tolist())
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_tensors({"w": torch.ones(5000)}, path)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_why_tensors_could_not_be_written(tmp_path: Path) -> None:
+    """torch says: unexpected pos 4096 vs 3990."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "weights.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = str(tmp_path / "weights.pt")
+    assert done.stdout.splitlines() == ["[0, 1, 2]", f"[Errno 27] File too large: {path!r}"], done
+
+
 @needs_mounts
 def test_files_on_a_full_disk(tmp_path: Path) -> None:
     command = [*on_small_disks({tmp_path: "64k"}), sys.executable, "-c", WRITES, str(tmp_path)]
