@@ -111,7 +111,7 @@ def test_a_worker_that_loses_the_coordinator_alone_is_replaced(tmp_path: Path) -
     assert [one.returncode for one in started] == [130, 130], texts
 
 
-@pytest.mark.parametrize("whose", ["the supervisor's", "the worker's too"])
+@pytest.mark.parametrize("whose", ["the worker's too", "the supervisor's"] if ALL else ["the worker's too"])
 def test_a_supervisor_whose_connection_breaks_makes_it_anew(whose: str, tmp_path: Path) -> None:
     port = free_port()
     job = ["--dataset", "digits", "--batch-size", "100", "--num-epochs", "5", "--plain", "--timeout", "6"]
