@@ -5,9 +5,12 @@
 
 One process has the coordinator, another one all clients: of each stage a worker, which tells of its progress as
 a real one does, and its supervisor. Stage k is at position k behind stage 0, which does `--rate` micro-batches a second
-as far as they are granted; every `--epoch` micro-batches each stage reports an epoch. A window's lateness is the time
-for which a stage had nothing to do because it was not granted yet; its delay, the time from the first client that has
-heard of it to each of the others.
+as far as they are granted; every `--epoch` micro-batches each stage reports an epoch, which the run's files and its
+lines of progress take as those of a real run do. A window's lateness is the time for which a stage had nothing to do
+because it was not granted yet; its delay, the time from the first client that has heard of it to each of the others, in
+which all clients share one process and its core. At the end every stage delivers its last words, and hears that all
+have. Memory: the peak of the coordinator's process, and what of it the coordinator has added (to torch, above all; with
+several numbers of stages in one call: to the ones before).
 """
 
 import argparse
@@ -15,6 +18,7 @@ import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -23,16 +27,21 @@ from typing import Any
 
 import msgpack
 import zmq
+from rich.console import Console
 
 from unlocked.comparison.environment import environment
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address, KeyPair, dial
+from unlocked.runtime.control.client import PROGRESS_SECONDS
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.metrics.records import EpochPart, StageProgress
+from unlocked.runtime.metrics.dashboard import Dashboard
+from unlocked.runtime.metrics.records import EpochPart, RunInfo, Scores, StageProgress
+from unlocked.runtime.metrics.run_log import RunLog
+from unlocked.runtime.metrics.sinks import FanOut
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
-PROGRESS_SECONDS, BEAT_SECONDS = 0.25, 1.0  # as a worker's client has it
+BEAT_SECONDS = 1.0  # as a worker's client and a supervisor have it
 TOTAL = 10**9
 LOOK_MILLISECONDS = 10  # between two looks at what clients have to do; so exact are the figures
 
@@ -45,7 +54,8 @@ def main() -> int:
             f"{row['stages']:5} stages: {row['messages_per_second']:.0f} messages/s, "
             f"start {row['start_seconds']:.1f} s, "
             f"lateness p99 {1e3 * row['late_p99_seconds']:.1f} ms, delay p50 {1e3 * row['delay_p50_seconds']:.1f} ms, "
-            f"p99 {1e3 * row['delay_p99_seconds']:.1f} ms, coordinator {row['memory_bytes'] >> 20} MiB and "
+            f"p99 {1e3 * row['delay_p99_seconds']:.1f} ms, {row['epochs']} epochs, end {row['end_seconds']:.2f} s, "
+            f"coordinator {row['own_memory_bytes'] >> 20} of its process's {row['memory_bytes'] >> 20} MiB and "
             f"{row['busy_cores']:.2f} cores"
         )
     if options.json is not None:
@@ -59,7 +69,14 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = context.Pipe()
     clients = context.Process(target=be_clients, args=(theirs, stages, options.seconds, options.rate, options.epoch))
     names = [(f"layer{number}",) for number in range(stages)]
-    with Coordinator(names, TOTAL, start_timeout=120.0) as coordinator:
+    sink, before_all = FanOut(), peak_bytes()  # torch, above all
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open("/dev/null", "w") as nowhere,
+        Coordinator(names, TOTAL, sink=sink, start_timeout=300.0) as coordinator,
+    ):
+        sink.add([RunLog(Path(folder)), Dashboard(Console(file=nowhere), plain=True)])
+        sink.on_start(described(names, options.epoch))
         coordinator.expect_supervisors(1)
         clients.start()
         ours.send(coordinator.address)
@@ -67,11 +84,36 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
         before, wall = time.process_time(), time.monotonic()
         found: dict[str, Any] = ours.recv()
         busy = (time.process_time() - before) / (time.monotonic() - wall)
-        failure = coordinator.first_failure
+        failure, epochs, ignored = coordinator.first_failure, len(coordinator.epochs), coordinator.ignored_frames
+        if failure is None:
+            coordinator.results(60.0)
+        sink.close()
     clients.join()
     assert failure is None, failure
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"stages": stages, "start_seconds": began, **found, "memory_bytes": memory, "busy_cores": busy}
+    assert ignored == 0, "every message is one of the run's"
+    memory = {"memory_bytes": peak_bytes(), "own_memory_bytes": peak_bytes() - before_all}
+    measured = {"epochs": epochs, "busy_cores": busy, **memory}
+    return {"stages": stages, "start_seconds": began, **found, **measured}
+
+
+def peak_bytes() -> int:
+    """Of this process's resident set so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def described(names: Sequence[tuple[str, ...]], epoch: int) -> RunInfo:
+    """Such a run, for those who write about it."""
+    return RunInfo(
+        model="simulated",
+        dataset="none",
+        engine="processes",
+        rule="LLS",
+        stages=tuple(names),
+        total=TOTAL,
+        epochs=TOTAL // epoch,
+        steps_per_epoch=epoch,
+        batch_size=1,
+    )
 
 
 class Client:
@@ -84,7 +126,7 @@ class Client:
         monitor.close(linger=0)
         kind = m.Hello if works else m.Supervise
         self.say(kind(stage=stage, rank=stage, pid=1, host="simulated", layers=(f"layer{stage}",)))
-        self.granted, self.started, self.starved, self.epochs = 0, False, 0.0, 0
+        self.granted, self.started, self.epochs, self.is_last, self.is_over = 0, False, 0, False, False
         self.position = 0
         progress = StageProgress(
             stage=stage,
@@ -112,6 +154,8 @@ class Client:
             kind = body["kind"]
             if kind == "Start":
                 self.started = True
+            elif kind == "Bye":
+                self.is_over = True
             elif kind == "Abort":
                 raise RuntimeError(body["message"])
             elif kind == "Grant" and self.works:
@@ -132,7 +176,7 @@ class Client:
                 epoch=self.epochs,
                 local_losses=((f"layer{self.stage}", 0.5),),
                 seconds=1.0,
-                train=None,
+                train=Scores(loss=0.5, acc1=80.0, acc5=99.0) if self.is_last else None,
                 evaluation=None,
             )
             self.say(m.Epoch(part=part))
@@ -147,6 +191,7 @@ def be_clients(line: Connection, stages: int, seconds: float, rate: float, epoch
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     began, keys = time.monotonic(), KeyPair.new()
     clients = [Client(context, address, number // 2, keys, number % 2 == 0) for number in range(2 * stages)]
+    clients[-2].is_last = True
     poller = zmq.Poller()
     for client in clients:
         poller.register(client.socket, zmq.POLLIN)
@@ -160,6 +205,13 @@ def be_clients(line: Connection, stages: int, seconds: float, rate: float, epoch
     delays.clear()
     late = run(clients, poller, by_socket, first_heard, delays, seconds, rate, epoch)
     sent = sum(late.pop("sent"))
+    ending = time.monotonic()
+    for client in clients:
+        if client.works:
+            client.say(m.Chunk(index=0, count=1, data=msgpack.packb({"layers": [f"layer{client.stage}"], "loss": 0.5})))
+    while not all(client.is_over for client in clients):
+        for socket, _ in poller.poll(100):
+            by_socket[socket].hear(time.monotonic(), first_heard, delays)
     line.send(
         {
             "messages_per_second": sent / seconds,
@@ -168,6 +220,7 @@ def be_clients(line: Connection, stages: int, seconds: float, rate: float, epoch
             "late_p99_seconds": percentile(late["late"], 0.99),
             "late_most_seconds": max(late["late"]),
             "windows": len(first_heard),
+            "end_seconds": time.monotonic() - ending,
         }
     )
     context.destroy(linger=0)
@@ -186,9 +239,10 @@ def run(
     """The steady state. How long each window kept each stage waiting, and the messages sent."""
     began = time.monotonic()
     due = [(began + PROGRESS_SECONDS * number / len(clients)) for number in range(len(clients))]
+    beats = [(began + BEAT_SECONDS * number / len(clients)) for number in range(len(clients))]
     starving: dict[int, float] = {}
     late: list[float] = [0.0]
-    sent = 0
+    sent, beat = 0, m.pack(m.Beat(position=0))
     while time.monotonic() < began + seconds:
         for socket, _ in poller.poll(LOOK_MILLISECONDS):
             by_socket[socket].hear(time.monotonic(), first_heard, delays)
@@ -200,13 +254,13 @@ def run(
                     starving.setdefault(number, now)
                 elif number in starving:
                     late.append(now - starving.pop(number))
-            if now >= due[number]:
-                if client.works:
-                    client.report(epoch)
-                    due[number] += PROGRESS_SECONDS
-                else:
-                    client.say(m.Beat(position=0))
-                    due[number] += BEAT_SECONDS
+            if client.works and now >= due[number]:
+                client.report(epoch)
+                due[number] += PROGRESS_SECONDS
+                sent += 1
+            if now >= beats[number]:
+                client.socket.send(beat)
+                beats[number] += BEAT_SECONDS
                 sent += 1
         late.append(0.0)
     late += [now - since for since in starving.values()]

@@ -4,6 +4,7 @@ The records are dataclasses; their annotations say what belongs where. No torch 
 """
 
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 __all__ = ["from_plain", "to_plain"]
 
 _T = TypeVar("_T")
+_SCALARS = (str, bytes, int, float, type(None))  # in which nothing can be unknown
 
 
 def to_plain(record: Any) -> Any:
@@ -39,15 +41,23 @@ def from_plain(kind: type[_T], value: Any, where: str) -> _T:
 
 def _refuse_unknown(record: Any, value: Any, where: str) -> None:
     """msgspec passes over fields that a dataclass does not have."""
-    if is_dataclass(record):
-        names = [field.name for field in fields(record)]
-        if unknown := sorted(map(str, value.keys() - set(names))):
+    if (names := _field_names(record.__class__)) is not None:
+        if not value.keys() <= names.keys():
+            unknown = sorted(map(str, value.keys() - names.keys()))
             raise ValueError(f"{where}: unknown fields {', '.join(unknown)}; valid: {', '.join(names)}")
-        for name in value:
-            _refuse_unknown(getattr(record, name), value[name], f"{where}.{name}")
+        for name, given in value.items():
+            if not isinstance(given, _SCALARS):
+                _refuse_unknown(getattr(record, name), given, f"{where}.{name}")
     elif isinstance(record, tuple | list):
         for i, (item, given) in enumerate(zip(record, value, strict=True)):
-            _refuse_unknown(item, given, f"{where}[{i}]")
+            if not isinstance(given, _SCALARS):
+                _refuse_unknown(item, given, f"{where}[{i}]")
     elif isinstance(record, dict):
         for key, item in record.items():
             _refuse_unknown(item, value[key], f"{where}[{key!r}]")
+
+
+@cache
+def _field_names(kind: Any) -> dict[str, None] | None:
+    """In order; None: it is no dataclass."""
+    return dict.fromkeys(field.name for field in fields(kind)) if is_dataclass(kind) else None

@@ -69,7 +69,7 @@ LAYERS = {
         ["request"],
         ["excerpts"],
         ["report"],
-        ["rival", "memory", "stages", "chaos", "runs_page"],
+        ["rival", "memory", "stages", "scale", "chaos", "runs_page"],
         ["leaderboard.inspection"],
         ["worker", "pool"],
         ["measure"],

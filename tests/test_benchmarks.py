@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
     *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
-    *("recovery", "reproduce", "rule_costs", "single_gpu", "snapshots", "start_up", "two_checkouts"),
+    *("recovery", "reproduce", "rule_costs", "scale", "single_gpu", "snapshots", "start_up", "two_checkouts"),
     *("winograd", "zero_lock"),
 )
 
@@ -383,3 +383,14 @@ def test_a_start_is_timed(load: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     (pairs,) = json.loads(path.read_text())["wall and processor seconds"].values()
     assert len(pairs) == 2
     assert all(processor > 0 for _, processor in pairs)
+
+
+def test_the_best_division_by_channels_is_found(load: Any) -> None:
+    """By hand: a whole and half of b take 4, the other half and c take 3; undivided, b and c take 5."""
+    division = load("channel_division")
+    times = {"a": {16: 1.0, 32: 2.0}, "b": {16: 2.0, 32: 4.0}, "c": {division.WHOLE: 1.0}}
+    assert division.undivided(times, 2) == 5.0
+    best, cuts = division.divided(times, 2)
+    assert best == pytest.approx(4.0)
+    assert cuts == ["16 channels of b in process 0", "16 channels of b in process 1"]
+    assert division.divided(times, 1)[0] == pytest.approx(7.0)

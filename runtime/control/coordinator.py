@@ -15,7 +15,7 @@ from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Post
 from unlocked.runtime.control.callbacks import CallbackThread
 from unlocked.runtime.control.edge_book import EdgeBook
-from unlocked.runtime.control.entrance import Entrance, most_connections
+from unlocked.runtime.control.entrance import Door, Entrance, most_connections
 from unlocked.runtime.control.failures import Failures
 from unlocked.runtime.control.ledger import Ledger
 from unlocked.runtime.control.mailbox import Mailbox
@@ -88,8 +88,8 @@ class Coordinator:
         self._changed, self._mailbox = threading.Condition(), Mailbox()
         self._context = zmq.Context()
         try:
-            most = most_connections(len(stages))
-            self._entrance = Entrance(self._context, host, port, advertise, most=most, admits=admits)
+            size: dict[str, Any] = {"most": most_connections(len(stages)), "ranks": len(stages)}
+            self._entrance = Entrance(self._context, host, port, advertise, **size, admits=admits)
         except ValueError:
             self._context.term()
             self._mailbox.close()
@@ -100,6 +100,7 @@ class Coordinator:
         self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
         how: dict[str, Any] = {"on_recovery": self._recovered, "silence": heartbeat_timeout, "door": self._door}
+        how["first"] = first
         self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
         self._edges = EdgeBook(self._roster, self._send)
         self._pulse = Pulse(self._roster, self._failures, self._recoveries, self._send, heartbeat_timeout)
@@ -137,10 +138,10 @@ class Coordinator:
         self._callbacks.start()
         self._thread.start()
 
-    def expect_supervisors(self, max_recoveries: int) -> None:
+    def expect_supervisors(self, max_recoveries: int, store: Door | None = None) -> None:
         """Every worker has a supervisor, and so many of them may be replaced within an hour. Before the last worker has
-        said hello."""
-        self._recoveries.most, self._roster.supervised = max_recoveries, True
+        said hello. `store`: the door of the store at which they meet."""
+        self._recoveries.most, self._recoveries.store, self._roster.supervised = max_recoveries, store, True
 
     def request_stop(self, signal: int | None = None, reason: str = "") -> None:
         """Orders an orderly stop: no further windows. From any thread or signal handler; returns at once."""

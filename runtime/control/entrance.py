@@ -26,7 +26,11 @@ __all__ = ["Door", "Entrance", "most_connections"]
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>
 _HANDSHAKE_SECONDS = 5.0
 _ONE_HANDSHAKE_SECONDS = 0.005  # of a busy core: who comes with many others waits for theirs
+_WAITING = 64  # messages of each connection, where this thread has no core: a thousand of each of 2,048 are 500 MB
 _OTHER_FILES = 256  # that a process has open beside its connections
+_MEETING_FILES = 3
+"""Of each rank, in rank 0's process: two connections to the store (worker, supervisor), one of the roll call."""
+_STORE_STRANGERS = 4096  # at once, at the store's port, which takes whoever comes until the run has begun
 _STRANGERS = 64  # at once, beside the run's own processes
 _ZAP = "inproc://zeromq.zap.01"  # RFC 27: where libzmq asks who may come in
 _WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -90,6 +94,7 @@ class Entrance:
     Args:
         host: see `Coordinator`; or `ipc://PATH`.
         most: connections at once.
+        ranks: processes that meet in this one's store, which takes descriptors too.
         admits: whether a public key (Z85) is that of one of the run's processes; asked once per connection of somebody
             who knows the coordinator's own.
 
@@ -106,9 +111,10 @@ class Entrance:
         *,
         most: int,
         admits: Callable[[bytes], bool],
+        ranks: int = 0,
     ) -> None:
         self._most, self._admits = most, admits
-        _allow_files(most + _OTHER_FILES)
+        _allow_files(most + _OTHER_FILES, _MEETING_FILES * ranks + _STORE_STRANGERS)
         keys = KeyPair.new()
         self.socket = context.socket(zmq.ROUTER)
         self._asked = context.socket(zmq.REP)
@@ -120,6 +126,7 @@ class Entrance:
         try:
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection then fails, not vanishes
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+            self.socket.setsockopt(zmq.RCVHWM, _WAITING)
             self.socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the heartbeat timeout: a few pings and grants per worker
             self.socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * (_HANDSHAKE_SECONDS + most * _ONE_HANDSHAKE_SECONDS)))
             self.socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -169,16 +176,19 @@ class Entrance:
             self._connections.discard(event["value"])
 
 
-def _allow_files(count: int) -> None:
-    """Raises the soft limit on this process's open files to what it needs, where that is below."""
+def _allow_files(count: int, more: int) -> None:
+    """Raises the soft limit on this process's open files to what it needs, and as far as it can to what it may need
+    beside that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        if hard != resource.RLIM_INFINITY and hard < count:
-            raise ValueError(
-                f"the coordinator needs {count} open files for the connections of all stages, but the limit is {hard}; "
-                "raise it (ulimit -Hn, or LimitNOFILE of the service)"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    if soft == resource.RLIM_INFINITY or soft >= count + more:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ValueError(
+            f"the coordinator needs {count} open files for the connections of all stages, but the limit is {hard}; "
+            "raise it (ulimit -Hn, or LimitNOFILE of the service)"
+        )
+    most = count + more if hard == resource.RLIM_INFINITY else min(count + more, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _bind(router: "zmq.Socket[Any]", host: str, port: int, advertise: str | None, *, backlog: int) -> tuple[str, Door]:

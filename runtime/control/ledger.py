@@ -18,7 +18,11 @@ class Ledger:
         self._num_stages = num_stages
         self._aggregator = EpochAggregator(num_stages)
         self._latest_step = (-1, -1)
-        self._snapshots: dict[int, dict[int, Files]] = {}  # position -> the parts of the stages that have saved theirs
+        # Position -> the parts of the stages that have saved theirs, until all have: a thousand stages that save
+        # themselves for weeks would fill the memory with them.
+        self._snapshots: dict[int, dict[int, Files]] = {}
+        self._complete: set[int] = set()
+        self._saved: dict[int, int] = {}  # stage -> position of its latest part
         self.epochs: list[EpochResult] = []
         """That all stages have reported, in order."""
         self.results: dict[int, Any] = {}
@@ -56,17 +60,22 @@ class Ledger:
 
     def snapshot(self, stage: int, position: int, files: Files) -> Files | None:
         """Takes a stage's word that it has saved itself; once per position, when all stages have, the files of all."""
+        self._saved[stage] = max(position, self._saved.get(stage, 0))
+        if position in self._complete:
+            return None
         done = self._snapshots.setdefault(position, {})
         if stage in done:
             return None
         done[stage] = files
         if len(done) < self._num_stages:
             return None
+        self._complete.add(position)
+        del self._snapshots[position]
         return {name: file for part in done.values() for name, file in part.items()}
 
     def saved(self, stage: int) -> int:
         """The position of the latest snapshot that the stage has said to have saved its part of."""
-        return max((position for position, done in self._snapshots.items() if stage in done), default=0)
+        return self._saved.get(stage, 0)
 
     def chunk(self, member: Member, chunk: Chunk) -> None:
         """Takes a part of a stage's final payload; `member.finished` with the last one.

@@ -46,6 +46,9 @@ class Recoveries:
         silence: seconds without a word after which a process counts as lost; also those that a worker may take to say
             hello once it is asked for.
         door: open while somebody is expected.
+        first: where the stream begins.
+        hello_seconds: that a worker may take to say hello once it is asked for.
+        door: open while one is expected.
     """
 
     def __init__(
@@ -57,12 +60,16 @@ class Recoveries:
         on_recovery: Callable[[Recovery], object],
         silence: float,
         door: Door,
+        first: int,
     ) -> None:
-        self._roster, self._failures = roster, failures
+        self._roster, self._failures, self._first = roster, failures, first
         self.most = 0
         """Recoveries within an hour; a further one ends the run. 0: workers have no supervisors."""
         self._send, self._on_recovery, self._silence = send, on_recovery, silence
         self._door = door
+        self.store: Door | None = None
+        """Of the store, of which new workers ask how to reach their neighbours; closed while none is expected."""
+        self._store_is_shut = False
         self._revivals: dict[int, _Revival] = {}
         self._silent_since: dict[int, float] = {}  # stages whose worker's connection has closed
         self._awaited_since: dict[int, float] = {}  # stages whose supervisor is about to start a worker
@@ -170,6 +177,9 @@ class Recoveries:
         """What is due at `now` (monotonic seconds)."""
         self._turn_the_key(now)
         self._miss_supervisors(now)
+        if self.store is not None and not self._store_is_shut and self._all_linked:
+            self._store_is_shut = True
+            self.store.close()
         for stage, since in tuple(self._silent_since.items()):
             if now - since > WORD_SECONDS and stage not in self._away_since:
                 del self._silent_since[stage]
@@ -207,6 +217,17 @@ class Recoveries:
         else:
             self._door.close()
 
+    @property
+    def _all_linked(self) -> bool:
+        """Every worker has its edges, and a next item: each has done one, or as many as a dead one before it."""
+        workers = self._roster.workers.values()
+        return (
+            self._roster.is_complete
+            and not self.pending
+            and all(worker.position > self._first for worker in workers)
+            and not all(worker.finished for worker in workers)
+        )
+
     def _is_latest(self, worker: Member, incarnation: int) -> bool:
         """Whether the news is not about a worker that has been replaced."""
         revival = self._revivals.get(worker.hello.stage)
@@ -236,6 +257,9 @@ class Recoveries:
             self._awaited_since[stage] = now
             worker.gone, worker.chunks = True, []
             self._door.open()
+            if self.store is not None:
+                self._store_is_shut = False
+                self.store.open()
             self._send(self._roster.supervisors[stage].identity, m.Revive(incarnation=number))
             return
         self._failures.fail(f"{worker.name} is lost after position {worker.position}: its worker {cause}, {problem}")

@@ -173,6 +173,7 @@ def test_the_devices_identity_decides(devices: str, transport: str, shares: bool
         for other, name in enumerate(devices):
             if other != rank:
                 store.set(f"device-{other}", name)
+                store.add("device-count", 1)
         world = World(rank, len(devices), rank, len(devices), "127.0.0.1", 0)
         with cuda_stand_in() as device:
             device.uuid = devices[rank]

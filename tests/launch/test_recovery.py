@@ -100,10 +100,10 @@ def test_other_flags_in_one_rank_end_all(tmp_path: Path) -> None:
         texts = [process.communicate(timeout=60)[1] for process in started]
     assert all(process.returncode not in (0, None) for process in started), texts
     line = error_line(texts[0])
-    assert "batch_size is 32 here and 64 in rank 0" in line
-    assert "rule is 'DRTP' here and \"LLS(" in line
+    assert "batch_size is 32 in rank 1 and 64 in rank 0" in line
+    assert "rule is 'DRTP' in rank 1 and \"LLS(" in line
     assert "optimizer is 'SGD(" in line
-    assert "learning rate is [0.5] here and [0.01] in rank 0" in line
+    assert "learning rate is [0.5] in rank 1 and [0.01] in rank 0" in line
     assert "learning-rate schedule is 'MultiStepLR(milestones=(3,), gamma=" in line
     assert not any("Traceback" in text for text in texts), texts
 

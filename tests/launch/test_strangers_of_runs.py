@@ -22,6 +22,7 @@ pytestmark = [
 
 MESSAGES = int(os.environ.get("UNLOCKED_STRANGERS", "2000"))  # 20000 for the long check
 FLAGS = ["--dataset", "digits", "--max-steps", "20", "--no-eval", "--threads", "1", "--plain"]
+LONG = ["--dataset", "digits", "--num-epochs", "6", "--threads", "1", "--plain"]
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as proc(5) writes 127.0.0.1 and ::1
 
 
@@ -64,13 +65,17 @@ def digest(path: Path) -> str:
     return str(json.loads(path.read_text())["weights_sha256"])
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+def digest_of(flags: list[str], folder: Path) -> str:
     """The plain loop's."""
-    out = tmp_path_factory.mktemp("sequential") / "summary.json"
-    command = [sys.executable, str(PIPELINE), "--engine", "sequential", *FLAGS, "--summary", str(out)]
+    out = folder / "sequential.json"
+    command = [sys.executable, str(PIPELINE), "--engine", "sequential", *flags, "--summary", str(out)]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
     return digest(out)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return digest_of(FLAGS, tmp_path_factory.mktemp("sequential"))
 
 
 def test_strangers_on_every_port_change_no_bit_and_take_no_memory(expected: str, tmp_path: Path) -> None:
@@ -134,3 +139,45 @@ def test_on_one_machine_nobody_listens_beyond_loopback(
     assert digest(out) == expected
     assert {address for address, _ in seen} <= LOOPBACK
     assert (not seen) is is_silent
+
+
+CROWD = 2000
+FEW_FILES = ["sh", "-c", 'ulimit -Sn 1024; exec "$@"', "sh"]  # as many as a process has by default
+
+
+def test_a_crowd_at_rank_0s_ports_amid_a_run_changes_nothing(tmp_path: Path) -> None:
+    """2,000 connections that say nothing: to the coordinator, and to the store, whose server takes whoever comes."""
+    out, coordinator, store = tmp_path / "summary.json", free_port(), free_port()
+    command = [str(PIPELINE), *LONG, "--summary", str(out), "--coordinator-port", str(coordinator)]
+    with ranks(2, command, port=store, prefix=FEW_FILES) as started, contextlib.ExitStack() as stack:
+        assert started[0].stdout is not None
+        next(line for line in started[0].stdout if line.startswith("epoch 1/"))
+        folder = Path(f"/proc/{started[0].pid}/fd")
+        before, files = memory(started[0].pid), len(list(folder.iterdir()))
+        for number in range(CROWD):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", (coordinator, store)[number % 2]))
+        next(line for line in started[0].stdout if line.startswith("epoch 3/"))
+        grown, more = memory(started[0].pid) - before, len(list(folder.iterdir())) - files
+        texts = [one.communicate(timeout=240) for one in started]
+    assert [one.returncode for one in started] == [0, 0], texts
+    assert grown < 32 << 20, f"{grown >> 20} MiB"
+    assert more < 100, "who comes amid a run takes no descriptor"
+    assert digest(out) == digest_of(LONG, tmp_path)
+
+
+def test_a_crowd_at_the_store_before_the_run_leaves_enough_descriptors(expected: str, tmp_path: Path) -> None:
+    out, store = tmp_path / "summary.json", free_port()
+    command = [str(PIPELINE), *FLAGS, "--summary", str(out)]
+    with ranks(2, command, port=store, prefix=FEW_FILES, only=[0]) as first, contextlib.ExitStack() as stack:
+        deadline = time.monotonic() + 120
+        while len(listening([first[0].pid])) < 3:  # the store, the roll call, the coordinator
+            assert time.monotonic() < deadline
+            assert first[0].poll() is None
+        for _ in range(CROWD):
+            stack.enter_context(socket.create_connection(("127.0.0.1", store), timeout=20))
+        with ranks(2, command, port=store, prefix=FEW_FILES, only=[1]) as second:
+            texts = [one.communicate(timeout=240) for one in (*first, *second)]
+    assert [one.returncode for one in (*first, *second)] == [0, 0], texts
+    assert digest(out) == expected

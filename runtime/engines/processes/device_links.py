@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.processes.rendezvous import await_keys
+from unlocked.runtime.engines.processes.rendezvous import await_keys, gather
 from unlocked.workers.device_edges import DeviceInEdge, DeviceOutEdge
 from unlocked.workers.edges import InEdge, OutEdge, SlotLayout
 
@@ -41,10 +41,7 @@ def may_share(
 
     NCCL takes one rank per GPU; an edge in a GPU's memory needs both of its ranks there.
     """
-    store.set(f"device-{world.rank}", str(torch.cuda.get_device_properties(device).uuid))
-    keys = [f"device-{rank}" for rank in range(world.size)]
-    await_keys(store, keys, timeout)
-    devices = [store.get(key).decode() for key in keys]
+    devices = gather(store, world, "device", str(torch.cuda.get_device_properties(device).uuid), timeout)
     apart = [rank for rank in range(world.size - 1) if devices[rank] != devices[rank + 1]]
     shared = {name: ranks for name in devices if len(ranks := [r for r, d in enumerate(devices) if d == name]) > 1}
     if not shared:

@@ -35,7 +35,7 @@ from unlocked.runtime.engines.processes.options import (
     log_slots,
     settings_of,
 )
-from unlocked.runtime.engines.processes.rendezvous import connect, exchange, meet
+from unlocked.runtime.engines.processes.rendezvous import connect, exchange, gather, store_door
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
@@ -95,7 +95,7 @@ class Processes(ProcessesOptions):
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
                 job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
-                check_same_settings(settings_of(job, self), terms["settings"])
+                check_same_settings(world.rank, settings_of(job, self), terms["settings"])
                 agree_on_start_weights(job, store, world, self.start_timeout)
                 crew = self._crew(job, world, store, keys, parts, terms, device, set_up, hub)
                 closing.callback(crew.close)
@@ -114,6 +114,7 @@ class Processes(ProcessesOptions):
                 setup = time.perf_counter() - began
                 remember_owners(job, parts[world.rank])
                 payload = crew.run()
+            store_door().open()  # for the run that may come next
             names = [[job.network.names[i] for i in part] for part in parts]
             weights = unpack_tensors(payload["weights"])
             if hub is not None:
@@ -240,9 +241,7 @@ def _abort(message: str, first_layers: Sequence[str], set_up: SetUp) -> None:
 def _agree_on_threads(store: dist.Store, world: World, crew: Crew, timeout: float) -> list[int]:
     """Of every stage's process, once all have built their stages. Building takes as long as it takes; the neighbours'
     time limit is for the run."""
-    store.set(f"threads-{world.rank}", str(crew.build()))
-    meet(store, world, "stage-built", timeout, crew.look)
-    return [int(store.get(f"threads-{rank}")) for rank in range(world.size)]
+    return [int(threads) for threads in gather(store, world, "stage-built", str(crew.build()), timeout, crew.look)]
 
 
 def _own_result(

@@ -18,7 +18,7 @@ from unlocked.runtime.engines.one_process import (
 )
 from unlocked.runtime.engines.processes.admission import Admission
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
-from unlocked.runtime.engines.processes.rendezvous import meeting_folder
+from unlocked.runtime.engines.processes.rendezvous import meeting_folder, store_door
 from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
@@ -114,7 +114,7 @@ class Hub:
     def expect_supervisors(self, max_recoveries: int) -> None:
         """Workers are processes of their own, and may be replaced so often within an hour. Before any rank's crew."""
         assert self._coordinator is not None
-        self._coordinator.expect_supervisors(max_recoveries)
+        self._coordinator.expect_supervisors(max_recoveries, store_door())
 
     def close_sinks(self, message: str) -> None:
         """Tells the sinks of the failure before the process ends: a live dashboard hides the cursor, for one."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from unlocked.runtime.control.ending import last_act
 from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.processes.device_links import link_on_device, may_share
-from unlocked.runtime.engines.processes.rendezvous import await_keys
+from unlocked.runtime.engines.processes.rendezvous import await_keys, gather
 from unlocked.workers.device_edges import SIGNAL
 from unlocked.workers.edges import InEdge, OutEdge, SlotLayout, make_edges
 from unlocked.workers.errors import LinkLostError
@@ -200,11 +200,9 @@ class _SharedLinks:
                     stack.callback(listener.close)
                     stack.enter_context(last_act(lambda _: listener.close()))
                 self._store.set(f"edge-{self._world.rank}", json.dumps(offer, allow_nan=False))
-            if self._outgoing is not None:
-                self._store.set(f"link-{self._world.rank}", self._reach(self._outgoing) or "")
-            keys = [f"link-{rank}" for rank in range(self._world.size - 1)]
-            self._await(keys)
-            problems = [text for key in keys if (text := self._store.get(key).decode())]
+            own = None if self._outgoing is None else self._reach(self._outgoing)
+            everybody = gather(self._store, self._world, "link", own or "", self._patience, names=self._names)
+            problems = [text for text in everybody if text]
             if problems:
                 return problems[0] + (f" (and {len(problems) - 1} edges more)" if len(problems) > 1 else "")
             if listener is not None:
@@ -214,18 +212,6 @@ class _SharedLinks:
     def close(self) -> None:
         if self.outbox is not None:
             self.outbox.close()
-
-    def _await(self, keys: Sequence[str]) -> None:
-        """Keys end with the rank that sets them.
-
-        Raises:
-            TimeoutError: names the stages that did not come.
-        """
-        try:
-            await_keys(self._store, keys, self._patience)
-        except TimeoutError as error:
-            late = [self._names[int(key.rpartition("-")[2])] for key in keys if not self._store.check([key])]
-            raise TimeoutError(f"{', '.join(late)} did not come within {self._patience:g} s") from error
 
     def _offer(self, layout: SlotLayout) -> tuple[SharedListener | None, dict[str, Any]]:
         try:
@@ -238,11 +224,14 @@ class _SharedLinks:
     def _reach(self, layout: SlotLayout) -> str | None:
         """Opens the edge to the next rank, or says why not."""
         key = f"edge-{self._world.rank + 1}"
-        self._await([key])
+        neighbour = self._names[self._world.rank + 1]
+        try:
+            await_keys(self._store, [key], self._patience)
+        except TimeoutError as error:
+            raise TimeoutError(f"{neighbour} did not come within {self._patience:g} s") from error
         offer = json.loads(self._store.get(key))
         if "problem" in offer:
             return str(offer["problem"])
-        neighbour = self._names[self._world.rank + 1]
         try:
             self.outbox = SharedOutEdge(
                 layout,

@@ -19,12 +19,23 @@ from unlocked.workers.edges import InEdge, OutEdge
 from unlocked.workers.stage import Stage
 from unlocked.workers.stopwatch import Stopwatch
 
-__all__ = ["LoggedInEdge", "LoggedOutEdge", "MemorySaver"]
+__all__ = ["FULL_LOG", "LoggedInEdge", "LoggedOutEdge", "MemorySaver", "save_interval"]
 
 _SHARE = 0.01  # of a stage's time that its own snapshots may take
 _SHORTEST, _LONGEST = 0.2, 30.0  # seconds between two of them, while the log has room
 _PATIENCE = 0.25  # share of the neighbours' time limit that lies between two; half of it goes to miss a silent worker
-_FULL = 0.5  # how full the log may be
+FULL_LOG = 0.5
+"""How full the log of the incoming edge may be before its stage saves itself."""
+
+
+def save_interval(used: float, timeout: float) -> float:
+    """Seconds from one snapshot of a stage in memory to the next one, where the log has room for as long.
+
+    Args:
+        used: seconds that the last one took.
+        timeout: seconds that the neighbours wait for a micro-batch.
+    """
+    return min(max(used / _SHARE, _SHORTEST), _LONGEST, _PATIENCE * timeout)
 
 
 class LoggedInEdge(InEdge, Protocol):
@@ -113,7 +124,7 @@ class MemorySaver:
         self._memory.reached = max(self._memory.reached, item.position + 1)
         # A learning rate that the coordinator sets is known for the epoch at hand alone.
         begins = self._job.lr_factor.needs_losses and item.kind == "train" and item.index == 0
-        is_full = self._inbox is not None and self._inbox.unkept >= _FULL
+        is_full = self._inbox is not None and self._inbox.unkept >= FULL_LOG
         is_due = begins or is_full or time.perf_counter() - self._saved_at >= self._interval
         if is_due and self._settle(begins or is_full):
             self.save(item.position + 1)
@@ -138,5 +149,4 @@ class MemorySaver:
             self._inbox.keep()
         self._saved_at = time.perf_counter()
         # By the processor's time: on a busy machine the clock's would have a stage save itself ever more rarely.
-        longest = min(_LONGEST, _PATIENCE * self._job.settings.timeout)
-        self._interval = min(max((time.thread_time() - used) / _SHARE, _SHORTEST), longest)
+        self._interval = save_interval(time.thread_time() - used, self._job.settings.timeout)

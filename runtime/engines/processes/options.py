@@ -1,6 +1,7 @@
 """What the processes engine can be told, and what follows from it on every rank."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from unlocked.runtime.saving.identity import differences
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.slot_log import SlotLog
 
-__all__ = ["ProcessesOptions", "check_same_settings", "heartbeat_timeout", "log_slots", "settings_of"]
+__all__ = ["MOST_SLOTS", "ProcessesOptions", "check_same_settings", "heartbeat_timeout", "log_slots", "settings_of"]
 
-_MOST_SLOTS = 1024  # of an edge's log: stages save themselves more often than that
+MOST_SLOTS = 1024
+"""Of an edge's log: stages save themselves more often than that."""
 _HEARTBEAT_SECONDS = 30.0  # of silence, after which a process counts as lost
 
 
@@ -70,21 +72,22 @@ def settings_of(job: Job, options: ProcessesOptions) -> dict[str, Any]:
         "transport": options.transport,
         "max_recoveries": options.max_recoveries,
         "device": job.device.type,
-        "protocol version": PROTOCOL_VERSION,
+        "release": f"{sys.modules['unlocked'].__version__}, protocol {PROTOCOL_VERSION}",
     }
     return dict(json.loads(json.dumps(settings, allow_nan=False)))
 
 
-def check_same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    wrong = [f"{name} is {here} here and {there} in rank 0" for name, here, there in differences(mine, theirs)]
+def check_same_settings(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raises: ValueError: one line with all in which this rank differs from rank 0: flags, data, release."""
+    wrong = [f"{name} is {own} in rank {rank} and {its} in rank 0" for name, own, its in differences(mine, theirs)]
     if wrong:
-        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags and release")
+        raise ValueError(f"{'; '.join(wrong)}; start all ranks with the same flags, data and release")
 
 
 def log_slots(job: Job, options: ProcessesOptions, layout: SlotLayout) -> int:
     """Micro-batches that an edge keeps for a worker that is replaced: one more at least than its neighbour may be
     ahead, and no more than the run has."""
-    wanted = min(options.log_bytes // SlotLog.slot_bytes(layout), len(job.plan) - job.start, _MOST_SLOTS)
+    wanted = min(options.log_bytes // SlotLog.slot_bytes(layout), len(job.plan) - job.start, MOST_SLOTS)
     return max(wanted, options.queue_depth + 2)
 
 

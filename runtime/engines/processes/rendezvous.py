@@ -19,11 +19,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from unlocked.runtime.control.entrance import Door
 from unlocked.runtime.control.interfaces import listening_host, meeting_host
 from unlocked.runtime.control.messages import RunFailed, stage_name
 from unlocked.runtime.control.world import World, attempt
 
-__all__ = ["MEETING", "await_keys", "connect", "connect_again", "exchange", "meet", "meeting_folder"]
+__all__ = ["MEETING", "await_keys", "connect", "connect_again", "exchange", "gather", "meeting_folder", "store_door"]
 
 MEETING = "UNLOCKED_MEETING"
 """The variable by which this project's own launcher names the folder (the user's alone) in which processes meet."""
@@ -34,6 +35,7 @@ _AGENT_SECONDS = 2.0  # who finds no store of torchrun's on this machine has los
 _runs = count()  # of this process
 _run = ""  # the name of the latest one
 _stores: dict[tuple[str, int], dist.Store] = {}  # kept open until the process ends
+_door = Door(None)  # of the latest store that this process serves
 _LONGEST_PAUSE = 0.25  # seconds between two questions to the store
 
 
@@ -63,9 +65,15 @@ def connect(world: World, timeout: float) -> dist.Store:
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(_no_store(world, serve)) from error
     store.set_timeout(timedelta(seconds=timeout))
+    _door.open()
     global _run
     _run = f"attempt-{attempt()}/run-{next(_runs)}"
     return dist.PrefixStore(_run, store)
+
+
+def store_door() -> Door:
+    """That of the store's port, if this process serves the store: torch's takes whoever comes, a descriptor each."""
+    return _door
 
 
 def connect_again(world: World, timeout: float) -> dist.Store:
@@ -154,21 +162,40 @@ def exchange(
     return value
 
 
-def meet(
-    store: dist.Store, world: World, key: str, timeout: float, pause: Callable[[float], None] = time.sleep
-) -> None:
-    """Waits until all ranks are here; `pause` as in `await_keys`.
+def gather(
+    store: dist.Store,
+    world: World,
+    key: str,
+    value: str,
+    timeout: float,
+    pause: Callable[[float], None] = time.sleep,
+    names: Sequence[str] = (),
+) -> list[str]:
+    """Every rank's `value`, by rank, once all ranks are here.
+
+    The last one to come writes them all into one place, so that the others ask for one key instead of for all ranks':
+    what a thousand ranks ask of the store does not grow with the square of their number.
+
+    Args:
+        pause: as in `await_keys`.
+        names: of the ranks, for the error.
 
     Raises:
         TimeoutError: names the ranks that did not come in time.
     """
     keys = [f"{key}-{rank}" for rank in range(world.size)]
-    store.set(keys[world.rank], "")
+    store.set(keys[world.rank], value)
+    if store.add(f"{key}-count", 1) == world.size:
+        values = [store.get(one).decode() for one in keys]
+        store.set(key, json.dumps(values, allow_nan=False))
+        return values
     try:
-        await_keys(store, keys, timeout, pause)
+        await_keys(store, [key], timeout, pause)
     except TimeoutError as error:
-        missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
-        raise TimeoutError(f"{key}: rank {', '.join(missing)} is not there after {timeout:g} s") from error
+        told = names or [f"rank {rank}" for rank in range(world.size)]
+        missing = [name for name, one in zip(told, keys, strict=True) if not store.check([one])]
+        raise TimeoutError(f"{key}: {', '.join(missing)} did not come within {timeout:g} s") from error
+    return list(json.loads(store.get(key)))
 
 
 def _open_store(world: World, serve: bool, timeout: float) -> dist.Store:
@@ -213,14 +240,13 @@ def _listen(world: World) -> int:
             "listen on every interface",
             file=sys.stderr,
         )
-        return _bound("::" if socket.has_dualstack_ipv6() else "", world.master_port)
-    return _bound(host, world.master_port)
-
-
-def _bound(host: str, port: int) -> int:
+        host = "::" if socket.has_dualstack_ipv6() else ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::"
-    return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both).detach()
+    listener = socket.create_server((host, world.master_port), family=family, backlog=1024, dualstack_ipv6=both)
+    global _door
+    _door = Door(listener)  # keeps the port as long as this process lives, as the store does
+    return os.dup(listener.fileno())
 
 
 def _await_listener(world: World, timeout: float) -> None:

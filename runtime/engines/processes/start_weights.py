@@ -53,8 +53,9 @@ def agree_on_start_weights(job: Job, store: dist.Store, world: World, timeout: f
     mine = theirs if world.rank == 0 else digests()
     if wrong := [name for name, digest in mine.items() if digest != theirs.get(name)]:
         raise ValueError(
-            f"the start values of layer {', '.join(wrong)} are other ones here than in rank 0; build the model in the "
-            "same way on all ranks, after torch.manual_seed(...), load the same weights, or give Trainer(redraw=True)"
+            f"the start values of layer {', '.join(wrong)} are other ones in rank {world.rank} than in rank 0; build "
+            "the model in the same way on all ranks, after torch.manual_seed(...), load the same weights, or give "
+            "Trainer(redraw=True)"
         )
 
 

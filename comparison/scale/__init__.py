@@ -1,0 +1,1 @@
+"""Pipelines of very many stages on paper: throughput, failures, memory and messages, by simulation and formula."""
