@@ -16,6 +16,7 @@ class Abilities:
         optimizers: the backend whose fused optimizers go with it, by its name; None: the library's stay.
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
+        gelu: it has `gelu_forward` and `gelu_backward`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
     """
@@ -26,4 +27,5 @@ class Abilities:
     optimizers: str | None = None
     partial_gradients: bool = False
     weight_gradient: bool = False
+    gelu: bool = False
     convolutions: bool = False

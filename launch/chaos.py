@@ -70,11 +70,12 @@ def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":
     from unlocked.comparison.chaos.options import ChaosOptions
     from unlocked.launch.command_line import parse as parse_training
     from unlocked.runtime import Processes
+    from unlocked.runtime.engines.pipeline import AUTO
 
     given, rest = _own_parser().parse_known_args(arguments)
     options = ChaosOptions(**vars(given))
     recipe = parse_training(rest, default_engine="processes")
-    if not isinstance(recipe.engine, Processes) or recipe.engine.stages is None:
+    if not isinstance(recipe.engine, Processes) or recipe.engine.stages in (None, AUTO):
         raise ValueError("faults are for a pipeline of processes on this machine; give --stages N")
     recipe = parse_training([*_USUAL, *rest], default_engine="processes")
     taken = [name for name in _OURS if name != "save_path" and _is_given(rest, name)]

@@ -35,12 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from unlocked.launch.own_workers import start_workers
         from unlocked.rules import GLOBAL_RULES
         from unlocked.runtime import Processes
+        from unlocked.runtime.engines.pipeline import AUTO
         from unlocked.runtime.recipe import place, run
 
         given = list(sys.argv[1:] if arguments is None else arguments)
         recipe = parse(given, default_engine="processes" if under_launcher else "sequential")
         if isinstance(recipe.engine, Processes):
-            if not under_launcher:
+            if not under_launcher and recipe.engine.stages != AUTO:
                 rule = recipe.training_mode
                 recipe.engine.check(recipe, rule if rule in GLOBAL_RULES else None)
                 count = _number_of_processes(recipe.engine.stages)
@@ -94,7 +95,7 @@ def _number_of_processes(stages: int | str | None) -> int:
     if stages is None:
         raise ValueError(
             "engine processes without a launcher starts a process per stage, but their number is not given; "
-            "give --stages N, or start it by 'torchrun --standalone --nproc-per-node=N'"
+            "give --stages N or --stages auto, or start it by 'torchrun --standalone --nproc-per-node=N'"
         )
     return stages if isinstance(stages, int) else stages.count(",") + 1
 
@@ -109,6 +110,9 @@ def _tell(result: "RunResult", folder: Path | None) -> int:
         print(f"{result.steps} micro-batches{part} in {result.train_seconds:.1f} s, {rate:.0f} images/s", flush=True)
         if result.predicted_stage_seconds:
             print(_stage_times(result), flush=True)
+            print(
+                f"images/s, predicted -> measured: {result.predicted_images_per_second:.0f} -> {rate:.0f}", flush=True
+            )
         if folder is not None:
             print(f"saved in {folder}", flush=True)
     if result.stopped_by is None:

@@ -16,7 +16,7 @@ from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
 from unlocked.workers.passing import PassLayer
 
-__all__ = ["Trial", "measure_costs", "trials"]
+__all__ = ["Trial", "measure_costs", "measure_layers", "trials"]
 
 Found = TypeVar("Found")
 
@@ -50,6 +50,17 @@ class Trial:
             times.append(self._now() - start)
         return median(times[2:])
 
+    def split_seconds(self, repeats: int = 5) -> tuple[float, float]:
+        """Of forward and of update, in the step that took the median time of `repeats` after two warm-ups."""
+        times = []
+        for _ in range(repeats + 2):
+            start = self._now()
+            self.forward()
+            passed = self._now()
+            self.update()
+            times.append((passed - start, self._now() - passed))
+        return sorted(times[2:], key=sum)[repeats // 2]
+
     def _now(self) -> float:
         if self.x.device.type == "cuda":
             torch.cuda.synchronize(self.x.device)
@@ -61,6 +72,14 @@ def measure_costs(
 ) -> list[float]:
     """Seconds of one local step of every layer, the median of `repeats`. Other arguments and errors: see `trials`."""
     timed = partial(Trial.seconds, repeats=repeats)
+    return list(trials(timed, make_layer, network, batch_size=batch_size, device=device))
+
+
+def measure_layers(
+    make_layer: Callable[[int], Layer], network: Network, *, batch_size: int, device: torch.device, repeats: int = 5
+) -> list[tuple[float, float]]:
+    """As `measure_costs`, but the seconds of forward and of update apart."""
+    timed = partial(Trial.split_seconds, repeats=repeats)
     return list(trials(timed, make_layer, network, batch_size=batch_size, device=device))
 
 

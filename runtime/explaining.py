@@ -122,6 +122,9 @@ def _explained(trial: Trial) -> ExplainedLayer:
     return ExplainedLayer(layer.name, _calls(layer), saved, flops, moved, floor, trial.seconds())
 
 
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # torch counts none of its operations
+
+
 class _Flops(TorchDispatchMode):
     """Adds up the floating-point operations of products, convolutions and attention."""
 
@@ -133,6 +136,8 @@ class _Flops(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
+        elif func._overloadpacket is _ONEDNN:
+            self.total += 2 * result.numel() * args[1].shape[1]
         return result
 
 

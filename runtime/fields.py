@@ -335,7 +335,7 @@ def _metavar(one: Field[Any]) -> str:
     """What the help calls the value."""
     kinds = (*_kinds(one), _row_of(one))
     if Path in kinds:
-        return "FILE" if _spec(one).place in ("new file", "JSON file") else "DIR"
+        return "FILE" if _spec(one).place in ("file", "new file", "JSON file") else "DIR"
     return "N" if int in kinds else "X" if float in kinds else "NAME" if _spec(one).choices else "TEXT"
 
 

@@ -12,7 +12,7 @@ from unlocked.kernels.images import load_batch as torch_load_batch
 from unlocked.kernels.optim import kind_of
 from unlocked.kernels.precision import storage_dtype
 from unlocked.rules import CrossEntropy, Rule, Views
-from unlocked.runtime.costs import measure_costs
+from unlocked.runtime.costs import measure_costs, measure_layers
 from unlocked.runtime.input import make_source
 from unlocked.runtime.layer_optimizers import Optimizers, clipped, optimizer_for
 from unlocked.runtime.layer_rules import Rules
@@ -24,8 +24,11 @@ from unlocked.runtime.network import Network, build_layer, build_stage
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.partition import check_ownership, parse_stages, partition
+from unlocked.runtime.schedules.placement import LayerCost
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
+from unlocked.workers.cargo import make_layout
+from unlocked.workers.edges import SlotLayout
 from unlocked.workers.fused import choose_step
 from unlocked.workers.layer import AutogradStep, Layer
 from unlocked.workers.optimizers import build_optimizer
@@ -164,8 +167,26 @@ class Job:
             lambda index: self.layer(index, device), self.network, batch_size=self.plan.batch_size, device=device
         )
 
+    def layer_costs(self, device: torch.device | None = None) -> list[LayerCost]:
+        """Measured seconds per layer and training micro-batch, and the bytes of what leaves the layer for another
+        stage."""
+        device = device or self.device
+        measured = measure_layers(
+            lambda index: self.layer(index, device), self.network, batch_size=self.plan.batch_size, device=device
+        )
+        sizes = [self.slot_layout(i).nbytes(self.plan.batch_size) for i in range(len(measured) - 1)] + [0]
+        pairs = zip(self.network.names, measured, sizes, strict=True)
+        return [LayerCost(name, *seconds, size) for name, seconds, size in pairs]
+
+    def slot_layout(self, layer: int) -> SlotLayout:
+        """How a micro-batch lies in a slot of the edge that leaves `layer`."""
+        traffic = self.network.side_channel.traffic(layer)
+        shape = self.network.output_shapes[layer]
+        return make_layout(self.plan.max_rows, shape, self.storage, traffic, self.network.target)
+
     def partition(self, costs: Sequence[float], stages: int | str) -> list[range]:
-        """Which layers each stage owns: `stages` of them, balanced by `costs`, or as "0-1,2,3-4" says."""
+        """Which layers each stage owns: `stages` of them, balanced by `costs`, or as "0-1,2,3-4" says, whatever they
+        cost."""
         parts = parse_stages(stages, self.network.names) if isinstance(stages, str) else partition(list(costs), stages)
         check_ownership(parts, len(self.network.blocks))
         return parts

@@ -7,8 +7,8 @@ from typing import Literal
 
 __all__ = ["Place", "checked_path"]
 
-Place = Literal["", "new file", "JSON file", "new folder", "folder"]
-"""What a path is for: a file or a folder that is written (and made where it is missing), or a folder that is read. A
+Place = Literal["", "file", "new file", "JSON file", "new folder", "folder"]
+"""What a path is for: a file or a folder that is written (and made where it is missing), or one that is read. A
 JSON file takes the place of another one, or of an empty file, and of no other."""
 
 _PARSED_BYTES = 1 << 24  # a larger file (a trace) is known by its first and last character
@@ -40,7 +40,7 @@ def checked_path(name: str, value: str | Path, place: Place) -> Path:
     return path
 
 
-_FILES = ("new file", "JSON file")
+_FILES = ("file", "new file", "JSON file")
 
 
 def _problem(path: Path, place: Place) -> str:
@@ -58,7 +58,7 @@ def _problem(path: Path, place: Place) -> str:
         return "is there, has something else than JSON, and would be lost"
     if place not in _FILES and exists and not path.is_dir():
         return "is a file"
-    if place == "folder" or (exists and not path.is_file() and not path.is_dir()):
+    if place in ("file", "folder") or (exists and not path.is_file() and not path.is_dir()):
         return ""  # read, or a device or a pipe that is written to as it is
     nearest = path.absolute()
     nearest = nearest if place == "new folder" else nearest.parent

@@ -10,6 +10,7 @@ from torch import Tensor
 from unlocked.runtime.metrics.html import card, curves
 from unlocked.runtime.metrics.records import EpochResult, Recovery
 from unlocked.runtime.saving.model_file import save_model
+from unlocked.runtime.schedules.placement import Link
 
 __all__ = ["RunResult"]
 
@@ -35,6 +36,10 @@ class RunResult:
     setup_seconds: float = 0.0
     images_per_second: float = 0.0
     """Training images over `train_seconds`, in which evaluation counts as well."""
+    predicted_images_per_second: float = 0.0
+    """What the time of each layer, and of each link, promised before the run began (`processes`); 0: nothing did."""
+    links: list[Link | None] = field(default_factory=list)
+    """Between each two neighbouring stages on several machines, as they were measured (`processes`)."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Every parameter and buffer by layer and name, on the CPU."""
     weights_sha256: str = ""
@@ -72,6 +77,7 @@ class RunResult:
             "first_step": self.first_step,
             "train_seconds": self.train_seconds,
             "images_per_second": self.images_per_second,
+            "predicted_images_per_second": self.predicted_images_per_second,
             "test_acc1": self.test_acc1,
             "test_loss": self.test_loss,
             **{f"test_{name}": value for name, value in self.test_figures.items()},

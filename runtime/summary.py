@@ -22,6 +22,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
         **{name: settings[name] for name in _TOLD},
         **{name: getattr(result, name) for name in _FIGURES},
         **({"test_figures": result.test_figures} if result.test_figures else {}),
+        "links": [None if link is None else asdict(link) for link in result.links],
         "recoveries": [asdict(recovery) for recovery in result.recoveries],
         "torch": torch.__version__,
         "epochs": result.epochs_done,
@@ -42,6 +43,7 @@ def summary_of(settings: Mapping[str, Any], result: RunResult) -> dict[str, Any]
 
 _FIGURES = (
     *("engine", "stages", "threads", "steps", "first_step", "train_seconds", "setup_seconds", "images_per_second"),
+    "predicted_images_per_second",
     *("test_acc1", "test_loss", "local_losses", "layer_acc1", "weights_sha256", "peak_memory_bytes", "busy_fraction"),
     *("predicted_stage_seconds", "measured_stage_seconds", "stopped_by", "stop_reason"),
 )

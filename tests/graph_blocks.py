@@ -99,6 +99,29 @@ class Attending(nn.Module):
         return result
 
 
+class Attended(nn.Module):
+    """torch's own attention, of which the weights are of no interest."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y, _ = self.attention(y, y, y)
+        result: Tensor = x + y
+        return result
+
+
+def _layer(activation: str, *, norm_first: bool, **options: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 24, 0.0, activation=activation, batch_first=True, norm_first=norm_first, **options
+    )
+    for p in layer.self_attn.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))  # its biases start at zero
+    return layer
+
+
 def _branch(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(
         *(nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)),
@@ -206,10 +229,27 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
             layout="tokens",
         ),
         _image(7, 16),
+        True,
+    ),
+    "gelu of images": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)), latent_size=2),
+        _image(3, 8, 8),
+        False,
+    ),
+    "gelu": (
+        _seeded(lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)), layout="tokens"),
+        _image(7, 12),
         False,
     ),
     "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
     "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), False),
+    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), False),
+    "encoder's layer": (_seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), _image(7, 16), True),
+    "encoder's layer, norms after": (
+        _seeded(lambda: _layer("relu", norm_first=False, bias=False), layout="tokens"),
+        _image(7, 16),
+        False,
+    ),
     "output": (
         _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
         _image(3, 8, 8),
@@ -219,7 +259,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         f"{make().__class__.__name__}{i}": (
             _seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
             _image(12),
-            False,
+            make is nn.GELU,
         )
         for i, make in enumerate(ACTIVATIONS)
     },

@@ -6,12 +6,15 @@ Results do not depend on the number of threads. Compiled on first use with the s
 
 from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.cpp.bindings import unavailable
+from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward
 from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 from unlocked.kernels.images import load_batch
 
 __all__ = [
     "ABILITIES",
+    "gelu_backward",
+    "gelu_forward",
     "load_batch",
     "local_head",
     "norm_act_backward",
@@ -20,4 +23,4 @@ __all__ = [
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp")
+ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True)

@@ -92,6 +92,8 @@ class _Signatures:
     norm_act_backward = (_N, _P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _F, _I, _P, _P, _P, _P, _N)
     norm_act_backward_full = (_N, _P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N)
     local_head = (_P, _P, _P, _P, _N, _I, _I, _I, _I, _I, _I, _N, _F, _F, _P, _P, _P, _P)
+    gelu_forward = (_N, _P, _I, _P, _P, _N)
+    gelu_backward = (_N, _P, _P, _I, _I, _P, _P, _P, _N)
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)
     sgd = (_N, _P, _P, _P, _P, _D, _D, _D, _N, _N, _N)

@@ -15,13 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlocked.kernels import cpp
-from unlocked.kernels.cpp import load_batch, local_head, norm_act_backward, norm_act_backward_full, norm_act_forward
+from unlocked.kernels.cpp import (
+    gelu_backward,
+    gelu_forward,
+    load_batch,
+    local_head,
+    norm_act_backward,
+    norm_act_backward_full,
+    norm_act_forward,
+)
 from unlocked.kernels.cpp.bindings import load_kernels
 
 __all__ = [
     "ABILITIES",
     "convolution",
     "convolution_backward",
+    "gelu_backward",
+    "gelu_forward",
     "load_batch",
     "local_head",
     "norm_act_backward",

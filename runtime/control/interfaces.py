@@ -11,7 +11,7 @@ from pathlib import Path
 
 from unlocked.runtime.control.world import World
 
-__all__ = ["choose_interfaces", "listening_host", "meeting_host"]
+__all__ = ["choose_interfaces", "listening_host", "meeting_host", "own_address"]
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 
@@ -39,6 +39,14 @@ def choose_interfaces(world: World) -> None:
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, and none that begins so
+
+
+def own_address(world: World) -> str:
+    """The address of this machine's own that it would speak to rank 0 from; its name where it can't tell."""
+    for address in _addresses(world):
+        with contextlib.suppress(OSError), _towards(address) as probe:
+            return str(probe.getsockname()[0]).partition("%")[0]
+    return socket.gethostname()
 
 
 def _loopback(world: World) -> str:
@@ -72,14 +80,28 @@ def _is_own(address: str) -> bool:
 
 def _interface_towards(address: str) -> str | None:
     """The name of the interface whose own address this machine would speak to `address` from."""
-    family, kind, protocol, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     try:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)  # sends nothing: the kernel looks for the way
+        with _towards(address) as probe:
             own = probe.getsockname()[0].partition("%")[0]
-            return _named_v6(own) if family == socket.AF_INET6 else _named_v4(probe, own)
+            return _named_v6(own) if probe.family == socket.AF_INET6 else _named_v4(probe, own)
     except OSError:
         return None
+
+
+def _towards(address: str) -> socket.socket:
+    """A socket that has chosen its own address.
+
+    Raises:
+        OSError: there is no way.
+    """
+    family, kind, protocol, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    probe = socket.socket(family, kind, protocol)
+    try:
+        probe.connect(place)  # sends nothing: the kernel looks for the way
+    except OSError:
+        probe.close()
+        raise
+    return probe
 
 
 def _named_v4(probe: socket.socket, own: str) -> str | None:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from unlocked.runtime.fields import check, setting
 
-__all__ = ["PipelineOptions"]
+__all__ = ["AUTO", "PipelineOptions"]
+
+AUTO = "auto"
+"""Of stages: the engine finds out how many are the fastest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class PipelineOptions:
 
     stages: int | str | None = setting(
         None,
-        'number of stages, or a list such as "0-1,2,3-4"; unless given: one per layer, or per process',
+        'number of stages, or a list of their layers such as "0-1,2,3-4" or "conv1-conv2,conv3,conv4-linear1"; auto: '
+        "as many as a trial finds fastest (processes), or one per layer; unless given: one per layer, or per process",
         at_least=1,
         at_most=1024,
     )

@@ -18,9 +18,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Final, NoReturn
 
 from unlocked.runtime.fields import LARGEST, LineParser, add_flags, check, setting
+from unlocked.runtime.schedules.placement_file import read_placement
 from unlocked.runtime.schedules.schedule import Schedule, build_schedule, format_grid
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.schedules.timeline import Edge, Timeline, format_timeline
@@ -275,6 +277,9 @@ class _Stage:
 class SimulateOptions:
     """What is simulated on the command line."""
 
+    placement: Path | None = setting(
+        None, "a run's --placement FILE, whose stages and links are simulated as they were measured", place="file"
+    )
     stages: int = setting(4, "of the pipeline", at_least=1, at_most=65536)
     microbatches: int = setting(8, "training micro-batches", at_least=1, at_most=LARGEST)
     queue_depth: int = setting(2, "receiving slots of every edge", at_least=1, at_most=LARGEST)
@@ -291,11 +296,17 @@ class SimulateOptions:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the local schedule of a pipeline, its timeline and its bubbles. A mistake is one line and exit code 2."""
     try:
-        print(_report(SimulateOptions(**vars(make_parser().parse_args(arguments)))))
+        given = vars(make_parser().parse_args(arguments))
+        if "placement" in given and (told := [name for name in _PLACED if name in given]):
+            raise ValueError(f"--{told[0]} is the placement's to say; leave it out, or --placement")
+        print(_report(SimulateOptions(**given)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+_PLACED = ("stages", "forward", "update", "transfer", "scale")
 
 
 def make_parser() -> LineParser:
@@ -310,11 +321,8 @@ def make_parser() -> LineParser:
 
 def _report(options: SimulateOptions) -> str:
     plan = StreamPlan(epochs=1, train_size=options.microbatches, batch_size=1)
-    scale = None if options.scale is None else _parse_scale(options.scale)
-    schedule = build_schedule(options.stages, plan)
-    costs = Costs.uniform(
-        options.stages, forward=options.forward, update=options.update, transfer=options.transfer, scale=scale
-    )
+    costs = _costs(options)
+    schedule = build_schedule(len(costs.actions), plan)
     timeline = simulate(schedule, costs, options.queue_depth)
     total = timeline.makespan or 1.0
     rows = [f"{'stage':>5}  {'busy':>6}  {'warm-up':>7}  {'steady':>6}  {'drain':>6}   share of the time"]
@@ -333,6 +341,16 @@ def _report(options: SimulateOptions) -> str:
             f"\n{timeline.makespan:g} s in all, {timeline.throughput:g} micro-batches/s in the steady state, "
             f"at most {flight} of {options.queue_depth} slots of an edge taken",
         ]
+    )
+
+
+def _costs(options: SimulateOptions) -> Costs:
+    if options.placement is not None:
+        placement = read_placement(options.placement)
+        return Costs(placement.action_seconds(), placement.link_seconds(options.queue_depth))
+    scale = None if options.scale is None else _parse_scale(options.scale)
+    return Costs.uniform(
+        options.stages, forward=options.forward, update=options.update, transfer=options.transfer, scale=scale
     )
 
 

@@ -39,7 +39,7 @@ def test_an_interrupt_ends_in_order_and_without_a_traceback(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--engine", "processes"), r"error: .* give --stages N"),
+        (("--engine", "processes"), r"error: .* give --stages N or --stages auto, "),
         (("--stages", "6"), r"error.*: 6 processes for the 5 layers of the network; .* at most 5"),
         (("--stages", "2", "--model", "VGG9"), r"error.*: .*VGG9"),
     ],

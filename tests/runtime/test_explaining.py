@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unlocked.launch.console import main
-from unlocked.models import small_conv
+from unlocked.models import small_conv, vit
 from unlocked.rules import LLS, get_rule
 from unlocked.runtime import Trainer
 
@@ -76,3 +76,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(summary.read_text())["layers"][0]["name"] == "conv1"
     assert main(["explain", "--model", "nothing"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_vision_transformer_is_closed() -> None:
+    model = vit(3, 10, 8, width=16, depth=2)
+    found = Trainer(model, rule=LLS(), optimizer=partial(torch.optim.Adam, lr=0.01)).explain(_data(), batch_size=16)
+    assert all(layer.is_closed for layer in found.layers)

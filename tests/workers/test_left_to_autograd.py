@@ -232,3 +232,25 @@ def test_a_module_that_leaves_a_gradient_out_trains_as_it_does_in_torch() -> Non
             step_of(layer, x)
     for (key, a), (_, b) in zip(*(layer.tensors() for layer in layers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")  # type: ignore[misc]
+
+
+def _watched(layer: nn.Module) -> nn.Module:
+    layer.self_attn.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, F.silu, batch_first=True),
+        lambda: _watched(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)),
+    ],
+)
+def test_an_encoders_layer_that_is_more_than_its_parts_stays_whole(make: Callable[[], nn.Module]) -> None:
+    """Attention draws, rows are other samples', the function has no entry, somebody looks on."""
+    torch.manual_seed(0)
+    layer = made_layer(Block("layer", make(), layout="tokens"), torch.randn(6, 5, 8), cpp)
+    assert isinstance(layer.step, AutogradStep)
+    assert "TransformerEncoderLayer is not in the table" in layer.step.why

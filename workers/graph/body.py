@@ -114,17 +114,35 @@ class GraphBody:
     ) -> None:
         *self.calls, ending = calls
         self.end, self.casts = cast(End, ending.operation), casts
-        (last,) = ending.inputs
+        (self._last,) = ending.inputs
         self._rows = [(call.how, tuple(node.name for node in call.covers), call.why) for call in calls]
-        self._source, self._last, self._dropout = source, last, dropout
-        self._places = {id(p): place for place, p in enumerate(trained)}
+        self._dropout = dropout
+        self._ends_plainly = isinstance(self.end, PlainEnd)  # that one says itself what leaves in which type
         self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts]
+        self._places = {id(p): place for place, p in enumerate(trained)}
+        self._way, self._last_slot = self._numbered(source)
+        self._final = _Line(
+            self.end, (self._last_slot,), (), (), [self._needs[self._last]], self._places_of(self.end), needs=True
+        )
+        self._types: list[torch.dtype | None] = [None] * len(self._needs)
+
+    def _numbered(self, source: Node) -> tuple["list[_Line]", int]:
+        """The calls with numbers for nodes, so that a step looks nothing up; and the last node's number."""
         self._needs = {source: False}
         for call in self.calls:
             needs = bool(call.operation.parameters) or any(self._needs[node] for node in call.inputs)
             self._needs.update(dict.fromkeys(call.outputs, needs))
-        self._spent = _last_uses(self.calls, last)
-        self._types: dict[Node, torch.dtype] = {}
+        slots = {node: slot for slot, node in enumerate(self._needs)}
+        way = []
+        for call, spent in zip(self.calls, _last_uses(self.calls, self._last), strict=True):
+            reads, writes, done = (tuple(slots[node] for node in nodes) for nodes in (call.inputs, call.outputs, spent))
+            wanted = [self._needs[node] for node in call.inputs]
+            places = self._places_of(call.operation)
+            way.append(_Line(call.operation, reads, writes, done, wanted, places, needs=self._needs[call.outputs[0]]))
+        return way, slots[self._last]
+
+    def _places_of(self, operation: "Operation | End") -> list[int]:
+        return [self._places[id(p)] for p in operation.parameters]
 
     @property
     def reached(self) -> set[int]:
@@ -161,16 +179,26 @@ class GraphBody:
 
     def forward(self, x: Tensor, out: Tensor | None) -> Tensor:
         """The next layer's input; in `out`, if given: its shape and dtype, any strides."""
-        values: dict[Node, Any] = {self._source: x}
-        for call, spent in zip(self.calls, self._spent, strict=True):
-            made = call.operation.forward(*[values[node] for node in call.inputs])
-            for node in spent:
-                values.pop(node, None)
-            values.update(zip(call.outputs, made if len(call.outputs) > 1 else (made,), strict=True))
+        values: list[Any] = [None] * len(self._needs)
+        values[0] = x
+        for line in self._way:
+            reads, writes = line.reads, line.writes
+            if len(reads) == 1:
+                made = line.operation.forward(values[reads[0]])
+            else:
+                made = line.operation.forward(*[values[slot] for slot in reads])
+            for slot in line.spent:
+                values[slot] = None
+            if len(writes) == 1:
+                values[writes[0]] = made
+            else:
+                for slot, one in zip(writes, made, strict=True):
+                    values[slot] = one
             if self.casts.half:
-                self._note_types(values, call.outputs)
-        last = values.pop(self._last)
-        if not isinstance(self.end, PlainEnd):  # that one says itself what leaves in which type
+                self._note_types(values, writes)
+        last = values[self._last_slot]
+        values.clear()
+        if not self._ends_plainly:
             last = self.casts.value(last)
         if self._dropout is None:
             return self.end.forward(last, out)
@@ -185,37 +213,59 @@ class GraphBody:
         """The gradients of the block's parameters, in their order and shapes, from that of the latents [B, D]; None:
         nothing came back to it."""
         found: list[Tensor | None] = [None] * len(self._places)
-        grads: dict[Node, Tensor] = {}
-        self._take(self.end, [self._last], latents_grad, found, grads)
-        for call in reversed(self.calls):
-            given = [grads.pop(node, None) for node in call.outputs]
-            if self._types:
-                given = [g if g is None else g.to(self._types[n]) for n, g in zip(call.outputs, given, strict=True)]
-            if any(grad is not None for grad in given) and self._needs[call.outputs[0]]:
-                self._take(call.operation, call.inputs, given if len(given) > 1 else given[0], found, grads)
+        grads: list[Tensor | None] = [None] * len(self._needs)
+        self._take(self._final, latents_grad, found, grads)
+        for line in reversed(self._way):
+            writes = line.writes
+            if len(writes) == 1:
+                given: Any = grads[writes[0]]
+                grads[writes[0]] = None
+                if given is None or not line.needs:
+                    continue
+                if self.casts.half:
+                    given = given.to(self._types[writes[0]])
+            else:
+                given = [self._given(slot, grads) for slot in writes]
+                if all(one is None for one in given) or not line.needs:
+                    continue
+            self._take(line, given, found, grads)
         return found
 
-    def _take(
-        self,
-        operation: Operation | End,
-        inputs: Sequence[Node],
-        grad: Any,
-        found: list[Tensor | None],
-        grads: dict[Node, Tensor],
-    ) -> None:
-        wanted = [self._needs[node] for node in inputs]
-        of_inputs, of_parameters = operation.backward(grad, wanted)
-        for parameter, one in zip(operation.parameters, of_parameters, strict=True):
-            place, before = self._places[id(parameter)], found[self._places[id(parameter)]]
-            found[place] = one if before is None or one is None else before + one
-        for node, is_wanted, one in zip(inputs, wanted, of_inputs, strict=True):
-            if is_wanted and one is not None:
-                grads[node] = grads[node] + one if node in grads else one
+    def _given(self, slot: int, grads: list[Tensor | None]) -> Tensor | None:
+        grad, grads[slot] = grads[slot], None
+        kind = self._types[slot]
+        return grad if grad is None or kind is None else grad.to(kind)
 
-    def _note_types(self, values: dict[Node, Any], nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            if isinstance(values[node], Tensor):
-                self._types[node] = values[node].dtype
+    def _take(self, line: "_Line", grad: Any, found: list[Tensor | None], grads: list[Tensor | None]) -> None:
+        of_inputs, of_parameters = line.operation.backward(grad, line.wanted)
+        for place, one in zip(line.places, of_parameters, strict=True):
+            before = found[place]
+            found[place] = one if before is None or one is None else before + one
+        for slot, is_wanted, one in zip(line.reads, line.wanted, of_inputs, strict=True):
+            if is_wanted and one is not None:
+                before = grads[slot]
+                grads[slot] = one if before is None else before + one
+
+    def _note_types(self, values: Sequence[Any], slots: Sequence[int]) -> None:
+        for slot in slots:
+            if isinstance(values[slot], Tensor):
+                self._types[slot] = values[slot].dtype
+
+
+@dataclass(eq=False, slots=True)
+class _Line:
+    """A call as a step makes it: nodes are slots of a list, parameters places among the gradients."""
+
+    operation: Operation | End
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    spent: tuple[int, ...]
+    """What no later call reads."""
+    wanted: list[bool]
+    """Of which of `reads` a gradient is asked for."""
+    places: list[int]
+    needs: bool
+    """A gradient must pass here."""
 
 
 def _last_uses(calls: Sequence[Call], last: Node) -> list[list[Node]]:

@@ -8,6 +8,9 @@
 |                                                      | that has it (`Abilities.weight_gradient`)          |
 | a split into parts, and those who take them          | one call                                           |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
+| product, GELU by the normal distribution            | the derivative instead of the product is kept, and |
+|                                                      | the bias's gradient made on the way back, by a     |
+|                                                      | backend that has it (`Abilities.gelu`)             |
 | whatever the table does not have, in a row           | one piece for autograd                             |
 """
 
@@ -21,8 +24,10 @@ from torch import Tensor, nn
 from unlocked.models import KeyedDropout
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
+from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
-from unlocked.workers.graph.operations import Casts, Convolution, Linear, Operation, geometry
+from unlocked.workers.graph.operations import Casts, Convolution, Operation, geometry
+from unlocked.workers.graph.products import Linear
 from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
@@ -77,6 +82,7 @@ class _Planner:
             if node not in self._covered:
                 self._join_norm(node)
                 self._join_parts(node)
+                self._join_gelu(node)
         calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
         return GraphBody(
             self._nodes[0],
@@ -158,6 +164,20 @@ class _Planner:
             return
         self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
         self._covered |= {node, *parts}
+
+    def _join_gelu(self, node: Node) -> None:
+        """A GELU, with the product before it where nobody else reads that."""
+        if node in self._covered or not self._backend.ABILITIES.gelu or not is_gelu(node):
+            return
+        (before,) = node.inputs
+        alone = len(before.users) == 1 and before.kind is nn.Linear and before not in self._covered
+        if alone and isinstance(self._operation(before), Linear):
+            both = GeluLinear(before.target, self._casts, self._backend)
+            self._joined[node] = Call(both, before.inputs, [node], [before, node], "joined", "in one pass after it")
+            self._covered |= {before, node}
+        else:
+            self._joined[node] = Call(Gelu(self._backend), node.inputs, [node], [node], "closed")
+            self._covered.add(node)
 
     def _of_norm(self, norm: Node) -> dict[str, Any]:
         """The bias that stands before the BatchNorm, which its convolution or product then leaves out."""

@@ -39,8 +39,10 @@ class Normalized(Operation):
         bias: Tensor | None = None,
         owns_input: bool = False,
     ) -> None:
-        self.norm, self.slope, self.backend, self.bias = norm, slope, backend, bias
+        self.norm, self.slope, self.backend = norm, slope, backend
         self.owns_input = owns_input and backend.ABILITIES.in_place
+        # A module looks its parameters and buffers up anew each time.
+        self._vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, bias)
         self.parameters = trained(norm.weight, norm.bias)
         self.counts = [norm]
         self.conv: Tensor | None = None
@@ -60,11 +62,7 @@ class Normalized(Operation):
         self.conv = image
         self.result = self.backend.norm_act_forward(
             image,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            self.bias,
+            *self._vectors,
             latent_size=self.latent_size,
             pool=self.pool,
             pool_size=self.pool_size,
@@ -89,16 +87,16 @@ class Normalized(Operation):
 
     def _spend(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """What `forward` has kept, as the kernels of the way back take it, and where the gradient may be written."""
-        conv, r, norm = self.conv, self.result, self.norm
+        conv, r = self.conv, self.result
         assert conv is not None
         assert r is not None
         self.conv = self.result = None
-        state = (conv, r.mean, r.rstd, norm.weight, norm.bias, r.mask_sums, r.mask_xhat_sums)
+        state = (conv, r.mean, r.rstd, *self._vectors[:2], r.mask_sums, r.mask_xhat_sums)
         # Where nothing reads the convolution's output any more, a CPU's gradient takes its place.
         return state, {"out": conv} if self.owns_input and conv.device.type == "cpu" else {}
 
     def _of_trained(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip((self.norm.weight, self.norm.bias), grads, strict=True)
+        pairs = zip(self._vectors[:2], grads, strict=True)
         return [grad for parameter, grad in pairs if parameter.requires_grad]
 
 

@@ -24,12 +24,11 @@ __all__ = [
     "Flatten",
     "GroupNorm",
     "LayerNorm",
-    "Linear",
     "Operation",
     "Pool",
     "convolution_backward",
-    "convolve",
     "geometry",
+    "trained",
 ]
 
 aten = torch.ops.aten
@@ -108,30 +107,33 @@ class Convolution(Operation):
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, casts: Casts, *, bias_is_ahead: bool = False) -> None:
         self.conv, self._casts = conv, casts
+        self._kernel, self._bias = conv.weight, conv.bias  # a module looks its parameters up anew each time
         self.parameters = trained(conv.weight, conv.bias)
         self._has_bias = conv.bias is not None and not bias_is_ahead
         self._zero = torch.zeros_like(conv.bias) if bias_is_ahead and conv.bias is not None else None
+        self._is_row = conv.weight.dim() == 3
+        self._geometry: Geometry = (*geometry(conv), conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H_in, W_in] -> [B, C, H, W], or [B, C_in, L_in] -> [B, C, L]."""
         x = self._casts.value(x)
-        weight = self._casts.weight(self.conv.weight, x.dtype)
-        if self.conv.weight.dim() == 3:
+        weight = self._casts.weight(self._kernel, x.dtype)
+        if self._is_row:
             x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
             weight = weight.unsqueeze(2)
         self._x, self._weight = x, weight
-        bias = self._casts.weight(self.conv.bias, x.dtype) if self._has_bias and self.conv.bias is not None else None
-        result = convolve(self.conv, x, weight, bias, self.backend)
-        return result.squeeze(2) if self.conv.weight.dim() == 3 else result
+        bias = self._casts.weight(self._bias, x.dtype) if self._has_bias and self._bias is not None else None
+        convolve = F.conv2d if self.backend is None else self.backend.convolution
+        result: Tensor = convolve(x, weight, bias, *self._geometry)
+        return result.squeeze(2) if self._is_row else result
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
-        is_row = self.conv.weight.dim() == 3
-        grad = grad.unsqueeze(2) if is_row else grad
+        grad = grad.unsqueeze(2) if self._is_row else grad
         x, kernel = self.spend()
-        weight, bias = self.conv.weight, self.conv.bias
-        asked = (wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad)
-        x_grad, weight_grad, bias_grad = convolution_backward(self.conv, grad, x, kernel, asked, self.backend)
-        if is_row:
+        weight, bias = self._kernel, self._bias
+        asked = [wanted[0], weight.requires_grad, self._has_bias and bias is not None and bias.requires_grad]
+        x_grad, weight_grad, bias_grad = convolution_backward(grad, x, kernel, self._geometry, asked, self.backend)
+        if self._is_row:
             x_grad = x_grad.squeeze(2) if wanted[0] else x_grad
             weight_grad = weight_grad.squeeze(2) if weight.requires_grad else weight_grad
         return [x_grad if wanted[0] else None], self.of_trained(weight_grad, bias_grad)
@@ -145,46 +147,29 @@ class Convolution(Operation):
 
     def of_trained(self, weight_grad: Tensor, bias_grad: Tensor | None = None) -> list[Tensor]:
         """The gradients of `parameters`; that of a bias which is ahead is zero."""
-        weight, bias = self.conv.weight, self.conv.bias
+        weight, bias = self._kernel, self._bias
         grads = [weight_grad] if weight.requires_grad else []
         if bias is not None and bias.requires_grad:
             grads.append(cast(Tensor, bias_grad if self._zero is None else self._zero))
         return grads
 
 
-def convolve(
-    conv: nn.Conv1d | nn.Conv2d,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    backend: ModuleType | None = None,
-) -> Tensor:
-    """`conv` with a kernel `weight` [C, C_in / groups, h, w] and this bias: [B, C_in, H_in, W_in] -> [B, C, H, W]; by a
-    backend's own or by the library."""
-    if backend is None:
-        return F.conv2d(x, weight, bias, *geometry(conv), conv.groups)
-    result: Tensor = backend.convolution(x, weight, bias, *geometry(conv), conv.groups)
-    return result
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Stride, padding, dilation and groups of a convolution in two dimensions, as the library takes them."""
 
 
 def convolution_backward(
-    conv: nn.Conv1d | nn.Conv2d,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    asked: Sequence[bool],
-    backend: ModuleType | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, asked: list[bool], backend: ModuleType | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at `x`, of the kernel (like `weight`) and of the bias, as far as they are asked for, from `grad`
-    [B, C, H, W]."""
+    [B, C, H, W]; by a backend's own or by the library."""
     result: tuple[Tensor, Tensor, Tensor]
     if backend is not None:
-        result = backend.convolution_backward(grad, x, weight, *geometry(conv), conv.groups, asked)
+        result = backend.convolution_backward(grad, x, weight, *geometry, asked)
     else:
         sizes = [weight.shape[0]] if asked[2] else None
-        result = aten.convolution_backward(
-            grad, x, weight, sizes, *geometry(conv), False, [0, 0], conv.groups, list(asked)
-        )
+        *windows, groups = geometry
+        result = aten.convolution_backward(grad, x, weight, sizes, *windows, False, [0, 0], groups, asked)
     return result
 
 
@@ -196,36 +181,6 @@ def geometry(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], tuple[int, i
 
 def _two(size: Any) -> tuple[int, int]:
     return (1, *size) if len(size) == 1 else size
-
-
-class Linear(Operation):
-    """The library's product, of whatever dimensions stand before the features.
-
-    Args:
-        bias_is_ahead: as of `Convolution`.
-    """
-
-    def __init__(self, linear: nn.Linear, casts: Casts, *, bias_is_ahead: bool = False) -> None:
-        self.linear, self._casts = linear, casts
-        self.parameters = trained(linear.weight, linear.bias)
-        self._has_bias = linear.bias is not None and not bias_is_ahead
-        self._zero = torch.zeros_like(linear.bias) if bias_is_ahead and linear.bias is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D_in] -> [..., D]."""
-        self._x = self._casts.value(x)
-        self._weight = self._casts.weight(self.linear.weight, self._x.dtype)
-        bias = self._casts.weight(self.linear.bias, self._x.dtype) if self._has_bias else None
-        return F.linear(self._x, self._weight, bias)
-
-    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
-        rows, x = grad.reshape(-1, grad.shape[-1]), self._x.reshape(-1, self._x.shape[-1])
-        x_grad = (rows @ self._weight).view(self._x.shape) if wanted[0] else None
-        del self._x, self._weight
-        grads = [rows.T @ x] if self.linear.weight.requires_grad else []
-        if self.linear.bias is not None and self.linear.bias.requires_grad:
-            grads.append(rows.sum(0) if self._zero is None else self._zero)
-        return [x_grad], grads
 
 
 class LayerNorm(Operation):

@@ -105,21 +105,26 @@ class Split(Operation):
         self._kind = _SPLITTING[node.target]
         self._args, self._kwargs = node.args[1:], dict(node.kwargs)
         self._numbers = [part.args[1] for part in parts]
-        self._at = 0 if self._kind == "unbind" else 1  # the place of `dim` among the arguments
 
     def forward(self, x: Tensor) -> Any:
+        self._order = (x.shape, torch.empty_like(x, device="meta").stride())  # dense, its dimensions in the order of x
         whole = getattr(torch, self._kind)(x, *self._args, **self._kwargs)
-        self._empty = [part.shape for part in whole]
         found = tuple(whole[number] for number in self._numbers)
         return found if len(found) > 1 else found[0]
 
     def backward(self, grad: Any, wanted: Sequence[bool]) -> Gradients:
         given = grad if isinstance(grad, list | tuple) else [grad]
         like = next(one for one in given if one is not None)
-        parts: list[Tensor | None] = [None] * len(self._empty)
+        # In the order of what was split, so that whoever turned that round needs no copy of its own.
+        whole = torch.empty_strided(*self._order, dtype=like.dtype, device=like.device)
+        places = getattr(torch, self._kind)(whole, *self._args, **self._kwargs)
+        written: set[int] = set()
         for number, one in zip(self._numbers, given, strict=True):
-            before = parts[number]
-            parts[number] = one if before is None else before if one is None else before + one
-        whole = [like.new_zeros(s) if one is None else one for s, one in zip(self._empty, parts, strict=True)]
-        dim = self._args[self._at] if len(self._args) > self._at else self._kwargs.get("dim", 0)
-        return [torch.stack(whole, dim) if self._kind == "unbind" else torch.cat(whole, dim)], []
+            if one is not None:
+                place = places[number]
+                place.add_(one) if number % len(places) in written else place.copy_(one)
+                written.add(number % len(places))
+        for number, place in enumerate(places):
+            if number not in written:
+                place.zero_()
+        return [whole], []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from unlocked.models import KeyedDropout
@@ -21,10 +22,10 @@ from unlocked.workers.graph.operations import (
     Flatten,
     GroupNorm,
     LayerNorm,
-    Linear,
     Operation,
     Pool,
 )
+from unlocked.workers.graph.products import Linear, Product
 from unlocked.workers.graph.shapes import Moved, Reshaped, Sizes, is_size
 from unlocked.workers.graph.tracing import Node, has_hooks
 
@@ -150,6 +151,11 @@ def _attention(node: Node, casts: Casts) -> Operation | str:
     return Attention() if casts.device == "cpu" else "attention on a GPU"
 
 
+def _product(node: Node, casts: Casts) -> Operation | None:
+    plain = len(node.args) in (2, 3) and all(isinstance(value, Node) or value is None for value in node.args)
+    return Product(casts) if plain and not node.kwargs and node.args[0] is not node.args[1] else None
+
+
 def _reshaped(node: Node, casts: Casts) -> Operation:
     return Reshaped(node)
 
@@ -212,7 +218,8 @@ _TANH = _plain(torch.tanh, aten.tanh_backward, keeps_result=True)
 _SIGMOID = _plain(torch.sigmoid, aten.sigmoid_backward, keeps_result=True)
 _BY_KIND: Mapping[Any, Callable[[Node, Casts], Operation | str | None]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d), _convolution),
-    nn.Linear: lambda node, casts: Linear(node.target, casts),
+    **dict.fromkeys((nn.Linear, NonDynamicallyQuantizableLinear), lambda node, casts: Linear(node.target, casts)),
+    F.linear: _product,
     nn.LayerNorm: lambda node, casts: LayerNorm(node.target),
     nn.GroupNorm: lambda node, casts: GroupNorm(node.target),
     **dict.fromkeys((nn.ReLU, nn.LeakyReLU, F.relu, F.leaky_relu, torch.relu, "relu", "relu_"), _leaky),

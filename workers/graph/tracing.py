@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from unlocked.models import KeyedDropout
 from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
+from unlocked.workers.graph.expansions import expansion_of
 
 __all__ = ["Node", "Untraceable", "filled", "has_hooks", "in_training", "is_in_place", "trace"]
 
@@ -111,6 +112,9 @@ class _Tracer(fx.Tracer):
         # Modules are intercepted wherever they are called, in other threads too.
         if not any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
             return forward(*args, **kwargs)
+        expansion = None if any(map(has_hooks, m.modules())) else expansion_of(m, args, kwargs)
+        if expansion is not None:
+            return expansion()
         return super().call_module(m, forward, args, kwargs)
 
 

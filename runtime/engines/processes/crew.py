@@ -18,7 +18,6 @@ from unlocked.runtime.engines.processes.telling import telling
 from unlocked.runtime.engines.processes.worker import Worker, figures
 from unlocked.runtime.job import Job
 from unlocked.runtime.machine import occupy_cores
-from unlocked.workers.cargo import make_layout
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.shared_edges import SharedInEdge, SharedOutEdge
 
@@ -186,10 +185,6 @@ class OwnWork:
 
 def slot_layouts(job: Job, world: World, parts: Sequence[range]) -> tuple[SlotLayout | None, SlotLayout | None]:
     """What travels on the edges into and out of this rank's stage; None at the ends of the pipeline."""
-
-    def layout(first_layer: int) -> SlotLayout:
-        shape, traffic = job.network.output_shapes[first_layer - 1], job.network.side_channel.traffic(first_layer - 1)
-        return make_layout(job.plan.max_rows, shape, job.storage, traffic, job.network.target)
-
-    rank, last = world.rank, world.size - 1
-    return layout(parts[rank].start) if rank > 0 else None, layout(parts[rank].stop) if rank < last else None
+    own = parts[world.rank]
+    incoming = job.slot_layout(own.start - 1) if world.rank > 0 else None
+    return incoming, job.slot_layout(own.stop - 1) if world.rank < world.size - 1 else None

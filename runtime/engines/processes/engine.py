@@ -23,11 +23,13 @@ from unlocked.runtime.control.set_up import SetUp, pack_verdict
 from unlocked.runtime.control.world import World
 from unlocked.runtime.control.zygote import CAN_FORK
 from unlocked.runtime.engines.one_process import epochs_before
+from unlocked.runtime.engines.pipeline import AUTO
 from unlocked.runtime.engines.processes.admission import new_keys
 from unlocked.runtime.engines.processes.crew import Assignment, Crew, OwnWork, slot_layouts
 from unlocked.runtime.engines.processes.device_links import pick_device
 from unlocked.runtime.engines.processes.gathering import bring_weights, gather_weights
 from unlocked.runtime.engines.processes.hub import Hub
+from unlocked.runtime.engines.processes.link_speed import measure_links
 from unlocked.runtime.engines.processes.links import share_memory
 from unlocked.runtime.engines.processes.options import (
     ProcessesOptions,
@@ -35,6 +37,7 @@ from unlocked.runtime.engines.processes.options import (
     log_slots,
     settings_of,
 )
+from unlocked.runtime.engines.processes.placing import Placer, order_by_machine
 from unlocked.runtime.engines.processes.rendezvous import connect, exchange, gather, store_door
 from unlocked.runtime.engines.processes.roll_call import RollCall, answer_roll_call
 from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
@@ -72,7 +75,7 @@ class Processes(ProcessesOptions):
             return run_spawned(self, job, make_sinks)
         began = time.perf_counter()
         world = World.from_environment()
-        num_stages = _number_of_stages(job, world, self.stages)
+        _check_stages(job, world, self.stages)
         set_up = SetUp.begin(world)
         # A failure is told before the data is closed: a loader that hangs keeps that waiting, and the neighbours would
         # have their time out meanwhile, and be blamed.
@@ -82,7 +85,7 @@ class Processes(ProcessesOptions):
                 choose_interfaces(world)
                 store = connect(world, self.start_timeout)
                 keys = new_keys(store)
-                hub = Hub(job, self, world, make_sinks, num_stages) if world.rank == 0 else None
+                hub = Hub(job, self, world, make_sinks) if world.rank == 0 else None
                 if hub is not None:
                     closing.enter_context(last_act(hub.close_sinks))
                     roll_call = RollCall(store, world, set_up.end)
@@ -90,8 +93,12 @@ class Processes(ProcessesOptions):
                 else:
                     presence = answer_roll_call(store, world, self.start_timeout)
                     set_up.link(presence, None if presence is None else lambda v: presence.send(pack_verdict(v)))
+                world, machines = order_by_machine(store, world, self.start_timeout)
+                set_up.world = world
                 device = _device(job, world)
-                publish = partial(hub.publish, device) if hub else None
+                placer = Placer(job, self, world, machines) if hub is not None else None
+                measures = not world.is_local and _measure_links(store, world, placer, self.start_timeout)
+                publish = partial(hub.publish, device, placer, store, measures) if hub and placer else None
                 terms = exchange(store, world, "terms", publish, self.start_timeout)
                 job = replace(job, run=terms["run"])
                 parts = [range(start, stop) for start, stop in terms["parts"]]
@@ -120,7 +127,7 @@ class Processes(ProcessesOptions):
             if hub is not None:
                 told = [stage_name(i, i, layers) for i, layers in enumerate(names)]
                 weights = gather_weights(store, world, weights, job.settings.timeout, told)
-                result = hub.collect(parts, terms["costs"], weights, setup_seconds=setup, stopped=crew.stopped)
+                result = hub.collect(parts, weights, setup_seconds=setup, stopped=crew.stopped)
             else:
                 bring_weights(store, world, weights, job.settings.timeout)
                 result = _own_result(job, names, payload, threads, setup_seconds=setup, stopped=crew.stopped)
@@ -178,8 +185,11 @@ class Processes(ProcessesOptions):
         return self.max_recoveries > 0 and CAN_FORK and job.device.type == "cpu" and not job.settings.compile
 
 
-def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
+def _check_stages(job: Job, world: World, stages: int | str | None) -> None:
+    """Raises: ValueError: another number of stages than of processes, or more than layers."""
     layers = len(job.network.blocks)
+    if stages == AUTO:
+        stages = None
     if isinstance(stages, str):
         stages = len(job.partition([1.0] * layers, stages))
     if stages is not None and stages != world.size:
@@ -194,7 +204,14 @@ def _number_of_stages(job: Job, world: World, stages: int | str | None) -> int:
             f"{world.size} processes for the {layers} layers of the network; a stage needs at least one "
             f"layer: start at most {layers} processes"
         )
-    return world.size
+
+
+def _measure_links(store: dist.Store, world: World, placer: Placer | None, timeout: float) -> bool:
+    """All ranks measure, where rank 0's placement needs it."""
+    told = exchange(store, world, "placing", None if placer is None else placer.read, timeout)
+    if told["measure"]:
+        measure_links(store, world, timeout)
+    return bool(told["measure"])
 
 
 def _device(job: Job, world: World) -> torch.device:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from unlocked.runtime.control.coordinator import Coordinator
 from unlocked.runtime.control.interfaces import listening_host
@@ -18,12 +19,14 @@ from unlocked.runtime.engines.one_process import (
 )
 from unlocked.runtime.engines.processes.admission import Admission
 from unlocked.runtime.engines.processes.options import ProcessesOptions, heartbeat_timeout, settings_of
+from unlocked.runtime.engines.processes.placing import Placer
 from unlocked.runtime.engines.processes.rendezvous import meeting_folder, store_door
 from unlocked.runtime.engines.saver import complete_snapshot, timed_marks
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut, MetricsSink
 from unlocked.runtime.metrics.trace import write_chrome_trace
 from unlocked.runtime.result import RunResult
+from unlocked.runtime.schedules.placement import Placement
 from unlocked.runtime.tensors import weights_digest
 from unlocked.workers.stopwatch import TimedAction
 
@@ -39,22 +42,27 @@ class Hub:
         options: ProcessesOptions,
         world: World,
         make_sinks: SinkMaker,
-        num_stages: int,
     ) -> None:
-        self._job, self._options, self._world, self._num_stages = job, options, world, num_stages
+        self._job, self._options, self._world = job, options, world
         self._make_sinks = make_sinks
         self._own_sinks: Sequence[MetricsSink] = ()
         self._coordinator: Coordinator | None = None
+        self._placement: Placement | None = None
         self._threads: list[int] = []  # of every stage's process
         self._layer_threads: dict[str, int] = {}
         self._marks = timed_marks(job)
 
-    def publish(self, device: torch.device) -> dict[str, Any]:
-        """Decides who owns what and opens the coordinator; what every rank must know."""
+    def publish(self, device: torch.device, placer: Placer, store: dist.Store, measured: bool) -> dict[str, Any]:
+        """Decides who owns what and opens the coordinator; what every rank must know.
+
+        Args:
+            measured: links are measured, see `Placer.place`.
+        """
         job, options = self._job, self._options
-        costs = job.costs(device) if self._num_stages > 1 else [1.0] * len(job.network.blocks)
-        stages = options.stages if isinstance(options.stages, str) else self._num_stages
-        parts = job.partition(costs, stages)
+        if self._world.is_local:
+            placer.read()
+        self._placement = placement = placer.place(device, store, measured)
+        parts = [range(len(job.network.blocks))] if placement is None else list(placement.stages)
         self._own_sinks = self._make_sinks()
         self._sinks = FanOut(self._own_sinks)
         coordinator = Coordinator(
@@ -84,7 +92,6 @@ class Hub:
             "waits": self._sinks.waits,
             "parts": [(part.start, part.stop) for part in parts],
             "address": coordinator.address,
-            "costs": [sum(costs[i] for i in part) for part in parts],
             "settings": settings_of(job, options),
             "run": job.run,
         }
@@ -123,7 +130,6 @@ class Hub:
     def collect(
         self,
         parts: list[range],
-        predicted: list[float],
         weights: Mapping[str, torch.Tensor],
         *,
         setup_seconds: float,
@@ -134,6 +140,7 @@ class Hub:
         payloads = self._coordinator.results()
         self._coordinator.close()
         stages = [payloads[i] for i in range(len(parts))]
+        placement = self._placement
         seconds = max(payload["train_seconds"] for payload in stages)
         job = self._job
         names = [[job.network.names[i] for i in part] for part in parts]
@@ -155,6 +162,8 @@ class Hub:
             train_seconds=seconds,
             setup_seconds=setup_seconds,
             images_per_second=stages[0]["images"] / max(seconds, 1e-9),
+            predicted_images_per_second=self._predicted_rate(),
+            links=[] if placement is None else list(placement.links),
             weights=dict(weights),
             weights_sha256=weights_digest(weights.items()),
             peak_memory_bytes=[payload["peak_memory"] for payload in stages],
@@ -162,10 +171,16 @@ class Hub:
             threads=self._threads,
             stopped_by=stopped.signal if stopped else None,
             stop_reason=self._sinks.stop_reason,
-            predicted_stage_seconds=predicted if len(parts) > 1 else [],
+            predicted_stage_seconds=[] if placement is None else placement.stage_seconds,
             measured_stage_seconds=[payload["step_seconds"] for payload in stages],
             recoveries=self._coordinator.recoveries,
         )
+
+    def _predicted_rate(self) -> float:
+        job = self._job
+        if self._placement is None:
+            return 0.0
+        return self._placement.images_per_second(job.plan, job.start, self._options.queue_depth)
 
 
 def _gate(job: Job, for_sinks: bool) -> EpochGate | None:

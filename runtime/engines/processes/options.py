@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unlocked.runtime.control.messages import PROTOCOL_VERSION
@@ -35,6 +36,12 @@ class ProcessesOptions(PipelineOptions):
         True,
         "keep each of a machine's processes on cores of its own (on a CPU)",
         off="let processes of one machine share its cores freely",
+    )
+    placement: Path | None = setting(
+        None,
+        "a JSON file of what layers and links take, measured, and the stages that were chosen: read where it is there, "
+        "so that this run is cut as the one that wrote it; else written",
+        place="JSON file",
     )
     start_timeout: float = setting(
         120.0,

@@ -13,15 +13,18 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import IO, Any
 
 import torch
 
 from unlocked.data.cores import usable_cores
 from unlocked.runtime.control.messages import RunFailed
+from unlocked.runtime.engines.pipeline import AUTO
 from unlocked.runtime.engines.processes.local_launch import Started, start_processes
 from unlocked.runtime.engines.processes.options import ProcessesOptions
 from unlocked.runtime.engines.processes.parcel import pack_data, pack_job, set_global_state, set_loader_states
+from unlocked.runtime.engines.processes.placing import auto_stages, filed_placement
 from unlocked.runtime.engines.processes.reports import ENDED, FAILED, first_cause
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.sinks import FanOut
@@ -49,8 +52,9 @@ def run_spawned(engine: ProcessesOptions, job: Job, make_sinks: SinkMaker) -> Ru
         RunFailed: a worker failed, or is lost; names its stage. A note has the worker's own traceback.
     """
     began = time.perf_counter()
-    count = _number_of_processes(engine, job)
-    threads = max(1, min(torch.get_num_threads(), usable_cores() // count))
+    count, threads = _number_of_processes(engine, job)
+    if engine.stages == AUTO:
+        engine = replace(engine, stages=count)
     with start_processes(count, _WORKER, threads=threads) as started:
         run = _Run(started, make_sinks)
         with StopSignals(run.stop) as signals:
@@ -220,14 +224,20 @@ def _read(stream: IO[bytes]) -> bytes:
         return b""
 
 
-def _number_of_processes(engine: ProcessesOptions, job: Job) -> int:
-    """One per stage; unless told: one per layer, but no more than there are GPUs, or cores."""
-    layers = len(job.network.blocks)
-    if isinstance(engine.stages, str):
-        return len(job.partition([1.0] * layers, engine.stages))
-    if engine.stages is None:
+def _number_of_processes(engine: ProcessesOptions, job: Job) -> tuple[int, int]:
+    """One per stage, and the threads of each; unless told: one per layer, but no more than there are GPUs, or cores."""
+    layers, stages = len(job.network.blocks), engine.stages
+    if stages == AUTO and job.device.type == "cpu":
+        return auto_stages(engine, job)
+    if stages in (None, AUTO):
+        placement = filed_placement(engine)
         places = torch.cuda.device_count() if job.device.type == "cuda" else usable_cores()
-        return max(1, min(layers, places))
-    if engine.stages > layers:
-        raise ValueError(f"{engine.stages} stages for {layers} layers; give at most {layers}")
-    return engine.stages
+        count = max(1, min(layers, places)) if placement is None else len(placement.stages)
+    elif isinstance(stages, str):
+        count = len(job.partition([], stages))
+    else:
+        assert stages is not None
+        count = stages
+    if count > layers:
+        raise ValueError(f"{count} stages for {layers} layers; give at most {layers}")
+    return count, max(1, min(torch.get_num_threads(), usable_cores() // count))

@@ -28,7 +28,7 @@ from unlocked.runtime.engines.one_process import (
     threads_of,
     warn_of_threads,
 )
-from unlocked.runtime.engines.pipeline import PipelineOptions
+from unlocked.runtime.engines.pipeline import AUTO, PipelineOptions
 from unlocked.runtime.engines.saver import RunSaver
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
@@ -377,7 +377,7 @@ def _partition(job: Job, stages: int | str | None) -> list[range]:
     costs = [1.0] * layers
     if isinstance(stages, int) and 1 < stages < layers:
         costs = job.costs()
-    return job.partition(costs, layers if stages is None else stages)
+    return job.partition(costs, layers if stages in (None, AUTO) else stages)
 
 
 def _rings(job: Job, parts: list[range], queue_depth: int) -> list[Ring]:

@@ -1,0 +1,51 @@
+"""GELU by the exact normal distribution, and back, over the C++ kernels.
+
+No other backend has it: where one does not say `Abilities.gelu`, the local step takes the library's operations."""
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels.cpp.bindings import load_kernels
+
+__all__ = ["gelu_backward", "gelu_forward"]
+
+_ROWS = 64  # as gelu.cpp has it
+
+
+def gelu_forward(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(x Phi(x), its derivative), both like `x`, with Phi the normal distribution function.
+
+    Args:
+        x: float32 or bfloat16, dense, of any shape.
+        in_place: the derivative takes its place.
+    """
+    y, slope = torch.empty_like(x), x if in_place else torch.empty_like(x)
+    load_kernels().unlocked_gelu_forward(
+        int(x.dtype == torch.bfloat16), x.data_ptr(), x.numel(), y.data_ptr(), slope.data_ptr(), torch.get_num_threads()
+    )
+    return y, slope
+
+
+def gelu_backward(grad: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad * slope, in the place of `slope`; its sums over all but the last dimension, [D] float32).
+
+    Args:
+        grad: [..., D], like `slope`.
+        slope: contiguous.
+    """
+    grad, columns = grad.contiguous(), slope.shape[-1]
+    rows = slope.numel() // columns
+    sums = torch.empty(columns)
+    scratch = torch.empty(-(-rows // _ROWS) * columns)
+    load_kernels().unlocked_gelu_backward(
+        int(slope.dtype == torch.bfloat16),
+        grad.data_ptr(),
+        slope.data_ptr(),
+        rows,
+        columns,
+        slope.data_ptr(),
+        sums.data_ptr(),
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return slope, sums

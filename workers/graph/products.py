@@ -1,0 +1,95 @@
+"""Products of activations and weights: which library makes them, and their gradients in closed form."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlocked.workers.graph.operations import Casts, Gradients, Operation, trained
+
+__all__ = ["Linear", "Product", "product"]
+
+_LARGE = 1 << 22  # multiply-adds from which another library's call is worth its while
+
+
+class Linear(Operation):
+    """A product with a weight, of whatever dimensions stand before the features.
+
+    Args:
+        bias_is_ahead: as of `Convolution`.
+    """
+
+    def __init__(self, linear: nn.Linear, casts: Casts, *, bias_is_ahead: bool = False) -> None:
+        self.linear, self._casts = linear, casts
+        self._matrix, self._bias = linear.weight, linear.bias
+        self.parameters = trained(linear.weight, linear.bias)
+        self._has_bias = linear.bias is not None and not bias_is_ahead
+        self._zero = torch.zeros_like(linear.bias) if bias_is_ahead and linear.bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., D]."""
+        self._x = self._casts.value(x)
+        self._weight = self._casts.weight(self._matrix, self._x.dtype)
+        bias = self._casts.weight(self._bias, self._x.dtype) if self._has_bias else None
+        return product(self._x, self._weight, bias)
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        return self.with_sums(grad, None, wanted)
+
+    def with_sums(self, grad: Tensor, sums: Tensor | None, wanted: Sequence[bool]) -> Gradients:
+        """`backward` where the bias's gradient, the sums of `grad` over its rows, [D], is known already."""
+        x = self._x
+        x_grad = product(grad, self._weight.T) if wanted[0] else None
+        del self._x, self._weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        grads = [rows.T @ x.reshape(-1, x.shape[-1])] if self._matrix.requires_grad else []
+        if self._bias is not None and self._bias.requires_grad:
+            of_bias = self._zero if self._zero is not None else sums
+            grads.append(rows.sum(0) if of_bias is None else of_bias)
+        return [x_grad], grads
+
+
+class Product(Operation):
+    """The same of a weight and a bias that are values like others: parameters that a forward() uses as they are."""
+
+    def __init__(self, casts: Casts) -> None:
+        self._casts = casts
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., D_in], [D, D_in] and [D] -> [..., D]."""
+        self._x = self._casts.value(x)
+        self._weight = weight.to(self._x.dtype)
+        return product(self._x, self._weight, None if bias is None else bias.to(self._x.dtype))
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        x, weight = self._x, self._weight
+        del self._x, self._weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        grads = [product(grad, weight.T) if wanted[0] else None]
+        grads.append(rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None)
+        return [*grads, *(rows.sum(0) if is_wanted else None for is_wanted in wanted[2:])], []
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightT + bias, [..., D_in] -> [..., D], of a weight [D, D_in] of any strides.
+
+    Large float32 products of tokens go to oneDNN on AMD's processors, where torch's other library, MKL, takes a fifth
+    more time (docs/performance.md); which one depends on shapes and the processor alone. A weight's own gradient, whose
+    long dimension is summed over, is no faster there.
+    """
+    large = x.dim() > 2 and x.numel() * weight.shape[0] >= _LARGE
+    if large and x.dtype == torch.float32 and x.device.type == "cpu" and _prefers_onednn():
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return F.linear(x, weight, bias)
+
+
+@lru_cache
+def _prefers_onednn() -> bool:
+    """The processor is AMD's, and this torch has the operation."""
+    info = Path("/proc/cpuinfo")
+    amd = info.exists() and "AuthenticAMD" in info.read_text()
+    return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
