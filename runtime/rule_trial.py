@@ -25,6 +25,7 @@ from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule, misfit, 
 from unlocked.runtime.network import Network, optimizer_of
 from unlocked.runtime.side_channel import SideChannel, plan_side_channel
 from unlocked.workers.errors import NonFiniteWeightsError
+from unlocked.workers.finite import FiniteState
 from unlocked.workers.optimizers import OptimizerFactory
 from unlocked.workers.passing import PassLayer
 
@@ -128,6 +129,7 @@ def check_task(name: str, rule: LocalRule, info: LayerInfo) -> None:
 
 def _try_rule(rule: LocalRule, activations: Tensor, targets: Tensor, chosen: Rule, info: LayerInfo) -> None:
     depends = False
+    state = FiniteState(info.name, {"rule": rule})
     try:
         with torch.enable_grad():
             loss = rule(activations, targets)
@@ -136,6 +138,7 @@ def _try_rule(rule: LocalRule, activations: Tensor, targets: Tensor, chosen: Rul
     except (Exception, SystemExit) as error:
         raise misfit(info, chosen, error) from error
     _check_loss(loss, chosen, info)
+    _check_state(state, chosen)
     if not depends:
         raise ValueError(
             f"the rule {rule_name(chosen)} of layer {info.name} gives a loss that does not depend on the activations, "
@@ -178,11 +181,10 @@ def _try_pass(
         raise misfit(info, chosen, error) from error
     _check_loss(loss, chosen, info)
     try:
-        layer.check_weights()
+        layer.finite.check()
     except NonFiniteWeightsError as error:
         raise ValueError(
-            f"the rule {rule_name(chosen)} leaves weights that are not finite after one step on made-up samples: "
-            f"{error}"
+            f"the rule {rule_name(chosen)} leaves values that are not finite after one step on made-up samples: {error}"
         ) from error
     idle = bool(layer.parameters) and all(p.grad is None for p in layer.parameters)
     if idle and all(torch.equal(before[name], value) for name, value in _learned(layer)):
@@ -223,6 +225,15 @@ def _samples(network: Network, info: LayerInfo) -> int:
 def _generator(info: LayerInfo) -> torch.Generator:
     """For made-up samples: the global ones must not move, or the rule would seem to draw."""
     return torch.Generator().manual_seed(info.index)
+
+
+def _check_state(state: FiniteState, chosen: Rule) -> None:
+    try:
+        state.check()
+    except NonFiniteWeightsError as error:
+        raise ValueError(
+            f"the rule {rule_name(chosen)} leaves values that are not finite after one step on made-up samples: {error}"
+        ) from error
 
 
 def _check_loss(loss: object, chosen: Rule, info: LayerInfo) -> None:

@@ -18,7 +18,8 @@ from unlocked.kernels.vocabulary import pieces, using
 from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
 from unlocked.rules import LayerInfo, LocalRule, has_scores
 from unlocked.workers.delivery import as_delivered, count_correct
-from unlocked.workers.errors import NonFiniteLossError, NonFiniteWeightsError
+from unlocked.workers.errors import NonFiniteLossError
+from unlocked.workers.finite import FiniteState
 from unlocked.workers.frozen import frozen_modules
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 from unlocked.workers.step import Step
@@ -83,6 +84,7 @@ class Layer:
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
         self.task = info.task
         self.classifies = self.task.name == "classification"
+        self.finite = FiniteState(info.name, {"rule": self.rule, "block": self.block})
         # Sums as the task has them (of a classification: loss, hits, hits among the first five), read every N steps.
         self.totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.eval_totals = torch.zeros(sums, dtype=torch.float64, device=device)
@@ -279,13 +281,6 @@ class Layer:
         for prefix, module in (("rule", self.rule), ("block", self.block)):
             for name, value in module.state_dict().items():
                 yield f"{self.name}.{prefix}.{name}", value
-
-    def check_weights(self) -> None:
-        """Raises: NonFiniteWeightsError: a parameter that is trained holds NaN or infinity. Waits for the device."""
-        modules = {"rule": self.rule, "block": self.block}
-        named = [(f"{prefix}.{name}", p) for prefix, m in modules.items() for name, p in m.named_parameters()]
-        if broken := [name for name, p in named if p.requires_grad and not bool(p.isfinite().all())]:
-            raise NonFiniteWeightsError(self.name, broken)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on exactly from here."""

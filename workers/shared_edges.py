@@ -111,7 +111,7 @@ class SharedInEdge:
     """
 
     def __init__(self, log: SlotLog, link: "_Link", depth: int) -> None:
-        self._log, self._link, self._depth = log, link, depth
+        self.log, self._link, self._depth = log, link, depth
         self.keeps_log = False
         self.fill = 0.0
         """Moving average of the share of slots that were full when the stage asked for the next one."""
@@ -123,7 +123,7 @@ class SharedInEdge:
     @property
     def unkept(self) -> float:
         """How full the log is, 0 to 1, of micro-batches that wait for `keep`; 1: the sender will soon have to wait."""
-        return (self.count - self._log.kept) / max(self._log.slots - self._depth - 1, 1)
+        return (self.count - self.log.kept) / max(self.log.slots - self._depth - 1, 1)
 
     def expect(self, items: Iterable[Item]) -> None:
         self._expected.extend(items)
@@ -132,22 +132,22 @@ class SharedInEdge:
         expected = self._expected.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
         number = self._next
-        self.fill += 0.1 * (min((self._log.sent - number) / self._depth, 1.0) - self.fill)
-        self._link.wait_until(lambda: self._log.has(number))
+        self.fill += 0.1 * (min((self.log.sent - number) / self._depth, 1.0) - self.fill)
+        self._link.wait_until(lambda: self.log.has(number))
         self._next += 1
-        return self._log.views(number, item.size, item.kind)
+        return self.log.views(number, item.size, item.kind)
 
     def release(self) -> None:
         self.count += 1
-        if self.count > self._log.done:  # not so where a dead incarnation's work is done again
-            self._log.done = self.count
+        if self.count > self.log.done:  # not so where a dead incarnation's work is done again
+            self.log.done = self.count
         if not self.keeps_log:
-            self._log.kept = self.count
+            self.log.kept = self.count
         self._link.wake()
 
     def keep(self) -> None:
         """This stage has saved itself as it is now: it will never ask again for what it has released."""
-        self._log.kept = self.count
+        self.log.kept = self.count
         self._link.wake()
 
     def go_back(self, count: int) -> None:
@@ -183,31 +183,31 @@ class SharedOutEdge:
         except (OSError, ValueError) as error:
             link.close()
             raise LinkLostError(f"can't reach {neighbour} ({error})") from error
-        self._log, self._link, self._depth = SlotLog(memory, layout, slots), _Link(link, neighbour, timeout), depth
+        self.log, self._link, self._depth = SlotLog(memory, layout, slots), _Link(link, neighbour, timeout), depth
         self.count = 0
         """Micro-batches that this end has let go: the number of the next one."""
         self._scratch: Tensor | None = None
 
     def reserve(self, item: Item) -> Slot:
-        if self.count < self._log.sent:  # the neighbour has it from a dead incarnation, and may be reading it
+        if self.count < self.log.sent:  # the neighbour has it from a dead incarnation, and may be reading it
             if self._scratch is None:
-                layout = self._log.layout
-                self._scratch = layout.allocate(self._log.slot(0).device)
-            return self._log.layout.views(self._scratch, item.size, item.kind)
+                layout = self.log.layout
+                self._scratch = layout.allocate(self.log.slot(0).device)
+            return self.log.layout.views(self._scratch, item.size, item.kind)
         # Always there, but for a log that is full: then the neighbour is about to save itself.
-        self._link.wait_until(lambda: self._log.has_room(self.count))
-        return self._log.views(self.count, item.size, item.kind)
+        self._link.wait_until(lambda: self.log.has_room(self.count))
+        return self.log.views(self.count, item.size, item.kind)
 
     def send(self, item: Item) -> None:
-        if self.count >= self._log.sent:
-            self._link.wait_until(lambda: self.count - self._log.done < self._depth)
-            self._log.sent = self.count + 1
+        if self.count >= self.log.sent:
+            self._link.wait_until(lambda: self.count - self.log.done < self._depth)
+            self.log.sent = self.count + 1
         self._link.wake()  # a dead incarnation may have counted it, and not have come to this
         self.count += 1
 
     def flush(self) -> None:
         """Waits until the receiver has done everything."""
-        self._link.wait_until(lambda: self._log.done >= self.count)
+        self._link.wait_until(lambda: self.log.done >= self.count)
 
     def go_back(self, count: int) -> None:
         """Begins again with micro-batch `count`: what the neighbour has already is computed, but not sent again."""

@@ -21,7 +21,14 @@ from unlocked.kernels.triton.aot_spec import AotSpec
 __all__ = ["ARCHITECTURES", "MODULES", "AotSpec", "all_specs", "compile_ahead", "main"]
 
 ARCHITECTURES = (90, 80)
-MODULES = ("head", "norm_act_specs", "weight_grad_specs", "images", "optim")  # the files that list specialisations
+MODULES = (
+    "head",
+    "rule_heads",
+    "norm_act_specs",
+    "weight_grad_specs",
+    "images",
+    "optim",
+)  # the files that list specialisations
 
 
 def all_specs() -> list[AotSpec]:

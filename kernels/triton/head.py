@@ -26,7 +26,7 @@ from unlocked.kernels.triton.pieces import (
     identity_backward,
 )
 
-__all__ = ["AOT_SPECS", "MAX_SIZE", "HeadPieces", "local_head", "make_head"]
+__all__ = ["AOT_SPECS", "MAX_SIZE", "HeadPieces", "head_spec", "local_head", "make_head"]
 
 MAX_SIZE = 8192  # latents, basis rows and classes: a row of each is held in registers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -283,13 +283,15 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _head_spec(
+def head_spec(
     name: str, pieces: HeadPieces, dim: int, rows: int, classes: int, dims: int = 0, dtype: str = "fp32", **options: Any
 ) -> AotSpec:
-    """A specialisation of the head kernel as a call compiles it; `batch` is 64 unless given."""
+    """A specialisation of the head kernel as a call compiles it; `batch` is 64 unless given, `normalize` whether there
+    is a basis."""
     has_basis, trained_basis = options.get("has_basis", True), options.get("trained_basis", False)
     batch = options.get("batch", 64)
-    constants = dict(_geometry(pieces, has_basis, dim, rows, classes, dims, has_basis, trained_basis, batch).constants)
+    normalize = options.get("normalize", has_basis)
+    constants = dict(_geometry(pieces, normalize, dim, rows, classes, dims, has_basis, trained_basis, batch).constants)
     warps = constants.pop("num_warps")
     constants["COUNT_FIVE"] = not has_basis  # as the output layer's totals
     float_pointers = ("basis", "modulation", "loss_sum", "modulation_grad", "scratch")
@@ -316,12 +318,12 @@ _PRODUCT_SIZES = {"LEFT": 10, "RIGHT": 512, "TILE_LEFT": 16, "TILE_RIGHT": _PROD
 
 # SmallConv's heads at batch 64 (512 and 256 latents, 10 classes), its output layer, and the largest head.
 AOT_SPECS = [
-    _head_spec("SmallConv LLS 512", LLS_PLAIN, 512, 10, 10),
-    _head_spec("SmallConv LLS_M 256 bf16", LLS_VECTOR, 256, 10, 10, 1, "bf16"),
-    _head_spec("SmallConv LLS_MxM_reduced 512", LLS_MATRIX, 512, 20, 10, 2),
-    _head_spec("SmallConv LLS_MxM 512 at batch 2048", LLS_MATRIX, 512, 10, 10, 2, batch=2048),
-    _head_spec("SmallConv LocalLosses 512", LLS_PLAIN, 512, 10, 10, trained_basis=True),
-    _head_spec("SmallConv output layer", LLS_PLAIN, 10, 10, 10, has_basis=False),
+    head_spec("SmallConv LLS 512", LLS_PLAIN, 512, 10, 10),
+    head_spec("SmallConv LLS_M 256 bf16", LLS_VECTOR, 256, 10, 10, 1, "bf16"),
+    head_spec("SmallConv LLS_MxM_reduced 512", LLS_MATRIX, 512, 20, 10, 2),
+    head_spec("SmallConv LLS_MxM 512 at batch 2048", LLS_MATRIX, 512, 10, 10, 2, batch=2048),
+    head_spec("SmallConv LocalLosses 512", LLS_PLAIN, 512, 10, 10, trained_basis=True),
+    head_spec("SmallConv output layer", LLS_PLAIN, 10, 10, 10, has_basis=False),
     AotSpec("batch_product SmallConv basis", batch_product_kernel, _PRODUCT_TYPES, _PRODUCT_SIZES),
-    _head_spec("1000 classes, 8192 latents", LLS_MATRIX, 8192, 1000, 1000, 2),
+    head_spec("1000 classes, 8192 latents", LLS_MATRIX, 8192, 1000, 1000, 2),
 ]

@@ -13,16 +13,18 @@ classes says nothing in its loss. `centre_arguments` makes its basis and modulat
 """
 
 from math import sqrt
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from unlocked.kernels.triton.head import make_head
+from unlocked.kernels.triton.head import head_spec, make_head
 from unlocked.kernels.triton.pieces import HeadPieces, first_maximum_is
 
 __all__ = [
+    "AOT_SPECS",
     "biased_scores",
     "biased_scores_backward",
     "centre_arguments",
@@ -62,9 +64,13 @@ def n_pair_margin(scores, label, inside, CLASSES: tl.constexpr, temperature, mar
     return loss, scores_grad, first_maximum_is(label, scores, inside)
 
 
-projection_head = make_head(HeadPieces())
-classifier_head = make_head(HeadPieces(scores=biased_scores, scores_backward=biased_scores_backward))
-distance_head = make_head(HeadPieces(scores=biased_scores, scores_backward=biased_scores_backward, loss=n_pair_margin))
+_PROJECTION = HeadPieces()
+_CLASSIFIER = HeadPieces(scores=biased_scores, scores_backward=biased_scores_backward)
+_DISTANCE = HeadPieces(scores=biased_scores, scores_backward=biased_scores_backward, loss=n_pair_margin)
+
+projection_head = make_head(_PROJECTION)
+classifier_head = make_head(_CLASSIFIER)
+distance_head = make_head(_DISTANCE)
 
 
 def centre_arguments(centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,3 +83,17 @@ def centre_gradient(centres: Tensor, basis_grad: Tensor, modulation_grad: Tensor
     """Of trained centres, from the gradients of what `centre_arguments` made of them."""
     dim = centres.shape[1]
     return torch.addcmul(basis_grad * (2 / sqrt(dim)), centres, modulation_grad[:, None], value=-2 / dim)
+
+
+_TRAINED: dict[str, Any] = {"trained_basis": True, "normalize": False}
+
+# SmallConv's heads at batch 64, and the largest of each.
+AOT_SPECS = [
+    head_spec("SmallConv MonoForward 512", _PROJECTION, 512, 10, 10, **_TRAINED),
+    head_spec("SmallConv PredictiveSimilarity 512", _CLASSIFIER, 512, 10, 10, 1, **_TRAINED),
+    head_spec("SmallConv PredictiveSimilarity 256 bf16", _CLASSIFIER, 256, 10, 10, 1, "bf16", **_TRAINED),
+    head_spec("SmallConv DistanceForward 512", _DISTANCE, 512, 10, 10, 1, trained_basis=True),
+    head_spec("SmallConv DistanceForward 512 at batch 2048", _DISTANCE, 512, 10, 10, 1, trained_basis=True, batch=2048),
+    head_spec("1000 classes, 8192 latents, PredictiveSimilarity", _CLASSIFIER, 8192, 1000, 1000, 1, **_TRAINED),
+    head_spec("1000 classes, 8192 latents, DistanceForward", _DISTANCE, 8192, 1000, 1000, 1, trained_basis=True),
+]

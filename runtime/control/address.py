@@ -73,11 +73,22 @@ class Address:
         return f"Address({self.endpoint})"
 
 
-def dial(context: "zmq.Context[Any]", address: Address, keys: KeyPair) -> tuple["zmq.Socket[Any]", "zmq.Socket[Any]"]:
-    """A DEALER that connects to the coordinator, and its monitor, which tells when the connection has dropped."""
+def dial(
+    context: "zmq.Context[Any]",
+    address: Address,
+    keys: KeyPair,
+    watched: int = zmq.EVENT_DISCONNECTED,
+    patience: int = 0,
+) -> tuple["zmq.Socket[Any]", "zmq.Socket[Any]"]:
+    """A DEALER that connects to the coordinator, and its monitor, which tells when the connection has dropped.
+
+    Args:
+        watched: the events of which the monitor tells.
+        patience: milliseconds of one attempt; 0: the system's.
+    """
     dealer = context.socket(zmq.DEALER)
-    # One peer, so its monitor needs no mapping: the coordinator's process is gone when the connection drops.
-    monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    monitor = dealer.get_monitor_socket(watched)  # of one peer: its events need no mapping
+    dealer.setsockopt(zmq.CONNECT_TIMEOUT, patience)
     dealer.setsockopt(zmq.IPV6, int("[" in address.endpoint))
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     dealer.setsockopt(zmq.CURVE_SERVERKEY, address.public_key)

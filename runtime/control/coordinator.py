@@ -99,7 +99,7 @@ class Coordinator:
         self._callback_error: str | None = None
         self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
-        how: dict[str, Any] = {"on_recovery": self._recovered, "hello_seconds": heartbeat_timeout, "door": self._door}
+        how: dict[str, Any] = {"on_recovery": self._recovered, "silence": heartbeat_timeout, "door": self._door}
         how["first"] = first
         self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
         self._edges = EdgeBook(self._roster, self._send)
@@ -291,8 +291,8 @@ class Coordinator:
         saved = self._ledger.saved(member.hello.stage)
         self._send(member.identity, m.Start(first=self._first, total=self._total, saved=saved, clock=time.time()))
         self._send(member.identity, self._grant())
-        if self.stopped:
-            self._send(member.identity, self.stopped)
+        for word in filter(None, (self.stopped, m.Bye() if self._complete else None)):
+            self._send(member.identity, word)
 
     def _recovered(self, recovery: Recovery) -> None:
         self.recoveries.append(recovery)

@@ -33,7 +33,9 @@ class EdgeBook:
             self._form(message.edge)
 
     def came_back(self, worker: Member) -> None:
-        """A stage has a new worker, whose links are all to be formed anew."""
+        """A stage has a new worker, whose links are all to be formed anew; a supervisor has none."""
+        if isinstance(worker.hello, m.Supervise):
+            return
         stage = worker.hello.stage
         if stage + 1 in self._kept:
             self._tell(stage, m.Kept(count=self._kept[stage + 1]))

@@ -20,7 +20,8 @@ class Member:
         position: stream positions that it has completed.
         chunks: the parts of its final payload so far.
         finished: its final payload is here.
-        gone: it is known to have ended, and its supervisor is about to start the next one.
+        gone: it is known to have ended, and its supervisor is about to start the next one; of a supervisor: its
+            connection has closed, and it may make it anew.
     """
 
     identity: bytes
@@ -39,6 +40,27 @@ class Member:
     def local(self) -> bool:
         """It lives in the coordinator's own process."""
         return self.hello.pid == os.getpid() and self.hello.host == socket.gethostname()
+
+    @property
+    def has_ended(self) -> bool:
+        """Its process is known to be over: it is one of this machine's (Linux), and is not there any more."""
+        if self.hello.host != socket.gethostname() or not os.path.exists("/proc/self/stat"):
+            return False
+        try:
+            with open(f"/proc/{self.hello.pid}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] in "ZX"  # proc(5): nobody has waited for it yet
+        except OSError:
+            return True
+
+    def is_return_of(self, before: "Member") -> bool:
+        """Whether this is the same supervisor, by a later connection."""
+        new, old = self.hello, before.hello
+        return (
+            isinstance(new, Supervise)
+            and isinstance(old, Supervise)
+            and (new.pid, new.host) == (old.pid, old.host)
+            and new.returns > old.returns
+        )
 
 
 class Roster:
@@ -93,7 +115,7 @@ class Roster:
         if layers != self._stages[stage]:
             return f"{member.name} should run {', '.join(self._stages[stage])}; give all workers the same settings"
         other = self._kind(member).get(stage)
-        if other is not None and not (other.gone and isinstance(member.hello, Hello)):
+        if other is not None and not ((other.gone and isinstance(member.hello, Hello)) or member.is_return_of(other)):
             return (
                 f"{member.name} joined twice: pid {other.hello.pid} on {other.hello.host}, pid {member.hello.pid} on "
                 f"{member.hello.host}; give each worker its own rank"
@@ -101,7 +123,7 @@ class Roster:
         return None
 
     def add(self, member: Member) -> None:
-        """Takes a member in, in the place of the incarnation before it."""
+        """Takes a member in, in the place of the incarnation, or of the connection, before it."""
         before = self._kind(member).get(member.hello.stage)
         if before is not None:
             del self._by_identity[before.identity]

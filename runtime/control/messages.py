@@ -98,6 +98,10 @@ class Supervise:
     pid: int
     host: str
     layers: tuple[str, ...]
+    returns: int = 0
+    """How often it has lost its connection and made it anew."""
+    incarnation: int = 0
+    """The latest worker that it was told to start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,6 @@ class Pulse:
             if member.gone:
                 continue
             if not self._send(member.identity, ping):
-                (self._recoveries.gone if is_worker else self._failures.lost)(member, "its connection closed")
+                (self._recoveries.gone if is_worker else self._recoveries.away)(member, "its connection closed")
             elif now - member.heard > self._timeout:
                 (self._recoveries.silent if is_worker else self._failures.lost)(member, silence)

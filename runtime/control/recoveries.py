@@ -13,6 +13,7 @@ from typing import Any
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.entrance import Door
 from unlocked.runtime.control.failures import Failures
+from unlocked.runtime.control.lifeline import quiet_seconds
 from unlocked.runtime.control.member import Member, Roster
 from unlocked.runtime.metrics.records import Recovery
 
@@ -21,6 +22,8 @@ __all__ = ["Recoveries"]
 HOUR = 3600.0
 WORD_SECONDS = 5.0
 """That a supervisor may take to say how its worker ended, after the worker's connection has closed."""
+RETURN_SECONDS = 5.0
+"""That a supervisor may take to make its connection anew: its own end looks the same from another machine."""
 SAME_PLACE = 4
 """Deaths of one stage at the same position, after which a further one is taken to be no accident."""
 
@@ -40,6 +43,9 @@ class Recoveries:
     Args:
         send: takes a connection's identity and a message.
         on_recovery: told of every recovery that has succeeded.
+        silence: seconds without a word after which a process counts as lost; also those that a worker may take to say
+            hello once it is asked for.
+        door: open while somebody is expected.
         first: where the stream begins.
         hello_seconds: that a worker may take to say hello once it is asked for.
         door: open while one is expected.
@@ -52,14 +58,14 @@ class Recoveries:
         *,
         send: Callable[[bytes, Any], bool],
         on_recovery: Callable[[Recovery], object],
-        hello_seconds: float,
+        silence: float,
         door: Door,
         first: int,
     ) -> None:
         self._roster, self._failures, self._first = roster, failures, first
         self.most = 0
         """Recoveries within an hour; a further one ends the run. 0: workers have no supervisors."""
-        self._send, self._on_recovery, self._hello_seconds = send, on_recovery, hello_seconds
+        self._send, self._on_recovery, self._silence = send, on_recovery, silence
         self._door = door
         self.store: Door | None = None
         """Of the store, of which new workers ask how to reach their neighbours; closed while none is expected."""
@@ -67,13 +73,14 @@ class Recoveries:
         self._revivals: dict[int, _Revival] = {}
         self._silent_since: dict[int, float] = {}  # stages whose worker's connection has closed
         self._awaited_since: dict[int, float] = {}  # stages whose supervisor is about to start a worker
+        self._away_since: dict[int, float] = {}  # stages whose supervisor's connection has closed
         self._times: deque[float] = deque()  # of the last hour's recoveries
         self._places: dict[int, tuple[int, int]] = {}  # stage -> position of its last death, and deaths there
 
     @property
     def pending(self) -> bool:
         """Some stage has no worker just now."""
-        return bool(self._revivals or self._silent_since or self._awaited_since)
+        return bool(self._revivals or self._silent_since or self._awaited_since or self._away_since)
 
     def died(self, supervisor: Member, message: m.Died) -> None:
         """A supervisor says that its worker has ended."""
@@ -107,6 +114,16 @@ class Recoveries:
         else:
             self._revive(worker, why)
 
+    def away(self, supervisor: Member, why: str) -> None:
+        """A supervisor's connection has closed. Once the run has begun it may make it anew, if it is still there."""
+        stage = supervisor.hello.stage
+        if supervisor.has_ended or not self._roster.is_complete:
+            self._failures.lost(supervisor, why)
+        elif stage not in self._away_since:
+            supervisor.gone = True
+            self._away_since[stage] = time.monotonic()
+            self._door.open()
+
     def is_late(self, hello: m.Hello) -> bool:
         """Whether this is the hello of a worker that has been replaced meanwhile: of its death its supervisor has told,
         by another connection, before its own words came."""
@@ -123,11 +140,20 @@ class Recoveries:
         elif stage not in self._roster.workers:
             self._awaited_since[stage] = time.monotonic()
 
-    def came_back(self, worker: Member) -> None:
-        """A worker has said hello in the place of another one."""
-        self._silent_since.pop(worker.hello.stage, None)
-        if not any(worker.gone for worker in self._roster.workers.values()):
-            self._door.close()
+    def came_back(self, member: Member) -> None:
+        """A worker has said hello in the place of another one; or a supervisor by another connection: it hears what it
+        may have missed, and has its time again for what it may have been about to say."""
+        stage, now, hello = member.hello.stage, time.monotonic(), member.hello
+        if isinstance(hello, m.Hello):
+            self._silent_since.pop(stage, None)
+            return
+        self._away_since.pop(stage, None)
+        for since in (self._silent_since, self._awaited_since):
+            if stage in since:
+                since[stage] = now
+        revival = self._revivals.get(stage)
+        if revival is not None and hello.incarnation < revival.incarnation:
+            self._send(member.identity, m.Revive(incarnation=revival.incarnation))
 
     def replayed(self, worker: Member, message: m.Replayed) -> None:
         """A new worker has come to where the one before it was."""
@@ -149,21 +175,47 @@ class Recoveries:
 
     def tick(self, now: float) -> None:
         """What is due at `now` (monotonic seconds)."""
+        self._turn_the_key(now)
+        self._miss_supervisors(now)
         if self.store is not None and not self._store_is_shut and self._all_linked:
             self._store_is_shut = True
             self.store.close()
         for stage, since in tuple(self._silent_since.items()):
-            if now - since > WORD_SECONDS:
+            if now - since > WORD_SECONDS and stage not in self._away_since:
                 del self._silent_since[stage]
                 self._failures.lost(self._roster.workers[stage], "its connection closed")
         for stage, since in tuple(self._awaited_since.items()):
-            if now - since > self._hello_seconds:
+            if now - since > self._silence and stage not in self._away_since:
                 del self._awaited_since[stage]
-                why, worker = f"did not report within {self._hello_seconds:g} s", self._roster.workers.get(stage)
+                why, worker = f"did not report within {self._silence:g} s", self._roster.workers.get(stage)
                 if worker is not None:
                     self._revive(worker, why)
                 else:
                     self._failures.fail(f"{self._roster.name(stage)} is lost: its worker {why}")
+
+    def _miss_supervisors(self, now: float) -> None:
+        """Those that are away are lost after a while, unless they may go by now."""
+        for stage, since in tuple(self._away_since.items()):
+            supervisor = self._roster.supervisors[stage]
+            why = "its connection closed"
+            if now - since > RETURN_SECONDS:
+                why += f", and it made no other within {RETURN_SECONDS:g} s"
+            elif not supervisor.has_ended:
+                continue
+            del self._away_since[stage]
+            if not all(one.finished for one in self._roster.workers.values()):
+                self._failures.lost(supervisor, why)
+
+    def _turn_the_key(self, now: float) -> None:
+        """The door is open while somebody is missing, or may be about to make a connection anew."""
+        if not self._roster.is_complete:
+            return
+        quiet = quiet_seconds(self._silence)
+        is_missing = any(one.gone for one in self._roster.everybody())
+        if is_missing or any(now - one.heard > quiet for one in self._roster.supervisors.values()):
+            self._door.open()
+        else:
+            self._door.close()
 
     @property
     def _all_linked(self) -> bool:

@@ -4,19 +4,16 @@ It does no work of the stage's, so that nothing of a layer, a rule or a library 
 a worker (the memory between the stages, the worker's own snapshot), takes the signals, and keeps the caller's process.
 """
 
-import contextlib
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import zmq
-
 from unlocked.runtime.control import messages as m
-from unlocked.runtime.control.address import Address, KeyPair, dial
+from unlocked.runtime.control.address import Address, KeyPair
+from unlocked.runtime.control.lifeline import Lifeline
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.control.zygote import Ended, Told, Zygote, how_it_ended
 
@@ -75,7 +72,9 @@ class Supervisor:
         self._started = self._bye = False
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way."""
-        self._connection: _Connection | None = None
+        self._stop_request: m.StopRequest | None = None
+        self._died: m.Died | None = None  # that the coordinator has not answered yet
+        self._connection: Lifeline | None = None
 
     @property
     def name(self) -> str:
@@ -83,9 +82,7 @@ class Supervisor:
 
     def open(self) -> None:
         """Says hello, and starts the first worker."""
-        self._connection = _Connection(self._address, self._keys)
-        pid, host = os.getpid(), socket.gethostname()
-        self._connection.send(m.Supervise(stage=self.stage, rank=self._rank, pid=pid, host=host, layers=self._layers))
+        self._connection = Lifeline(self._address, self._keys, self._hello, self._beat_timeout)
         self._zygote.start(self._incarnation)
 
     def await_word(self, what: str) -> dict[str, Any]:
@@ -135,11 +132,25 @@ class Supervisor:
 
     # --- one turn of the loop
 
+    def _hello(self, returns: int) -> list[Any]:
+        """Who this is, and what must be said again after a connection that may have lost it; each counts once."""
+        hello = m.Supervise(
+            stage=self.stage,
+            rank=self._rank,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            layers=self._layers,
+            returns=returns,
+            incarnation=self._incarnation,
+        )
+        return [hello, *filter(None, (self._died, None if self.stopped else self._stop_request))]
+
     def _turn(self, seconds: float) -> None:
         connection = self._connection
         assert connection is not None
         connection.wait([*self._zygote.descriptors(), self._mailbox.fileno()], min(seconds, self._beat_interval))
         for order in self._mailbox.drain():
+            self._stop_request = order
             connection.send(order)
         for event in self._zygote_events(0.0):
             self._take(event)
@@ -150,9 +161,12 @@ class Supervisor:
             )
         for message in connection.receive():
             self._obey(message)
+        if self._bye:
+            return
+        connection.mend(may_return=self._started)
         connection.beat(self._beat_interval)
-        problem = connection.problem(self._beat_timeout, self.name)
-        if problem is not None and not self._bye:
+        problem = connection.problem(self.name)
+        if problem is not None:
             self._abort(problem)
 
     def _take(self, event: Ended | Told) -> None:
@@ -163,6 +177,8 @@ class Supervisor:
                 self._end = WorkerEnd(event.what, event.content)
             else:
                 self._said[event.what] = event.content
+        elif self._end is not None and self._end.what == "result" and event.status == 0:
+            self._bye = True  # which it has heard, before it left
         elif self._end is None or (self._end.what == "result" and event.status < 0 and not self._bye):
             left = self._said.pop("left", None)
             if left is not None and not left["cut"] and not self._started:
@@ -177,8 +193,8 @@ class Supervisor:
         if not self._started or self._connection is None:
             self._end = WorkerEnd("lost", {"how": how})
             return
-        died = m.Died(incarnation=self._incarnation, position=self._position(), how=how, again=again)
-        self._connection.send(died)
+        self._died = m.Died(incarnation=self._incarnation, position=self._position(), how=how, again=again)
+        self._connection.send(self._died)
 
     def _zygote_events(self, seconds: float) -> list[Ended | Told]:
         try:
@@ -196,7 +212,9 @@ class Supervisor:
         elif isinstance(message, m.Bye):
             self._bye = True
         elif isinstance(message, m.Revive):
-            self._end = None
+            if message.incarnation <= self._incarnation:
+                return  # said twice, over two connections
+            self._end = self._died = None
             self._said.clear()
             self._incarnation = message.incarnation
             self._zygote.start(message.incarnation)
@@ -219,68 +237,3 @@ class Supervisor:
         if self._end is None or self._end.what != "failure":
             self._zygote.close()
             self._on_abort(message)
-
-
-class _Connection:
-    """To the coordinator, in the thread that uses it."""
-
-    def __init__(self, address: Address, keys: KeyPair) -> None:
-        self._address = address
-        self._context = zmq.Context()
-        self._dealer, self._monitor = dial(self._context, address, keys)
-        self._waiting: deque[Any] = deque()
-        self._heard = self._beaten = self._before = time.monotonic()
-        self._stood = 0.0
-        self._dropped = False
-
-    def wait(self, others: list[int], timeout: float) -> None:
-        """Until there is something to read, here or on the other descriptors."""
-        poller = zmq.Poller()
-        poller.register(self._dealer, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        for descriptor in others:
-            poller.register(descriptor, zmq.POLLIN)
-        self._dropped = self._monitor in dict(poller.poll(max(1, int(1000 * timeout))))
-
-    def send(self, message: Any) -> None:
-        self._waiting.append(message)
-        with contextlib.suppress(zmq.Again):
-            while self._waiting:
-                self._dealer.send(m.pack(self._waiting[0]), zmq.DONTWAIT)
-                self._waiting.popleft()
-
-    def receive(self) -> list[Any]:
-        received = []
-        with contextlib.suppress(zmq.Again):
-            while True:
-                frames = self._dealer.recv_multipart(zmq.DONTWAIT)
-                with contextlib.suppress(m.MessageError):
-                    received.append(m.unpack(frames))
-        now = time.monotonic()
-        self._stood, self._before = now - self._before, now
-        if received:
-            self._heard = now
-        return received
-
-    def beat(self, interval: float) -> None:
-        now = time.monotonic()
-        if now - self._beaten >= interval:
-            self._beaten = now
-            self.send(m.Beat(position=0))
-
-    def problem(self, limit: float, name: str) -> str | None:
-        """Why the coordinator can't be counted on any more."""
-        place = f"the coordinator in rank 0's process ({self._address.endpoint})"
-        if self._stood > limit:  # by now the others have left because of this process, not it because of them
-            return f"{name} stood still for {self._stood:.1f} s"
-        if self._dropped:
-            return f"{place} is gone: its connection closed"
-        if time.monotonic() - self._heard > limit:
-            return f"{place} is silent for {limit:g} s"
-        return None
-
-    def close(self) -> None:
-        self._dealer.disable_monitor()
-        self._monitor.close(linger=0)
-        self._dealer.close(linger=300)
-        self._context.term()

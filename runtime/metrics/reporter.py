@@ -196,12 +196,12 @@ class StageReporter:
         """The last look, after all items before `position`: the last update's harm shows in no loss any more.
 
         Raises:
-            StageError: a weight is not finite; names layer and epoch.
+            StageError: a weight, or a buffer such as a running mean, is not finite; names layer and epoch.
         """
         epoch = self._plan[max(position - 1, 0)].epoch
         for layer in self._stage.layers:
             try:
-                layer.check_weights()
+                layer.finite.check()
             except NonFiniteWeightsError as error:
                 raise self._failure(f"its last step (epoch {epoch})", error) from error
 

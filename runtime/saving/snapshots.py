@@ -139,7 +139,7 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
         except UNREADABLE as error:
             raise ValueError(damaged(path, error) + _instead_of(snapshot.folder)) from error
         try:
-            layer.check_weights()
+            layer.finite.check()
         except NonFiniteWeightsError as error:
             raise ValueError(f"can't resume from {snapshot.folder}: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unlocked.runtime.saving.layer_files import LayerFile, layer_file_name, write_layer
 from unlocked.runtime.saving.snapshots import reopen_snapshot
-from unlocked.workers.errors import NonFiniteWeightsError, StageError
+from unlocked.workers.errors import StageError
 from unlocked.workers.layer import Layer
 from unlocked.workers.stage import Stage
 
@@ -108,7 +108,7 @@ class SnapshotWriter:
             if copied is not None:
                 copied.synchronize()
             for layer, state in parts:
-                _check_weights(layer, state)
+                layer.finite.check(state)
             done(self._write_files(folder, position, parts))
         except Exception as error:
             layers = ", ".join(stage.layer_names)
@@ -151,14 +151,3 @@ def _copied(value: Any, memory: Any) -> Any:
         memories = memory if isinstance(memory, list | tuple) and len(memory) == len(value) else [None] * len(value)
         return type(value)(_copied(item, one) for item, one in zip(value, memories, strict=True))
     return value
-
-
-def _check_weights(layer: Layer, state: Mapping[str, Any]) -> None:
-    """Raises: NonFiniteWeightsError: there is nothing to go on from. What was saved before stays."""
-    modules = {"rule": layer.rule, "block": layer.block}
-    trained = [
-        (prefix, name) for prefix, one in modules.items() for name, p in one.named_parameters() if p.requires_grad
-    ]
-    broken = [f"{prefix}.{name}" for prefix, name in trained if not bool(state[prefix][name].isfinite().all())]
-    if broken:
-        raise NonFiniteWeightsError(layer.name, broken)

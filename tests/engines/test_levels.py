@@ -31,6 +31,7 @@ from unlocked.runtime import RunResult, Streams, Trainer
 from unlocked.runtime.conformance import train_small
 from unlocked.runtime.network import build_network
 from unlocked.runtime.rule_trial import check_rules
+from unlocked.workers.errors import StageError
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
@@ -296,6 +297,22 @@ class Spoils(LocalRule):
         return torch.zeros(())
 
 
+class SpoilsItsOwn(LocalRule):
+    """What it keeps goes wrong with its second step, and shows in no loss. A limit that is infinite is none of that."""
+
+    def __init__(self, layer: LayerInfo, *, after: int = 1) -> None:
+        super().__init__(layer)
+        self._after = after
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("limit", torch.tensor(float("inf")))
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        self.mean /= (self.steps < self._after).to(torch.float32)
+        self.steps += 1
+        return activations.square().mean()
+
+
 class Idle(LocalRule):
     def step(self, layer_pass: LayerPass) -> Tensor:
         return layer_pass.activations.detach().mean()
@@ -318,7 +335,7 @@ class ThreeParts(LocalRule):
         (Wants, r"rule Wants of layer sequential2 receives image, which no layer before it carries \(there is nothing"),
         (Misfit, r"rule Misfit does not fit layer sequential1 .*carry\(\) gives torch.float32 \[3, 5\].*'input'"),
         (Forgets, r"carry\(\) gives input; the rule declares that it carries input, half, count"),
-        (Spoils, "rule Spoils leaves weights that are not finite after one step"),
+        (Spoils, "rule Spoils leaves values that are not finite after one step"),
         (Idle, "rule Idle of layer sequential1 changes nothing in a step"),
         (WrongScores, r"rule WrongScores of layer sequential1 gives scores of shape \(2, 9\)"),
         (ThreeParts, r"rule ThreeParts does not fit layer sequential1 .*missing 1 required positional argument"),
@@ -336,6 +353,15 @@ def test_what_does_not_fit_is_said_before_the_first_step(rule: Any, words: str) 
     with pytest.raises(ValueError, match=words) as caught:
         fit(rule)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_buffer_that_begins_finite_must_stay_so() -> None:
+    words = r"layer sequential1 holds values that are not finite in rule\.mean;"
+    with pytest.raises(ValueError, match=rf"rule SpoilsItsOwn leaves values .* after one step .*{words}"):
+        fit(partial(SpoilsItsOwn, after=0))
+    with pytest.raises(StageError, match=rf"its last step \(epoch 1\).*{words}"):
+        fit(SpoilsItsOwn)
+    fit(partial(SpoilsItsOwn, after=1000))
 
 
 def test_soft_hebb_needs_one_learner() -> None:

@@ -31,7 +31,7 @@ def operations(file: str, capability: int) -> list[str]:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    spec = head._head_spec("small", LLS_MATRIX, 24, 6, 4, 2)
+    spec = head.head_spec("small", LLS_MATRIX, 24, 6, 4, 2)
     signature, hints = aot._typed_arguments(spec)
     source = ASTSource(fn=module.head_kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=hints)
     target = GPUTarget("cuda", capability, 32)

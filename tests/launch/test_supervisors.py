@@ -1,19 +1,22 @@
 """What no restart of a worker can mend: a supervisor, or the process that it forks workers from, dies or stands still.
 The run ends by name, within seconds, and nothing is left; `--resume auto` goes on from its last snapshot."""
 
+import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ranks import PIPELINE, children_of, first_error, free_port, ranks, worker_of
+from ranks import ENVIRONMENT, PIPELINE, children_of, first_error, free_port, ranks, worker_of
 
 from unlocked.comparison.chaos.tree import Process, cut_connection
 from unlocked.runtime.control.zygote import CAN_FORK
+from unlocked.runtime.faults import VARIABLE
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(not CAN_FORK, reason="workers have no supervisors here")]
 
@@ -106,3 +109,30 @@ def test_a_worker_that_loses_the_coordinator_alone_is_replaced(tmp_path: Path) -
         started[0].send_signal(signal.SIGINT)
         texts = words_of(started)
     assert [one.returncode for one in started] == [130, 130], texts
+
+
+@pytest.mark.parametrize("whose", ["the worker's too", "the supervisor's"] if ALL else ["the worker's too"])
+def test_a_supervisor_whose_connection_breaks_makes_it_anew(whose: str, tmp_path: Path) -> None:
+    port = free_port()
+    job = ["--dataset", "digits", "--batch-size", "100", "--num-epochs", "5", "--plain", "--timeout", "6"]
+    alone = [sys.executable, str(PIPELINE), *job, "--summary", str(tmp_path / "alone.json")]
+    plain = subprocess.Popen([*alone, "--engine", "sequential"], env=ENVIRONMENT)
+    flags = ["--save-path", str(tmp_path), "--experiment-name", "run", "--coordinator-port", str(port)]
+    flags += ["--summary", str(tmp_path / "run.json"), "--print-freq", "2"]
+    faults = {VARIABLE: "stop@1F12"}  # stands still until it is killed: the run can't end before
+    with ranks(3, [str(PIPELINE), *job, *flags], environment=faults) as started:
+        workers = run_until(tmp_path, started)
+        processes = [Process(started[1].pid, 0, 1)]
+        if whose != "the supervisor's":
+            processes.append(Process(workers[1], started[1].pid, 1))
+        for process in processes:
+            try:
+                assert cut_connection(process, random.Random(0), port)
+            except OSError as error:
+                pytest.skip(f"this system does not let a connection be cut: {error}")
+        texts = [process.communicate(timeout=120)[1] for process in started]
+        assert [one.returncode for one in started] == [0, 0, 0], texts
+    assert plain.wait(60) == 0
+    run, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "alone"))
+    assert run["weights_sha256"] == expected["weights_sha256"]
+    assert {one["stage"] for one in run["recoveries"]} == {1}, "the supervisor was told to start another worker"

@@ -1,6 +1,10 @@
 """An edge that keeps what was sent: whoever comes back at either end finds it, and nothing is lost or comes twice."""
 
+import mmap
+import os
 import random
+import resource
+import sys
 import time
 
 import pytest
@@ -10,6 +14,7 @@ from unlocked.workers.actions import Item
 from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError
 from unlocked.workers.shared_edges import SharedInEdge, SharedListener, SharedOutEdge
+from unlocked.workers.slot_log import SlotLog
 
 LAYOUT = SlotLayout(4, (3,))
 DEPTH, SLOTS = 2, 6
@@ -94,7 +99,7 @@ def test_whatever_happens_at_either_end_every_micro_batch_is_read_as_it_was_sent
     sent = done = saved_out = 0  # as an edge that nothing ever happens to would count
     while done < 60:
         deed = chance.choice(["send", "receive", "save sender", "save receiver", "sender dies", "receiver dies"])
-        if deed == "send" and (outbox.count < sent or (sent - done < DEPTH and sent - inbox._log.kept < SLOTS)):
+        if deed == "send" and (outbox.count < sent or (sent - done < DEPTH and sent - inbox.log.kept < SLOTS)):
             send(outbox, outbox.count)
             sent = max(sent, outbox.count)
         elif deed == "receive" and inbox.count < sent:
@@ -107,14 +112,14 @@ def test_whatever_happens_at_either_end_every_micro_batch_is_read_as_it_was_sent
         elif deed == "sender dies":
             outbox.go_back(saved_out)
         elif deed == "receiver dies":
-            inbox.go_back(inbox._log.kept)
+            inbox.go_back(inbox.log.kept)
 
 
 def test_a_sender_that_died_before_it_woke_the_receiver_is_made_up_for() -> None:
     """The next incarnation does its work again, and has nothing new to send: it wakes the receiver all the same."""
     outbox, inbox = edge()
     outbox.reserve(item(0))
-    outbox._log.sent = 1  # and dies here
+    outbox.log.sent = 1  # and dies here
     outbox.go_back(0)
     send(outbox, 0)
     assert inbox._link._arrival.poll(0), "nobody tells a receiver that waits already"
@@ -137,3 +142,29 @@ def test_a_neighbour_that_does_a_dead_ones_work_again_is_waited_for() -> None:
     assert looks[-1] - looks[0] > 0.8
     with pytest.raises(LinkLostError, match="did not answer"):
         outbox._link.wait_until(lambda: False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps memory ahead of its use")
+def test_a_ring_that_is_mapped_in_costs_no_page_faults_in_the_stream() -> None:
+    layout, slots = SlotLayout(64, (256,)), 64
+    file = os.memfd_create("ring")
+    os.posix_fallocate(file, 0, SlotLog.nbytes(layout, slots))
+
+    def faults(*, ahead: bool) -> int:
+        log = SlotLog(mmap.mmap(file, SlotLog.nbytes(layout, slots)), layout, slots)
+        if ahead:
+            log.map_in()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for number in range(slots):
+            log.slot(number).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = slots * SlotLog.slot_bytes(layout) // mmap.PAGESIZE
+    lazily = faults(ahead=False)
+    try:
+        mmap.mmap(file, mmap.PAGESIZE).madvise(22)
+    except OSError:
+        pytest.skip("this Linux is older than 5.14")
+    assert lazily > pages // 32  # a system may map several at once
+    assert faults(ahead=True) < lazily / 4
+    os.close(file)

@@ -214,7 +214,7 @@ class PairOutEdge:
     """The sending end."""
 
     def __init__(self, log: SlotLog, link: PairLink, client: CoordinatorClient) -> None:
-        self._log, self._link, self._client = log, link, client
+        self.log, self._link, self._client = log, link, client
         self.count = 0
         """Micro-batches that this end has let go: the number of the next one."""
         self._left = 0  # those that the neighbour has taken
@@ -228,18 +228,18 @@ class PairOutEdge:
         self._thread.start()
 
     def reserve(self, item: Item) -> Slot:
-        if self.count < self._log.sent:  # it is in the log, from a dead incarnation
+        if self.count < self.log.sent:  # it is in the log, from a dead incarnation
             if self._scratch is None:
-                self._scratch = self._log.layout.allocate(torch.device("cpu"))
-            return self._log.layout.views(self._scratch, item.size, item.kind)
+                self._scratch = self.log.layout.allocate(torch.device("cpu"))
+            return self.log.layout.views(self._scratch, item.size, item.kind)
         self._wait(self._has_room)
-        return self._log.views(self.count, item.size, item.kind)
+        return self.log.views(self.count, item.size, item.kind)
 
     def send(self, item: Item) -> None:
-        if self.count >= self._log.sent:
+        if self.count >= self.log.sent:
             self._wait(lambda: self._left >= self.count)
-            self._log.note_length(self.count, self._log.layout.nbytes(item.size, item.kind))
-            self._log.sent = self.count + 1
+            self.log.note_length(self.count, self.log.layout.nbytes(item.size, item.kind))
+            self.log.sent = self.count + 1
             self._client.wake()
         self.count += 1
 
@@ -255,12 +255,12 @@ class PairOutEdge:
 
     def _has_room(self) -> bool:
         self._trim()
-        return self._log.has_room(self.count)
+        return self.log.has_room(self.count)
 
     def _trim(self) -> int:
-        if self._client.kept > self._log.kept:
-            self._log.kept = self._client.kept
-        return self._log.kept
+        if self._client.kept > self.log.kept:
+            self.log.kept = self._client.kept
+        return self.log.kept
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         timeout = self._link.timeout.total_seconds()
@@ -295,7 +295,7 @@ class PairOutEdge:
             while self._client.await_news(lambda: self._is_due(number), 3600.0):  # noqa: B023 - called at once
                 if self._link.closing or self._link.is_stale:
                     return
-                message = self._log.message(number)
+                message = self.log.message(number)
                 group.send([message], _RECEIVER, _DATA).wait(self._link.timeout)
                 number += 1
                 self._took(number)
@@ -303,7 +303,7 @@ class PairOutEdge:
             self._link.broke()
 
     def _is_due(self, number: int) -> bool:
-        return self._link.closing or self._link.is_stale or self._log.has(number)
+        return self._link.closing or self._link.is_stale or self.log.has(number)
 
     def _took(self, number: int) -> None:
         self._left = max(self._left, number)

@@ -101,6 +101,8 @@ class Worker:
     def connect(self, inbox: Any, outbox: Any) -> None:
         """Gives the stage its edges, which keep a log if it is to save itself; None at the ends of the pipeline."""
         self.outbox: OutEdge | None = outbox
+        for log in filter(None, (getattr(edge, "log", None) for edge in (inbox, outbox))):
+            log.map_in()  # a forked process inherits shared memory, but not the map to it
         self.loop = StageLoop(
             self.stage,
             rank=self.index,

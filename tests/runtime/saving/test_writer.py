@@ -125,11 +125,15 @@ def test_what_fails_is_the_marks_failure_and_leaves_nothing(
     assert len(list((tmp_path / "b").iterdir())) == 2
 
 
-def test_weights_that_are_not_finite_are_not_saved(stage: Stage, writer: SnapshotWriter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["weight", "buffer"])
+def test_what_is_not_finite_is_not_saved(what: str, stage: Stage, writer: SnapshotWriter, tmp_path: Path) -> None:
     gate = Gate()
     gate.open.release()
+    layer = stage.layers[1]
+    layer.block.register_buffer("mean", torch.zeros(2))
+    spoilt = layer.parameters[-1] if what == "weight" else layer.block.get_buffer("mean")
     with torch.no_grad():
-        stage.layers[1].parameters[-1].fill_(float("nan"))
+        spoilt.fill_(torch.nan)
     writer.save(stage, tmp_path / "a", 1, gate)
     with pytest.raises(StageError, match=r"0SNAP0 .*layer two holds values that are not finite in block\."):
         writer.finish()
