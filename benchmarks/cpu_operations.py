@@ -154,7 +154,7 @@ def recording(layers: list[Layer]) -> Iterator[tuple[dict[tuple[str, str], list[
         undo.append(partial(setattr, owner, attribute, original))
 
     backend: ModuleType = cpp
-    wrap(table, "convolve", "convolution")
+    wrap(torch.nn.functional, "conv2d", "convolution")
     wrap(table, "convolution_backward", "weight gradient")
     wrap(backend, "norm_act_forward", "normalise, activate, pool")
     wrap(backend, "local_head", "head")
