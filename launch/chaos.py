@@ -1,8 +1,10 @@
 """A training under faults: `unlocked chaos --stages 2 FLAGS`, with the training's flags beside those of the faults."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from unlocked.launch.output import lasting_output
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["main", "make_parser", "parse"]
 
 _USUAL = ["--snapshot-every", "10", "--print-freq", "5", "--timeout", "8", "--start-timeout", "45"]
-_USUAL += ["--max-recoveries", "100000"]
+_USUAL += ["--max-recoveries", "100000", "--keep-snapshots", "3"]
 """Of the training, where nothing else is told: little is lost, progress shows, and who stands still counts as lost
-after 4 seconds, in set-up after 45; one run may take many faults."""
+after 4 seconds, in set-up after 45; one run may take many faults; and no disk is filled with hundreds of snapshots."""
 _OURS = ("save_path", "experiment_name", "summary", "resume", "plain")
 
 
@@ -39,16 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "unlocked.launch.pipeline", *_USUAL, *rest]
         begun = [] if options.report is None else read_report(options.report)
         campaign = join(begun, new_campaign(command, _stages(recipe), options))
-        run_campaign(
-            command,
-            plan,
-            options,
-            campaign,
-            start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
-            root=recipe.save_path,
-            say=lambda line: print(line, flush=True),
-            keep=keep,
-        )
+        with _stopped_in_order():
+            run_campaign(
+                command,
+                plan,
+                options,
+                campaign,
+                start_timeout=getattr(recipe.engine, "start_timeout", 0.0),
+                root=recipe.save_path,
+                say=lambda line: print(line, flush=True),
+                keep=keep,
+            )
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
@@ -59,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in campaign.problems:
         print(f"problem: {problem}")
     return 130 if campaign.is_interrupted else 1 if campaign.problems else 0
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does: the trainings, which have sessions of their own, must not outlive this process."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(arguments: Sequence[str]) -> "tuple[ChaosOptions, Recipe, list[str]]":

@@ -96,7 +96,11 @@ def new_campaign(command: Sequence[str], stages: int, options: ChaosOptions) -> 
 
 def _run_undisturbed(run: "_Run", campaign: Campaign) -> None:
     began = time.perf_counter()
-    if run.start() or not run.summary:
+    try:
+        code = run.start()
+    finally:
+        run.tree.end()
+    if code or not run.summary:
         raise ValueError(f"the undisturbed run failed: {run.first_error or 'see its output'}")
     campaign.undisturbed_seconds = time.perf_counter() - began
     campaign.weights_sha256, campaign.steps = str(run.summary["weights_sha256"]), int(run.summary["steps"])

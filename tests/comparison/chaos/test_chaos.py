@@ -1,6 +1,10 @@
 """Faults are drawn reproducibly, told in a table, and a run under them comes to the undisturbed bits."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from unlocked.comparison.chaos.kinds import KINDS
 from unlocked.comparison.chaos.options import ChaosOptions
 from unlocked.comparison.chaos.records import Campaign, FaultRecord, RunRecord, format_table
 from unlocked.comparison.chaos.report import join, read_report, update_report
+from unlocked.comparison.chaos.tree import Tree
 from unlocked.comparison.environment import environment
 from unlocked.launch import chaos
 from unlocked.launch.console import COMMANDS
@@ -146,3 +151,19 @@ def test_a_run_under_faults_comes_to_the_undisturbed_bits(tmp_path: Path, capsys
         assert all(run["is_exact"] and run["epochs_are_exact"] for run in campaign["runs"])
         assert 0 < report["ettr"][0] <= 1.5
         assert report["table"][0].split()[0] == "faults"
+
+
+@pytest.mark.alone
+def test_a_campaign_that_is_told_to_end_takes_its_training_along(tmp_path: Path) -> None:
+    flags = ["--stages", "2", "--dataset", "synthetic", "--num-epochs", "1000", "--save-path", str(tmp_path)]
+    command = [sys.executable, "-m", "unlocked", "chaos", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as one:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("undisturbed-*/snapshots/step-*/manifest.json")):
+            assert time.monotonic() < deadline, "it never trained"
+        name = next(tmp_path.glob("undisturbed-*")).name
+        assert len(Tree(name).processes()) > 2
+        one.send_signal(signal.SIGTERM)
+        assert one.communicate()[1] == "error: interrupted before the first fault\n"
+    assert one.returncode == 130
+    assert Tree(name).processes() == []
