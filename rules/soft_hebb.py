@@ -3,12 +3,7 @@
 Neurons k with weights w_k see inputs x, u_k = w_k . x, and compete softly: y = softmax(u / T). The winner learns
 Hebbian, all others anti-Hebbian: dw_k = rate s_k y_k (x - u_k w_k), s = 1 for the largest u and -1 for the others;
 the update is divided by its largest entry. No labels, no loss, no gradient. A neuron's rate falls as its norm comes
-to 1, where the rule has its fixed point: rate |  |w_k| - 1 |^power.
-
-How soft the competition is depends on the scale of u. The authors' weights begin far outside the unit sphere and see
-standardised inputs, so that their u are large at T = 1. A network's own weights begin within it, and at T = 1 all y of
-a layer would be nearly equal: every neuron loses more often than it wins, and all but a few are driven away from what
-they see. So T is 0.1 here unless told otherwise.
+to 1, where the rule has its fixed point: rate |  |w_k| - 1 |^power. T is 0.1, not 1: docs/rules.md says why.
 """
 
 import torch
