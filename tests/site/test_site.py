@@ -107,7 +107,7 @@ def test_links_lead_to_files_of_the_site(site: Path) -> None:
 
 def test_every_notebook_and_every_linked_source_is_a_page(site: Path) -> None:
     books = [path.stem for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")]
-    assert len(books) == 3
+    assert len(books) == 4
     for name in books:
         text = (site / "notebooks" / f"{name}.html").read_text()
         assert 'class="cell-output"' in text
