@@ -8,6 +8,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -332,3 +333,9 @@ def test_the_namespace_is_links_to_the_rooms() -> None:
     for room in ROOMS:
         assert (package / room).is_symlink()
         assert (package / room).resolve() == ROOT / room
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would take one for the other, and collect nothing at all."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
