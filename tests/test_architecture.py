@@ -7,8 +7,8 @@ finds nothing here, and finds what was planted in a small checkout of its own.
 import ast
 import subprocess
 import sys
-from collections.abc import Callable
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
