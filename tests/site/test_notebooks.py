@@ -26,7 +26,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     done = execute(path, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     kept, book = nbformat.read(path, as_version=4), nbformat.read(tmp_path / path.name, as_version=4)
-    assert len(book.cells) == len(kept.cells) > 10
+    assert len(book.cells) == len(kept.cells) > 5
     for cell, before in zip(book.cells, kept.cells, strict=True):
         assert cell.source == before.source
         if cell.cell_type == "code":
