@@ -36,7 +36,8 @@ class PairLink:
     """One worker's end of a link, through all its generations.
 
     Args:
-        open_store: makes a connection of its own to the run's key-value store.
+        store: the run's key-value store, by a connection of the link's own. It is there before the worker says hello:
+            once all workers work, nobody new gets to the store.
         edge: the stage that the link leads into.
         side: 0 sends, 1 receives.
         timeout: seconds that the link may be down, and that a message may take.
@@ -45,7 +46,7 @@ class PairLink:
 
     def __init__(
         self,
-        open_store: Callable[[], dist.Store],
+        store: dist.Store,
         client: CoordinatorClient,
         *,
         edge: int,
@@ -53,9 +54,8 @@ class PairLink:
         timeout: float,
         neighbour: str,
     ) -> None:
-        self._open_store, self._client, self._edge, self._side = open_store, client, edge, side
+        self._store, self._client, self._edge, self._side = store, client, edge, side
         self.timeout, self._neighbour = timedelta(seconds=timeout), neighbour
-        self._store: dist.Store | None = None
         self._generation = -1
         self.closing = False
 
@@ -71,8 +71,6 @@ class PairLink:
             LinkLostError: it could not be formed in time.
             RunFailed: the run is over.
         """
-        if self._store is None:
-            self._store = self._open_store()
         deadline = time.monotonic() + self.timeout.total_seconds()
         failed = -1
         while time.monotonic() < deadline and not self.closing:

@@ -177,7 +177,7 @@ class SupervisedWork:
         def link(edge: int, side: int) -> PairLink:
             neighbour = edge - 1 if side else edge
             return PairLink(
-                lambda: connect_again(task.world, task.options.start_timeout),
+                connect_again(task.world, task.options.start_timeout),
                 client,
                 edge=edge,
                 side=side,
