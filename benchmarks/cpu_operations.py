@@ -61,15 +61,8 @@ def operations(steps: int) -> list[dict[str, Any]]:
     images, labels = batch()
     for _ in range(3):
         run_layers(layers, images, labels)
-    with recording(layers) as (times, current):
-        for _ in range(steps):
-            x = images
-            for layer in layers:
-                current.append(layer.name)
-                x = layer.forward(x)
-                layer.update(labels)
     rows = []
-    for (name, operation), values in times.items():
+    for (name, operation), values in recorded(layers, images, labels, steps).items():
         block = next(layer.block for layer in layers if layer.name == name)
         moved, flops = cost(operation, block, layers)
         rows.append(
@@ -123,6 +116,18 @@ def run_layers(layers: list[Layer], images: Tensor, labels: Tensor) -> None:
     for layer in layers:
         x = layer.forward(x)
         layer.update(labels)
+
+
+def recorded(layers: list[Layer], images: Tensor, labels: Tensor, steps: int) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every operation of these steps, by layer and operation."""
+    with recording(layers) as (times, current):
+        for _ in range(steps):
+            x = images
+            for layer in layers:
+                current.append(layer.name)
+                x = layer.forward(x)
+                layer.update(labels)
+    return times
 
 
 def without_in_place(layers: list[Layer], images: Tensor, labels: Tensor) -> None:

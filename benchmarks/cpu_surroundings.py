@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu_operations import BATCH, batch, build_layers, make_network, recording, run_layers
+from cpu_operations import BATCH, batch, build_layers, make_network, recorded, run_layers
 from torch import Tensor, nn
 
 from unlocked.data.registry import load_dataset
@@ -76,15 +76,8 @@ def _convolutions(layers: list[Any], images: Tensor) -> list[Callable[[], object
 
 def _inside(layers: list[Any], images: Tensor, labels: Tensor, steps: int) -> tuple[float, float]:
     """Milliseconds of a step in the library's convolutions, and in our kernels, head and optimizer."""
-    with recording(layers) as (times, current):
-        for _ in range(steps):
-            x = images
-            for layer in layers:
-                current.append(layer.name)
-                x = layer.forward(x)
-                layer.update(labels)
     sums = {True: 0.0, False: 0.0}
-    for (_, operation), values in times.items():
+    for (_, operation), values in recorded(layers, images, labels, steps).items():
         sums[operation in ("convolution", "weight gradient")] += 1e3 * statistics.median(values)
     return sums[True], sums[False]
 
