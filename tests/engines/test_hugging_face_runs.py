@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hugging_face_models import gpt2, llama, vit
+from largest import Largest
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import create_causal_mask
 
 from unlocked.data.order import epoch_order
@@ -169,19 +169,6 @@ def test_adapters_are_trained_alike_by_every_engine(tmp_path: Path) -> None:
     targets = evaluated["input_ids"].masked_fill(evaluated["attention_mask"] == 0, -100)[:, 1:]
     loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert found[0][1] == pytest.approx(float(loss), abs=1e-6)  # tokens are weighted alike, whatever their batch
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation gives."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for one in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(one, Tensor):
-                self.most = max(self.most, one.numel())
-        return found
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from largest import Largest
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlocked import Trainer
 from unlocked.kernels import vocabulary
@@ -68,19 +68,6 @@ def test_a_score_that_is_not_finite_is_not_hidden() -> None:
     latents, weight, _, targets = case()
     latents[1, 0] = float("nan")
     assert linear_cross_entropy(latents, weight, targets).isnan()
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation gives."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for one in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(one, Tensor):
-                self.most = max(self.most, one.numel())
-        return found
 
 
 def test_scores_are_never_whole_in_training_or_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
