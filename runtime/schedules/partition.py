@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-__all__ = ["check_ownership", "parse_stages", "partition"]
+__all__ = ["check_ownership", "parse_stages", "partition", "stages_from"]
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[range]:
@@ -146,6 +146,11 @@ def _least_squares(prefix: Sequence[int], num_stages: int, *, limit: int) -> lis
                     following[end], cut[end] = before + cost * cost, start
         best = following
         cuts.append(cut)
+    return stages_from(cuts, num_layers)
+
+
+def stages_from(cuts: Sequence[Sequence[int]], num_layers: int) -> list[range]:
+    """The stages of a dynamic program: cuts[stage][end] is where stage `stage` starts if it ends before layer `end`."""
     parts: list[range] = []
     end = num_layers
     for cut in reversed(cuts):

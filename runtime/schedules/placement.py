@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from unlocked.runtime.schedules.partition import partition
+from unlocked.runtime.schedules.partition import partition, stages_from
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ActionKind
 
@@ -242,9 +242,4 @@ def _best(
                         following[end], cut[end] = value, start
         best = following
         cuts.append(cut)
-    parts: list[range] = []
-    end = num_layers
-    for cut in reversed(cuts):
-        parts.append(range(cut[end], end))
-        end = cut[end]
-    return best[num_layers], parts[::-1]
+    return best[num_layers], stages_from(cuts, num_layers)

@@ -15,7 +15,7 @@ from unlocked.runtime.control.world import World
 from unlocked.runtime.engines.pipeline import AUTO
 from unlocked.runtime.engines.processes.link_speed import links_of
 from unlocked.runtime.engines.processes.options import ProcessesOptions
-from unlocked.runtime.engines.processes.rendezvous import await_keys
+from unlocked.runtime.engines.processes.rendezvous import gather
 from unlocked.runtime.job import Job
 from unlocked.runtime.schedules.placement import Link, Machine, Placement, cut_stages, fewest_stages
 from unlocked.runtime.schedules.placement_file import read_placement, write_placement
@@ -33,17 +33,11 @@ def order_by_machine(store: dist.Store, world: World, timeout: float) -> tuple[W
     """
     if world.is_local:
         return world, [Machine(world.size, usable_cores())]
-    keys = [f"machine-{rank}" for rank in range(world.size)]
     mine = {"machine": own_address(world), "cores": usable_cores()}
-    store.set(keys[world.rank], json.dumps(mine, allow_nan=False))
     try:
-        await_keys(store, keys, timeout)
+        told = [json.loads(one) for one in gather(store, world, "machine", json.dumps(mine, allow_nan=False), timeout)]
     except RuntimeError as error:
         raise RunFailed(f"{stage_name(0)} is lost: it ended during its set-up") from error
-    except TimeoutError as error:
-        missing = [str(rank) for rank in range(world.size) if not store.check([keys[rank]])]
-        raise TimeoutError(f"rank {', '.join(missing)} is not there after {timeout:g} s") from error
-    told = [json.loads(store.get(key)) for key in keys]
     names = [one["machine"] for one in told]
     places = list(dict.fromkeys(names))  # by their first rank
     order = sorted(range(world.size), key=lambda rank: (places.index(names[rank]), rank))
