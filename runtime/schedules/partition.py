@@ -150,7 +150,7 @@ def _least_squares(prefix: Sequence[int], num_stages: int, *, limit: int) -> lis
 
 
 def stages_from(cuts: Sequence[Sequence[int]], num_layers: int) -> list[range]:
-    """The stages of a dynamic program: cuts[stage][end] is where stage `stage` starts if it ends before layer `end`."""
+    """The stages of a dynamic program: `cuts[stage][end]` says where the stage begins that ends before layer `end`."""
     parts: list[range] = []
     end = num_layers
     for cut in reversed(cuts):
