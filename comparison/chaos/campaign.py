@@ -33,6 +33,8 @@ _LINES = 200  # bytes of the log that are more than one line: the run goes on
 _MOST_STARTS = 200  # of one run, which then can't come to an end
 _SAY_SECONDS = 0.2  # in which a process can say where it stands
 _GONE_SECONDS = 5.0  # in which the last process must follow the launcher
+_NOTHING_SECONDS = 5.0  # of training, after which a kind that finds nothing to strike (a link, where all lies in shared
+# memory) gives way to another
 
 
 def run_campaign(
@@ -68,9 +70,10 @@ def run_campaign(
             _run_undisturbed(_Run(command, folder, f"undisturbed-{secrets.token_hex(3)}"), campaign)
             keep()
         say(f"undisturbed: {campaign.undisturbed_seconds:.1f} s, weights {campaign.weights_sha256[:16]}")
+        fruitless = 0  # runs in a row that no fault has struck: what was drawn for them would be drawn again
         while (begun := len(campaign.faults)) < options.fault_count:
             run = _Run(command, folder, f"run-{len(campaign.runs)}-{secrets.token_hex(3)}")
-            armoury = Armoury(options, plan, campaign.stages, begun)
+            armoury = Armoury(options, plan, campaign.stages, begun + fruitless)
             try:
                 campaign.runs.append(_Disturbed(run, campaign, armoury, options, start_timeout, say).run())
             except KeyboardInterrupt:
@@ -79,6 +82,7 @@ def run_campaign(
                 break
             finally:
                 run.tree.end()
+            fruitless = 0 if len(campaign.faults) > begun else fruitless + 1
             keep()
 
 
@@ -243,12 +247,13 @@ class _Disturbed:
         fault: FaultRecord | None = None
         struck = at_start = self._run.progress()
         up_at = time.monotonic()
-        at, self._watched, trains = 0.0, 0, False
+        at, self._watched, trains, trains_at = 0.0, 0, False, 0.0
         process = self._run.begin(",".join(map(str, armed.faults)) if armed is not None else "")
         while process.poll() is None:
             time.sleep(_POLL)
             now, progress = time.monotonic(), self._run.progress()
-            trains = trains or (progress > at_start and self._run.trains(at_start))
+            if not trains and progress > at_start and self._run.trains(at_start):
+                trains, trains_at = True, now
             if armed is not None and armed.in_run and not trains:
                 up_at = now
             if now - at < _ECHO_SECONDS:
@@ -261,6 +266,9 @@ class _Disturbed:
             elif armed is not None and (blow := self._strike(armed, now - up_at)) is not None:
                 fault, at, struck = self._note(armed, blow, trains), now, progress
                 armed = None
+            elif armed is not None and not armed.faults and trains:
+                due = max(trains_at, up_at + armed.seconds)
+                armed, up_at = (armed, up_at) if now - due < _NOTHING_SECONDS else (self._armoury.draw_timed(), now)
         code = process.returncode
         return code, self._after(fault, armed, code, at)
 

@@ -154,6 +154,16 @@ def test_a_run_under_faults_comes_to_the_undisturbed_bits(tmp_path: Path, capsys
 
 
 @pytest.mark.alone
+def test_a_kind_that_finds_nothing_to_strike_gives_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between workers that share memory no connection can be cut, and the first draw is that."""
+    flags = ["--stages", "2", "--num-epochs", "60", "--batch-size", "100", "--save-path", str(tmp_path)]
+    faults = ["--faults", "link,kill", "--fault-count", "1", "--mtbf", "1s", "--at-actions", "0"]
+    assert chaos.main([*flags, *faults, "--hang-limit", "60"]) == 0
+    out = capsys.readouterr().out
+    assert "fault 1: kill" in out
+
+
+@pytest.mark.alone
 def test_a_campaign_that_is_told_to_end_takes_its_training_along(tmp_path: Path) -> None:
     flags = ["--stages", "2", "--dataset", "synthetic", "--num-epochs", "1000", "--save-path", str(tmp_path)]
     command = [sys.executable, "-m", "unlocked", "chaos", *flags]
