@@ -115,6 +115,8 @@ def _damage(tree: Tree, folder: Path, chance: random.Random) -> Blow | None:
     path = chance.choice(sorted(complete[-1].parent.iterdir()))
     with contextlib.suppress(OSError):  # a run prunes its snapshots
         content = bytearray(path.read_bytes())
+        if not content:  # one that somebody is just writing
+            return None
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(content)
         return _signalled(signal.SIGKILL)(tree, folder, chance)
