@@ -81,10 +81,10 @@ class Placed(nn.Module):
 class Attending(nn.Module):
     """Self-attention, its heads by view and permute, or by chunk and transpose."""
 
-    def __init__(self, width: int, heads: int, *, by_chunks: bool) -> None:
+    def __init__(self, width: int, heads: int, *, by_chunks: bool, causal: bool = False) -> None:
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.heads, self.by_chunks = heads, by_chunks
+        self.heads, self.by_chunks, self.causal = heads, by_chunks, causal
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -94,8 +94,8 @@ class Attending(nn.Module):
             q, k, v = (part.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2) for part in (a, b, c))
         else:
             q, k, v = y.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        result: Tensor = x + self.out(y)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        result: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
         return result
 
 
@@ -241,14 +241,30 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(7, 12),
         False,
     ),
-    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
-    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), False),
-    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), False),
+    "summed": (
+        _seeded(lambda: Residual(_branch(4, 4), nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.2)), latent_size=4),
+        _image(4, 8, 8),
+        True,
+    ),
+    "summed, without an activation": (_seeded(lambda: Residual(_branch(20, 20))), _image(20, 9, 9), True),
+    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), True),
+    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), True),
+    "attention of many tokens": (
+        _seeded(lambda: Attending(24, 2, by_chunks=False, causal=True), layout="tokens"),
+        _image(70, 24),
+        True,
+    ),
+    "chunks of many tokens": (
+        _seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"),
+        _image(40, 16),
+        True,
+    ),
+    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), True),
     "encoder's layer": (_seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), _image(7, 16), True),
     "encoder's layer, norms after": (
         _seeded(lambda: _layer("relu", norm_first=False, bias=False), layout="tokens"),
         _image(7, 16),
-        False,
+        True,
     ),
     "output": (
         _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
@@ -290,14 +306,17 @@ def random_block(seed: int, *, tokens: bool) -> tuple[Callable[[], Block], Tenso
         return block
 
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*((5, 7, width) if tokens else (5, width, side, side)), generator=generator)
+    length = chance.choice([7, 40])
+    x = torch.randn(*((5, length, width) if tokens else (5, width, side, side)), generator=generator)
     return make, x if tokens else x.contiguous(memory_format=torch.channels_last)
 
 
 def _on_tokens(draw: random.Random, width: int) -> nn.Module:
     net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width, bias=draw.random() < 0.5), _smooth(draw))
     net.append(nn.Linear(2 * width, width))
-    return draw.choice([Residual(net), net, nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), _smooth(draw))])
+    attending = Attending(width, draw.choice([1, 2]), by_chunks=draw.random() < 0.5, causal=draw.random() < 0.5)
+    plain = nn.Sequential(nn.Linear(width, width), _smooth(draw))
+    return draw.choice([Residual(net), net, nn.LayerNorm(width), plain, attending])
 
 
 def _on_images(draw: random.Random, width: int) -> nn.Module:

@@ -15,7 +15,7 @@ from unlocked.runtime import Streams, Trainer
 
 NAMES = (
     *("plain", "pooled", "uneven", "pools", "depthwise", "conv1d", "group", "residual", "dropout", "parameter"),
-    *("encoder", "attention", "in part"),
+    *("encoder", "attention", "attention of many tokens", "chunks of many tokens", "summed", "in part"),
 )
 
 

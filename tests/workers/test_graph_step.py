@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block, ConvBlock, LinearBlock
 from unlocked.workers.fused import FusedStep
-from unlocked.workers.graph import attention, autograd, body, gelu, normalized, operations, products, shapes
+from unlocked.workers.graph import (
+    attention,
+    autograd,
+    body,
+    gelu,
+    normalized,
+    operations,
+    products,
+    shapes,
+    standardized,
+    sums,
+)
 from unlocked.workers.layer import Layer
 
 
@@ -69,15 +80,18 @@ OPERATIONS = {
     products.Linear: "linear",
     products.Product: "encoder's layer",
     gelu.Gelu: "gelu",
-    gelu.GeluLinear: "encoder",
-    operations.LayerNorm: "encoder",
+    gelu.GeluLinear: "encoder's layer",
+    operations.LayerNorm: "encoder's layer",
     operations.GroupNorm: "group",
     operations.Elementwise: "silu",
     operations.Pool: "pooled",
     operations.Flatten: "flat",
-    operations.Add: "residual",
-    attention.Attention: "attention",
-    shapes.Split: "attention",
+    operations.Add: "encoder",
+    attention.Attention: "chunks of many tokens",
+    attention.SplitAttention: "attention of many tokens",
+    standardized.ScaledLinear: "encoder",
+    sums.SumEnd: "residual",
+    shapes.Split: "chunks",
     shapes.Moved: "attention",
     shapes.Reshaped: "chunks",
     operations.Dropout: "dropout",
@@ -85,7 +99,7 @@ OPERATIONS = {
     normalized.NormalizedEnd: "plain",
     normalized.ConvolvedEnd: "plain",
     normalized.UnevenEnd: "uneven",
-    body.PlainEnd: "residual",
+    body.PlainEnd: "encoder",
     autograd.Read: "parameter",
 }
 
@@ -93,11 +107,13 @@ OPERATIONS = {
 def test_no_operation_is_left_out() -> None:
     kinds = [
         one
-        for module in (operations, products, gelu, shapes, attention, normalized, body, autograd)
+        for module in (operations, products, gelu, shapes, attention, normalized, standardized, sums, body, autograd)
         for one in vars(module).values()
     ]
     found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}
-    others = {operations.Operation, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}  # no way back of their own
+    # No way back of their own.
+    others = {operations.Operation, operations.Replaceable, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}
+    others.add(standardized.Standardized)
     assert found - others == OPERATIONS.keys()
 
 
@@ -206,7 +222,7 @@ def _assert_equal_bits(ours: Block, theirs: Block, x: Tensor, precision: str) ->
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention"])
+@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention", "summed"])
 def test_bfloat16_stays_near(name: str) -> None:
     """Every product's inputs are off by 2**-9, and so is whatever is stored."""
     make, x, _ = CASES[name]
