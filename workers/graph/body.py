@@ -121,7 +121,8 @@ class GraphBody:
         self._dropout = dropout
         self._ends_plainly = isinstance(self.end, PlainEnd)  # that one says itself what leaves in which type
         self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts]
-        self._places = {id(p): place for place, p in enumerate(trained)}
+        self.trained = list(trained)
+        self._places = {id(p): place for place, p in enumerate(self.trained)}
         self._way, self._last_slots = self._numbered(source)
         wanted = [self._needs[node] for node in self._last]
         self._final = _Line(self.end, self._last_slots, (), (), wanted, self._places_of(self.end), needs=True)

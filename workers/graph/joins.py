@@ -48,18 +48,25 @@ if TYPE_CHECKING:
 __all__ = ["make_body"]
 
 
-def make_body(layer: "Layer", backend: ModuleType) -> GraphBody:
+def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root: nn.Module | None = None) -> GraphBody:
     """The step of the layer's block on the operations of `backend`.
+
+    Args:
+        opened: it ends in the activations, as they are, in the latents' place.
+        root: what is meant of the block, whose tail then is left out; None: all of it.
 
     Raises:
         Untraceable: the block as a whole is left to autograd; says why.
     """
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
-    nodes, output = trace(layer.block.body, layer.frozen)
+    part = root or layer.block.body
+    nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
-        check_same_result(layer.block.body, layer.frozen, nodes, output, layer.sample.to(layer.device))
-    body = _Planner(layer, backend, casts, nodes, output).body()
-    trains = [(name, p) for name, p in layer.block.named_parameters() if p.requires_grad]
+        check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
+    tail, leaving = (layer.block.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
+    plain = (tail, None, layer.info.layout, casts, leaving) if opened else None
+    trains = [(name, p) for name, p in (root or layer.block).named_parameters() if p.requires_grad]
+    body = _Planner(layer, backend, casts, nodes, output, plain).body([p for _, p in trains])
     if idle := [name for name, p in trains if id(p) not in body.reached]:
         raise Untraceable(f"its result does not depend on {', '.join(name.removeprefix('body.') for name in idle)}")
     return body
@@ -77,15 +84,24 @@ class _Tail:
 class _Planner:
     """Turns the nodes of one body into calls."""
 
-    def __init__(self, layer: "Layer", backend: ModuleType, casts: Casts, nodes: Sequence[Node], output: Node) -> None:
+    def __init__(
+        self,
+        layer: "Layer",
+        backend: ModuleType,
+        casts: Casts,
+        nodes: Sequence[Node],
+        output: Node,
+        plain: tuple[Any, ...] | None,
+    ) -> None:
         self._layer, self._backend, self._casts = layer, backend, casts
+        self._plain = plain  # what the `PlainEnd` of a body takes that ends in its activations
         self._nodes, self._output = nodes, output
         self._frozen = {id(module) for module in layer.frozen}
         self._operations: dict[Node, Operation | str] = {}
         self._joined: dict[Node, Call] = {}  # by the last node that it covers
         self._covered: set[Node] = set()
 
-    def body(self) -> GraphBody:
+    def body(self, trained: Sequence[nn.Parameter]) -> GraphBody:
         end, dropout = self._end()
         for node in self._nodes:
             if node not in self._covered:
@@ -97,13 +113,15 @@ class _Planner:
         return GraphBody(
             self._nodes[0],
             [*self._grouped(calls, end.inputs), end],
-            trained=[p for p in self._layer.block.parameters() if p.requires_grad],
+            trained=trained,
             casts=self._casts,
             dropout=dropout,
         )
 
     def _end(self) -> tuple[Call, nn.Module | None]:
         """The block's end, and the tail's dropout, where that is not part of the end."""
+        if self._plain is not None:
+            return Call(PlainEnd(*self._plain), [self._output], [], [Node("activations", None)], "closed"), None
         layer, info = self._layer, self._layer.info
         tail = _recognise(layer.block.tail)
         norm, slope = self._normalised(self._output)
@@ -325,6 +343,10 @@ class _Planner:
         operation = AutogradPiece(nodes, inputs, outputs, [needs[node] for node in inputs], self._casts)
         why = "; ".join(dict.fromkeys(f"{node.name}: {call.why}" for node, call in zip(nodes, run, strict=True)))
         return Call(operation, inputs, outputs, nodes, "autograd", why)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _arguments(node: Node) -> list[Node]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Gradients, Operation, trained
 from unlocked.workers.graph.products import bias_gradient, product, weight_gradient
+from unlocked.workers.graph.shapes import is_size
 from unlocked.workers.graph.tracing import Node
 
 __all__ = ["ScaledLinear", "Standardized", "readers_of"]
@@ -31,8 +32,9 @@ def readers_of(norm: Node) -> list[Node]:
     if norm.kind is not nn.LayerNorm or module.weight is None or not (module.weight.requires_grad):
         return []
     plain = len(module.normalized_shape) == 1 and (module.bias is None or module.bias.requires_grad)
-    products = [user.kind is nn.Linear and user.target.weight.requires_grad for user in norm.users]
-    return list(norm.users) if plain and all(products) else []
+    readers = [user for user in norm.users if not is_size(user)]
+    products = [user.kind is nn.Linear and user.target.weight.requires_grad for user in readers]
+    return readers if plain and all(products) else []
 
 
 class Standardized(Operation):
