@@ -10,18 +10,36 @@ from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block
-from unlocked.rules import LLS, CrossEntropy, LayerInfo
-from unlocked.workers.fused import fused_step
+from unlocked.rules import LLS, CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer
 
 CPU = torch.device("cpu")
 CLASSES = 5
 
 
+class Probe(LocalRule):
+    """A rule without a closed form: a probe of the activations, which are to be small as well."""
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__(layer)
+        self.probe = nn.Linear(layer.num_features, layer.num_classes)
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(self.probe(activations.flatten(1)), labels)
+        return loss + 0.1 * activations.square().mean()
+
+
 def made_layer(
-    block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", sample: Tensor | None = None
+    block: Block,
+    x: Tensor,
+    backend: Any,
+    *,
+    precision: str = "fp32",
+    sample: Tensor | None = None,
+    rule: Rule | None = None,
 ) -> Layer:
-    """A layer of `block` that trains by LLS (or cross-entropy, if it is the output), on autograd where `backend` is
+    """A layer of `block` that trains by `rule` (or cross-entropy, if it is the output), on autograd where `backend` is
     None."""
     kept = {name: value.clone() for name, value in block.state_dict().items()}
     modes = [(module, module.training) for module in block.modules()]
@@ -41,10 +59,11 @@ def made_layer(
         seed=0,
         layout=block.layout,
     )
-    rule = CrossEntropy() if block.is_output else LLS()(info)
+    torch.manual_seed(3)
+    built = CrossEntropy() if block.is_output else (rule or LLS())(info)
     step = None if backend is None else fused_step(backend)
     optimizer = partial(torch.optim.SGD, lr=0.5)
-    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
+    return Layer(block, built, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
 
 
 def step_of(layer: Layer, x: Tensor) -> Tensor:
@@ -52,6 +71,34 @@ def step_of(layer: Layer, x: Tensor) -> Tensor:
     output = layer.forward(x).clone()
     layer.update(torch.arange(len(x)) % CLASSES)
     return output
+
+
+def assert_close_to_float64(
+    make: Callable[[], Block],
+    x: Tensor,
+    backend: Any,
+    limit: float = 2e-3,
+    *,
+    rule: Rule | None = None,
+    kind: type = FusedStep,
+) -> Layer:
+    """One step each: outputs, every parameter's change, running statistics and counts."""
+    tested, truth = made_layer(make(), x, backend, rule=rule), made_layer(make(), x, None, rule=rule)
+    truth.block.double()
+    truth.rule.double()
+    assert isinstance(tested.step, kind)
+    before = {name: value.clone() for name, value in truth.tensors()}
+    labels = torch.arange(len(x)) % 5
+    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    truth.update(labels)
+    tested.update(labels)
+    scale = max(float((value - before[name]).double().norm()) for name, value in truth.tensors())
+    for (name, a), (_, b) in zip(tested.tensors(), truth.tensors(), strict=True):
+        change, wanted = a.double() - before[name], b.double() - before[name]
+        error = float((change - wanted).norm())
+        assert error <= limit * max(float(wanted.norm()), 1e-2 * scale), (name, error, float(wanted.norm()))
+    return tested
 
 
 class Residual(nn.Module):

@@ -6,14 +6,13 @@ from typing import Any
 import joining_backend
 import pytest
 import torch
-from graph_blocks import CASES, Residual, made_layer, random_block, step_of
+from graph_blocks import CASES, Residual, assert_close_to_float64, made_layer, random_block, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block, ConvBlock, LinearBlock
-from unlocked.workers.fused import FusedStep
 from unlocked.workers.graph import (
     attention,
     autograd,
@@ -26,27 +25,6 @@ from unlocked.workers.graph import (
     standardized,
     sums,
 )
-from unlocked.workers.layer import Layer
-
-
-def assert_close_to_float64(make: Callable[[], Block], x: Tensor, backend: Any, limit: float = 2e-3) -> Layer:
-    """One step each: outputs, every parameter's change, running statistics and counts."""
-    tested, truth = made_layer(make(), x, backend), made_layer(make(), x, None)
-    truth.block.double()
-    truth.rule.double()
-    assert isinstance(tested.step, FusedStep)
-    before = {name: value.clone() for name, value in truth.tensors()}
-    labels = torch.arange(len(x)) % 5
-    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
-    truth.update(labels)
-    tested.update(labels)
-    scale = max(float((value - before[name]).double().norm()) for name, value in truth.tensors())
-    for (name, a), (_, b) in zip(tested.tensors(), truth.tensors(), strict=True):
-        change, wanted = a.double() - before[name], b.double() - before[name]
-        error = float((change - wanted).norm())
-        assert error <= limit * max(float(wanted.norm()), 1e-2 * scale), (name, error, float(wanted.norm()))
-    return tested
 
 
 @given(seed=st.integers(0, 2**31 - 1), tokens=st.booleans(), backend=st.sampled_from([cpp, reference, joining_backend]))
