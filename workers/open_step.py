@@ -23,8 +23,11 @@ def opened_body(layer: Layer, backend: ModuleType, root: nn.Module | None = None
     Args:
         root: the part of the block that is meant, from its input on; None: all of it.
     """
-    if layer.device.type == "cuda":
-        return None, "on a GPU autograd's kernels are as few"
+    if layer.device.type != "cpu":
+        return (
+            None,
+            f"the rule {type(layer.rule).__name__} has no closed form, and elsewhere than on a CPU autograd's serve",
+        )
     part = root or layer.block.body
     if not any(p.requires_grad for p in part.parameters()):
         return None, "nothing in it trains"

@@ -56,7 +56,7 @@ def test_interpreted_triton_too(name: str) -> None:
 OPERATIONS = {
     operations.Convolution: "conv1d",
     products.Linear: "linear",
-    products.Product: "encoder's layer",
+    products.Product: "encoder's layer, norms after",
     gelu.Gelu: "gelu",
     gelu.GeluLinear: "encoder's layer",
     operations.LayerNorm: "encoder's layer",
@@ -68,6 +68,7 @@ OPERATIONS = {
     attention.Attention: "chunks of many tokens",
     attention.SplitAttention: "attention of many tokens",
     standardized.ScaledLinear: "encoder",
+    standardized.ScaledProduct: "encoder's layer",
     sums.SumEnd: "residual",
     shapes.Split: "chunks",
     shapes.Moved: "attention",

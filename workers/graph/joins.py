@@ -34,9 +34,9 @@ from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, geometry
-from unlocked.workers.graph.products import Linear
+from unlocked.workers.graph.products import Linear, Product
 from unlocked.workers.graph.shapes import Split, parts_of
-from unlocked.workers.graph.standardized import ScaledLinear, Standardized, readers_of
+from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Standardized, readers_of
 from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
@@ -215,7 +215,7 @@ class _Planner:
         if node.inputs != [self._nodes[0]] or node is self._output or self._casts.half:
             return
         products = readers_of(node)
-        taken = any(one in self._covered or not isinstance(self._operation(one), Linear) for one in products)
+        taken = any(one in self._covered or not isinstance(self._operation(one), Linear | Product) for one in products)
         if not products or taken or not isinstance(self._operation(node), LayerNorm):
             return
         norm, why = node.target, "scale and shift are taken into the products"
@@ -223,7 +223,9 @@ class _Planner:
         self._covered.add(node)
         for one in products:
             why = "with the norm's scale and shift, and no gradient of what it reads"
-            self._joined[one] = Call(ScaledLinear(one.target, norm), [node], [one], [one], "joined", why)
+            own = isinstance(self._operation(one), Linear)
+            operation = ScaledLinear(one.target, norm) if own else ScaledProduct(norm)
+            self._joined[one] = Call(operation, _arguments(one), [one], [one], "joined", why)
             self._covered.add(one)
 
     def _join_parts(self, node: Node) -> None:
