@@ -25,7 +25,7 @@ from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.graph.joins import make_body
 from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
-from unlocked.workers.open_step import OpenStep, memory_format_of, opened_body
+from unlocked.workers.open_step import OpenStep, as_gradient, opened_body
 
 __all__ = ["FusedStep", "FusedSteps", "LogitsStep", "choose_step", "fused_step"]
 
@@ -142,7 +142,7 @@ class FusedStep:
             optimizer.step(grads)
             return
         for parameter, grad in zip(self.layer.parameters, grads, strict=True):
-            parameter.grad = None if grad is None else grad.contiguous(memory_format=memory_format_of(parameter))
+            parameter.grad = None if grad is None else as_gradient(grad, parameter)
         optimizer.step()
 
 

@@ -14,20 +14,17 @@ from unlocked.workers.graph.joins import make_body
 from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer
 
-__all__ = ["OpenStep", "memory_format_of", "opened_body"]
+__all__ = ["OpenStep", "as_gradient", "opened_body"]
 
 
 def opened_body(layer: Layer, backend: ModuleType, root: nn.Module | None = None) -> tuple[GraphBody | None, str]:
-    """The layer's block in closed form up to its activations; or why there is none.
+    """The layer's block in closed form up to its activations; or why there is none, empty elsewhere than on a CPU.
 
     Args:
         root: the part of the block that is meant, from its input on; None: all of it.
     """
     if layer.device.type != "cpu":
-        return (
-            None,
-            f"the rule {type(layer.rule).__name__} has no closed form, and elsewhere than on a CPU autograd's serve",
-        )
+        return None, ""  # on a GPU autograd's kernels are as few
     part = root or layer.block.body
     if not any(p.requires_grad for p in part.parameters()):
         return None, "nothing in it trains"
@@ -73,12 +70,18 @@ class OpenStep(AutogradStep):
             grads = self.body.backward(given)  # which drops what it has kept
             for parameter, grad in zip(self.body.trained, grads, strict=True):
                 if grad is not None and seen.grad is not None:
-                    grad = grad.float().contiguous(memory_format=memory_format_of(parameter))
-                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                    given_to = as_gradient(grad.float(), parameter)
+                    parameter.grad = given_to if parameter.grad is None else parameter.grad + given_to
         optimizer.step()
 
 
-def memory_format_of(parameter: Tensor) -> torch.memory_format:
-    """How a gradient of the parameter lies in memory."""
+def as_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
+    """A closed form's gradient as `parameter.grad`, laid out like the parameter.
+
+    Optimizers may write into it (the schedule-free ones of the library do), so that it must not be one that an
+    operation keeps, as the zeros of a bias in front of BatchNorm are: vectors are copied.
+    """
+    if grad.dim() == 1:
+        return grad.clone()
     channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
