@@ -112,6 +112,16 @@ def conv(widths: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*blocks, _classifier(widths[-1]))
 
 
+def small_conv() -> nn.Sequential:
+    """The authors' SmallConv, written out."""
+    pools = (nn.MaxPool2d(2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(2))
+    blocks = [
+        nn.Sequential(*block[:3], pool) for block, pool in zip(list(conv((32, 64, 128)))[:-1], pools, strict=True)
+    ]
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True))
+    return nn.Sequential(*blocks, linear, nn.Linear(512, CLASSES))
+
+
 def residual(widths: tuple[int, ...]) -> nn.Sequential:
     first = widths[0]
     stem = nn.Sequential(nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(inplace=True))
@@ -144,6 +154,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "conv": (partial(conv, (32, 64, 128, 256)), (3, 32, 32)),
     "residual": (partial(residual, (32, 64, 128, 256)), (3, 32, 32)),
     "encoder": (partial(encoder, 128, 4, 4), (3, 32, 32)),
+    "SmallConv": (small_conv, (3, 32, 32)),
     "group": (partial(group, (64, 128, 256)), (3, 32, 32)),
     "row": (partial(row, (64, 128, 256)), (3, 1024)),
     "conv of other widths": (partial(conv, (48, 96, 192)), (3, 32, 32)),

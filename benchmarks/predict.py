@@ -257,6 +257,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans": _plans,
     "vgg8": lambda: _layers("VGG8"),
     "mobilenet": lambda: _layers("MobileNetV1"),
+    "resnet18": lambda: _layers("ResNet18"),
+    "vit": lambda: _layers("ViT"),
     "rules": _rules,
     "heads": _heads,
     "spills": _spills,

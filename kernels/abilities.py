@@ -17,7 +17,9 @@ class Abilities:
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
         gelu: it has `gelu_forward` and `gelu_backward`.
+        attention: it has `attention_forward`, `attention_backward` and `takes_attention`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
+        sums: it has `sum_act_forward` and `sum_act_backward`.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
         vocabulary: it has `score_gradients`, for heads that work in pieces (`kernels.vocabulary`).
     """
@@ -29,5 +31,7 @@ class Abilities:
     partial_gradients: bool = False
     weight_gradient: bool = False
     gelu: bool = False
+    attention: bool = False
+    sums: bool = False
     convolutions: bool = False
     vocabulary: bool = False

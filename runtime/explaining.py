@@ -15,8 +15,9 @@ from unlocked.kernels.trial import copy_rate, product_rate
 from unlocked.runtime.costs import Trial, trials
 from unlocked.runtime.job import Job
 from unlocked.workers.fused import FusedStep
-from unlocked.workers.graph.body import How
+from unlocked.workers.graph.body import GraphBody, How
 from unlocked.workers.layer import Layer
+from unlocked.workers.open_step import OpenStep
 
 __all__ = ["ExplainedCall", "ExplainedLayer", "Explanation", "explain"]
 
@@ -107,7 +108,8 @@ def _explained(trial: Trial) -> ExplainedLayer:
         return tensor
 
     trial.seconds()  # what is done once, such as the optimizer's state
-    by_library = layer.step.body.by_library() if isinstance(layer.step, FusedStep) else nullcontext()
+    body = getattr(layer.step, "body", None)
+    by_library = body.by_library() if isinstance(body, GraphBody) else nullcontext()
     with _Flops() as counter, by_library:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             trial.forward()
@@ -143,8 +145,11 @@ class _Flops(TorchDispatchMode):
 
 def _calls(layer: Layer) -> tuple[ExplainedCall, ...]:
     step = layer.step
-    if isinstance(step, FusedStep):
-        return tuple(ExplainedCall(how, names, why) for how, names, why in step.body.rows)
+    if isinstance(step, FusedStep | OpenStep):
+        calls = [ExplainedCall(how, names, why) for how, names, why in step.body.rows]
+        if isinstance(step, OpenStep):
+            calls.append(ExplainedCall("autograd", (type(layer.rule).__name__,), step.rest))
+        return tuple(calls)
     parts = [f"{name} ({type(m).__name__})" for name, m in layer.block.body.named_children()]
     names = parts or [type(layer.block.body).__name__]
     return (ExplainedCall("autograd", tuple(names), getattr(step, "why", "")),)

@@ -10,18 +10,36 @@ from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block
-from unlocked.rules import LLS, CrossEntropy, LayerInfo
-from unlocked.workers.fused import fused_step
+from unlocked.rules import LLS, CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer
 
 CPU = torch.device("cpu")
 CLASSES = 5
 
 
+class Probe(LocalRule):
+    """A rule without a closed form: a probe of the activations, which are to be small as well."""
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__(layer)
+        self.probe = nn.Linear(layer.num_features, layer.num_classes)
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(self.probe(activations.flatten(1)), labels)
+        return loss + 0.1 * activations.square().mean()
+
+
 def made_layer(
-    block: Block, x: Tensor, backend: Any, *, precision: str = "fp32", sample: Tensor | None = None
+    block: Block,
+    x: Tensor,
+    backend: Any,
+    *,
+    precision: str = "fp32",
+    sample: Tensor | None = None,
+    rule: Rule | None = None,
 ) -> Layer:
-    """A layer of `block` that trains by LLS (or cross-entropy, if it is the output), on autograd where `backend` is
+    """A layer of `block` that trains by `rule` (or cross-entropy, if it is the output), on autograd where `backend` is
     None."""
     kept = {name: value.clone() for name, value in block.state_dict().items()}
     modes = [(module, module.training) for module in block.modules()]
@@ -41,10 +59,11 @@ def made_layer(
         seed=0,
         layout=block.layout,
     )
-    rule = CrossEntropy() if block.is_output else LLS()(info)
+    torch.manual_seed(3)
+    built = CrossEntropy() if block.is_output else (rule or LLS())(info)
     step = None if backend is None else fused_step(backend)
     optimizer = partial(torch.optim.SGD, lr=0.5)
-    return Layer(block, rule, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
+    return Layer(block, built, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
 
 
 def step_of(layer: Layer, x: Tensor) -> Tensor:
@@ -52,6 +71,34 @@ def step_of(layer: Layer, x: Tensor) -> Tensor:
     output = layer.forward(x).clone()
     layer.update(torch.arange(len(x)) % CLASSES)
     return output
+
+
+def assert_close_to_float64(
+    make: Callable[[], Block],
+    x: Tensor,
+    backend: Any,
+    limit: float = 2e-3,
+    *,
+    rule: Rule | None = None,
+    kind: type = FusedStep,
+) -> Layer:
+    """One step each: outputs, every parameter's change, running statistics and counts."""
+    tested, truth = made_layer(make(), x, backend, rule=rule), made_layer(make(), x, None, rule=rule)
+    truth.block.double()
+    truth.rule.double()
+    assert isinstance(tested.step, kind)
+    before = {name: value.clone() for name, value in truth.tensors()}
+    labels = torch.arange(len(x)) % 5
+    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    truth.update(labels)
+    tested.update(labels)
+    scale = max(float((value - before[name]).double().norm()) for name, value in truth.tensors())
+    for (name, a), (_, b) in zip(tested.tensors(), truth.tensors(), strict=True):
+        change, wanted = a.double() - before[name], b.double() - before[name]
+        error = float((change - wanted).norm())
+        assert error <= limit * max(float(wanted.norm()), 1e-2 * scale), (name, error, float(wanted.norm()))
+    return tested
 
 
 class Residual(nn.Module):
@@ -81,10 +128,10 @@ class Placed(nn.Module):
 class Attending(nn.Module):
     """Self-attention, its heads by view and permute, or by chunk and transpose."""
 
-    def __init__(self, width: int, heads: int, *, by_chunks: bool) -> None:
+    def __init__(self, width: int, heads: int, *, by_chunks: bool, causal: bool = False) -> None:
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.heads, self.by_chunks = heads, by_chunks
+        self.heads, self.by_chunks, self.causal = heads, by_chunks, causal
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -94,8 +141,8 @@ class Attending(nn.Module):
             q, k, v = (part.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2) for part in (a, b, c))
         else:
             q, k, v = y.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        result: Tensor = x + self.out(y)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        result: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
         return result
 
 
@@ -241,14 +288,30 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(7, 12),
         False,
     ),
-    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), False),
-    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), False),
-    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), False),
+    "summed": (
+        _seeded(lambda: Residual(_branch(4, 4), nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.2)), latent_size=4),
+        _image(4, 8, 8),
+        True,
+    ),
+    "summed, without an activation": (_seeded(lambda: Residual(_branch(20, 20))), _image(20, 9, 9), True),
+    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), True),
+    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), True),
+    "attention of many tokens": (
+        _seeded(lambda: Attending(24, 2, by_chunks=False, causal=True), layout="tokens"),
+        _image(70, 24),
+        True,
+    ),
+    "chunks of many tokens": (
+        _seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"),
+        _image(40, 16),
+        True,
+    ),
+    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), True),
     "encoder's layer": (_seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), _image(7, 16), True),
     "encoder's layer, norms after": (
         _seeded(lambda: _layer("relu", norm_first=False, bias=False), layout="tokens"),
         _image(7, 16),
-        False,
+        True,
     ),
     "output": (
         _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
@@ -290,14 +353,17 @@ def random_block(seed: int, *, tokens: bool) -> tuple[Callable[[], Block], Tenso
         return block
 
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*((5, 7, width) if tokens else (5, width, side, side)), generator=generator)
+    length = chance.choice([7, 40])
+    x = torch.randn(*((5, length, width) if tokens else (5, width, side, side)), generator=generator)
     return make, x if tokens else x.contiguous(memory_format=torch.channels_last)
 
 
 def _on_tokens(draw: random.Random, width: int) -> nn.Module:
     net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width, bias=draw.random() < 0.5), _smooth(draw))
     net.append(nn.Linear(2 * width, width))
-    return draw.choice([Residual(net), net, nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), _smooth(draw))])
+    attending = Attending(width, draw.choice([1, 2]), by_chunks=draw.random() < 0.5, causal=draw.random() < 0.5)
+    plain = nn.Sequential(nn.Linear(width, width), _smooth(draw))
+    return draw.choice([Residual(net), net, nn.LayerNorm(width), plain, attending])
 
 
 def _on_images(draw: random.Random, width: int) -> nn.Module:

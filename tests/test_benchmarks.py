@@ -20,7 +20,7 @@ SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
     *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
     *("recovery", "reproduce", "rule_costs", "scale", "single_gpu", "snapshots", "start_up", "two_checkouts"),
-    *("winograd", "zero_lock"),
+    *("precision", "winograd", "zero_lock"),
     "language",
 )
 

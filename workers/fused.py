@@ -1,9 +1,9 @@
 """The local step in closed form, on the fused kernels.
 
 It is made of what a block computes (`workers.graph`), operation by operation: what the table of operations does not
-have runs through autograd, for that piece alone. Where the rule has no closed form, or the block can't be followed, the
-layer keeps the autograd step (`choose_step`). The gradient of a bias in front of BatchNorm is exactly zero here;
-autograd computes rounding noise for it.
+have runs through autograd, for that piece alone. Where the rule has no closed form, autograd follows the rule alone
+(`workers.open_step`); where the block can't be followed, the layer keeps the autograd step (`choose_step`). The
+gradient of a bias in front of BatchNorm is exactly zero here; autograd computes rounding noise for it.
 
 With bfloat16 inputs (`unlocked.kernels.precision`) bfloat16 are: the cast weights, the library's results and their
 gradients, the latents and their gradient, the output. The kernels compute in float32 and round what they store.
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from unlocked.kernels.dispatch import fuse_optimizer, get_backend
 from unlocked.kernels.reference import HeadResult
 from unlocked.models import Block
-from unlocked.rules import CrossEntropy
+from unlocked.rules import CrossEntropy, needs_pass
 from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.graph.joins import make_body
 from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
+from unlocked.workers.open_step import OpenStep, as_gradient, opened_body
 
-__all__ = ["FusedStep", "LogitsStep", "choose_step", "fused_step"]
+__all__ = ["FusedStep", "FusedSteps", "LogitsStep", "choose_step", "fused_step"]
 
 
 def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
@@ -41,32 +42,52 @@ def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
 
 def fused_step(backend: ModuleType) -> StepFactory:
     """Builds closed-form steps with the operations of `backend` where a layer allows it, autograd steps elsewhere."""
-    return _FusedSteps(backend)
+    return FusedSteps(backend)
 
 
 @dataclass(frozen=True)
-class _FusedSteps:
+class FusedSteps:
+    """Makes a layer's step, and puts the backend's optimizer in the place of the layer's."""
+
     backend: ModuleType
 
     def __call__(self, layer: Layer) -> Step:
         body, why = _closed_form(layer, self.backend)
         promised = body is not None and body.gives_every_gradient
-        layer.optimizer = _fuse_optimizer(layer, self.backend, every_gradient=promised)
+        layer.optimizer = self.optimizer_of(layer, every_gradient=promised)
         if body is not None:
             return FusedStep(layer, self.backend, body)
+        if not why and not needs_pass(layer.rule):
+            body, why = opened_body(layer, self.backend)
+            if body is not None:
+                return OpenStep(layer, body)
         step = LogitsStep(layer, self.backend) if _gives_logits(layer) else AutogradStep(layer)
-        step.why = why
+        step.why = why or f"the rule {type(layer.rule).__name__} has no closed form"
         return step
+
+    def optimizer_of(self, layer: Layer, *, every_gradient: bool = False) -> Any:
+        """The layer's optimizer, as one kernel for all of its parameters where the backend has one for it.
+
+        Args:
+            every_gradient: every step gives all of them, by place.
+        """
+        optimizer = layer.optimizer
+        if optimizer is None:
+            return None
+        owned = [p for group in optimizer.param_groups for p in group["params"]]
+        if every_gradient and list(map(id, owned)) != list(map(id, layer.parameters)):
+            return optimizer  # of some of them, or in another order
+        return fuse_optimizer(self.backend, optimizer, layer.device, every_gradient=every_gradient)
 
 
 def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, str]:
-    """The layer's block in closed form; or why there is none."""
+    """The layer's step in closed form; or why there is none, empty if the rule has none and the block may have."""
     if layer.needs:
         return None, f"it reads {', '.join(layer.needs)} beside its input"
-    if layer.rule.head_arguments() is None:
-        return None, f"the rule {type(layer.rule).__name__} has no closed form"
     if any(isinstance(module, Block) for module in layer.block.body.modules()):
         return None, "backpropagation through the whole network"
+    if layer.rule.head_arguments() is None:
+        return None, ""
     try:
         body = make_body(layer, backend)
     except Untraceable as error:
@@ -121,7 +142,7 @@ class FusedStep:
             optimizer.step(grads)
             return
         for parameter, grad in zip(self.layer.parameters, grads, strict=True):
-            parameter.grad = None if grad is None else grad.contiguous(memory_format=_format_of(parameter))
+            parameter.grad = None if grad is None else as_gradient(grad, parameter)
         optimizer.step()
 
 
@@ -154,19 +175,3 @@ class LogitsStep(AutogradStep):
 
 def _gives_logits(layer: Layer) -> bool:
     return layer.is_output and isinstance(layer.rule, CrossEntropy) and len(layer.info.activation_shape) == 1
-
-
-def _fuse_optimizer(layer: Layer, backend: ModuleType, *, every_gradient: bool) -> Any:
-    """The layer's optimizer, as one kernel for all of its parameters where the backend has one for it."""
-    optimizer = layer.optimizer
-    if optimizer is None:
-        return None
-    owned = [p for group in optimizer.param_groups for p in group["params"]]
-    if every_gradient and list(map(id, owned)) != list(map(id, layer.parameters)):
-        return optimizer  # of some of them, or in another order: gradients are given by place
-    return fuse_optimizer(backend, optimizer, layer.device, every_gradient=every_gradient)
-
-
-def _format_of(parameter: Tensor) -> torch.memory_format:
-    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from unlocked.kernels.vocabulary import linear_cross_entropy, pieces, using
 from unlocked.models import Block
 from unlocked.rules import Tokens
+from unlocked.workers.fused import FusedSteps
+from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
+from unlocked.workers.open_step import OpenStep, opened_body
 
 __all__ = ["PiecewiseHead", "PiecewiseStep", "SplitBody", "head_of", "piecewise_step", "split_body"]
 
@@ -59,9 +62,20 @@ def piecewise_step(other: StepFactory | None) -> StepFactory:
     """Builds such steps; `other` may put a faster optimizer in the place of the layer's."""
 
     def build(layer: Layer) -> Step:
-        if other is not None:
-            other(layer)
-        return PiecewiseStep(layer)
+        if not isinstance(other, FusedSteps):
+            if other is not None:
+                other(layer)
+            return PiecewiseStep(layer)
+        layer.optimizer = other.optimizer_of(layer)
+        before = cast(SplitBody, split_body(layer.block)).hidden
+        body, why = None, "what its head reads is no module's result"
+        if isinstance(before, nn.Module) and not layer.needs:
+            body, why = opened_body(layer, other.backend, before)
+        if body is not None:
+            return OpenPiecewiseStep(layer, body)
+        step = PiecewiseStep(layer)
+        step.why = why
+        return step
 
     return build
 
@@ -124,9 +138,14 @@ class PiecewiseStep(PiecewiseHead, AutogradStep):
                 ignore_index=self.task.ignore_index,
                 hits=hits,
             )
-        if layer.optimizer is not None:
-            layer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            layer.optimizer.step()
+        self.descend(loss)
         with torch.no_grad():
             return self.account(loss.detach(), hits, labels)
+
+
+class OpenPiecewiseStep(OpenStep, PiecewiseStep):
+    """The same with what comes before the head in closed form."""
+
+    def __init__(self, layer: Layer, body: GraphBody) -> None:
+        super().__init__(layer, body)
+        self.rest = "its scores are made in pieces"

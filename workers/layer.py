@@ -363,12 +363,16 @@ class AutogradStep:
         layer, activations = self.layer, self.take_activations()
         with torch.enable_grad(), using(layer.kernels):
             loss = layer.rule(activations, labels)
-        if layer.optimizer is not None:
-            layer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            layer.optimizer.step()
+        self.descend(loss)
         with torch.no_grad():
             return layer.account(loss.detach(), activations, labels)
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of the optimizer by the gradients of `loss`."""
+        if self.layer.optimizer is not None:
+            self.layer.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.layer.optimizer.step()
 
     def take_activations(self) -> Tensor:
         """What `forward` kept, with its graph; nothing of the micro-batch outlives the update."""

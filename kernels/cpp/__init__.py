@@ -5,15 +5,19 @@ Results do not depend on the number of threads. Compiled on first use with the s
 """
 
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.cpp.attention import attention_backward, attention_forward, takes_attention
 from unlocked.kernels.cpp.bindings import unavailable
 from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward
 from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+from unlocked.kernels.cpp.sum_act import sum_act_backward, sum_act_forward
 from unlocked.kernels.cpp.vocabulary import score_gradients
 from unlocked.kernels.images import load_batch
 
 __all__ = [
     "ABILITIES",
+    "attention_backward",
+    "attention_forward",
     "gelu_backward",
     "gelu_forward",
     "load_batch",
@@ -22,7 +26,12 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "score_gradients",
+    "sum_act_backward",
+    "sum_act_forward",
+    "takes_attention",
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True, vocabulary=True)
+ABILITIES = Abilities(
+    devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True, vocabulary=True, attention=True, sums=True
+)

@@ -13,32 +13,14 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements that a thread takes at a time
 constexpr int64_t kRows = 64;     // rows whose sums are made in one go, whatever the number of threads
 
-// e^x for x <= 0, to about two units in the last place, NaN kept; zero below -87, before float32 runs out. x is taken
-// apart as n ln 2 + r with |r| <= ln 2 / 2, and e^r is its Taylor polynomial, whose next term is 5e-9.
-Vector exponential(Vector x) {
-  const Vector lowest = broadcast(-87.0f);
-  const Vector y = x > lowest ? x : lowest;
-  const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
-  const Vector n = (y * 1.44269504f + magic) - magic;
-  const Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector p = broadcast(1.0f / 5040.0f);
-  for (const float factor : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
-    p = p * r + factor;
-  const Mask exponent = (__builtin_convertvector(n, Mask) + 127) << 23;
-  Vector power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  const Vector result = x < lowest ? Vector{} : p * power;
-  return x == x ? result : x;
-}
-
 // Phi(-a) e^(a^2/2) for a >= 0, to 2e-8 of itself: a polynomial in t = 1 / (1 + 0.37 a / sqrt(2)), fitted to
 // erfc(z) e^(z^2) / 2 at z = a / sqrt(2) up to 9 by least squares weighted towards the largest relative error (Lawson).
 Vector scaled_tail(Vector a) {
-  const Vector t = 1.0f / (1.0f + a * 0.261629509f);
+  const Vector t = 1.0f / multiply_add(0.261629509f, a, broadcast(1.0f));
   Vector p = broadcast(0.0626142666f);
   for (const float factor : {-0.306649009f, 0.493864971f, -0.293423311f, 0.316479552f, 0.104058820f, 0.206898483f,
                              0.207336807f, 0.208819409f})
-    p = p * t + factor;
+    p = multiply_add(p, t, broadcast(factor));
   return p * t * 0.5f;
 }
 
@@ -51,7 +33,7 @@ void activate(const T* x, T* y, T* slope, Lanes lanes) {
   const Vector tail = bell * scaled_tail(size);
   const Vector phi = negative ? tail : 1.0f - tail;
   store(y, value * phi, lanes);
-  store(slope, phi + value * (bell * 0.398942280f), lanes);
+  store(slope, multiply_add(bell * 0.398942280f, value, phi), lanes);
 }
 
 template <typename T>
@@ -66,17 +48,17 @@ void forward(const T* x, int64_t count, T* y, T* slope, int threads) {
 }
 
 template <typename T>
-void backward(const T* grad, const T* slope, int64_t rows, int64_t columns, T* out, float* sums, float* scratch,
-              int threads) {
+void backward(const T* grad, const T* slope, int64_t rows, int64_t columns, int64_t repeats, T* out, float* sums,
+              float* scratch, int threads) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     float* part = scratch + block * columns;
     std::fill(part, part + columns, 0.0f);
     for (int64_t row = block * kRows; row < std::min(rows, (block + 1) * kRows); ++row) {
-      const int64_t at = row * columns;
+      const int64_t at = row * columns, from = row / repeats * columns;
       for_groups(columns, [&](int64_t c, auto lanes) {
-        const Vector value = load(grad + at + c, lanes) * load(slope + at + c, lanes);
+        const Vector value = load(grad + from + c, lanes) * load(slope + at + c, lanes);
         store(out + at + c, value, lanes);
         store(part + c, load(part + c, lanes) + value, lanes);
       });
@@ -97,14 +79,14 @@ extern "C" void unlocked_gelu_forward(int half, const void* x, int64_t count, vo
     forward(static_cast<const float*>(x), count, static_cast<float*>(y), static_cast<float*>(slope), threads);
 }
 
-// grad, slope, out: [rows, columns]; out may be slope. sums: [columns], of out's values before they are rounded;
-// scratch: a row of `columns` for every 64 rows.
+// slope, out: [rows, columns]; out may be slope. grad: [rows / repeats, columns], each row of which stands for as many.
+// sums: [columns], of out's values before they are rounded; scratch: a row of `columns` for every 64 rows.
 extern "C" void unlocked_gelu_backward(int half, const void* grad, const void* slope, int64_t rows, int64_t columns,
-                                       void* out, float* sums, float* scratch, int threads) {
+                                       int64_t repeats, void* out, float* sums, float* scratch, int threads) {
   if (half)
     backward(static_cast<const Bfloat16*>(grad), static_cast<const Bfloat16*>(slope), rows, columns,
-             static_cast<Bfloat16*>(out), sums, scratch, threads);
+             repeats, static_cast<Bfloat16*>(out), sums, scratch, threads);
   else
     backward(static_cast<const float*>(grad), static_cast<const float*>(slope), rows, columns,
-             static_cast<float*>(out), sums, scratch, threads);
+             repeats, static_cast<float*>(out), sums, scratch, threads);
 }

@@ -30,10 +30,12 @@ def gelu_backward(grad: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """(grad * slope, in the place of `slope`; its sums over all but the last dimension, [D] float32).
 
     Args:
-        grad: [..., D], like `slope`.
+        grad: [..., D], like `slope`; of [B, T, D] a view of [B, 1, D] may be read as it is.
         slope: contiguous.
     """
-    grad, columns = grad.contiguous(), slope.shape[-1]
+    repeats = grad.shape[1] if grad.dim() == 3 and grad.stride(1) == 0 else 1
+    grad = grad[:, 0].contiguous() if repeats > 1 else grad.contiguous()
+    columns = slope.shape[-1]
     rows = slope.numel() // columns
     sums = torch.empty(columns)
     scratch = torch.empty(-(-rows // _ROWS) * columns)
@@ -43,6 +45,7 @@ def gelu_backward(grad: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         slope.data_ptr(),
         rows,
         columns,
+        repeats,
         slope.data_ptr(),
         sums.data_ptr(),
         scratch.data_ptr(),

@@ -12,31 +12,6 @@
 
 namespace {
 
-// exp(x) for x <= 0: 2^n exp(r) with |r| <= ln(2)/2, exp(r) by its Taylor series to the sixth power (an error below
-// 2e-7 of the value, two units in the last place). Below -87 it is 0, as float32 nearly has it. A NaN stays one.
-Vector exponential(Vector x) {
-  const Vector shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vector lowest = broadcast(-87.0f);
-  const Mask gone = x < lowest;
-  const Vector clamped = gone ? lowest : x;
-  const Vector rounded = clamped * broadcast(1.44269504f) + shift;
-  const Vector n = rounded - shift;
-  const Vector r = (clamped - n * broadcast(0.693359375f)) + n * broadcast(2.12194440e-4f);  // ln(2) in two parts
-  Vector p = broadcast(1.0f / 720.0f);
-  p = p * r + broadcast(1.0f / 120.0f);
-  p = p * r + broadcast(1.0f / 24.0f);
-  p = p * r + broadcast(1.0f / 6.0f);
-  p = p * r + broadcast(0.5f);
-  p = p * r + broadcast(1.0f);
-  p = p * r + broadcast(1.0f);
-  Mask bits;
-  std::memcpy(&bits, &rounded, sizeof(bits));
-  bits = (bits << 23) + (127 << 23);  // the low bits of `rounded` are n
-  Vector power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return gone ? Vector{} : p * power;
-}
-
 double sum_of(Vector v) {
   double sum = 0.0;
   for (int64_t i = 0; i < kLanes; ++i) sum += v[i];

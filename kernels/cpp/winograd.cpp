@@ -7,9 +7,6 @@
 
 #include "winograd.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -19,14 +16,6 @@ namespace {
 constexpr int64_t kTall = 14;        // rows of a register tile going forward: 28 sums, of 32 registers
 constexpr int64_t kBlockBytes = 600 << 10;  // of transformed inputs: they stay in a core's second cache
 constexpr int64_t kSummedTiles = 128;  // tiles that the way back transforms at once
-
-inline Vector multiply_add(float a, Vector b, Vector c) {
-#ifdef __AVX512F__
-  return (Vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // sums[rows][32] = inputs [groups][rows][16] x kernel [16 groups][32], for kTall rows
 void multiply(const float* inputs, const float* kernel, int64_t groups, int64_t rows, float* sums) {

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from unlocked.kernels import cpp
 from unlocked.kernels.cpp import (
+    attention_backward,
+    attention_forward,
     gelu_backward,
     gelu_forward,
     load_batch,
@@ -24,11 +26,16 @@ from unlocked.kernels.cpp import (
     norm_act_backward_full,
     norm_act_forward,
     score_gradients,
+    sum_act_backward,
+    sum_act_forward,
+    takes_attention,
 )
 from unlocked.kernels.cpp.bindings import load_kernels
 
 __all__ = [
     "ABILITIES",
+    "attention_backward",
+    "attention_forward",
     "convolution",
     "convolution_backward",
     "gelu_backward",
@@ -39,6 +46,9 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "score_gradients",
+    "sum_act_backward",
+    "sum_act_forward",
+    "takes_attention",
     "takes_convolution",
     "unavailable",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_blocks import CASES
+from graph_blocks import CASES, Probe
 from torch import nn
 
 from unlocked.models import Block
@@ -15,7 +15,7 @@ from unlocked.runtime import Streams, Trainer
 
 NAMES = (
     *("plain", "pooled", "uneven", "pools", "depthwise", "conv1d", "group", "residual", "dropout", "parameter"),
-    *("encoder", "attention", "in part"),
+    *("encoder", "attention", "attention of many tokens", "chunks of many tokens", "summed", "in part"),
 )
 
 
@@ -42,7 +42,8 @@ def _digest(name: str, precision: str = "fp32", **options: Any) -> str:
     data = samples, torch.arange(40) % 5
     steps = options.pop("max_steps", 6)
     optimizer = partial(torch.optim.Adam, lr=0.01)
-    trainer = Trainer(blocks, rule=LLS(), optimizer=optimizer, precision=precision, **options)
+    rule = options.pop("rule", LLS())
+    trainer = Trainer(blocks, rule=rule, optimizer=optimizer, precision=precision, **options)
     return trainer.fit(data, epochs=2, batch_size=12, max_steps=steps, eval_data=data).weights_sha256
 
 
@@ -58,3 +59,12 @@ def test_the_same_bits_on_every_engine_and_after_a_resume(name: str, tmp_path: P
     half = _digest(name, "bf16")
     assert half != expected
     assert _digest(name, "bf16", engine=Streams(stages=3)) == half
+
+
+@pytest.mark.parametrize("name", ["residual", "dropout", "chunks of many tokens", "in part"])
+def test_the_same_bits_under_a_rule_that_autograd_follows(name: str, tmp_path: Path) -> None:
+    expected = _digest(name, rule=Probe)
+    assert _digest(name, rule=Probe, snapshot_dir=tmp_path, snapshot_every=2) == expected
+    assert _digest(name, rule=Probe, engine=Streams(stages=3)) == expected
+    earlier = sorted(tmp_path.iterdir())[0]
+    assert _digest(name, rule=Probe, resume=earlier, engine=Streams(stages=2)) == expected

@@ -73,7 +73,7 @@ def test_tick_graphs_equal_the_plain_loop(
     stages=st.integers(1, 5),
     depth=st.integers(1, 5),
     ticks=st.integers(0, 9),
-    batch=st.integers(4, 16),
+    batch=st.integers(4, 16).filter(lambda batch: 100 % batch != 1),  # BatchNorm takes no single row
     steps=st.integers(1, 25),
     evaluate=st.booleans(),
 )

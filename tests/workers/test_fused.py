@@ -155,3 +155,29 @@ def test_frozen_parameters_stay_and_the_others_train(frozen: str) -> None:
         found.append(layer.state_dict()["block"])
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+class _Spoiling(torch.optim.SGD):
+    """Writes into the gradients that it is given, as the library's schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.add_(1.0)
+
+
+@pytest.mark.parametrize("make", [lambda: ConvBlock(3, 4, latent_size=2), lambda: LinearBlock(192, 8, latent_size=8)])
+def test_an_optimizer_may_write_into_its_gradients(make: Callable[[], Block]) -> None:
+    """A bias in front of BatchNorm has a gradient of zero, in every step."""
+    block = make()
+    shape = (4, 8, 8) if isinstance(block, ConvBlock) else (8,)
+    layer = _layer(block, "LLS", shape, block.latent_size or 8, reference, lambda owned: _Spoiling(owned, lr=0.1))
+    assert isinstance(layer.step, FusedStep)
+    biases = {name: p.detach().clone() for name, p in block.named_parameters() if "bias" in name and "norm" not in name}
+    for _ in range(3):
+        layer.forward(torch.randn(5, 3, 8, 8))
+        layer.update(torch.arange(5) % 5)
+    assert biases
+    for name, before in biases.items():
+        assert torch.equal(dict(block.named_parameters())[name], before), name

@@ -6,36 +6,25 @@ from typing import Any
 import joining_backend
 import pytest
 import torch
-from graph_blocks import CASES, Residual, made_layer, random_block, step_of
+from graph_blocks import CASES, Residual, assert_close_to_float64, made_layer, random_block, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block, ConvBlock, LinearBlock
-from unlocked.workers.fused import FusedStep
-from unlocked.workers.graph import attention, autograd, body, gelu, normalized, operations, products, shapes
-from unlocked.workers.layer import Layer
-
-
-def assert_close_to_float64(make: Callable[[], Block], x: Tensor, backend: Any, limit: float = 2e-3) -> Layer:
-    """One step each: outputs, every parameter's change, running statistics and counts."""
-    tested, truth = made_layer(make(), x, backend), made_layer(make(), x, None)
-    truth.block.double()
-    truth.rule.double()
-    assert isinstance(tested.step, FusedStep)
-    before = {name: value.clone() for name, value in truth.tensors()}
-    labels = torch.arange(len(x)) % 5
-    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
-    truth.update(labels)
-    tested.update(labels)
-    scale = max(float((value - before[name]).double().norm()) for name, value in truth.tensors())
-    for (name, a), (_, b) in zip(tested.tensors(), truth.tensors(), strict=True):
-        change, wanted = a.double() - before[name], b.double() - before[name]
-        error = float((change - wanted).norm())
-        assert error <= limit * max(float(wanted.norm()), 1e-2 * scale), (name, error, float(wanted.norm()))
-    return tested
+from unlocked.workers.graph import (
+    attention,
+    autograd,
+    body,
+    gelu,
+    normalized,
+    operations,
+    products,
+    shapes,
+    standardized,
+    sums,
+)
 
 
 @given(seed=st.integers(0, 2**31 - 1), tokens=st.booleans(), backend=st.sampled_from([cpp, reference, joining_backend]))
@@ -67,17 +56,21 @@ def test_interpreted_triton_too(name: str) -> None:
 OPERATIONS = {
     operations.Convolution: "conv1d",
     products.Linear: "linear",
-    products.Product: "encoder's layer",
+    products.Product: "encoder's layer, norms after",
     gelu.Gelu: "gelu",
-    gelu.GeluLinear: "encoder",
-    operations.LayerNorm: "encoder",
+    gelu.GeluLinear: "encoder's layer",
+    operations.LayerNorm: "encoder's layer",
     operations.GroupNorm: "group",
     operations.Elementwise: "silu",
     operations.Pool: "pooled",
     operations.Flatten: "flat",
-    operations.Add: "residual",
-    attention.Attention: "attention",
-    shapes.Split: "attention",
+    operations.Add: "encoder",
+    attention.Attention: "chunks of many tokens",
+    attention.SplitAttention: "attention of many tokens",
+    standardized.ScaledLinear: "encoder",
+    standardized.ScaledProduct: "encoder's layer",
+    sums.SumEnd: "residual",
+    shapes.Split: "chunks",
     shapes.Moved: "attention",
     shapes.Reshaped: "chunks",
     operations.Dropout: "dropout",
@@ -85,7 +78,7 @@ OPERATIONS = {
     normalized.NormalizedEnd: "plain",
     normalized.ConvolvedEnd: "plain",
     normalized.UnevenEnd: "uneven",
-    body.PlainEnd: "residual",
+    body.PlainEnd: "encoder",
     autograd.Read: "parameter",
 }
 
@@ -93,11 +86,13 @@ OPERATIONS = {
 def test_no_operation_is_left_out() -> None:
     kinds = [
         one
-        for module in (operations, products, gelu, shapes, attention, normalized, body, autograd)
+        for module in (operations, products, gelu, shapes, attention, normalized, standardized, sums, body, autograd)
         for one in vars(module).values()
     ]
     found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}
-    others = {operations.Operation, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}  # no way back of their own
+    # No way back of their own.
+    others = {operations.Operation, operations.Replaceable, autograd.AutogradPiece, shapes.Sizes, shapes._Filled}
+    others.add(standardized.Standardized)
     assert found - others == OPERATIONS.keys()
 
 
@@ -206,7 +201,7 @@ def _assert_equal_bits(ours: Block, theirs: Block, x: Tensor, precision: str) ->
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention"])
+@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention", "summed"])
 def test_bfloat16_stays_near(name: str) -> None:
     """Every product's inputs are off by 2**-9, and so is whatever is stored."""
     make, x, _ = CASES[name]

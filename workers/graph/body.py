@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout, pool_latents, spread_latents
-from unlocked.workers.graph.operations import Casts, Convolution, Gradients, Operation
+from unlocked.workers.graph.operations import Casts, Gradients, Operation, Replaceable
 from unlocked.workers.graph.tracing import Node
 
 __all__ = ["Call", "End", "GraphBody", "How", "PlainEnd"]
@@ -37,7 +37,7 @@ class End(Protocol):
     parameters: Sequence[nn.Parameter]
     counts: Sequence[nn.Module]
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(self, *inputs: Tensor, out: Tensor | None = None) -> Tensor:
         """What the next layer reads: in `out` if given."""
         ...
 
@@ -90,6 +90,8 @@ class PlainEnd(Operation):
         grad = grad.to(activations.dtype)
         if self._side is None:
             return [grad], []
+        if self._layout == "tokens" and self._side == 1:  # all tokens have the mean's: one row stands for them
+            return [(grad / activations.shape[1]).unsqueeze(1).expand_as(activations)], []
         return [spread_latents(grad, activations, self._side, self._layout)], []
 
 
@@ -114,20 +116,20 @@ class GraphBody:
     ) -> None:
         *self.calls, ending = calls
         self.end, self.casts = cast(End, ending.operation), casts
-        (self._last,) = ending.inputs
+        self._last = ending.inputs
         self._rows = [(call.how, tuple(node.name for node in call.covers), call.why) for call in calls]
         self._dropout = dropout
         self._ends_plainly = isinstance(self.end, PlainEnd)  # that one says itself what leaves in which type
         self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts]
-        self._places = {id(p): place for place, p in enumerate(trained)}
-        self._way, self._last_slot = self._numbered(source)
-        self._final = _Line(
-            self.end, (self._last_slot,), (), (), [self._needs[self._last]], self._places_of(self.end), needs=True
-        )
+        self.trained = list(trained)
+        self._places = {id(p): place for place, p in enumerate(self.trained)}
+        self._way, self._last_slots = self._numbered(source)
+        wanted = [self._needs[node] for node in self._last]
+        self._final = _Line(self.end, self._last_slots, (), (), wanted, self._places_of(self.end), needs=True)
         self._types: list[torch.dtype | None] = [None] * len(self._needs)
 
-    def _numbered(self, source: Node) -> tuple["list[_Line]", int]:
-        """The calls with numbers for nodes, so that a step looks nothing up; and the last node's number."""
+    def _numbered(self, source: Node) -> tuple["list[_Line]", tuple[int, ...]]:
+        """The calls with numbers for nodes, so that a step looks nothing up; and the numbers of what the end reads."""
         self._needs = {source: False}
         for call in self.calls:
             needs = bool(call.operation.parameters) or any(self._needs[node] for node in call.inputs)
@@ -139,7 +141,7 @@ class GraphBody:
             wanted = [self._needs[node] for node in call.inputs]
             places = self._places_of(call.operation)
             way.append(_Line(call.operation, reads, writes, done, wanted, places, needs=self._needs[call.outputs[0]]))
-        return way, slots[self._last]
+        return way, tuple(slots[node] for node in self._last)
 
     def _places_of(self, operation: "Operation | End") -> list[int]:
         return [self._places[id(p)] for p in operation.parameters]
@@ -148,7 +150,7 @@ class GraphBody:
     def reached(self) -> set[int]:
         """Ids of the parameters that the loss depends on."""
         found = {id(p) for p in self.end.parameters}
-        wanted = {self._last}
+        wanted = set(self._last)
         for call in reversed(self.calls):
             if any(node in wanted for node in call.outputs):
                 found |= {id(p) for p in call.operation.parameters}
@@ -162,8 +164,8 @@ class GraphBody:
 
     @contextmanager
     def by_library(self) -> Iterator[None]:
-        """Inside, all convolutions are the library's, whose operations can be counted."""
-        kept = [(op, op.backend) for op in (call.operation for call in self.calls) if isinstance(op, Convolution)]
+        """Inside, convolutions and attention are the library's, whose operations can be counted."""
+        kept = [(op, op.backend) for op in (call.operation for call in self.calls) if isinstance(op, Replaceable)]
         for operation, _ in kept:
             operation.backend = None
         try:
@@ -196,13 +198,13 @@ class GraphBody:
                     values[slot] = one
             if self.casts.half:
                 self._note_types(values, writes)
-        last = values[self._last_slot]
+        last = [values[slot] for slot in self._last_slots]
         values.clear()
         if not self._ends_plainly:
-            last = self.casts.value(last)
+            last = [self.casts.value(value) for value in last]
         if self._dropout is None:
-            return self.end.forward(last, out)
-        result: Tensor = self._dropout(self.end.forward(last))
+            return self.end.forward(*last, out=out)
+        result: Tensor = self._dropout(self.end.forward(*last))
         return result if out is None else out.copy_(result)
 
     def latents(self) -> Tensor:
@@ -268,9 +270,9 @@ class _Line:
     """A gradient must pass here."""
 
 
-def _last_uses(calls: Sequence[Call], last: Node) -> list[list[Node]]:
+def _last_uses(calls: Sequence[Call], last: Sequence[Node]) -> list[list[Node]]:
     """After each call, the values that no later one reads."""
-    seen, spent = {last}, []
+    seen, spent = set(last), []
     for call in reversed(calls):
         done = [node for node in call.inputs if node not in seen]
         seen.update(done)

@@ -4,13 +4,19 @@
 | ---------------------------------------------------- | -------------------------------------------------- |
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| a sum of images, (leaky) ReLU, the latents, at the   | likewise, by a backend that has it                 |
+| block's end                                          | (`Abilities.sums`)                                 |
 | the same and a convolution of the block's input      | likewise, and its weight gradient, by a backend    |
 |                                                      | that has it (`Abilities.weight_gradient`)          |
 | a split into parts, and those who take them          | one call                                           |
+| the same and the attention whose q, k, v they are    | likewise; a backend that has it writes gradients   |
+|                                                      | into the whole (`Abilities.attention`)             |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
 | product, GELU by the normal distribution            | the derivative instead of the product is kept, and |
 |                                                      | the bias's gradient made on the way back, by a     |
 |                                                      | backend that has it (`Abilities.gelu`)             |
+| LayerNorm of the block's input, the products that    | products of the standardised input: no gradient    |
+| alone read it                                        | goes back through them                             |
 | whatever the table does not have, in a row           | one piece for autograd                             |
 """
 
@@ -22,13 +28,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from unlocked.models import KeyedDropout
+from unlocked.workers.graph.attention import Attention, SplitAttention
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
-from unlocked.workers.graph.operations import Casts, Convolution, Operation, geometry
-from unlocked.workers.graph.products import Linear
+from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, geometry
+from unlocked.workers.graph.products import Linear, Product
 from unlocked.workers.graph.shapes import Split, parts_of
+from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Standardized, readers_of
+from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
 from unlocked.workers.graph.verifying import check_same_result
@@ -39,18 +48,25 @@ if TYPE_CHECKING:
 __all__ = ["make_body"]
 
 
-def make_body(layer: "Layer", backend: ModuleType) -> GraphBody:
+def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root: nn.Module | None = None) -> GraphBody:
     """The step of the layer's block on the operations of `backend`.
+
+    Args:
+        opened: it ends in the activations, as they are, in the latents' place.
+        root: what is meant of the block, whose tail then is left out; None: all of it.
 
     Raises:
         Untraceable: the block as a whole is left to autograd; says why.
     """
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
-    nodes, output = trace(layer.block.body, layer.frozen)
+    part = root or layer.block.body
+    nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
-        check_same_result(layer.block.body, layer.frozen, nodes, output, layer.sample.to(layer.device))
-    body = _Planner(layer, backend, casts, nodes, output).body()
-    trains = [(name, p) for name, p in layer.block.named_parameters() if p.requires_grad]
+        check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
+    tail, leaving = (layer.block.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
+    plain = (tail, None, layer.info.layout, casts, leaving) if opened else None
+    trains = [(name, p) for name, p in (root or layer.block).named_parameters() if p.requires_grad]
+    body = _Planner(layer, backend, casts, nodes, output, plain).body([p for _, p in trains])
     if idle := [name for name, p in trains if id(p) not in body.reached]:
         raise Untraceable(f"its result does not depend on {', '.join(name.removeprefix('body.') for name in idle)}")
     return body
@@ -68,32 +84,44 @@ class _Tail:
 class _Planner:
     """Turns the nodes of one body into calls."""
 
-    def __init__(self, layer: "Layer", backend: ModuleType, casts: Casts, nodes: Sequence[Node], output: Node) -> None:
+    def __init__(
+        self,
+        layer: "Layer",
+        backend: ModuleType,
+        casts: Casts,
+        nodes: Sequence[Node],
+        output: Node,
+        plain: tuple[Any, ...] | None,
+    ) -> None:
         self._layer, self._backend, self._casts = layer, backend, casts
+        self._plain = plain  # what the `PlainEnd` of a body takes that ends in its activations
         self._nodes, self._output = nodes, output
         self._frozen = {id(module) for module in layer.frozen}
         self._operations: dict[Node, Operation | str] = {}
         self._joined: dict[Node, Call] = {}  # by the last node that it covers
         self._covered: set[Node] = set()
 
-    def body(self) -> GraphBody:
+    def body(self, trained: Sequence[nn.Parameter]) -> GraphBody:
         end, dropout = self._end()
         for node in self._nodes:
             if node not in self._covered:
                 self._join_norm(node)
+                self._join_entrance(node)
                 self._join_parts(node)
                 self._join_gelu(node)
         calls = [call for call in map(self._call, self._nodes[1:]) if call is not None]
         return GraphBody(
             self._nodes[0],
-            [*self._grouped(calls, end.inputs[0]), end],
-            trained=[p for p in self._layer.block.parameters() if p.requires_grad],
+            [*self._grouped(calls, end.inputs), end],
+            trained=trained,
             casts=self._casts,
             dropout=dropout,
         )
 
     def _end(self) -> tuple[Call, nn.Module | None]:
         """The block's end, and the tail's dropout, where that is not part of the end."""
+        if self._plain is not None:
+            return Call(PlainEnd(*self._plain), [self._output], [], [Node("activations", None)], "closed"), None
         layer, info = self._layer, self._layer.info
         tail = _recognise(layer.block.tail)
         norm, slope = self._normalised(self._output)
@@ -103,8 +131,9 @@ class _Planner:
             ending.append(Node("tail", None))
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
-            end = PlainEnd(layer.block.tail, side, info.layout, self._casts, layer.leaving)
-            return Call(end, [self._output], [], ending, "closed"), None
+            plain = (layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            summed = self._summed(plain, ending)
+            return summed or Call(PlainEnd(*plain), [self._output], [], ending, "closed"), None
         p = info.latent_size
         even = p == shape[0]
         if len(shape) == 3:
@@ -122,6 +151,30 @@ class _Planner:
         operation = kind(*given, **options) if convolution is None else ConvolvedEnd(convolution, *given, **options)
         self._covered |= set(covers)
         return Call(operation, covers[0].inputs, [], [*covers, *ending], "joined", why), tail.dropout
+
+    def _summed(self, plain: tuple[Any, ...], ending: Sequence[Node]) -> Call | None:
+        """The end of a block whose last operations are a sum of images and, maybe, a leaky ReLU; `plain`: what a
+        `PlainEnd` takes."""
+        output, info, slope = self._output, self._layer.info, slope_of(self._output)
+        total, slope = (output, 1.0) if slope is None else (output.inputs[0], slope)
+        alone = not output.users and (total is output or total.users == [output])
+        shape, p = info.activation_shape, info.latent_size
+        even = len(shape) == 3 and not self._layer.is_output and not any(length % p for length in shape[1:])
+        if not self._backend.ABILITIES.sums or not alone or not even or slope < 0:
+            return None
+        if total is self._nodes[0] or not isinstance(self._operation(total), Add):
+            return None
+        # What a BatchNorm gives is nobody else's; sums don't mind their order.
+        summands = sorted(_arguments(total), key=lambda node: not self._is_fresh(node))
+        owns = self._is_fresh(summands[0]) and summands[0] is not summands[1]
+        operation = SumEnd(*plain, slope=slope, backend=self._backend, owns_first=owns)
+        covers = list(dict.fromkeys((total, output)))
+        self._covered |= set(covers)
+        return Call(operation, summands, [], [*covers, *ending], "joined", "in one pass each way")
+
+    def _is_fresh(self, node: Node) -> bool:
+        """A BatchNorm's result, on our kernels, that one operation alone reads: it may be written over."""
+        return len(node.users) == 1 and self._normalised(node)[0] is node
 
     def _joinable(self, node: Node) -> Convolution | None:
         """The convolution before the block's last BatchNorm, where the backend makes its weight gradient on the way
@@ -157,13 +210,54 @@ class _Planner:
         self._joined[covers[-1]] = Call(operation, norm.inputs, covers[-1:], covers, how, why)  # type: ignore[arg-type]
         self._covered |= set(covers)
 
+    def _join_entrance(self, node: Node) -> None:
+        """A LayerNorm of the block's input, with the products that alone read it."""
+        if node.inputs != [self._nodes[0]] or node is self._output or self._casts.half:
+            return
+        products = readers_of(node)
+        taken = any(one in self._covered or not isinstance(self._operation(one), Linear | Product) for one in products)
+        if not products or taken or not isinstance(self._operation(node), LayerNorm):
+            return
+        norm, why = node.target, "scale and shift are taken into the products"
+        self._joined[node] = Call(Standardized(norm), node.inputs, [node], [node], "joined", why)
+        self._covered.add(node)
+        for one in products:
+            why = "with the norm's scale and shift, and no gradient of what it reads"
+            own = isinstance(self._operation(one), Linear)
+            operation = ScaledLinear(one.target, norm) if own else ScaledProduct(norm)
+            self._joined[one] = Call(operation, _arguments(one), [one], [one], "joined", why)
+            self._covered.add(one)
+
     def _join_parts(self, node: Node) -> None:
         """What splits a tensor, with those who take the parts."""
         parts = parts_of(node)
         if not parts or node is self._output or any(part in self._covered for part in parts):
             return
+        if (reader := self._attending(parts)) is not None:
+            attention = self._operation(reader)
+            assert isinstance(attention, Attention)
+            order = [parts.index(one) for one in reader.inputs]
+            covers, why = [node, *parts, reader], "its gradients are written where those of the whole belong"
+            operation = SplitAttention(Split(node, parts), order, attention)
+            self._joined[reader] = Call(operation, node.inputs, [reader], covers, "joined", why)
+            self._covered |= set(covers)
+            return
         self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
         self._covered |= {node, *parts}
+
+    def _attending(self, parts: Sequence[Node]) -> Node | None:
+        """The attention that alone reads these parts, which are its queries, keys and values."""
+        reader = parts[0].users[0] if parts[0].users else None
+        alone = reader is not None and all(part.users == [reader] and part is not self._output for part in parts)
+        if (
+            not alone
+            or reader is None
+            or len(parts) != 3
+            or len(reader.inputs) != 3
+            or set(reader.inputs) != set(parts)
+        ):
+            return None
+        return reader if isinstance(self._operation(reader), Attention) else None
 
     def _join_gelu(self, node: Node) -> None:
         """A GELU, with the product before it where nobody else reads that."""
@@ -202,7 +296,9 @@ class _Planner:
         return self._operations[node]
 
     def _of_backend(self, operation: Operation | str) -> Operation | str:
-        """The operation, by the backend's own convolution where it has one for these sizes."""
+        """The operation, by the backend's own attention, or its convolution where it has one for these sizes."""
+        if isinstance(operation, Attention) and self._backend.ABILITIES.attention:
+            operation.backend = self._backend
         if isinstance(operation, Convolution) and self._backend.ABILITIES.convolutions and not self._casts.half:
             conv = operation.conv
             sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, *geometry(conv), conv.groups)
@@ -223,7 +319,7 @@ class _Planner:
         why = "by the backend's own convolution" if own else ""
         return Call(operation, _arguments(node), [node], [node], "closed", why)
 
-    def _grouped(self, calls: Sequence[Call], last: Node) -> list[Call]:
+    def _grouped(self, calls: Sequence[Call], last: Sequence[Node]) -> list[Call]:
         """Calls that stand for autograd become pieces of as many as follow each other."""
         runs: list[list[Call]] = []
         for call in calls:
@@ -240,15 +336,19 @@ class _Planner:
             found.append(call)
         return found
 
-    def _piece(self, run: Sequence[Call], last: Node, needs: dict[Node, bool]) -> Call:
+    def _piece(self, run: Sequence[Call], last: Sequence[Node], needs: dict[Node, bool]) -> Call:
         nodes = [call.outputs[0] for call in run]
         inside = set(nodes)
         inputs = list(dict.fromkeys(one for node in nodes for one in node.inputs if one not in inside))
-        outputs = [node for node in nodes if node is last or any(user not in inside for user in node.users)]
+        outputs = [node for node in nodes if node in last or any(user not in inside for user in node.users)]
         outputs = outputs or nodes[-1:]
         operation = AutogradPiece(nodes, inputs, outputs, [needs[node] for node in inputs], self._casts)
         why = "; ".join(dict.fromkeys(f"{node.name}: {call.why}" for node, call in zip(nodes, run, strict=True)))
         return Call(operation, inputs, outputs, nodes, "autograd", why)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _arguments(node: Node) -> list[Node]:

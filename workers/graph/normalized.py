@@ -80,7 +80,7 @@ class Normalized(Operation):
         conv = state[0]
         is_row = grad.dim() == 3
         grad = grad.unsqueeze(2) if is_row else grad
-        if conv.device.type == "cpu" and grad.stride() != conv.stride():
+        if 0 in grad.stride() or (conv.device.type == "cpu" and grad.stride() != conv.stride()):
             grad = torch.empty_like(conv).copy_(grad)
         conv_grad, *grads = self.backend.norm_act_backward_full(grad, *state[:5], negative_slope=self.slope, **place)
         return [conv_grad.squeeze(2) if is_row else conv_grad], self._of_trained(grads)

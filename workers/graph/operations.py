@@ -26,6 +26,7 @@ __all__ = [
     "LayerNorm",
     "Operation",
     "Pool",
+    "Replaceable",
     "convolution_backward",
     "geometry",
     "trained",
@@ -92,7 +93,14 @@ def trained(*parameters: Tensor | None) -> list[nn.Parameter]:
     return [cast(nn.Parameter, p) for p in parameters if p is not None and p.requires_grad]
 
 
-class Convolution(Operation):
+class Replaceable(Operation):
+    """The library's, unless a backend has one of its own that a step is to take."""
+
+    backend: ModuleType | None = None
+    """What takes the library's place (`Abilities.convolutions`, `Abilities.attention`)."""
+
+
+class Convolution(Replaceable):
     """The library's, in one or two dimensions, grouped or not.
 
     In one dimension it runs as one row of pixels whose channels lie together, as images' do, so that the kernels after
@@ -101,9 +109,6 @@ class Convolution(Operation):
     Args:
         bias_is_ahead: what follows adds the bias, or has no use for it: then its gradient is zero.
     """
-
-    backend: ModuleType | None = None
-    """What takes the library's place, where that is wanted (`Abilities.convolutions`)."""
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, casts: Casts, *, bias_is_ahead: bool = False) -> None:
         self.conv, self._casts = conv, casts

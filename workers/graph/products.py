@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation, trained
 
-__all__ = ["Linear", "Product", "product"]
+__all__ = ["Linear", "Product", "bias_gradient", "input_gradient", "product", "weight_gradient"]
 
 _LARGE = 1 << 22  # multiply-adds from which another library's call is worth its while
 
@@ -41,14 +41,13 @@ class Linear(Operation):
 
     def with_sums(self, grad: Tensor, sums: Tensor | None, wanted: Sequence[bool]) -> Gradients:
         """`backward` where the bias's gradient, the sums of `grad` over its rows, [D], is known already."""
-        x = self._x
-        x_grad = product(grad, self._weight.T) if wanted[0] else None
+        x, weight = self._x, self._weight
         del self._x, self._weight
-        rows = grad.reshape(-1, grad.shape[-1])
-        grads = [rows.T @ x.reshape(-1, x.shape[-1])] if self._matrix.requires_grad else []
+        x_grad = input_gradient(grad, weight) if wanted[0] else None
+        grads = [weight_gradient(grad, x)] if self._matrix.requires_grad else []
         if self._bias is not None and self._bias.requires_grad:
             of_bias = self._zero if self._zero is not None else sums
-            grads.append(rows.sum(0) if of_bias is None else of_bias)
+            grads.append(bias_gradient(grad) if of_bias is None else of_bias)
         return [x_grad], grads
 
 
@@ -67,10 +66,35 @@ class Product(Operation):
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
         x, weight = self._x, self._weight
         del self._x, self._weight
-        rows = grad.reshape(-1, grad.shape[-1])
-        grads = [product(grad, weight.T) if wanted[0] else None]
-        grads.append(rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None)
-        return [*grads, *(rows.sum(0) if is_wanted else None for is_wanted in wanted[2:])], []
+        grads = [input_gradient(grad, weight) if wanted[0] else None, weight_gradient(grad, x) if wanted[1] else None]
+        return [*grads, *(bias_gradient(grad) if is_wanted else None for is_wanted in wanted[2:])], []
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """At the input [..., D_in] of a product with `weight` [D, D_in], from that at its result [..., D].
+
+    Of tokens [B, T, D] all of which have the same gradient, a view of one each (as pooled latents give it), one is
+    computed; the other two functions take less of them likewise.
+    """
+    if _is_shared(grad):
+        return (grad[:, 0] @ weight).unsqueeze(1).expand(-1, grad.shape[1], -1)
+    return product(grad, weight.T)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """That of the weight, [D, D_in], from the gradient [..., D] and the input [..., D_in]."""
+    if _is_shared(grad):
+        grad, x = grad[:, 0], x.sum(1)
+    return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """The sums [D] of a gradient [..., D]."""
+    return grad[:, 0].sum(0).mul_(grad.shape[1]) if _is_shared(grad) else grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+def _is_shared(grad: Tensor) -> bool:
+    return grad.dim() == 3 and grad.shape[1] > 1 and grad.stride(1) == 0
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -109,22 +109,30 @@ class Split(Operation):
     def forward(self, x: Tensor) -> Any:
         self._order = (x.shape, torch.empty_like(x, device="meta").stride())  # dense, its dimensions in the order of x
         whole = getattr(torch, self._kind)(x, *self._args, **self._kwargs)
+        self._numbers = [number % len(whole) for number in self._numbers]
         found = tuple(whole[number] for number in self._numbers)
         return found if len(found) > 1 else found[0]
 
     def backward(self, grad: Any, wanted: Sequence[bool]) -> Gradients:
         given = grad if isinstance(grad, list | tuple) else [grad]
-        like = next(one for one in given if one is not None)
-        # In the order of what was split, so that whoever turned that round needs no copy of its own.
-        whole = torch.empty_strided(*self._order, dtype=like.dtype, device=like.device)
-        places = getattr(torch, self._kind)(whole, *self._args, **self._kwargs)
+        whole, places = self.empty(next(one for one in given if one is not None))
         written: set[int] = set()
-        for number, one in zip(self._numbers, given, strict=True):
+        for number, place, one in zip(self._numbers, places, given, strict=True):
             if one is not None:
-                place = places[number]
-                place.add_(one) if number % len(places) in written else place.copy_(one)
-                written.add(number % len(places))
-        for number, place in enumerate(places):
-            if number not in written:
+                place.add_(one) if number in written else place.copy_(one)
+                written.add(number)
+            elif number not in written:
                 place.zero_()
         return [whole], []
+
+    def empty(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Room for the gradient of what was split, and its parts, as they are read; what nobody reads is zero.
+
+        In the order of what was split, so that whoever turned that round needs no copy of its own.
+        """
+        whole = torch.empty_strided(*self._order, dtype=like.dtype, device=like.device)
+        places = getattr(torch, self._kind)(whole, *self._args, **self._kwargs)
+        for number, place in enumerate(places):
+            if number not in self._numbers:
+                place.zero_()
+        return whole, [places[number] for number in self._numbers]

@@ -145,10 +145,12 @@ def _flatten(node: Node, casts: Casts) -> Operation | None:
 
 def _attention(node: Node, casts: Casts) -> Operation | str:
     options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    given = dict(zip(options, node.args[3:], strict=False)) | dict(node.kwargs)
-    if any(value != options.get(name) for name, value in given.items()):
-        return "attention with a mask, a dropout or a scale"
-    return Attention() if casts.device == "cpu" else "attention on a GPU"
+    given = options | dict(zip(options, node.args[3:], strict=False)) | dict(node.kwargs)
+    causal, scale = given.pop("is_causal"), given.pop("scale")
+    plain = isinstance(causal, bool) and (scale is None or isinstance(scale, int | float))
+    if not plain or any(given[name] != options.get(name, given) for name in given):
+        return "attention with a mask, a dropout or grouped queries"
+    return Attention(causal=causal, scale=scale) if casts.device == "cpu" else "attention on a GPU"
 
 
 def _product(node: Node, casts: Casts) -> Operation | None:

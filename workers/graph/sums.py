@@ -1,0 +1,59 @@
+"""The sum at a residual block's end, with the activation after it and the latents, on a backend's kernels."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlocked.workers.graph.body import PlainEnd
+from unlocked.workers.graph.operations import Gradients
+
+__all__ = ["SumEnd"]
+
+aten = torch.ops.aten
+
+
+class SumEnd(PlainEnd):
+    """Both summands get the same gradient, which is made of the latents' in one pass. What the kernels don't take
+    (other shapes or types, a sum that repeats values) goes to the library.
+
+    Args:
+        slope: of the leaky ReLU below zero, 1: there is none.
+        backend: has `Abilities.sums`.
+        owns_first: nobody else reads the first summand, so that the sum may take its place.
+    """
+
+    def __init__(self, *args: Any, slope: float, backend: ModuleType, owns_first: bool) -> None:
+        super().__init__(*args)
+        self._slope, self._own, self._owns_first = slope, backend, owns_first
+        self._made: Tensor | None = None  # the latents, if the kernels made them
+        self._shapes: tuple[torch.Size, torch.Size]
+
+    def forward(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W] twice -> what leaves the block."""
+        self._made, self._shapes = None, (a.shape, b.shape)
+        lies = all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in (a, b))
+        if lies and a.shape == b.shape and a.dtype == b.dtype and a.dtype in (torch.float32, torch.bfloat16):
+            y, self._made = self._own.sum_act_forward(a, b, self._side, self._slope, in_place=self._owns_first)
+        else:
+            y = F.leaky_relu(a + b, self._slope)
+        return super().forward(y, out)
+
+    def latents(self) -> Tensor:
+        """[B, C p p]."""
+        return super().latents() if self._made is None else self._made
+
+    def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        activations = self._activations
+        assert activations is not None
+        if self._made is None:
+            (full,), _ = super().backward(grad, wanted)
+            given = aten.leaky_relu_backward(full, activations, self._slope, True)
+        else:
+            given = self._own.sum_act_backward(grad.float(), activations, self._side, self._slope)
+        self._activations = self._made = None
+        pairs = zip(self._shapes, wanted, strict=True)
+        return [given.sum_to_size(shape) if is_wanted else None for shape, is_wanted in pairs], []
