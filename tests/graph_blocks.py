@@ -146,6 +146,68 @@ class Attending(nn.Module):
         return result
 
 
+class Channels(nn.Module):
+    """Attention between channels, in which a head's tokens are its width: its gradients lie across the tokens'."""
+
+    def __init__(self, width: int, *, apart: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.apart = nn.Linear(width, 3 * width), nn.Linear(width, width), apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        y = self.qkv(x).view(batch, tokens, 3, 1, width)
+        if self.apart:
+            q, k, v = y.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2)
+        else:
+            q, k, v = y.permute(2, 0, 3, 4, 1).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out(y.permute(0, 3, 1, 2).flatten(2))
+        return result
+
+
+class Turning(nn.Module):
+    """Attention whose queries and keys are turned by float32 numbers, and are one part of two."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.kv, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.register_buffer("angles", torch.linspace(0.1, 3.0, tokens * width).view(1, tokens, width).cos())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        parts = self.kv(x).view(batch, tokens, 2, width).unbind(2)
+        turned = (parts[0] * self.angles).unsqueeze(1)
+        y = nn.functional.scaled_dot_product_attention(turned, turned, parts[1].unsqueeze(1))
+        result: Tensor = self.out(y.squeeze(1))
+        return result
+
+
+class Twofold(nn.Module):
+    """Attention to what asks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kv, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.kv(x).unflatten(-1, (2, 1, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(parts[0], parts[0], parts[1])
+        result: Tensor = self.out(y.squeeze(1))
+        return result
+
+
+class Shifted(nn.Module):
+    """A weight that is the sum of two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.base, self.change = (nn.Parameter(0.3 * torch.randn(width, width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(x, self.base + self.change))
+
+
 class Attended(nn.Module):
     """torch's own attention, of which the weights are of no interest."""
 
@@ -167,6 +229,12 @@ def _layer(activation: str, *, norm_first: bool, **options: Any) -> nn.Module:
     for p in layer.self_attn.parameters():
         p.data.add_(0.1 * torch.randn_like(p))  # its biases start at zero
     return layer
+
+
+def _raised(linear: nn.Linear) -> nn.Linear:
+    """Its bias is nothing that a mean could be without."""
+    linear.bias.data.add_(3.0)
+    return linear
 
 
 def _branch(width: int, out: int) -> nn.Sequential:
@@ -306,6 +374,24 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(40, 16),
         True,
     ),
+    "attention between channels": (_seeded(lambda: Channels(40, apart=False), layout="tokens"), _image(7, 40), True),
+    "attention between channels, apart": (
+        _seeded(lambda: Channels(40, apart=True), layout="tokens"),
+        _image(7, 40),
+        False,
+    ),
+    "twofold": (_seeded(lambda: Twofold(16), layout="tokens"), _image(40, 16), False),
+    "shifted": (_seeded(lambda: Shifted(12), latent_size=4), _image(12), False),
+    "norms around a product": (
+        _seeded(lambda: nn.Sequential(nn.LayerNorm(12), _raised(nn.Linear(12, 8)), nn.BatchNorm1d(8), nn.ReLU())),
+        _image(12),
+        True,
+    ),
+    "BatchNorm of tokens": (
+        _seeded(lambda: nn.Sequential(_raised(nn.Linear(12, 8)), nn.BatchNorm1d(7), nn.GELU()), layout="tokens"),
+        _image(7, 12),
+        False,
+    ),
     "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), True),
     "encoder's layer": (_seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), _image(7, 16), True),
     "encoder's layer, norms after": (
@@ -328,6 +414,10 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
     },
 }
 """Name -> a block's maker, an input, and whether something in it is joined."""
+
+
+TURNED = (_seeded(lambda: Turning(16, 40), layout="tokens"), _image(40, 16))
+"""One of which a part, the turning, is autograd's."""
 
 
 def random_block(seed: int, *, tokens: bool) -> tuple[Callable[[], Block], Tensor]:

@@ -25,7 +25,7 @@ from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.graph.joins import make_body
 from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
-from unlocked.workers.open_step import OpenStep, as_gradient, opened_body
+from unlocked.workers.open_step import OpenStep, as_gradients, opened_body
 
 __all__ = ["FusedStep", "FusedSteps", "LogitsStep", "choose_step", "fused_step"]
 
@@ -141,8 +141,8 @@ class FusedStep:
         if not isinstance(optimizer, torch.optim.Optimizer):  # a fused one takes them as they are
             optimizer.step(grads)
             return
-        for parameter, grad in zip(self.layer.parameters, grads, strict=True):
-            parameter.grad = None if grad is None else as_gradient(grad, parameter)
+        for parameter, grad in zip(self.layer.parameters, as_gradients(grads, self.layer.parameters), strict=True):
+            parameter.grad = grad
         optimizer.step()
 
 

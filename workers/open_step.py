@@ -4,6 +4,7 @@ The rule sees the activations without a graph behind them; the gradient that it 
 block's own operations (`workers.graph`), which keep less, and compute less, than autograd would.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -14,7 +15,7 @@ from unlocked.workers.graph.joins import make_body
 from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer
 
-__all__ = ["OpenStep", "as_gradient", "opened_body"]
+__all__ = ["OpenStep", "as_gradients", "opened_body"]
 
 
 def opened_body(layer: Layer, backend: ModuleType, root: nn.Module | None = None) -> tuple[GraphBody | None, str]:
@@ -25,7 +26,7 @@ def opened_body(layer: Layer, backend: ModuleType, root: nn.Module | None = None
     """
     if layer.device.type != "cpu":
         return None, ""  # on a GPU autograd's kernels are as few
-    part = root or layer.block.body
+    part = layer.block.body if root is None else root
     if not any(p.requires_grad for p in part.parameters()):
         return None, "nothing in it trains"
     try:
@@ -56,6 +57,8 @@ class OpenStep(AutogradStep):
         """What the rule sees, float32; its gradient is where the block's begin."""
         with torch.no_grad():
             seen = self.body.latents().detach()
+            if seen.dim() == 3:  # rows may have their channels together: rules may ask for a view
+                seen = seen.contiguous()
         self._seen = seen.requires_grad_()
         return self._seen
 
@@ -68,20 +71,30 @@ class OpenStep(AutogradStep):
         with torch.no_grad():
             given = torch.zeros_like(seen) if seen.grad is None else seen.grad
             grads = self.body.backward(given)  # which drops what it has kept
-            for parameter, grad in zip(self.body.trained, grads, strict=True):
-                if grad is not None and seen.grad is not None:
-                    given_to = as_gradient(grad.float(), parameter)
-                    parameter.grad = given_to if parameter.grad is None else parameter.grad + given_to
+            made = as_gradients([grad if seen.grad is not None else None for grad in grads], self.body.trained)
+            for parameter, grad in zip(self.body.trained, made, strict=True):
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         optimizer.step()
 
 
-def as_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
-    """A closed form's gradient as `parameter.grad`, laid out like the parameter.
+def as_gradients(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """A closed form's gradients as `parameter.grad`, float32 and laid out like the parameters.
 
-    Optimizers may write into it (the schedule-free ones of the library do), so that it must not be one that an
-    operation keeps, as the zeros of a bias in front of BatchNorm are: vectors are copied.
+    Optimizers may write into them (the schedule-free ones of the library do). So each must be a tensor of its own, and
+    none that an operation keeps, as the zeros of a bias in front of BatchNorm are: vectors are copied, and what two
+    summands share.
     """
-    if grad.dim() == 1:
-        return grad.clone()
-    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    made: list[Tensor | None] = []
+    given: set[int] = set()
+    for grad, parameter in zip(grads, parameters, strict=True):
+        if grad is None:
+            made.append(None)
+            continue
+        channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        one = grad.float().contiguous(memory_format=layout)
+        one = one.clone() if one.dim() <= 1 or one.data_ptr() in given else one
+        given.add(one.data_ptr())
+        made.append(one)
+    return made

@@ -19,9 +19,11 @@ _MOST_KEYS_OF_PRODUCTS = 256  # up to here bfloat16's own products are faster th
 
 
 def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are for the kernels: [B, heads, T, d] and [B, heads, S, d], one width for all, S of 32 to 1,024, in
-    bfloat16 above 256, on a processor that multiplies and adds sixteen numbers at once. The library has the others."""
+    """Whether these are for the kernels: [B, heads, T, d] and [B, heads, S, d], one type and one width for all, S of 32
+    to 1,024, in bfloat16 above 256, on a processor that multiplies and adds sixteen numbers at once."""
     plain = q.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and k.shape == v.shape
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16):
+        return False
     fewest = _FEWEST_KEYS if q.dtype == torch.float32 else _MOST_KEYS_OF_PRODUCTS + 1
     return plain and fewest <= k.shape[2] <= _MOST_KEYS and q.numel() > 0 and _pays()
 
@@ -71,21 +73,25 @@ def attention_backward(
         q: as `attention_forward` had it, and so are `k` and `v`.
         y: the result.
         sums: what came with it.
-        out: where they go: in the shapes of q, k and v, the last stride 1.
+        out: where they go, in the shapes and the type of q, k and v.
     """
     grad, q, k, v = (_in_rows(x) for x in (grad.to(q.dtype), q, k, v))
     batch, heads, queries, d = q.shape
-    strides, threads = _strides([grad, q, k, v, y, *out]), torch.get_num_threads()
+    places = [x if x.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype) for x in out]
+    strides, threads = _strides([grad, q, k, v, y, *places]), torch.get_num_threads()
     scratch = _scratch(k.shape[2], d, threads)
     load_kernels().unlocked_attention_backward(
         int(q.dtype == torch.bfloat16),
         *(x.data_ptr() for x in (grad, q, k, v, y, sums)),
         *(batch, heads, queries, k.shape[2], d, int(causal), d**-0.5 if scale is None else scale),
-        *(x.data_ptr() for x in out),
+        *(x.data_ptr() for x in places),
         ctypes.addressof(strides),
         scratch.data_ptr(),
         threads,
     )
+    for place, x in zip(places, out, strict=True):
+        if place is not x:
+            x.copy_(place)
 
 
 @lru_cache

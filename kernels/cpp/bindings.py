@@ -21,7 +21,7 @@ _FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
-    "-ffp-contract=off",  # no fused multiply-adds: the same bits from every compiler
+    "-ffp-contract=off",  # no fused multiply-adds but those that are written: the same bits from every compiler
     "-fno-math-errno",
     "-fno-trapping-math",  # lets a comparison become a blend
     "-fPIC",

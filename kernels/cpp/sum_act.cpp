@@ -40,7 +40,8 @@ void forward(const T* a, const T* b, const Windows& w, float slope, T* out, floa
       Vector total = {};
       w.for_pixels(image, i, j, [&](int64_t at) {
         const Vector sum = load(a + at + c, lanes) + load(b + at + c, lanes);
-        const Vector value = sum <= Vector{} ? sum * slope : sum;
+        const Vector low = slope == 0.0f ? Vector{} : sum * slope;  // a ReLU of minus infinity is zero
+        const Vector value = sum <= Vector{} ? low : sum;
         store(out + at + c, value, lanes);
         total += value;
       });

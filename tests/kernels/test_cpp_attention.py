@@ -57,6 +57,15 @@ def test_the_gradients_go_where_they_are_told_to() -> None:
         assert torch.equal(part, one)
 
 
+def test_places_need_not_be_dense() -> None:
+    q, k, v, grad = (_heads(2, 40, 2, 16, seed) for seed in range(4))
+    y, sums = cpp.attention_forward(q, k, v)
+    out = [torch.empty(2, 2, 16, 40).transpose(2, 3) for _ in range(3)]
+    cpp.attention_backward(grad, q, k, v, y, sums, out)
+    for found, expected in zip(out, _both_ways(q, k, v, grad)[1:], strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_bfloat16_is_the_float32_kernel_rounded_once(causal: bool) -> None:
     q, k, v, grad = (_heads(2, 70, 2, 24, seed).bfloat16() for seed in range(4))
@@ -100,4 +109,7 @@ def test_whom_the_kernels_are_for() -> None:
     assert [takes(keys) for keys in (31, 32, 1024, 1025)] == [False, wide, wide, False]
     assert [takes(keys, dtype=torch.bfloat16) for keys in (256, 257)] == [False, wide]
     assert not takes(64, width=8)
+    assert not takes(64, dtype=torch.float16)
+    q, other = torch.empty(1, 2, 300, 16), torch.empty(1, 2, 300, 16, dtype=torch.bfloat16)
+    assert not cpp.takes_attention(q, q, other)
     assert not cpp.takes_attention(*(torch.empty(2, 64, 16) for _ in range(3)))

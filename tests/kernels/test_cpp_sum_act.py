@@ -67,3 +67,5 @@ def test_what_is_not_a_number_stays_so() -> None:
     assert y[0, 5, 0, 0].isinf()
     assert latents[0, 3].isnan()
     assert latents[0, 5].isinf()
+    a[0, 5, 0, 0], b[0, 5, 0, 0] = -float("inf"), 1.0
+    assert cpp.sum_act_forward(a, b, 1, 0.0)[0][0, 5, 0, 0] == 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_blocks import CASES, Probe, made_layer, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +17,7 @@ from unlocked.models import Block, ConvBlock, DepthwiseBlock, LinearBlock, initi
 from unlocked.rules import LLS, LayerInfo, LLS_MxM, LocalLosses
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer, OptimizerFactory
+from unlocked.workers.open_step import OpenStep
 
 CPU = torch.device("cpu")
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -181,3 +183,17 @@ def test_an_optimizer_may_write_into_its_gradients(make: Callable[[], Block]) ->
     assert biases
     for name, before in biases.items():
         assert torch.equal(dict(block.named_parameters())[name], before), name
+
+
+@pytest.mark.parametrize("rule", [None, Probe])
+def test_gradients_that_two_parameters_share_may_be_written_into(rule: Any) -> None:
+    make, x, _ = CASES["shifted"]
+    layer = made_layer(make(), x, reference, rule=rule)
+    assert isinstance(layer.step, FusedStep if rule is None else OpenStep)
+    layer.optimizer = _Spoiling(layer.parameters, lr=0.5)
+    before = [p.detach().clone() for p in layer.block.parameters()]
+    for _ in range(2):
+        step_of(layer, x)
+    base, change = (p.detach() - start for p, start in zip(layer.block.parameters(), before, strict=True))
+    assert float(base.abs().max()) > 0
+    torch.testing.assert_close(base, change)

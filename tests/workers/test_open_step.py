@@ -1,5 +1,6 @@
 """Blocks in closed form under a rule that autograd follows: against autograd of both, in float64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from unlocked.kernels import cpp, reference
 from unlocked.models import Block
-from unlocked.rules import LayerInfo, LocalRule
+from unlocked.rules import LLS, LayerInfo, LocalRule, Tokens
+from unlocked.runtime import Trainer
 from unlocked.workers.layer import AutogradStep
 from unlocked.workers.open_step import OpenStep
 
@@ -111,3 +113,35 @@ def test_where_nothing_trains_the_step_is_autograd_s(body: nn.Module) -> None:
     layer = made_layer(Block("layer", body, latent_size=4), torch.randn(6, 12), reference, rule=Probe)
     assert type(layer.step) is AutogradStep
     assert layer.step.why == "nothing in it trains"
+
+
+class _Viewing(LocalRule):
+    """Takes the activations for as dense as autograd gives them."""
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        return activations.view(len(activations), -1).square().mean()
+
+
+def test_rows_may_be_viewed() -> None:
+    make, x, _ = CASES["conv1d"]
+    assert_close_to_float64(make, x, cpp, rule=_Viewing, kind=OpenStep)
+
+
+@pytest.mark.parametrize("width", [11, 16])
+def test_nothing_may_stand_before_a_head_of_tokens(width: int) -> None:
+    """What is left of such a block is empty, and no block as a whole."""
+
+    def losses(kernels: str) -> list[float]:
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.Embedding(11, width), nn.Linear(width, width), nn.Tanh())
+        blocks = [
+            Block("first", first, layout="tokens"),
+            Block("output", nn.Sequential(nn.Linear(width, 11)), is_output=True),
+        ]
+        optimizer = partial(torch.optim.Adam, lr=0.01)
+        trainer = Trainer(blocks, rule=LLS(), optimizer=optimizer, kernels=kernels, task=Tokens(), progress=False)
+        told = trainer.fit((ids, ids.roll(-1, 1)), epochs=1, batch_size=8).epochs[0]
+        return [loss for _, loss in told.local_losses]
+
+    ids = torch.randint(0, 11, (24, 8), generator=torch.Generator().manual_seed(0))
+    assert losses("cpp") == pytest.approx(losses("torch"), rel=1e-5)

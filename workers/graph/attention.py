@@ -11,10 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unlocked.workers.graph.operations import Gradients, Replaceable
+from unlocked.workers.graph.operations import Casts, Gradients, Replaceable
 from unlocked.workers.graph.shapes import Split
+from unlocked.workers.graph.tracing import Node
 
-__all__ = ["Attention", "SplitAttention"]
+__all__ = ["Attention", "SplitAttention", "reader_of"]
 
 aten = torch.ops.aten
 _SHORT = 256  # tokens: what is kept grows by their square
@@ -28,12 +29,13 @@ class Attention(Replaceable):
         scale: s; None: 1 / sqrt(d).
     """
 
-    def __init__(self, *, causal: bool = False, scale: float | None = None) -> None:
-        self._causal, self._scale = causal, scale
+    def __init__(self, casts: Casts, *, causal: bool = False, scale: float | None = None) -> None:
+        self._casts, self._causal, self._scale = casts, causal, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[..., T, d], [..., S, d] and [..., S, d] -> [..., T, d]."""
         self._by: ModuleType | None = None
+        q, k, v = (self._casts.value(x) for x in (q, k, v))
         if self.backend is not None and self.backend.takes_attention(q, k, v):
             self._by = self.backend
             result, sums = self._by.attention_forward(q, k, v, causal=self._causal, scale=self._scale)
@@ -72,7 +74,7 @@ class Attention(Replaceable):
         return self._by is not None
 
     def write_gradients(self, grad: Tensor, out: Sequence[Tensor]) -> None:
-        """`backward` into tensors that are there, in the shapes of q, k and v; the last dimension is dense."""
+        """`backward` into tensors that are there, in the shapes of q, k and v."""
         kept = self._kept
         del self._kept
         assert self._by is not None
@@ -125,6 +127,17 @@ class SplitAttention(Replaceable):
         whole, places = self._split.empty(grad)
         self.attention.write_gradients(grad, [places[place] for place in self._order])
         return [whole], []
+
+
+def reader_of(parts: Sequence[Node]) -> Node | None:
+    """What alone reads these three parts of a tensor, which are all that it reads."""
+    readers = {user for part in parts for user in part.users}
+    numbers = {part.args[1] for part in parts}  # one may be there twice, the second time counted from the end
+    if len(parts) != 3 or len(readers) != 1 or len(numbers) != 3 or len({number < 0 for number in numbers}) != 1:
+        return None
+    (reader,) = readers
+    alone = all(len(part.users) == 1 for part in parts) and sorted(map(id, reader.inputs)) == sorted(map(id, parts))
+    return reader if alone else None
 
 
 def _rows(grad: Tensor, shape: torch.Size) -> Tensor:

@@ -90,7 +90,9 @@ class PlainEnd(Operation):
         grad = grad.to(activations.dtype)
         if self._side is None:
             return [grad], []
-        if self._layout == "tokens" and self._side == 1:  # all tokens have the mean's: one row stands for them
+        if (
+            self._layout == "tokens" and self._side == 1 and activations.dim() == 3
+        ):  # all tokens have the mean's: one row stands for them
             return [(grad / activations.shape[1]).unsqueeze(1).expand_as(activations)], []
         return [spread_latents(grad, activations, self._side, self._layout)], []
 

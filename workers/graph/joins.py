@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from unlocked.models import KeyedDropout
-from unlocked.workers.graph.attention import Attention, SplitAttention
+from unlocked.workers.graph.attention import Attention, SplitAttention, reader_of
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
@@ -59,13 +59,13 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
         Untraceable: the block as a whole is left to autograd; says why.
     """
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
-    part = root or layer.block.body
+    part = layer.block.body if root is None else root
     nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
         check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
     tail, leaving = (layer.block.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
     plain = (tail, None, layer.info.layout, casts, leaving) if opened else None
-    trains = [(name, p) for name, p in (root or layer.block).named_parameters() if p.requires_grad]
+    trains = [(name, p) for name, p in (layer.block if root is None else root).named_parameters() if p.requires_grad]
     body = _Planner(layer, backend, casts, nodes, output, plain).body([p for _, p in trains])
     if idle := [name for name, p in trains if id(p) not in body.reached]:
         raise Untraceable(f"its result does not depend on {', '.join(name.removeprefix('body.') for name in idle)}")
@@ -215,7 +215,12 @@ class _Planner:
         if node.inputs != [self._nodes[0]] or node is self._output or self._casts.half:
             return
         products = readers_of(node)
-        taken = any(one in self._covered or not isinstance(self._operation(one), Linear | Product) for one in products)
+        taken = any(
+            one in self._covered
+            or not isinstance(self._operation(one), Linear | Product)
+            or any(user.kind in (nn.BatchNorm1d, nn.BatchNorm2d) for user in one.users)  # which takes its bias
+            for one in products
+        )
         if not products or taken or not isinstance(self._operation(node), LayerNorm):
             return
         norm, why = node.target, "scale and shift are taken into the products"
@@ -233,9 +238,9 @@ class _Planner:
         parts = parts_of(node)
         if not parts or node is self._output or any(part in self._covered for part in parts):
             return
-        if (reader := self._attending(parts)) is not None:
-            attention = self._operation(reader)
-            assert isinstance(attention, Attention)
+        reader = reader_of(parts)
+        attention = None if reader is None or self._output in parts else self._operation(reader)
+        if reader is not None and isinstance(attention, Attention):
             order = [parts.index(one) for one in reader.inputs]
             covers, why = [node, *parts, reader], "its gradients are written where those of the whole belong"
             operation = SplitAttention(Split(node, parts), order, attention)
@@ -244,20 +249,6 @@ class _Planner:
             return
         self._joined[node] = Call(Split(node, parts), node.inputs, parts, [node, *parts], "closed")
         self._covered |= {node, *parts}
-
-    def _attending(self, parts: Sequence[Node]) -> Node | None:
-        """The attention that alone reads these parts, which are its queries, keys and values."""
-        reader = parts[0].users[0] if parts[0].users else None
-        alone = reader is not None and all(part.users == [reader] and part is not self._output for part in parts)
-        if (
-            not alone
-            or reader is None
-            or len(parts) != 3
-            or len(reader.inputs) != 3
-            or set(reader.inputs) != set(parts)
-        ):
-            return None
-        return reader if isinstance(self._operation(reader), Attention) else None
 
     def _join_gelu(self, node: Node) -> None:
         """A GELU, with the product before it where nobody else reads that."""
@@ -283,7 +274,7 @@ class _Planner:
             return {"bias": None, "owns_input": False}
         self._operations[before] = self._of_backend(kinds[before.kind](before.target, self._casts, bias_is_ahead=True))
         bias: Tensor | None = before.target.bias
-        return {"bias": bias, "owns_input": True}
+        return {"bias": bias, "owns_input": True, "of_product": before.kind is nn.Linear}
 
     def _operation(self, node: Node) -> Operation | str:
         if node not in self._operations:

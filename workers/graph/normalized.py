@@ -26,6 +26,8 @@ class Normalized(Operation):
         slope: of the leaky ReLU below zero; 0: a ReLU, 1: no activation.
         bias: that of the convolution or product before it, [C], which only the running mean needs.
         owns_input: nobody else reads what is normalised, so `backward` may overwrite it.
+        of_product: the bias is a product's, which lies along the channels of [B, C] alone: that of more dimensions the
+            product adds itself.
     """
 
     latent_size, pool, pool_size = 0, "none", 1
@@ -38,11 +40,13 @@ class Normalized(Operation):
         *,
         bias: Tensor | None = None,
         owns_input: bool = False,
+        of_product: bool = False,
     ) -> None:
         self.norm, self.slope, self.backend = norm, slope, backend
         self.owns_input = owns_input and backend.ABILITIES.in_place
         # A module looks its parameters and buffers up anew each time.
         self._vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, bias)
+        self._of_product = of_product
         self.parameters = trained(norm.weight, norm.bias)
         self.counts = [norm]
         self.conv: Tensor | None = None
@@ -54,7 +58,9 @@ class Normalized(Operation):
         Args:
             conv: [B, C, H, W], [B, C, L] or [B, C]; `backward` may overwrite it.
         """
-        norm = self.norm
+        norm, vectors = self.norm, self._vectors
+        if self._of_product and conv.dim() != 2:
+            vectors = (*vectors[:4], None)
         is_row = conv.dim() == 3
         image = conv.unsqueeze(2) if is_row else conv
         if image.device.type == "cpu" and image.dim() == 4:
@@ -62,7 +68,7 @@ class Normalized(Operation):
         self.conv = image
         self.result = self.backend.norm_act_forward(
             image,
-            *self._vectors,
+            *vectors,
             latent_size=self.latent_size,
             pool=self.pool,
             pool_size=self.pool_size,

@@ -19,21 +19,22 @@ class Linear(Operation):
     """A product with a weight, of whatever dimensions stand before the features.
 
     Args:
-        bias_is_ahead: as of `Convolution`.
+        bias_is_ahead: as of `Convolution`, where the result is [B, D]; a BatchNorm after one of more dimensions has
+            other channels than the bias, which is added then.
     """
 
     def __init__(self, linear: nn.Linear, casts: Casts, *, bias_is_ahead: bool = False) -> None:
         self.linear, self._casts = linear, casts
         self._matrix, self._bias = linear.weight, linear.bias
         self.parameters = trained(linear.weight, linear.bias)
-        self._has_bias = linear.bias is not None and not bias_is_ahead
         self._zero = torch.zeros_like(linear.bias) if bias_is_ahead and linear.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D]."""
         self._x = self._casts.value(x)
         self._weight = self._casts.weight(self._matrix, self._x.dtype)
-        bias = self._casts.weight(self._bias, self._x.dtype) if self._has_bias else None
+        adds = self._bias is not None and (self._zero is None or x.dim() > 2)
+        bias = self._casts.weight(self._bias, self._x.dtype) if adds else None
         return product(self._x, self._weight, bias)
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
@@ -46,7 +47,7 @@ class Linear(Operation):
         x_grad = input_gradient(grad, weight) if wanted[0] else None
         grads = [weight_gradient(grad, x)] if self._matrix.requires_grad else []
         if self._bias is not None and self._bias.requires_grad:
-            of_bias = self._zero if self._zero is not None else sums
+            of_bias = self._zero if self._zero is not None and x.dim() == 2 else sums
             grads.append(bias_gradient(grad) if of_bias is None else of_bias)
         return [x_grad], grads
 

@@ -39,7 +39,7 @@ class SumEnd(PlainEnd):
         if lies and a.shape == b.shape and a.dtype == b.dtype and a.dtype in (torch.float32, torch.bfloat16):
             y, self._made = self._own.sum_act_forward(a, b, self._side, self._slope, in_place=self._owns_first)
         else:
-            y = F.leaky_relu(a + b, self._slope)
+            y = F.relu(a + b) if self._slope == 0.0 else F.leaky_relu(a + b, self._slope)
         return super().forward(y, out)
 
     def latents(self) -> Tensor:

@@ -150,7 +150,7 @@ def _attention(node: Node, casts: Casts) -> Operation | str:
     plain = isinstance(causal, bool) and (scale is None or isinstance(scale, int | float))
     if not plain or any(given[name] != options.get(name, given) for name in given):
         return "attention with a mask, a dropout or grouped queries"
-    return Attention(causal=causal, scale=scale) if casts.device == "cpu" else "attention on a GPU"
+    return Attention(casts, causal=causal, scale=scale) if casts.device == "cpu" else "attention on a GPU"
 
 
 def _product(node: Node, casts: Casts) -> Operation | None:
