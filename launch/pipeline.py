@@ -144,8 +144,8 @@ def _complain(rank: int, error: object, code: int, set_up: "SetUp | None") -> in
     from unlocked.runtime.control.world import stage_name
 
     text = str(error) or type(error).__name__
-    if code == 1 and set_up is not None and not set_up.is_over and "(rank " not in text:
-        text = f"{stage_name(rank)} failed in set-up: {text}"
+    if code == 1 and set_up is not None and "(rank " not in text:
+        text = f"{stage_name(rank)} failed{'' if set_up.is_over else ' in set-up'}: {text}"
     if set_up is not None:
         set_up.leave_word(Verdict(text, code))
     # In one write: several workers share the terminal.

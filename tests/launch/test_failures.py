@@ -5,11 +5,16 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from ranks import PIPELINE, free_port, ranks
 
+from unlocked.launch import pipeline
 from unlocked.launch.pipeline import main
+from unlocked.runtime.control.ending import Verdict
+from unlocked.runtime.control.set_up import SetUp
 
 pytestmark = pytest.mark.alone
 
@@ -117,3 +122,16 @@ def test_a_signal_stops_all_ranks_in_order(number: signal.Signals, code: int, tm
     assert [process.returncode for process in started] == [code, code], outputs
     assert f"stopped by signal {int(number)}" in outputs[0][0]
     assert summary.exists()
+
+
+@pytest.mark.parametrize(("is_over", "moment"), [(True, ""), (False, " in set-up")])
+def test_an_error_that_names_nobody_names_its_rank(
+    is_over: bool, moment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a descriptor that a process can't have, wherever it asked for it."""
+    words: list[Verdict] = []
+    set_up = SimpleNamespace(is_over=is_over, leave_word=words.append)
+    assert pipeline._complain(0, OSError(24, "Too many open files"), 1, cast(SetUp, set_up)) == 1
+    told = f"stage 0 (rank 0: layers unknown) failed{moment}: [Errno 24] Too many open files"
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert words == [Verdict(told, 1)]
