@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlocked import models
 from unlocked.comparison.environment import environment
 from unlocked.kernels.trial import product_rate
 from unlocked.rules import LLS
@@ -227,7 +228,9 @@ def steps_of(contender: str, name: str, precision: str) -> Callable[[Tensor, Ten
     """What trains one micro-batch."""
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
-    model = make()
+    model: Any = make()
+    if contender == "ours" and name == "SmallConv":
+        model = models.small_conv()  # the library's own, whose latents stand before the pools, as the authors' do
     network = build_network(model, input_shape=shape, num_classes=CLASSES, seed=0)
     if contender != "ours":
         compiled = {"plain": "", "compiled": "layers", "whole": "all"}[contender]
