@@ -20,6 +20,7 @@ class Abilities:
         attention: it has `attention_forward`, `attention_backward` and `takes_attention`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         sums: it has `sum_act_forward` and `sum_act_backward`.
+        pools: it has `max_pool_forward` and `max_pool_backward`.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
         vocabulary: it has `score_gradients`, for heads that work in pieces (`kernels.vocabulary`).
     """
@@ -33,5 +34,6 @@ class Abilities:
     gelu: bool = False
     attention: bool = False
     sums: bool = False
+    pools: bool = False
     convolutions: bool = False
     vocabulary: bool = False

@@ -279,6 +279,11 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(3, 9, 9),
         False,
     ),
+    "pooled inside": (
+        _seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3, padding=1)).append(nn.MaxPool2d(2, 2))),
+        _image(3, 11, 8),
+        True,
+    ),
     "depthwise": (
         _seeded(
             lambda: nn.Sequential(

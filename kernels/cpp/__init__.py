@@ -9,6 +9,7 @@ from unlocked.kernels.cpp.attention import attention_backward, attention_forward
 from unlocked.kernels.cpp.bindings import unavailable
 from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward
 from unlocked.kernels.cpp.head import local_head
+from unlocked.kernels.cpp.max_pool import max_pool_backward, max_pool_forward
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 from unlocked.kernels.cpp.sum_act import sum_act_backward, sum_act_forward
 from unlocked.kernels.cpp.vocabulary import score_gradients
@@ -22,6 +23,8 @@ __all__ = [
     "gelu_forward",
     "load_batch",
     "local_head",
+    "max_pool_backward",
+    "max_pool_forward",
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
@@ -33,5 +36,12 @@ __all__ = [
 ]
 
 ABILITIES = Abilities(
-    devices=frozenset({"cpu"}), in_place=True, optimizers="cpp", gelu=True, vocabulary=True, attention=True, sums=True
+    devices=frozenset({"cpu"}),
+    in_place=True,
+    optimizers="cpp",
+    gelu=True,
+    vocabulary=True,
+    attention=True,
+    sums=True,
+    pools=True,
 )

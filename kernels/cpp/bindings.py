@@ -100,6 +100,8 @@ class _Signatures:
     attention_backward = (_N, *(_P,) * 6, _I, _I, _I, _I, _I, _N, _F, _P, _P, _P, _P, _P, _N)
     sum_act_forward = (_N, _P, _P, _I, _I, _I, _I, _I, _F, _P, _P, _N)
     sum_act_backward = (_N, _P, _P, _I, _I, _I, _I, _I, _F, _P, _N)
+    max_pool_forward = (_N, _P, _I, _I, _I, _I, _P, _P, _N)
+    max_pool_backward = (_N, _P, _P, _I, _I, _I, _I, _P, _N)
     score_gradients = (_N, _P, _P, _I, _I, _P, _I, _P, _F, _F, _P, _P)
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)

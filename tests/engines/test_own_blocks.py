@@ -16,6 +16,7 @@ from unlocked.runtime import Streams, Trainer
 NAMES = (
     *("plain", "pooled", "uneven", "pools", "depthwise", "conv1d", "group", "residual", "dropout", "parameter"),
     *("encoder", "attention", "attention of many tokens", "chunks of many tokens", "summed", "in part"),
+    "pooled inside",
 )
 
 

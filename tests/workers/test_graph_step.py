@@ -20,6 +20,7 @@ from unlocked.workers.graph import (
     gelu,
     normalized,
     operations,
+    pools,
     products,
     shapes,
     standardized,
@@ -66,7 +67,8 @@ OPERATIONS = {
     operations.LayerNorm: "encoder's layer",
     operations.GroupNorm: "group",
     operations.Elementwise: "silu",
-    operations.Pool: "pooled",
+    operations.Pool: "pools",
+    pools.HalvingPool: "pooled inside",
     operations.Flatten: "flat",
     operations.Add: "encoder",
     attention.Attention: "chunks of many tokens",
@@ -90,7 +92,19 @@ OPERATIONS = {
 def test_no_operation_is_left_out() -> None:
     kinds = [
         one
-        for module in (operations, products, gelu, shapes, attention, normalized, standardized, sums, body, autograd)
+        for module in (
+            operations,
+            products,
+            gelu,
+            shapes,
+            attention,
+            normalized,
+            standardized,
+            sums,
+            pools,
+            body,
+            autograd,
+        )
         for one in vars(module).values()
     ]
     found = {one for one in kinds if isinstance(one, type) and issubclass(one, operations.Operation)}

@@ -33,7 +33,8 @@ from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
 from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
-from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, geometry
+from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, Pool, geometry
+from unlocked.workers.graph.pools import HalvingPool
 from unlocked.workers.graph.products import Linear, Product
 from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Standardized, readers_of
@@ -272,13 +273,15 @@ class _Planner:
         operation = self._operation(before) if alone and before.kind in kinds else ""
         if isinstance(operation, str):
             return {"bias": None, "owns_input": False}
-        self._operations[before] = self._of_backend(kinds[before.kind](before.target, self._casts, bias_is_ahead=True))
+        self._operations[before] = self._of_backend(
+            kinds[before.kind](before.target, self._casts, bias_is_ahead=True), before
+        )
         bias: Tensor | None = before.target.bias
         return {"bias": bias, "owns_input": True, "of_product": before.kind is nn.Linear}
 
     def _operation(self, node: Node) -> Operation | str:
         if node not in self._operations:
-            self._operations[node] = self._of_backend(operation_of(node, self._casts))
+            self._operations[node] = self._of_backend(operation_of(node, self._casts), node)
             kept = id(node.target) in self._frozen
             if node.kind in (nn.BatchNorm1d, nn.BatchNorm2d):
                 self._operations[node] = usable_norm(node) or "it is kept in eval mode"
@@ -286,8 +289,10 @@ class _Planner:
                 self._operations[node] = "it is kept in eval mode"
         return self._operations[node]
 
-    def _of_backend(self, operation: Operation | str) -> Operation | str:
-        """The operation, by the backend's own attention, or its convolution where it has one for these sizes."""
+    def _of_backend(self, operation: Operation | str, node: Node) -> Operation | str:
+        """The operation, by the backend's own where it has one, for these sizes."""
+        if isinstance(operation, Pool) and self._backend.ABILITIES.pools and _pool_of(node.target) == ("max", 2):
+            return HalvingPool(self._backend, operation)
         if isinstance(operation, Attention) and self._backend.ABILITIES.attention:
             operation.backend = self._backend
         if isinstance(operation, Convolution) and self._backend.ABILITIES.convolutions and not self._casts.half:
