@@ -6,7 +6,8 @@ from typing import Any
 import joining_backend
 import pytest
 import torch
-from graph_blocks import CASES, TURNED, Residual, assert_close_to_float64, made_layer, random_block, step_of
+from block_modules import Residual
+from graph_blocks import CASES, TURNED, assert_close_to_float64, made_layer, random_block, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
