@@ -5,6 +5,7 @@ where the receiver wants it, so that a receiver that comes back is served whatev
 What of the log may be overwritten, and when a link is to be formed anew, comes by way of the coordinator.
 """
 
+import queue
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ __all__ = ["PairInEdge", "PairLink", "PairOutEdge"]
 _SENDER, _RECEIVER = 0, 1
 _FORM_SECONDS = 1.0  # of one of Gloo's about five attempts to connect; it waits for all of them if the other one dies
 _PAUSE = 0.005  # seconds between two looks for the other one
+_LONG = 3600.0  # seconds between two looks where every change is told
 _DATA, _PLACE = 0, 1  # tags
 
 
@@ -65,14 +67,15 @@ class PairLink:
         return self._generation != self._client.generations.get(self._edge, 0)
 
     def form(self) -> Any:
-        """The process group of the newest generation.
+        """The process group of the newest generation, which is newer than that of the group before: what has broken is
+        not tried again, for the dead one's address is still in the store.
 
         Raises:
             LinkLostError: it could not be formed in time.
             RunFailed: the run is over.
         """
         deadline = time.monotonic() + self.timeout.total_seconds()
-        failed = -1
+        failed = self._generation
         while time.monotonic() < deadline and not self.closing:
             generation = self._client.generations.get(self._edge, 0)
             if generation == failed:
@@ -122,9 +125,10 @@ class PairInEdge:
         self._depth, self._slots = depth, slots
         self._free = deque(layout.allocate(torch.device("cpu")) for _ in range(depth))
         self._expected: deque[Item] = deque()
-        self._posted: deque[tuple[Item, Tensor, Any]] = deque()
+        self._posted: deque[tuple[Item, Tensor]] = deque()
         self._held: deque[Tensor] = deque()
         self._group: Any = None
+        self._waiter: _Waiter | None = None
         self.keeps_log = True
         self.count = 0
         """Micro-batches that this end has released: the number of the next one."""
@@ -144,15 +148,15 @@ class PairInEdge:
         while True:
             if self._group is None or self._link.is_stale:
                 self._join()
-            expected, slot, work = self._posted[0]
-            assert expected == item, f"expected {expected}, asked for {item}"
-            try:
-                work.wait(self._link.timeout)
+            assert self._waiter is not None
+            if self._await(self._waiter):
                 break
-            except RuntimeError:
+            if not self._link.is_stale:
                 self._link.broke()
-                self._group = None
-        self._posted.popleft()
+            self._group = None
+        expected, slot = self._posted.popleft()
+        assert expected == item, f"expected {expected}, asked for {item}"
+        self._waiter.taken += 1
         self._received += 1
         self._held.append(slot)
         return self._layout.views(slot, item.size, item.kind)
@@ -172,15 +176,19 @@ class PairInEdge:
         """Begins again with micro-batch `count`."""
         self.count = self._received = self._kept = count
 
+    def _await(self, waiter: "_Waiter") -> bool:
+        """Whether the next message has come; False: this group brings it no more."""
+        while not (waiter.failed or self._link.is_stale):
+            if waiter.has_more:
+                return True
+            self._client.await_news(lambda: waiter.has_more or waiter.failed or self._link.is_stale, _LONG)
+        return False
+
     def _join(self) -> None:
         """Connects, and says which micro-batch is wanted next."""
         deadline = time.monotonic() + self._link.timeout.total_seconds()
         while True:
-            while self._posted:  # what had arrived is asked for again
-                item, slot, _ = self._posted.pop()
-                self._expected.appendleft(item)
-                self._free.append(slot)
-            self._group = None
+            self._leave()
             self._group = self._link.form()
             try:
                 self._group.send([torch.tensor([self._received])], _SENDER, _PLACE).wait(self._link.timeout)
@@ -189,12 +197,25 @@ class PairInEdge:
                 if time.monotonic() > deadline:
                     raise self._link.lost(error) from error
                 continue
+            self._waiter = _Waiter(self._group, self._client, self._link.timeout)
             self._post()
             if self._posted or not self._expected:
                 return
 
+    def _leave(self) -> None:
+        """What had arrived by the last group is asked for again, into memory that this group can't write to."""
+        self._group = None
+        if self._waiter is not None:
+            self._waiter.close()
+            self._waiter = None
+        while self._posted:
+            item, _ = self._posted.pop()
+            self._expected.appendleft(item)
+            self._free.append(self._layout.allocate(torch.device("cpu")))
+
     def _post(self) -> None:
         """Receives ahead, as far as there are slots. A link that is broken shows when the next one is waited for."""
+        assert self._waiter is not None
         while self._free and self._expected:
             item, slot = self._expected[0], self._free[0]
             try:
@@ -205,7 +226,8 @@ class PairInEdge:
                     self._group = None
                 return
             self._expected.popleft()
-            self._posted.append((item, self._free.popleft(), work))
+            self._posted.append((item, self._free.popleft()))
+            self._waiter.add(work)
 
 
 class PairOutEdge:
@@ -285,25 +307,75 @@ class PairOutEdge:
     def _serve(self) -> None:
         """One generation of the link, to its end."""
         group = self._link.form()
+        waiter = _Waiter(group, self._client, self._link.timeout)
         try:
             place = torch.zeros(1, dtype=torch.int64)
             group.recv([place], _RECEIVER, _PLACE).wait(self._link.timeout)
             number = int(place)
             self._took(number)
-            while self._client.await_news(lambda: self._is_due(number), 3600.0):  # noqa: B023 - called at once
-                if self._link.closing or self._link.is_stale:
+            while self._await(lambda: self.log.has(number)):  # noqa: B023 - called at once
+                waiter.add(group.send([self.log.message(number)], _RECEIVER, _DATA))
+                if not self._await(lambda: waiter.has_more or waiter.failed):
                     return
-                message = self.log.message(number)
-                group.send([message], _RECEIVER, _DATA).wait(self._link.timeout)
+                if waiter.failed:
+                    self._link.broke()
+                    return
+                waiter.taken += 1
                 number += 1
                 self._took(number)
         except RuntimeError:
             self._link.broke()
+        finally:
+            waiter.close()
 
-    def _is_due(self, number: int) -> bool:
-        return self._link.closing or self._link.is_stale or self.log.has(number)
+    def _await(self, ready: Callable[[], bool]) -> bool:
+        """Until `ready`; False: this generation of the link is over."""
+        over = False
+        while not over and not ready():
+            self._client.await_news(lambda: self._link.closing or self._link.is_stale or ready(), _LONG)
+            over = self._link.closing or self._link.is_stale
+        return not over
 
     def _took(self, number: int) -> None:
         self._left = max(self._left, number)
         self._signs += 1
         self._client.wake()
+
+
+class _Waiter:
+    """Waits for the messages of one group, in their order, in a thread of its own, which can be left behind: where the
+    other process dies while a message is half written or half read, Gloo wakes nobody (`Pair::signalException` in its
+    tcp/pair.cc passes over unbound buffers of operations under way), and the wait lasts until its timeout."""
+
+    def __init__(self, group: Any, client: CoordinatorClient, timeout: timedelta) -> None:
+        self._group, self._client, self._timeout = group, client, timeout  # which must outlast its messages
+        self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done = 0
+        self.taken = 0
+        """Messages that whoever waits knows of."""
+        self.failed = False
+        """No more will come."""
+        threading.Thread(target=self._run, name="waiter", daemon=True).start()
+
+    @property
+    def has_more(self) -> bool:
+        """Another message has come, or gone."""
+        return self._done > self.taken
+
+    def add(self, work: Any) -> None:
+        """The next message's."""
+        self._works.put(work)
+
+    def close(self) -> None:
+        """There are no more. Does not wait."""
+        self._works.put(None)
+
+    def _run(self) -> None:
+        try:
+            while (work := self._works.get()) is not None:
+                work.wait(self._timeout)
+                self._done += 1
+                self._client.wake()
+        except RuntimeError:
+            self.failed = True
+            self._client.wake()
