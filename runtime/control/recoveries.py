@@ -112,7 +112,7 @@ class Recoveries:
         if not self.most or worker.hello.stage not in self._roster.supervisors or not self._roster.is_complete:
             self._failures.lost(worker, why)
         else:
-            self._revive(worker, why)
+            self._revive(worker, f"had {why}")
 
     def away(self, supervisor: Member, why: str) -> None:
         """A supervisor's connection has closed. Once the run has begun it may make it anew, if it is still there."""

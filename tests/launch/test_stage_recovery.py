@@ -128,7 +128,7 @@ def test_a_recovery_says_what_happened(runs: dict[str, Any]) -> None:
     assert last["replayed"] == 7 - last["position"]
     assert 0 < last["seconds"] < SECONDS
     causes = {r["stage"]: r["cause"] for r in runs["a pause"]["recoveries"]}
-    assert causes == {1: "no heartbeat for 3 s", 0: "was ended by SIGABRT"}
+    assert causes == {1: "had no heartbeat for 3 s", 0: "was ended by SIGABRT"}
 
 
 @pytest.mark.parametrize(
