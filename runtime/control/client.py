@@ -71,14 +71,12 @@ class CoordinatorClient:
         self._mailbox = Mailbox()
         self._latest_progress: StageProgress | None = None
         self._progress_time = -PROGRESS_SECONDS
-        self._position = 0
+        self._position = self._granted = 0
         self._start: m.Start | None = None
-        self._granted = 0
         self._failed: str | None = None
         self._failing = False
         self._chunks_seen = 0
-        self._bye = False
-        self._closing = False
+        self._bye = self._closing = False
         self.lr_factor = 1.0
         """What the coordinator has set for the epoch of the latest window; see `windows.EpochGate`."""
         self.marks: frozenset[int] = frozenset()
@@ -87,6 +85,7 @@ class CoordinatorClient:
         """Set once an orderly stop is under way: the position at which all stages stop, and the signal."""
         self.generations: dict[int, int] = {}
         """How often the links at this stage were formed anew, by the stage that they lead into."""
+        self.on_rejoin: list[Callable[[], None]] = []  # called in the client's thread when that has changed
         self.saved = 0
         """The position of the latest snapshot in which the coordinator has counted this stage's part."""
         self.clock_ahead = 0.0
@@ -363,8 +362,8 @@ class CoordinatorClient:
     def _take(self, message: Any) -> None:
         with self._changed:
             if isinstance(message, m.Start):
-                self._start, self._granted = message, max(self._granted, message.first)
-                self.saved = max(self.saved, message.saved)
+                self._start, self.saved = message, max(self.saved, message.saved)
+                self._granted = max(self._granted, message.first)
                 self.clock_ahead = message.clock_ahead(time.time())
             elif isinstance(message, m.SnapshotSeen):
                 self.saved = max(self.saved, message.position)
@@ -376,6 +375,8 @@ class CoordinatorClient:
                 self.stopped, self._granted = message, max(self._granted, message.position)
             elif isinstance(message, m.Rejoin):
                 self.generations[message.edge] = max(message.generation, self.generations.get(message.edge, 0))
+                for told in self.on_rejoin:
+                    told()
             elif isinstance(message, m.Kept):
                 self.kept = max(message.count, self.kept)
             elif isinstance(message, m.ChunkSeen):

@@ -1,51 +1,147 @@
-"""A link through a process group of two, formed anew: by what the coordinator says, never by what has broken."""
+"""A link through a process group of two, formed anew: by what the coordinator says, never by what has broken; and the
+half message of a process that died holds nobody up."""
 
 import contextlib
+import mmap
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from coordination import LAYERS, TIMEOUT, make_client, until
 
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.coordinator import Coordinator
-from unlocked.runtime.engines.processes.pairs import PairLink
+from unlocked.runtime.control.messages import EdgeBroken
+from unlocked.runtime.engines.processes.pairs import PairInEdge, PairLink, PairOutEdge
+from unlocked.workers.actions import Item
+from unlocked.workers.edges import SlotLayout
 from unlocked.workers.errors import LinkLostError
+from unlocked.workers.slot_log import SlotLog
 
 pytestmark = pytest.mark.alone
 
+LAYOUT = SlotLayout(16, (1_000_000,))  # 64 MB: more than the system holds of it, and some tens of milliseconds
+ITEMS = [Item(position, "train", 0, position, 16, position == 1) for position in range(2)]
+
+# One end of the link's first generation. The receiving one dies when the message has begun to come.
+OTHER = """
+import os, signal, sys
+from datetime import timedelta
+import torch, torch.distributed as dist
+side, size = int(sys.argv[1]), int(sys.argv[2])
+store = dist.PrefixStore("edge-1/generation-0", dist.FileStore(sys.argv[3], -1))
+store.set(f"here-{side}", "")
+store.wait([f"here-{1 - side}"])
+group = dist.ProcessGroupGloo(store, side, 2, timeout=timedelta(seconds=30))
+place, message = torch.zeros(1, dtype=torch.int64), torch.full((size,), 1 - side, dtype=torch.uint8)
+if side == 0:
+    group.recv([place], 1, 1).wait()
+    group.send([message], 1, 0).wait()
+else:
+    group.send([place], 0, 1).wait()
+    work = group.recv([message], 0, 0)
+    while not message[1000]:  # behind the labels
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    store: dist.Store
+    clients: list[CoordinatorClient]
+    links: list[PairLink]
+
+    def form_anew(self) -> None:
+        """As after a death: both ends are told of the next generation."""
+        self.clients[0].tell(EdgeBroken(edge=1, generation=0))
+        until(lambda: all(client.generations.get(1) == 1 for client in self.clients))
+
 
 @contextlib.contextmanager
-def both_ends(timeout: float) -> Iterator[tuple[dist.Store, list[CoordinatorClient], list[PairLink]]]:
-    store = dist.HashStore()
+def both_ends(folder: Path, *timeouts: float) -> Iterator[Ends]:
+    """`timeouts`: of the sending and of the receiving end."""
+    store = dist.FileStore(str(folder / "store"), -1)
     with Coordinator(LAYERS[:2], 50) as coordinator, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(make_client(coordinator.address, stage)) for stage in range(2)]
         for client in clients:
             client.wait_started()
         links = [
-            PairLink(store, client, edge=1, side=side, timeout=timeout, neighbour=f"stage {1 - side}")
+            PairLink(store, client, edge=1, side=side, timeout=timeouts[side], neighbour=f"stage {1 - side}")
             for side, client in enumerate(clients)
         ]
-        yield store, clients, links
+        yield Ends(store, clients, links)
 
 
-def test_what_has_broken_is_not_tried_again() -> None:
+def other(folder: Path, side: int) -> "subprocess.Popen[bytes]":
+    size = str(LAYOUT.nbytes(16))
+    return subprocess.Popen([sys.executable, "-c", OTHER, str(side), size, str(folder / "store")])
+
+
+def test_what_has_broken_is_not_tried_again(tmp_path: Path) -> None:
     """The dead process's address is still in the store; to connect to it would take five seconds."""
-    with both_ends(timeout=0.5) as (store, _, links), ThreadPoolExecutor(2) as threads:
-        list(threads.map(PairLink.form, links))
+    with both_ends(tmp_path, 0.5, 0.5) as ends, ThreadPoolExecutor(2) as threads:
+        list(threads.map(PairLink.form, ends.links))
         here = "edge-1/generation-0/here-0"
-        assert store.delete_key(here)
+        assert ends.store.delete_key(here)
         with pytest.raises(LinkLostError, match="the link to stage 1 could not be formed"):
-            links[0].form()
-        assert not store.check([here])
+            ends.links[0].form()
+        assert not ends.store.check([here])
 
 
-def test_the_next_generation_is_formed_by_both() -> None:
-    with both_ends(timeout=TIMEOUT) as (_, clients, links), ThreadPoolExecutor(2) as threads:
-        list(threads.map(PairLink.form, links))
-        links[1].broke()
-        until(lambda: all(client.generations.get(1) == 1 for client in clients))
-        assert all(link.is_stale for link in links)
-        list(threads.map(PairLink.form, links))
-        assert not any(link.is_stale for link in links)
+def test_the_next_generation_is_formed_by_both(tmp_path: Path) -> None:
+    with both_ends(tmp_path, TIMEOUT, TIMEOUT) as ends, ThreadPoolExecutor(2) as threads:
+        list(threads.map(PairLink.form, ends.links))
+        ends.form_anew()
+        assert all(link.is_stale for link in ends.links)
+        list(threads.map(PairLink.form, ends.links))
+        assert not any(link.is_stale for link in ends.links)
+
+
+def test_a_receiver_is_not_held_up_by_the_half_message_of_a_dead_sender(tmp_path: Path) -> None:
+    with both_ends(tmp_path, TIMEOUT, 60) as ends, ThreadPoolExecutor(1) as threads:
+        inbox = PairInEdge(LAYOUT, ends.links[1], ends.clients[1], depth=2, slots=8)
+        first = inbox._free[0]
+        first.zero_()
+        sender = other(tmp_path, side=0)
+        inbox.expect(ITEMS)
+        received = threads.submit(inbox.receive, ITEMS[0])
+        until(lambda: bool(first[0]) or sender.poll() is not None)
+        sender.kill()
+        sender.wait()
+        assert not first[-1], "the message is whole"
+        ends.form_anew()
+        group = ends.links[0].form()
+        place = torch.zeros(1, dtype=torch.int64)
+        group.recv([place], 1, 1).wait()
+        group.send([torch.full((LAYOUT.nbytes(16),), 7, dtype=torch.uint8)], 1, 0).wait()
+        values, _ = received.result(TIMEOUT)
+        assert int(place) == 0
+        assert bool((values.view(torch.uint8) == 7).all())
+
+
+def test_a_sender_is_not_held_up_by_the_half_message_of_a_dead_receiver(tmp_path: Path) -> None:
+    log = SlotLog(mmap.mmap(-1, SlotLog.nbytes(LAYOUT, 3)), LAYOUT, 3)
+    with both_ends(tmp_path, 60, TIMEOUT) as ends:
+        outbox = PairOutEdge(log, ends.links[0], ends.clients[0])
+        outbox.start()
+        receiver = other(tmp_path, side=1)
+        values, _ = outbox.reserve(ITEMS[0])
+        values.view(torch.uint8).fill_(7)
+        outbox.send(ITEMS[0])
+        assert receiver.wait(TIMEOUT) == -signal.SIGKILL
+        ends.form_anew()
+        group = ends.links[1].form()
+        message = torch.zeros(LAYOUT.nbytes(16), dtype=torch.uint8)
+        group.send([torch.zeros(1, dtype=torch.int64)], 0, 1).wait()
+        group.recv([message], 0, 0).wait()
+        assert bool((LAYOUT.views(message, 16)[0].view(torch.uint8) == 7).all())
+        ends.links[0].closing = True
+        ends.clients[0].wake()

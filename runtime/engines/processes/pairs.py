@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from enum import Enum
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class PairLink:
         self.timeout, self._neighbour = timedelta(seconds=timeout), neighbour
         self._generation = -1
         self.closing = False
+        self.waiter: _Waiter | None = None
+        """Of the newest group's messages: it is told when that group is of the past."""
+        client.on_rejoin.append(self._rejoined)
 
     @property
     def is_stale(self) -> bool:
@@ -101,6 +105,33 @@ class PairLink:
     def lost(self, error: Exception) -> LinkLostError:
         return LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})")
 
+    def wait(self, group: Any) -> "_Waiter":
+        """Begins to wait for the messages of `group`, the newest one, whose waiter it replaces."""
+        if self.waiter is not None:
+            self.waiter.close()
+        self.waiter = _Waiter(group, self.timeout)
+        return self.waiter
+
+    def next(self) -> bool:
+        """Waits for the next message that was added to the waiter, to come or to go; False: its group is of the past,
+        or the link is closing.
+
+        Raises:
+            RunFailed: the run is over.
+        """
+        assert self.waiter is not None
+        while not (self.closing or self.is_stale):
+            word = self.waiter.next_word(1.0)
+            if word is None:
+                self._client.await_news(lambda: True, 0.0)  # raises
+            elif word is not _Word.LOOK:
+                return word is _Word.DONE
+        return False
+
+    def _rejoined(self) -> None:
+        if self.waiter is not None:
+            self.waiter.wake()
+
     def _news(self, old: int) -> bool:
         return self.closing or self._client.generations.get(self._edge, 0) != old
 
@@ -128,7 +159,6 @@ class PairInEdge:
         self._posted: deque[tuple[Item, Tensor]] = deque()
         self._held: deque[Tensor] = deque()
         self._group: Any = None
-        self._waiter: _Waiter | None = None
         self.keeps_log = True
         self.count = 0
         """Micro-batches that this end has released: the number of the next one."""
@@ -148,15 +178,13 @@ class PairInEdge:
         while True:
             if self._group is None or self._link.is_stale:
                 self._join()
-            assert self._waiter is not None
-            if self._await(self._waiter):
+            if self._link.next():
                 break
             if not self._link.is_stale:
                 self._link.broke()
             self._group = None
         expected, slot = self._posted.popleft()
         assert expected == item, f"expected {expected}, asked for {item}"
-        self._waiter.taken += 1
         self._received += 1
         self._held.append(slot)
         return self._layout.views(slot, item.size, item.kind)
@@ -176,14 +204,6 @@ class PairInEdge:
         """Begins again with micro-batch `count`."""
         self.count = self._received = self._kept = count
 
-    def _await(self, waiter: "_Waiter") -> bool:
-        """Whether the next message has come; False: this group brings it no more."""
-        while not (waiter.failed or self._link.is_stale):
-            if waiter.has_more:
-                return True
-            self._client.await_news(lambda: waiter.has_more or waiter.failed or self._link.is_stale, _LONG)
-        return False
-
     def _join(self) -> None:
         """Connects, and says which micro-batch is wanted next."""
         deadline = time.monotonic() + self._link.timeout.total_seconds()
@@ -197,7 +217,7 @@ class PairInEdge:
                 if time.monotonic() > deadline:
                     raise self._link.lost(error) from error
                 continue
-            self._waiter = _Waiter(self._group, self._client, self._link.timeout)
+            self._link.wait(self._group)
             self._post()
             if self._posted or not self._expected:
                 return
@@ -205,9 +225,6 @@ class PairInEdge:
     def _leave(self) -> None:
         """What had arrived by the last group is asked for again, into memory that this group can't write to."""
         self._group = None
-        if self._waiter is not None:
-            self._waiter.close()
-            self._waiter = None
         while self._posted:
             item, _ = self._posted.pop()
             self._expected.appendleft(item)
@@ -215,7 +232,7 @@ class PairInEdge:
 
     def _post(self) -> None:
         """Receives ahead, as far as there are slots. A link that is broken shows when the next one is waited for."""
-        assert self._waiter is not None
+        assert self._link.waiter is not None
         while self._free and self._expected:
             item, slot = self._expected[0], self._free[0]
             try:
@@ -227,7 +244,7 @@ class PairInEdge:
                 return
             self._expected.popleft()
             self._posted.append((item, self._free.popleft()))
-            self._waiter.add(work)
+            self._link.waiter.add(work)
 
 
 class PairOutEdge:
@@ -307,34 +324,30 @@ class PairOutEdge:
     def _serve(self) -> None:
         """One generation of the link, to its end."""
         group = self._link.form()
-        waiter = _Waiter(group, self._client, self._link.timeout)
+        waiter = self._link.wait(group)
         try:
             place = torch.zeros(1, dtype=torch.int64)
             group.recv([place], _RECEIVER, _PLACE).wait(self._link.timeout)
             number = int(place)
             self._took(number)
-            while self._await(lambda: self.log.has(number)):  # noqa: B023 - called at once
+            while True:
+                self._client.await_news(lambda: self._is_due(number), _LONG)  # noqa: B023 - called at once
+                if self._link.closing or self._link.is_stale:
+                    return
+                if not self.log.has(number):
+                    continue  # nothing in so long
                 waiter.add(group.send([self.log.message(number)], _RECEIVER, _DATA))
-                if not self._await(lambda: waiter.has_more or waiter.failed):
+                if not self._link.next():
+                    if not (self._link.closing or self._link.is_stale):
+                        self._link.broke()
                     return
-                if waiter.failed:
-                    self._link.broke()
-                    return
-                waiter.taken += 1
                 number += 1
                 self._took(number)
         except RuntimeError:
             self._link.broke()
-        finally:
-            waiter.close()
 
-    def _await(self, ready: Callable[[], bool]) -> bool:
-        """Until `ready`; False: this generation of the link is over."""
-        over = False
-        while not over and not ready():
-            self._client.await_news(lambda: self._link.closing or self._link.is_stale or ready(), _LONG)
-            over = self._link.closing or self._link.is_stale
-        return not over
+    def _is_due(self, number: int) -> bool:
+        return self._link.closing or self._link.is_stale or self.log.has(number)
 
     def _took(self, number: int) -> None:
         self._left = max(self._left, number)
@@ -342,40 +355,44 @@ class PairOutEdge:
         self._client.wake()
 
 
+class _Word(Enum):
+    DONE, FAILED, LOOK = range(3)
+
+
 class _Waiter:
     """Waits for the messages of one group, in their order, in a thread of its own, which can be left behind: where the
     other process dies while a message is half written or half read, Gloo wakes nobody (`Pair::signalException` in its
     tcp/pair.cc passes over unbound buffers of operations under way), and the wait lasts until its timeout."""
 
-    def __init__(self, group: Any, client: CoordinatorClient, timeout: timedelta) -> None:
-        self._group, self._client, self._timeout = group, client, timeout  # which must outlast its messages
+    def __init__(self, group: Any, timeout: timedelta) -> None:
+        self._group, self._timeout = group, timeout  # a group must outlast its messages
         self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._done = 0
-        self.taken = 0
-        """Messages that whoever waits knows of."""
-        self.failed = False
-        """No more will come."""
+        self._words: queue.SimpleQueue[_Word] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="waiter", daemon=True).start()
-
-    @property
-    def has_more(self) -> bool:
-        """Another message has come, or gone."""
-        return self._done > self.taken
 
     def add(self, work: Any) -> None:
         """The next message's."""
         self._works.put(work)
 
+    def next_word(self, seconds: float) -> _Word | None:
+        """DONE: another message has come, or gone; FAILED: no more will; LOOK: something else has happened."""
+        try:
+            return self._words.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def wake(self) -> None:
+        """From any thread."""
+        self._words.put(_Word.LOOK)
+
     def close(self) -> None:
-        """There are no more. Does not wait."""
+        """There are no more messages. Does not wait."""
         self._works.put(None)
 
     def _run(self) -> None:
         try:
             while (work := self._works.get()) is not None:
                 work.wait(self._timeout)
-                self._done += 1
-                self._client.wake()
+                self._words.put(_Word.DONE)
         except RuntimeError:
-            self.failed = True
-            self._client.wake()
+            self._words.put(_Word.FAILED)
