@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 # 1.4 MB a message, over half a second on the link. (That a sender dies in its midst: tests/engines/test_pair_links.py.)
-FLAGS = ["--plain", "--dataset", "digits", "--batch-size", "700", "--num-epochs", "4", "--no-eval"]
+FLAGS = ["--plain", "--dataset", "digits", "--batch-size", "700", "--num-epochs", "4", "--no-eval", "--timeout", "60"]
 LINK = Link(seconds=0.001, bits_per_second=20e6)
 SECONDS = 50  # of a run: less than the 60 after which an edge gives up
 

@@ -5,13 +5,11 @@ where the receiver wants it, so that a receiver that comes back is served whatev
 What of the log may be overwritten, and when a link is to be formed anew, comes by way of the coordinator.
 """
 
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from enum import Enum
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from unlocked.models.errors import first_line
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import EdgeBroken, Kept
+from unlocked.runtime.engines.processes.waiting import Waiter, Word
 from unlocked.workers.actions import Item
 from unlocked.workers.edges import Slot, SlotLayout
 from unlocked.workers.errors import LinkLostError
@@ -31,6 +30,7 @@ __all__ = ["PairInEdge", "PairLink", "PairOutEdge"]
 _SENDER, _RECEIVER = 0, 1
 _FORM_SECONDS = 1.0  # of one of Gloo's about five attempts to connect; it waits for all of them if the other one dies
 _PAUSE = 0.005  # seconds between two looks for the other one
+_PATIENCE = 4  # timeouts that a receive may be posted, of which its stage waits for one
 _LONG = 3600.0  # seconds between two looks where every change is told
 _DATA, _PLACE = 0, 1  # tags
 
@@ -61,7 +61,7 @@ class PairLink:
         self.timeout, self._neighbour = timedelta(seconds=timeout), neighbour
         self._generation = -1
         self.closing = False
-        self.waiter: _Waiter | None = None
+        self.waiter: Waiter | None = None
         """Of the newest group's messages: it is told when that group is of the past."""
         client.on_rejoin.append(self._rejoined)
 
@@ -105,27 +105,28 @@ class PairLink:
     def lost(self, error: Exception) -> LinkLostError:
         return LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})")
 
-    def wait(self, group: Any) -> "_Waiter":
+    def wait(self, group: Any) -> Waiter:
         """Begins to wait for the messages of `group`, the newest one, whose waiter it replaces."""
         if self.waiter is not None:
             self.waiter.close()
-        self.waiter = _Waiter(group, self.timeout)
+        self.waiter = Waiter(group, self.timeout * _PATIENCE)
         return self.waiter
 
     def next(self) -> bool:
-        """Waits for the next message that was added to the waiter, to come or to go; False: its group is of the past,
-        or the link is closing.
+        """Waits for the next message that was added to the waiter, to come or to go; False: not by this group, which is
+        broken, of the past or silent, or the link is closing.
 
         Raises:
             RunFailed: the run is over.
         """
         assert self.waiter is not None
-        while not (self.closing or self.is_stale):
-            word = self.waiter.next_word(1.0)
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while not (self.closing or self.is_stale) and (left := deadline - time.monotonic()) > 0:
+            word = self.waiter.next_word(min(left, 1.0))
             if word is None:
                 self._client.await_news(lambda: True, 0.0)  # raises
-            elif word is not _Word.LOOK:
-                return word is _Word.DONE
+            elif word is not Word.LOOK:
+                return word is Word.DONE
         return False
 
     def _rejoined(self) -> None:
@@ -178,13 +179,14 @@ class PairInEdge:
         while True:
             if self._group is None or self._link.is_stale:
                 self._join()
+            expected, slot = self._posted[0]
+            assert expected == item, f"expected {expected}, asked for {item}"
             if self._link.next():
                 break
             if not self._link.is_stale:
                 self._link.broke()
             self._group = None
-        expected, slot = self._posted.popleft()
-        assert expected == item, f"expected {expected}, asked for {item}"
+        self._posted.popleft()
         self._received += 1
         self._held.append(slot)
         return self._layout.views(slot, item.size, item.kind)
@@ -320,6 +322,9 @@ class PairOutEdge:
             if not self._link.closing:
                 self._error = error
                 self._client.wake()
+        finally:
+            if self._link.waiter is not None:
+                self._link.waiter.close()
 
     def _serve(self) -> None:
         """One generation of the link, to its end."""
@@ -353,46 +358,3 @@ class PairOutEdge:
         self._left = max(self._left, number)
         self._signs += 1
         self._client.wake()
-
-
-class _Word(Enum):
-    DONE, FAILED, LOOK = range(3)
-
-
-class _Waiter:
-    """Waits for the messages of one group, in their order, in a thread of its own, which can be left behind: where the
-    other process dies while a message is half written or half read, Gloo wakes nobody (`Pair::signalException` in its
-    tcp/pair.cc passes over unbound buffers of operations under way), and the wait lasts until its timeout."""
-
-    def __init__(self, group: Any, timeout: timedelta) -> None:
-        self._group, self._timeout = group, timeout  # a group must outlast its messages
-        self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._words: queue.SimpleQueue[_Word] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="waiter", daemon=True).start()
-
-    def add(self, work: Any) -> None:
-        """The next message's."""
-        self._works.put(work)
-
-    def next_word(self, seconds: float) -> _Word | None:
-        """DONE: another message has come, or gone; FAILED: no more will; LOOK: something else has happened."""
-        try:
-            return self._words.get(timeout=seconds)
-        except queue.Empty:
-            return None
-
-    def wake(self) -> None:
-        """From any thread."""
-        self._words.put(_Word.LOOK)
-
-    def close(self) -> None:
-        """There are no more messages. Does not wait."""
-        self._works.put(None)
-
-    def _run(self) -> None:
-        try:
-            while (work := self._works.get()) is not None:
-                work.wait(self._timeout)
-                self._words.put(_Word.DONE)
-        except RuntimeError:
-            self._words.put(_Word.FAILED)
