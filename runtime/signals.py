@@ -40,8 +40,14 @@ class StopSignals:
                 self._previous.setdefault(number, signal.signal(number, self._handle))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        """After a failure SIGTERM is let pass for a moment more: a launcher sends it because another worker died, and
+        this process is about to say why."""
+        before = self._previous.get(signal.SIGTERM)
         self._restore()
+        if kind is not None and before is not None:
+            with contextlib.suppress(ValueError):  # not in the main thread: nothing was installed
+                signal.signal(signal.SIGTERM, _passing(before))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -58,3 +64,15 @@ class StopSignals:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
         self._previous.clear()
+
+
+def _passing(before: Any) -> Callable[[int, FrameType | None], None]:
+    """A handler for `_SAME_REQUEST` seconds; then `before` takes over."""
+    ends = time.monotonic() + _SAME_REQUEST
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > ends:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    return handle

@@ -39,7 +39,7 @@ def await_line(process: "subprocess.Popen[str]", pattern: str) -> None:
 
 
 def error_line(text: str) -> str:
-    return next(line for line in text.splitlines() if line.startswith("error"))
+    return next((line for line in text.splitlines() if line.startswith("error")), "")
 
 
 def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_worker_killed_under_torchrun_is_named() -> None:
         text = process.communicate(timeout=SECONDS)[1]
         assert process.returncode != 0
         assert group_is_empty(process.pid)
-    assert f"stage {victim} (rank {victim}: " in error_line(text)
+    assert f"stage {victim} (rank {victim}: " in error_line(text), text
 
 
 def worker_pid(launcher: int, rank: int) -> int:
