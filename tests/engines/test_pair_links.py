@@ -80,9 +80,14 @@ def both_ends(folder: Path, *timeouts: float) -> Iterator[Ends]:
         yield Ends(store, clients, links)
 
 
-def other(folder: Path, side: int) -> "subprocess.Popen[bytes]":
+@contextlib.contextmanager
+def other(folder: Path, side: int) -> "Iterator[subprocess.Popen[bytes]]":
     size = str(LAYOUT.nbytes(32))
-    return subprocess.Popen([sys.executable, "-c", OTHER, str(side), size, str(folder / "store")])
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(side), size, str(folder / "store")]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_what_has_broken_is_not_tried_again(tmp_path: Path) -> None:
@@ -106,11 +111,14 @@ def test_the_next_generation_is_formed_by_both(tmp_path: Path) -> None:
 
 
 def test_a_receiver_is_not_held_up_by_the_half_message_of_a_dead_sender(tmp_path: Path) -> None:
-    with both_ends(tmp_path, TIMEOUT, 60) as ends, ThreadPoolExecutor(1) as threads:
+    with (
+        both_ends(tmp_path, TIMEOUT, 60) as ends,
+        ThreadPoolExecutor(1) as threads,
+        other(tmp_path, side=0) as sender,
+    ):
         inbox = PairInEdge(LAYOUT, ends.links[1], ends.clients[1], depth=1, slots=8)
         first = inbox._free[0]
         first.zero_()
-        sender = other(tmp_path, side=0)
         inbox.expect(ITEMS)
         received = threads.submit(inbox.receive, ITEMS[0])
         while not first[0] and sender.poll() is None:
@@ -130,10 +138,9 @@ def test_a_receiver_is_not_held_up_by_the_half_message_of_a_dead_sender(tmp_path
 
 def test_a_sender_is_not_held_up_by_the_half_message_of_a_dead_receiver(tmp_path: Path) -> None:
     log = SlotLog(mmap.mmap(-1, SlotLog.nbytes(LAYOUT, 2)), LAYOUT, 2)
-    with both_ends(tmp_path, 60, TIMEOUT) as ends:
+    with both_ends(tmp_path, 60, TIMEOUT) as ends, other(tmp_path, side=1) as receiver:
         outbox = PairOutEdge(log, ends.links[0], ends.clients[0])
         outbox.start()
-        receiver = other(tmp_path, side=1)
         values, _ = outbox.reserve(ITEMS[0])
         values.view(torch.uint8).fill_(7)
         outbox.send(ITEMS[0])
