@@ -1,6 +1,7 @@
 """Orderly stops: SIGINT and SIGTERM ask the run to finish the micro-batches in hand, report and leave."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -41,13 +42,13 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """After a failure SIGTERM is let pass for a moment more: a launcher sends it because another worker died, and
-        this process is about to say why."""
+        """After a failure SIGTERM is put off for a moment: a launcher sends it because another worker died, and this
+        process is about to say why."""
         before = self._previous.get(signal.SIGTERM)
         self._restore()
         if kind is not None and before is not None:
             with contextlib.suppress(ValueError):  # not in the main thread: nothing was installed
-                signal.signal(signal.SIGTERM, _passing(before))
+                signal.signal(signal.SIGTERM, _put_off(before))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -66,12 +67,17 @@ class StopSignals:
         self._previous.clear()
 
 
-def _passing(before: Any) -> Callable[[int, FrameType | None], None]:
-    """A handler for `_SAME_REQUEST` seconds; then `before` takes over."""
+def _put_off(before: Any) -> Callable[[int, FrameType | None], None]:
+    """A handler by which a signal comes to `before` once `_SAME_REQUEST` seconds are over."""
     ends = time.monotonic() + _SAME_REQUEST
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() > ends:
+        left = ends - time.monotonic()
+        if left > 0:
+            again = threading.Timer(left, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
             signal.signal(number, before)
             signal.raise_signal(number)
 
