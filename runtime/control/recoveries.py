@@ -47,8 +47,6 @@ class Recoveries:
             hello once it is asked for.
         door: open while somebody is expected.
         first: where the stream begins.
-        hello_seconds: that a worker may take to say hello once it is asked for.
-        door: open while one is expected.
     """
 
     def __init__(
@@ -181,9 +179,9 @@ class Recoveries:
             self._store_is_shut = True
             self.store.close()
         for stage, since in tuple(self._silent_since.items()):
-            if now - since > WORD_SECONDS and stage not in self._away_since:
+            if now - since > self._word_seconds and stage not in self._away_since:
                 del self._silent_since[stage]
-                self._failures.lost(self._roster.workers[stage], "its connection closed")
+                self._end_silence(self._roster.workers[stage])
         for stage, since in tuple(self._awaited_since.items()):
             if now - since > self._silence and stage not in self._away_since:
                 del self._awaited_since[stage]
@@ -192,6 +190,14 @@ class Recoveries:
                     self._revive(worker, why)
                 else:
                     self._failures.fail(f"{self._roster.name(stage)} is lost: its worker {why}")
+
+    def _end_silence(self, worker: Member) -> None:
+        """A worker's connection closed a while ago, and its supervisor, who is there, has seen no end of it: it stands
+        still, and is replaced."""
+        if self._failures.first is not None:
+            self._failures.lost(worker, "its connection closed")
+        elif not worker.finished:
+            self._revive(worker, f"lost its connection and did not end within {self._word_seconds:g} s")
 
     def _miss_supervisors(self, now: float) -> None:
         """Those that are away are lost after a while, unless they may go by now."""
@@ -216,6 +222,12 @@ class Recoveries:
             self._door.open()
         else:
             self._door.close()
+
+    @property
+    def _word_seconds(self) -> float:
+        """That a supervisor has for its word. Its worker's neighbours wait for two silences: there must be time left to
+        replace the worker, or to see within one silence that nothing can."""
+        return min(WORD_SECONDS, self._silence / 2)
 
     @property
     def _all_linked(self) -> bool:

@@ -73,6 +73,7 @@ class Supervisor:
         self.stopped: m.Stop | None = None
         """Set once an orderly stop is under way."""
         self._stop_request: m.StopRequest | None = None
+        self._given_up = ""  # why there can't be another worker
         self._died: m.Died | None = None  # that the coordinator has not answered yet
         self._connection: Lifeline | None = None
 
@@ -155,8 +156,7 @@ class Supervisor:
         for event in self._zygote_events(0.0):
             self._take(event)
         if self._zygote.stands_still(self._beat_timeout):
-            self._zygote.give_up()
-            self._lose(
+            self._give_up(
                 f"can't be replaced: the process that it is forked from stood still for {self._beat_timeout:g} s"
             )
         for message in connection.receive():
@@ -196,12 +196,17 @@ class Supervisor:
         self._died = m.Died(incarnation=self._incarnation, position=self._position(), how=how, again=again)
         self._connection.send(self._died)
 
+    def _give_up(self, how: str) -> None:
+        """There will be no other worker."""
+        self._zygote.give_up()
+        self._given_up = how
+        self._lose(how)
+
     def _zygote_events(self, seconds: float) -> list[Ended | Told]:
         try:
             return self._zygote.events(seconds)
         except ChildProcessError:
-            self._zygote.give_up()
-            self._lose("ended with the process that it is forked from")
+            self._give_up("ended with the process that it is forked from")
             return []
 
     def _obey(self, message: Any) -> None:
@@ -217,7 +222,10 @@ class Supervisor:
             self._end = self._died = None
             self._said.clear()
             self._incarnation = message.incarnation
-            self._zygote.start(message.incarnation)
+            if self._given_up:  # while the order was under way
+                self._lose(self._given_up)
+            else:
+                self._zygote.start(message.incarnation)
         elif isinstance(message, m.Abort):
             assert self._connection is not None
             self._connection.send(m.AbortSeen())

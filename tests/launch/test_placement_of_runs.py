@@ -72,9 +72,9 @@ def test_a_slow_link_has_the_boundary_moved_to_where_little_passes(tmp_path: Pat
     assert "stages 0, 1, ... are run by ranks 0, 2, 1, 3" in said
 
     placement = read_placement(tmp_path / "placement.json")
-    by_compute = [len(part) for part in partition([layer.seconds for layer in placement.layers], len(PLACES))]
+    by_compute = [len(part) for part in partition([1.0] * len(WIDTHS), len(PLACES))]  # the layers are alike
     assert told["stages"][-1] == len(WIDTHS) - 1 - WIDTHS.index(128)
-    assert by_compute[-1] < told["stages"][-1]
+    assert by_compute[-1] < told["stages"][-1], "nothing had to be moved"
     assert again["stages"] == told["stages"]
     assert "links between ranks: 0-1" in said
     assert "links between ranks" not in said_again

@@ -111,21 +111,25 @@ def test_a_worker_that_loses_the_coordinator_alone_is_replaced(tmp_path: Path) -
     assert [one.returncode for one in started] == [130, 130], texts
 
 
-@pytest.mark.parametrize("whose", ["the worker's too", "the supervisor's"] if ALL else ["the worker's too"])
-def test_a_supervisor_whose_connection_breaks_makes_it_anew(whose: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["both", "the supervisor's"] if ALL else ["both"])
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_supervisor_whose_connection_breaks_makes_it_anew(still: int, whose: str, tmp_path: Path) -> None:
+    """Stage 1's connections are cut while its worker stands still, or while it has nothing to do because stage 0's
+    does: the run can't end before, as somebody stands still until he is killed."""
     port = free_port()
     job = ["--dataset", "digits", "--batch-size", "100", "--num-epochs", "5", "--plain", "--timeout", "6"]
     alone = [sys.executable, str(PIPELINE), *job, "--summary", str(tmp_path / "alone.json")]
     plain = subprocess.Popen([*alone, "--engine", "sequential"], env=ENVIRONMENT)
     flags = ["--save-path", str(tmp_path), "--experiment-name", "run", "--coordinator-port", str(port)]
     flags += ["--summary", str(tmp_path / "run.json"), "--print-freq", "2"]
-    faults = {VARIABLE: "stop@1F12"}  # stands still until it is killed: the run can't end before
+    faults = {VARIABLE: f"stop@{still}F12"}
     with ranks(3, [str(PIPELINE), *job, *flags], environment=faults) as started:
         workers = run_until(tmp_path, started)
-        processes = [Process(started[1].pid, 0, 1)]
-        if whose != "the supervisor's":
-            processes.append(Process(workers[1], started[1].pid, 1))
-        for process in processes:
+        victim, deadline = Process(workers[1], started[1].pid, 1), time.monotonic() + 60
+        while Process(workers[still], started[still].pid, still).state != "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for process in [Process(started[1].pid, 0, 1)] + [victim] * (whose == "both"):
             try:
                 assert cut_connection(process, random.Random(0), port)
             except OSError as error:
@@ -135,4 +139,5 @@ def test_a_supervisor_whose_connection_breaks_makes_it_anew(whose: str, tmp_path
     assert plain.wait(60) == 0
     run, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "alone"))
     assert run["weights_sha256"] == expected["weights_sha256"]
-    assert {one["stage"] for one in run["recoveries"]} == {1}, "the supervisor was told to start another worker"
+    replaced = {still} | {1} if whose == "both" else {still}
+    assert {one["stage"] for one in run["recoveries"]} == replaced, "the supervisor was told to start another worker"
