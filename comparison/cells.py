@@ -6,10 +6,11 @@ process, however it ends, and nothing is left to clean up before a run goes on.
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 __all__ = ["claimed", "machine_held", "read_cell"]
 
@@ -24,10 +25,20 @@ def claimed(path: Path) -> Iterator[bool]:
         except OSError:
             yield False
             return
+        if not _is_at(file, lock):  # another process has made the cell, and removed the lock, since it was opened
+            yield False
+            return
         try:
             yield True
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -176,10 +176,10 @@ class Driver:
             log.write(told.encode())
             log.flush()
             start = log.tell()
-            self._child = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
             try:
+                self._child = subprocess.Popen(
+                    [sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
                 status = self._child.wait(step.limit)
                 row["state"] = "ok" if status == 0 else "no tests" if status == 5 else f"failed ({status})"
             except subprocess.TimeoutExpired:

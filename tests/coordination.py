@@ -36,7 +36,7 @@ def make_client(
     return CoordinatorClient(address, stage=stage, layers=LAYERS[stage], on_abort=box.put, **options)
 
 
-def in_threads(work: Callable[[int], Any], count: int = 3) -> list[Any]:
+def in_threads(work: Callable[[int], Any], count: int = 3, seconds: float = TIMEOUT) -> list[Any]:
     """`work(stage)` in a thread per stage; their results, or the first exception."""
     results: list[Any] = [None] * count
 
@@ -50,7 +50,7 @@ def in_threads(work: Callable[[int], Any], count: int = 3) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(TIMEOUT)
+        thread.join(seconds)
         assert not thread.is_alive(), "a stage hangs"
     return results
 

@@ -246,9 +246,10 @@ class _Link:
             if not is_open:
                 raise LinkLostError(f"the link to {self._neighbour} broke (its process ended)")
             left = deadline - time.monotonic()
-            if left <= 0:
-                raise LinkLostError(f"{self._neighbour} did not answer within {self._timeout:g} s")
-            if self._arrival.poll(1000 * left):
+            if not self._arrival.poll(1000 * max(left, 0.0)):
+                if left <= 0:  # and a last look, as it may be this process that stood still
+                    raise LinkLostError(f"{self._neighbour} did not answer within {self._timeout:g} s")
+            else:
                 is_open = self._take()  # what was counted before an end still counts
                 deadline = time.monotonic() + self._timeout
 

@@ -18,6 +18,7 @@ MARK = "UNLOCKED_CHAOS"
 
 _GETFD = 438  # the number of pidfd_getfd on every architecture that has it
 _POLL = 0.02
+_LAST_SECONDS = 10.0  # that killed processes may take to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +98,14 @@ class Tree:
         return told
 
     def end(self) -> int:
-        """Kills whatever is left; how many there were."""
-        left = self.processes()
-        for one in left:
-            one.send(signal.SIGKILL)
+        """Kills whatever is left, and what it starts meanwhile, and waits for that; how many there were."""
+        left = others = self.processes()
+        deadline = time.monotonic() + _LAST_SECONDS
+        while others and time.monotonic() < deadline:
+            for one in others:
+                one.send(signal.SIGKILL)
+            time.sleep(_POLL)
+            others = self.processes()
         return len(left)
 
     def is_gone(self, seconds: float) -> bool:

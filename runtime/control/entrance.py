@@ -150,6 +150,7 @@ class Entrance:
         with contextlib.suppress(zmq.Again):
             while True:
                 self._note(recv_monitor_message(self._monitor, zmq.DONTWAIT))
+                self.door.crowd(len(self._connections) >= self._most)
         self.door.crowd(len(self._connections) >= self._most)
 
     def close(self, linger: int) -> None:

@@ -10,6 +10,7 @@ import selectors
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
@@ -24,6 +25,7 @@ __all__ = ["SetUp", "pack_verdict", "unpack_verdict"]
 LOOK_SECONDS = 0.2
 """Between two looks at the others of this machine."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_WORDS_SECONDS = 2.0  # that a process which fails by itself may take to print why
 _LINE_BYTES = 1 << 16  # what is said to end a run is shorter
 
 
@@ -90,6 +92,8 @@ class SetUp:
 
     def end(self, verdict: Verdict) -> NoReturn:
         """Ends this process, and has all others hear why. From any thread."""
+        if self._left_word:  # it is about to end by itself, with a line of its own
+            time.sleep(_LAST_WORDS_SECONDS)
         self.leave_word(verdict)
         end_process(verdict, error_line(self.world.rank, verdict.message))
 

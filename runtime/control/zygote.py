@@ -102,7 +102,7 @@ class Zygote:
 
     def start(self, incarnation: int) -> None:
         """Ends whatever worker there is and starts the next one. Returns at once."""
-        self._ordered = time.monotonic()
+        self._ordered = min(self._ordered, time.monotonic())  # the first of the orders that it has not followed
         self._order("start", incarnation)
 
     def stands_still(self, seconds: float) -> bool:

@@ -43,6 +43,7 @@ def let_pass(seconds: float, started: Sequence[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert all(process.poll() is None for process in started)
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -133,3 +134,4 @@ def worker_of(supervisor: int) -> int:
         if found:
             return found[0]
         assert time.monotonic() < deadline, "no worker came"
+        time.sleep(0.01)

@@ -38,6 +38,7 @@ def test_a_killed_worker_ends_all(number: int, tmp_path: Path) -> None:
         deadline = time.monotonic() + moment
         while time.monotonic() < deadline:
             assert all(process.poll() is None for process in started)
+            time.sleep(0.01)
         started[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
         texts = [process.communicate(timeout=10)[1] for process in started]

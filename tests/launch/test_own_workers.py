@@ -62,6 +62,7 @@ def test_a_process_that_is_killed_amid_its_imports_is_named_and_takes_the_others
     victim = None
     while victim is None:
         assert running.poll() is None
+        time.sleep(0.001)
         for pid in children.read_text().split():
             with contextlib.suppress(OSError):  # a helper of the launcher's, which has ended
                 if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):

@@ -27,7 +27,7 @@ from unlocked.runtime.schedules.stream import StreamPlan
 pytestmark = pytest.mark.alone
 
 ENDLESS = [str(PIPELINE), "--num-epochs", "100000", "--plain"]
-SECONDS = 10  # in which everybody must be gone
+SECONDS = 20  # in which everybody must be gone
 
 
 def await_line(process: "subprocess.Popen[str]", pattern: str) -> None:

@@ -30,6 +30,7 @@ def await_lock(folder: Path, rank: int) -> None:
     deadline = time.monotonic() + 60
     while lock_of(folder, rank) is None:
         assert time.monotonic() < deadline, f"rank {rank} never came"
+        time.sleep(0.01)
 
 
 @pytest.mark.alone

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import PIPELINE, first_error, ranks, worker_of
+from ranks import PIPELINE, first_error, let_pass, ranks, worker_of
 
 from unlocked.runtime.control.zygote import CAN_FORK
 
@@ -39,10 +39,13 @@ def test_a_worker_killed_while_another_one_builds_comes_back(tmp_path: Path) -> 
         deadline = time.monotonic() + 60
         while not (tmp_path / "building-0").exists() or not (tmp_path / "building-1").exists():
             assert time.monotonic() < deadline
+            time.sleep(0.01)
+        let_pass(2.0, started)  # all have said hello, and every supervisor has heard of it
         victim = worker_of(started[1].pid)
         os.kill(victim, signal.SIGKILL)
         while worker_of(started[1].pid) == victim:
             assert time.monotonic() < deadline
+            time.sleep(0.01)
         (tmp_path / "go").touch()
         texts = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], texts

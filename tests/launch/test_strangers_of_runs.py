@@ -22,7 +22,7 @@ pytestmark = [
 
 MESSAGES = int(os.environ.get("UNLOCKED_STRANGERS", "2000"))  # 20000 for the long check
 FLAGS = ["--dataset", "digits", "--max-steps", "20", "--no-eval", "--threads", "1", "--plain"]
-LONG = ["--dataset", "digits", "--num-epochs", "6", "--threads", "1", "--plain"]
+LONG = ["--dataset", "digits", "--num-epochs", "30", "--threads", "1", "--plain"]
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as proc(5) writes 127.0.0.1 and ::1
 
 
@@ -53,11 +53,10 @@ def tree(pid: int) -> list[int]:
     """A process and all that it has started."""
     found = [pid]
     for one in found:
-        for children in Path(f"/proc/{one}/task").glob("*/children"):
-            try:
-                found += map(int, children.read_text().split())
-            except OSError:
-                continue
+        with contextlib.suppress(OSError):  # it ends meanwhile
+            for children in Path(f"/proc/{one}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    found += map(int, children.read_text().split())
     return found
 
 

@@ -59,8 +59,11 @@ def test_a_link_that_is_cut_for_good_ends_the_run_on_both_nodes(tmp_path: Path) 
     flags = ["--num-epochs", "100000", "--no-eval", "--print-freq", "5", "--save-path", str(tmp_path)]
     with two_nodes(tmp_path) as nodes, ranks_on(nodes, [*flags, "--experiment-name", "run"]) as started:
         log = tmp_path / "run" / "train.log"
+        deadline = time.monotonic() + 120
         while not (log.exists() and "Epoch: [0]" in log.read_text()):
             assert all(process.poll() is None for process in started)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         nodes[1].cut()
         began = time.monotonic()
         texts = [process.communicate(timeout=SECONDS)[1] for process in started]

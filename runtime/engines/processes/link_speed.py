@@ -28,7 +28,7 @@ _BURST_SECONDS = 0.06  # that a burst must last, or else the next one has twice 
 
 
 def measure_links(store: dist.Store, world: World, timeout: float) -> None:
-    """This rank's part; about 0.3 s with each neighbour. What fails is told and ends nothing: the edges, which are made
+    """This rank's part; about 0.4 s with each neighbour. What fails is told and ends nothing: the edges, which are made
     later, have their own errors.
 
     Args:
@@ -96,20 +96,25 @@ class _Ends:
             self._say(1)
 
     def bursts(self) -> float:
-        """Bytes per second between the first and the last message of the longest burst, by the receiver's clock."""
-        size, found = _FIRST_BYTES, 0.0
+        """Bytes per second between the first and the last message of the longest burst, by the receiver's clock. The
+        quicker of two: one that was long because a process had to wait for a core is no measure of the link."""
+        size = _FIRST_BYTES
         while True:
-            self._say(size)
-            self._hear()  # it has posted its receives
-            message = torch.zeros(size, dtype=torch.uint8)
-            for work in [self._group.send([message], self._other, 1) for _ in range(_BURST)]:
-                work.wait(_PATIENCE)
-            nanoseconds = max(self._hear(), 1)
-            found = (_BURST - 1) * size / (1e-9 * nanoseconds)
-            if nanoseconds > 1e9 * _BURST_SECONDS or size == _MOST_BYTES:
+            seconds = self._burst(size)
+            if seconds > _BURST_SECONDS or size == _MOST_BYTES:
+                seconds = min(seconds, self._burst(size))
+            if seconds > _BURST_SECONDS or size == _MOST_BYTES:
                 self._say(0)
-                return found
+                return (_BURST - 1) * size / seconds
             size *= 2
+
+    def _burst(self, size: int) -> float:
+        self._say(size)
+        self._hear()  # it has posted its receives
+        message = torch.zeros(size, dtype=torch.uint8)
+        for work in [self._group.send([message], self._other, 1) for _ in range(_BURST)]:
+            work.wait(_PATIENCE)
+        return 1e-9 * max(self._hear(), 1)
 
     def take_bursts(self) -> None:
         while size := self._hear():

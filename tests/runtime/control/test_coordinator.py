@@ -121,9 +121,9 @@ def test_large_payloads_arrive_whole() -> None:
 
         def work(stage: int) -> None:
             with make_client(coordinator.address, stage) as client:
-                client.finish({"weights": blob if stage else b"", "names": ["a", "b"]}, timeout=TIMEOUT)
+                client.finish({"weights": blob if stage else b"", "names": ["a", "b"]}, timeout=60)
 
-        assert in_threads(work, 2) == [None, None]
+        assert in_threads(work, 2, 60) == [None, None]
         results = coordinator.results(TIMEOUT)
         assert results[1]["weights"] == blob
         assert results[0] == {"weights": b"", "names": ["a", "b"]}

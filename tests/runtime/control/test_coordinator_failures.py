@@ -213,7 +213,7 @@ def test_leaving_before_the_end_is_a_loss() -> None:
 
 
 def test_missing_stages_are_named() -> None:
-    with Coordinator(LAYERS, 10, start_timeout=0.3) as coordinator, make_client(coordinator.address, 1) as client:
+    with Coordinator(LAYERS, 10, start_timeout=3) as coordinator, make_client(coordinator.address, 1) as client:
         with pytest.raises(m.RunFailed, match=r"stage 0 \(rank 0: conv1, conv2\), stage 2 .* did not report") as caught:
             client.wait_started()
         assert "stage 1" not in str(caught.value)

@@ -99,13 +99,13 @@ class Relay:
 @contextmanager
 def supervised_run() -> Iterator[tuple[Coordinator, Relay, Lifeline, list[Any]]]:
     """One stage, whose supervisor reaches the coordinator through a relay; the last: what the hello adds to its own."""
-    with Coordinator(LAYERS[:1], 1000, heartbeat_timeout=3.0) as coordinator, zmq.Context() as context:
+    with Coordinator(LAYERS[:1], 1000, heartbeat_timeout=9.0) as coordinator, zmq.Context() as context:
         coordinator.expect_supervisors(10)
         address = Address.parse(coordinator.address)
         relay = Relay(int(address.endpoint.rpartition(":")[2]))
         via = Address(f"tcp://127.0.0.1:{relay.port}", address.public_key)
         said: list[Any] = []
-        lifeline = Lifeline(via, KeyPair.new(), lambda n: [supervise(n), *said], 3.0)
+        lifeline = Lifeline(via, KeyPair.new(), lambda n: [supervise(n), *said], 9.0)
         worker, monitor = dial(context, address, KeyPair.new())
         worker.send(m.pack(m.Hello(stage=0, rank=0, pid=2, host="there", layers=LAYERS[0])))
         try:

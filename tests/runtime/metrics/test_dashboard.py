@@ -156,7 +156,7 @@ def test_plain_lines() -> None:
     dashboard = Dashboard(Console(file=out, width=80), plain_seconds=0.0)
     play(dashboard)
     deadline = time.monotonic() + TIMEOUT
-    while " left" not in out.getvalue():
+    while not any("loss 1.2500" in line and " left" in line for line in out.getvalue().splitlines()):
         assert time.monotonic() < deadline, out.getvalue()
         time.sleep(0.01)
     dashboard.on_finish({"images_per_second": 1234.5})
