@@ -6,6 +6,7 @@ The output never carries a gradient, so nothing can come back from later layers.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -154,7 +155,7 @@ class Layer:
             NonFiniteLossError: on the CPU, at once. On CUDA the totals tell when they are read.
         """
         loss = self.step.update(labels)
-        if self.device.type == "cpu" and not torch.isfinite(loss):
+        if self.device.type == "cpu" and not math.isfinite(loss.item()):
             raise NonFiniteLossError(self.name, float(loss) / labels.shape[0])
         self.advance(1)
 

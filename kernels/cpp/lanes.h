@@ -36,8 +36,7 @@ void store(float* to, Vector v, int64_t lanes) {
     std::memcpy(to, &v, lanes * sizeof(float));
 }
 
-// A bfloat16 is the upper half of a float32. Conversions are integer arithmetic, so that all processors agree: some
-// units for it flush small numbers to zero.
+// A bfloat16 is the upper half of a float32. All processors agree on every bit of it.
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -53,14 +52,28 @@ Vector load(const Bfloat16* from, int64_t lanes) {
   return v;
 }
 
-// To the nearest, ties to even; a NaN stays one, whatever its payload.
+// To the nearest, ties to even; a NaN stays one, whatever its payload. The processor's own conversion does the same but
+// for subnormal numbers, which it takes for zero.
 void store(Bfloat16* to, Vector v, int64_t lanes) {
-  Words words;
-  std::memcpy(&words, &v, sizeof(v));
-  const Words rounded = (words + 0x7FFFu + ((words >> 16) & 1u)) >> 16;
-  const Words quiet = (words >> 16) | 0x40u;
-  const Mask is_nan = v != v;
-  const Halves halves = __builtin_convertvector(is_nan ? quiet : rounded, Halves);
+  Halves halves;
+#ifdef __AVX512BF16__
+  const bool is_simple = _mm512_fpclass_ps_mask((__m512)v, 0x20) == 0;  // nothing subnormal
+#else
+  const bool is_simple = false;
+#endif
+  if (__builtin_expect(is_simple, 1)) {
+#ifdef __AVX512BF16__
+    const __m256bh converted = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(&halves, &converted, sizeof(halves));
+#endif
+  } else {
+    Words words;
+    std::memcpy(&words, &v, sizeof(v));
+    const Words rounded = (words + 0x7FFFu + ((words >> 16) & 1u)) >> 16;
+    const Words quiet = (words >> 16) | 0x40u;
+    const Mask is_nan = v != v;
+    halves = __builtin_convertvector(is_nan ? quiet : rounded, Halves);
+  }
   std::memcpy(to, &halves, (lanes == kLanes ? kLanes : lanes) * sizeof(Bfloat16));
 }
 

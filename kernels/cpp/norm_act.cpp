@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "activations.h"
 #include "lanes.h"
 
 #ifdef _OPENMP
@@ -27,28 +28,6 @@ int thread_number() {
 #endif
 }
 
-struct Shape {
-  int64_t batch, channels, height, width;
-  int64_t pixels() const { return height * width; }
-  int64_t image() const { return pixels() * channels; }
-  int64_t rows() const { return batch * pixels(); }
-};
-
-enum Pool { kNone = 0, kMax = 1, kAverage = 2 };
-
-// 1 where value > 0, else the LeakyReLU's slope.
-Vector slope_mask(Vector value, Vector slope) {
-  const Mask positive = value > Vector{};
-  return positive ? broadcast(1.0f) : slope;
-}
-
-// What normalises and activates a group of channels.
-struct Affine {
-  Vector mean, rstd, weight, bias;
-  Affine(const float* m, const float* r, const float* w, const float* b, int64_t c, int64_t lanes)
-      : mean(load(m + c, lanes)), rstd(load(r + c, lanes)), weight(load(w + c, lanes)), bias(load(b + c, lanes)) {}
-};
-
 // Sums of (x - shift) and its square over one image, per channel.
 template <typename T>
 void image_moments(const T* x, const T* shift, const Shape& s, float* sum, float* square) {
@@ -63,78 +42,6 @@ void image_moments(const T* x, const T* shift, const Shape& s, float* sum, float
     store(sum + c, total, lanes);
     store(square + c, squares, lanes);
   });
-}
-
-// Activations of one row segment [first, last) of pixels that share a window, and the window's sums where wanted.
-template <bool kSums, typename T, typename Lanes>
-void activate(const T* x, float* act, int64_t channels, int64_t first, int64_t last, const Affine& k, Vector slope,
-              int64_t c, Lanes lanes, float* sum_act, float* sum_mask, float* sum_xhat) {
-  Vector total = {}, masks = {}, masked_xhat = {};
-  for (int64_t pixel = first; pixel < last; ++pixel) {
-    const Vector xhat = (load(x + pixel * channels + c, lanes) - k.mean) * k.rstd;
-    const Vector value = xhat * k.weight + k.bias;
-    const Vector mask = slope_mask(value, slope);
-    const Vector activation = value * mask;
-    store(act + pixel * channels + c, activation, lanes);
-    if (kSums) {
-      total += activation;
-      masks += mask;
-      masked_xhat += mask * xhat;
-    }
-  }
-  if (kSums) {
-    store(sum_act + c, load(sum_act + c, lanes) + total, lanes);
-    store(sum_mask + c, load(sum_mask + c, lanes) + masks, lanes);
-    store(sum_xhat + c, load(sum_xhat + c, lanes) + masked_xhat, lanes);
-  }
-}
-
-// Writes the pooled activations of one image. `out` has strides in elements for channel, row and column.
-template <typename T>
-void pool_image(const float* act, const Shape& s, Pool pool, int64_t size, T* out, int64_t stride_c, int64_t stride_y,
-                int64_t stride_x) {
-  const int64_t channels = s.channels;
-  const int64_t out_h = pool == kMax ? s.height / 2 : pool == kAverage ? size : s.height;
-  const int64_t out_w = pool == kMax ? s.width / 2 : pool == kAverage ? size : s.width;
-  const int64_t step_y = s.height / out_h, step_x = s.width / out_w;
-  std::vector<float> line(channels);
-  for (int64_t y = 0; y < out_h; ++y) {
-    for (int64_t x = 0; x < out_w; ++x) {
-      T* target = out + y * stride_y + x * stride_x;
-      float* value = line.data();
-      bool in_place = false;
-      if constexpr (std::is_same_v<T, float>) {
-        in_place = stride_c == 1;
-        if (in_place) value = target;
-      }
-      const float* first = act + ((y * step_y) * s.width + x * step_x) * channels;
-      if (pool == kMax) {
-        const float* right = first + channels;
-        const float* below = first + s.width * channels;
-        const float* corner = below + channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c)
-          value[c] = std::max(std::max(first[c], right[c]), std::max(below[c], corner[c]));
-      } else if (pool == kAverage) {
-        std::fill(value, value + channels, 0.0f);
-        for (int64_t dy = 0; dy < step_y; ++dy)
-          for (int64_t dx = 0; dx < step_x; ++dx) {
-            const float* pixel = first + (dy * s.width + dx) * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; ++c) value[c] += pixel[c];
-          }
-        const float scale = 1.0f / static_cast<float>(step_y * step_x);
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) value[c] *= scale;
-      } else {
-        std::memcpy(value, first, channels * sizeof(float));
-      }
-      if (stride_c == 1 && !in_place)
-        for_groups(channels, [&](int64_t c, auto lanes) { store(target + c, load(value + c, lanes), lanes); });
-      else if (!in_place)
-        for (int64_t c = 0; c < channels; ++c) target[c * stride_c] = from_float<T>(value[c]);
-    }
-  }
 }
 
 // Batch statistics: mean and 1 / sqrt(biased variance + eps) per channel, and the running statistics in place.
@@ -182,6 +89,8 @@ void norm_act_forward(const T* x, int64_t batch, int64_t channels, int64_t heigh
   const int64_t window_h = side ? height / side : height, window_w = side ? width / side : width;
   const float area = static_cast<float>(window_h * window_w);
   const Vector slopes = broadcast(slope);
+  const bool has_pairs = !((height | width | window_h | window_w) & 1);
+  const bool at_once = out_c == 1 && (pool == kNone || (pool == kMax && has_pairs));  // with no copy in between
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int thread = thread_number();
@@ -191,22 +100,22 @@ void norm_act_forward(const T* x, int64_t batch, int64_t channels, int64_t heigh
     for (int64_t b = 0; b < batch; ++b) {
       const T* image = x + b * s.image();
       std::fill(sums, sums + 3 * cells, 0.0f);
-      const int64_t columns = side ? side : 1;
-      for_groups(channels, [&](int64_t c, auto lanes) {
-        const Affine k(mean, rstd, weight, bias, c, lanes);
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t window = 0; window < columns; ++window) {
-            const int64_t first = y * width + window * window_w;
-            float* cell = sums + (side ? (y / window_h) * side + window : 0) * channels;
-            if (side)
-              activate<true>(image, act, channels, first, first + window_w, k, slopes, c, lanes, cell, cell + cells,
-                             cell + 2 * cells);
-            else
-              activate<false>(image, act, channels, first, first + window_w, k, slopes, c, lanes, nullptr, nullptr,
-                              nullptr);
-          }
-      });
-      pool_image(act, s, static_cast<Pool>(pool), pool_size, out + b * out_b, out_c, out_y, out_x);
+      const Windows grid{side ? side : 1, window_h, window_w, cells, sums};
+      const Target<T> to{out + b * out_b, out_c, out_y, out_x};
+      const auto run = [&](auto with_sums) {
+        constexpr bool kSums = decltype(with_sums)::value;
+        for_groups(channels, [&](int64_t c, auto lanes) {
+          const Affine k(mean, rstd, weight, bias, c, lanes);
+          if (!at_once)
+            activate<kSums>(image, s, k, slopes, c, lanes, grid, Target<float>{act, 1, width * channels, channels});
+          else if (pool == kMax)
+            activate_max<kSums>(image, s, k, slopes, c, lanes, grid, to);
+          else
+            activate<kSums>(image, s, k, slopes, c, lanes, grid, to);
+        });
+      };
+      side ? run(std::true_type{}) : run(std::false_type{});
+      if (!at_once) pool_image(act, s, static_cast<Pool>(pool), pool_size, to);
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t w = 0; w < windows; ++w) {
           const int64_t from = w * channels + c, to = b * cells + c * windows + w;
