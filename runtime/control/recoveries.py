@@ -24,6 +24,7 @@ WORD_SECONDS = 5.0
 """That a supervisor may take to say how its worker ended, after the worker's connection has closed."""
 RETURN_SECONDS = 5.0
 """That a supervisor may take to make its connection anew: its own end looks the same from another machine."""
+_AHEAD = 0.75  # the door is open before a supervisor that hears nothing makes its connection anew
 SAME_PLACE = 4
 """Deaths of one stage at the same position, after which a further one is taken to be no accident."""
 
@@ -216,7 +217,7 @@ class Recoveries:
         """The door is open while somebody is missing, or may be about to make a connection anew."""
         if not self._roster.is_complete:
             return
-        quiet = quiet_seconds(self._silence)
+        quiet = _AHEAD * quiet_seconds(self._silence)
         is_missing = any(one.gone for one in self._roster.everybody())
         if is_missing or any(now - one.heard > quiet for one in self._roster.supervisors.values()):
             self._door.open()

@@ -1,6 +1,7 @@
 """Real ranks for the tests: processes that are started as a launcher would start them, and never left behind."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from unlocked.comparison.chaos.tree import MARK, Tree
+
 __all__ = [
     "ENVIRONMENT",
     "PIPELINE",
@@ -17,6 +20,7 @@ __all__ = [
     "first_error",
     "free_port",
     "let_pass",
+    "mark_of",
     "ranks",
     "torchrun",
     "worker_of",
@@ -24,6 +28,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "launch" / "pipeline.py"
+_MARKS: dict[int, str] = {}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -95,27 +100,36 @@ def ranks(
 def torchrun(
     size: int, command: Sequence[str], *, prefix: Sequence[str] = (), restarts: int = 0
 ) -> Iterator[subprocess.Popen[str]]:
-    """The same under torchrun, in a process group of its own.
+    """The same under torchrun. `Tree(mark_of(process))` finds all of it: each worker has a session of its own.
 
     Args:
         restarts: how often it may start them all anew.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     launcher += [f"--max-restarts={restarts}"]
+    mark = f"torchrun-{secrets.token_hex(4)}"
     process = subprocess.Popen(
         [*prefix, *launcher, *command],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    _MARKS[process.pid] = mark
     try:
         yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        if sys.platform == "linux":
+            Tree(mark).end()
         process.communicate()
+
+
+def mark_of(process: "subprocess.Popen[str]") -> str:
+    """Of what `torchrun` has started."""
+    return _MARKS[process.pid]
 
 
 def children_of(pid: int) -> list[int]:

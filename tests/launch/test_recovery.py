@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from ranks import PIPELINE, free_port, ranks, torchrun
+from ranks import PIPELINE, free_port, mark_of, ranks, torchrun
 
+from unlocked.comparison.chaos.tree import Tree
 from unlocked.data import load_dataset
 from unlocked.launch import evaluate
 from unlocked.launch.pipeline import main
@@ -161,7 +162,7 @@ def test_a_signal_to_torchrun_ends_all_in_order(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=SECONDS)
         assert process.returncode != 0
-        assert group_is_empty(process.pid)
+        assert is_gone(process)
     assert json.loads(summary.read_text())["stopped_by"] is not None
 
 
@@ -172,7 +173,7 @@ def test_a_worker_killed_under_torchrun_is_named() -> None:
         os.kill(worker_pid(process.pid, victim), signal.SIGKILL)
         text = process.communicate(timeout=SECONDS)[1]
         assert process.returncode != 0
-        assert group_is_empty(process.pid)
+        assert is_gone(process)
     assert f"stage {victim} (rank {victim}: " in error_line(text), text
 
 
@@ -182,10 +183,9 @@ def worker_pid(launcher: int, rank: int) -> int:
     return sorted(mine)[rank]  # the agent starts its workers in the order of their ranks
 
 
-def group_is_empty(group: int) -> bool:
-    """The launcher made a session of its own, so its workers are in its process group unless they made theirs too."""
-    listing = subprocess.run(["ps", "-eo", "sid=,stat="], capture_output=True, text=True, check=True).stdout
-    return not any(int(sid) == group and "Z" not in stat for sid, stat in map(str.split, listing.splitlines()))
+def is_gone(launcher: subprocess.Popen[str]) -> bool:
+    """The launcher has ended, and all that it has started ends with it."""
+    return sys.platform != "linux" or Tree(mark_of(launcher)).is_gone(2)
 
 
 def test_the_roll_call_notices_a_death_and_ignores_strangers() -> None:
