@@ -194,6 +194,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and args[0].is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)  # as on a device; on meta it loses the layout
         if not self._silent and not is_free(func) and not copies_itself(func, args):
             self._note(func, args, kwargs, out)
         return out

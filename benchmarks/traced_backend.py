@@ -1,5 +1,6 @@
 """What stands under the workers that `step_trace.py` runs: operations that answer with empty tensors."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from unlocked.kernels import reference
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.triton.norm_act import Launch
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
+from unlocked.kernels.triton.sum_act import sum_act_backward_launch, sum_act_forward_launch
 from unlocked.kernels.triton.weight_grad_geometry import Convolution, weight_grad_geometry
 
 __all__ = ["TracedBackend", "TracedOptimizer", "head_work"]
@@ -41,7 +44,7 @@ class TracedBackend:
 
     def __init__(self, recorder: Recorder, *, joined: bool) -> None:
         self._recorder = recorder
-        self.ABILITIES = Abilities(devices=frozenset({"meta"}), weight_gradient=joined)
+        self.ABILITIES = Abilities(devices=frozenset({"meta"}), weight_gradient=joined, sums=True)
 
     def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
         with self._recorder.silence():
@@ -96,6 +99,20 @@ class TracedBackend:
         add("weight gradient's sum", "fused", partials + _size(kernel), partials // 4, g.sum_grid[0], 1)
         return torch.empty_like(kernel), torch.empty_like(weight), torch.empty_like(bias)
 
+    def sum_act_forward(
+        self, a: Tensor, b: Tensor, latent_size: int, negative_slope: float, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        with self._recorder.silence():
+            (y, latents), launch = sum_act_forward_launch(a, b, latent_size, negative_slope, in_place=in_place)
+        self._add_launch("sum_act_forward", launch, _size(a, b, y, latents), 4 * y.numel())
+        return y, latents
+
+    def sum_act_backward(self, grad: Tensor, y: Tensor, latent_size: int, negative_slope: float) -> Tensor:
+        with self._recorder.silence():
+            out, launch = sum_act_backward_launch(grad.contiguous(), y, latent_size, negative_slope)
+        self._add_launch("sum_act_backward", launch, _size(grad, y, out), out.numel())
+        return out
+
     def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
         with self._recorder.silence():
             result = reference.local_head(latents, labels, basis, modulation, **options)
@@ -109,6 +126,9 @@ class TracedBackend:
             moved, flops = _size(latents, result.basis_grad), 2 * batch * rows * dim
             self._recorder.add("batch_product", "fused", moved, flops, _divide_up(dim, 32), 3)
         return result
+
+    def _add_launch(self, name: str, launch: Launch, moved: int, flops: int) -> None:
+        self._recorder.add(name, "fused", moved, flops, math.prod(launch.grid), 1)
 
     def _add_passes(self, name: str, geometry: Geometry, reduced: int, read: int, written: int, values: int) -> None:
         flops = _FLOPS_PER_VALUE * values

@@ -1,6 +1,6 @@
 """The sum at a residual block's end with its activation and latents, and back, over the C++ kernels.
 
-No other backend has it: where one does not say `Abilities.sums`, the local step takes the library's operations."""
+Where a backend does not say `Abilities.sums`, the local step takes the library's operations."""
 
 import torch
 from torch import Tensor

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unlocked.kernels.triton.head import local_head
     from unlocked.kernels.triton.images import load_batch
     from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
+    from unlocked.kernels.triton.sum_act import sum_act_backward, sum_act_forward
     from unlocked.kernels.triton.weight_grad import norm_act_weight_grad
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "norm_act_weight_grad",
+    "sum_act_backward",
+    "sum_act_forward",
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True)
+ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True, sums=True)
 
 _HOMES = {
     "local_head": "head",
@@ -39,6 +42,8 @@ _HOMES = {
     "norm_act_backward": "norm_act",
     "norm_act_backward_full": "norm_act",
     "norm_act_weight_grad": "weight_grad",
+    "sum_act_forward": "sum_act",
+    "sum_act_backward": "sum_act",
 }
 
 

@@ -26,6 +26,7 @@ MODULES = (
     "rule_heads",
     "norm_act_specs",
     "weight_grad_specs",
+    "block_specs",
     "images",
     "optim",
 )  # the files that list specialisations

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         norm_act_backward_full,
         norm_act_forward,
         norm_act_weight_grad,
+        sum_act_backward,
+        sum_act_forward,
     )
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "norm_act_weight_grad",
+    "sum_act_backward",
+    "sum_act_forward",
     "unavailable",
 ]
 

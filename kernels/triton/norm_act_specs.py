@@ -10,7 +10,7 @@ from unlocked.kernels.triton.norm_act import Launch, backward_launches, forward_
 
 __all__ = ["AOT_SPECS", "CASES", "LAYOUTS", "launch_spec"]
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
 # Shape, latent_size, pool: SmallConv at batch 64, its first layer at batch 2048, and windows that don't nest.
 CASES: tuple[tuple[tuple[int, ...], int, PoolKind], ...] = (
     ((64, 32, 32, 32), 4, "max"),

@@ -52,11 +52,12 @@ def test_what_attention_reads_may_be_made_by_autograd() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
-@pytest.mark.parametrize("name", ["residual", "pooled", "depthwise"])
+@pytest.mark.parametrize("name", ["residual", "summed", "pooled", "depthwise"])
 def test_interpreted_triton_too(name: str) -> None:
     triton = pytest.importorskip("unlocked.kernels.triton")
-    make, x, _ = CASES[name]
-    assert_close_to_float64(make, x, triton)
+    make, x, joined = CASES[name]
+    tested = assert_close_to_float64(make, x, triton)
+    assert ("joined" in {how for how, _, _ in tested.step.body.rows}) == joined
 
 
 OPERATIONS = {
