@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unlocked.kernels import reference
 from unlocked.kernels.abilities import Abilities
+from unlocked.kernels.triton.gelu import gelu_backward_launches, gelu_forward_launch
 from unlocked.kernels.triton.norm_act import Launch
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.kernels.triton.sum_act import sum_act_backward_launch, sum_act_forward_launch
@@ -44,7 +45,7 @@ class TracedBackend:
 
     def __init__(self, recorder: Recorder, *, joined: bool) -> None:
         self._recorder = recorder
-        self.ABILITIES = Abilities(devices=frozenset({"meta"}), weight_gradient=joined, sums=True)
+        self.ABILITIES = Abilities(devices=frozenset({"meta"}), weight_gradient=joined, gelu=True, sums=True)
 
     def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
         with self._recorder.silence():
@@ -112,6 +113,22 @@ class TracedBackend:
             out, launch = sum_act_backward_launch(grad.contiguous(), y, latent_size, negative_slope)
         self._add_launch("sum_act_backward", launch, _size(grad, y, out), out.numel())
         return out
+
+    def gelu_forward(self, x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        with self._recorder.silence():
+            result, launch = gelu_forward_launch(x, in_place=in_place)
+        self._add_launch("gelu_forward", launch, _size(x, *result), 30 * x.numel())
+        return result
+
+    def gelu_backward(self, grad: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        repeats = grad.shape[1] if grad.dim() == 3 and grad.stride(1) == 0 else 1
+        with self._recorder.silence():
+            sums, (first, second) = gelu_backward_launches(grad.contiguous(), slope, repeats)
+        partials = first.grid[0] * _size(sums)
+        moved = _size(grad) // repeats + 2 * _size(slope) + partials
+        self._add_launch("gelu_backward", first, moved, 2 * slope.numel())
+        self._add_launch("gelu_backward: sums", second, partials + _size(sums), partials // 4)
+        return slope, sums
 
     def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
         with self._recorder.silence():

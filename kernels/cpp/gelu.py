@@ -1,6 +1,6 @@
 """GELU by the exact normal distribution, and back, over the C++ kernels.
 
-No other backend has it: where one does not say `Abilities.gelu`, the local step takes the library's operations."""
+Where a backend does not say `Abilities.gelu`, the local step takes the library's operations."""
 
 import torch
 from torch import Tensor

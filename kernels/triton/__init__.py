@@ -14,6 +14,7 @@ import torch
 from unlocked.kernels.abilities import Abilities
 
 if TYPE_CHECKING:
+    from unlocked.kernels.triton.gelu import gelu_backward, gelu_forward
     from unlocked.kernels.triton.head import local_head
     from unlocked.kernels.triton.images import load_batch
     from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABILITIES",
+    "gelu_backward",
+    "gelu_forward",
     "load_batch",
     "local_head",
     "norm_act_backward",
@@ -33,9 +36,11 @@ __all__ = [
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True, sums=True)
+ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True, gelu=True, sums=True)
 
 _HOMES = {
+    "gelu_forward": "gelu",
+    "gelu_backward": "gelu",
     "local_head": "head",
     "load_batch": "images",
     "norm_act_forward": "norm_act",

@@ -11,6 +11,8 @@ from unlocked.kernels import triton
 
 if TYPE_CHECKING:
     from unlocked.kernels.triton import (
+        gelu_backward,
+        gelu_forward,
         load_batch,
         local_head,
         norm_act_backward,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABILITIES",
+    "gelu_backward",
+    "gelu_forward",
     "load_batch",
     "local_head",
     "norm_act_backward",
