@@ -11,6 +11,7 @@ from torch import Tensor
 from unlocked.kernels import reference
 from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.triton.gelu import gelu_backward_launches, gelu_forward_launch
+from unlocked.kernels.triton.max_pool import max_pool_backward_launch, max_pool_forward_launch
 from unlocked.kernels.triton.norm_act import Launch
 from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_geometry, forward_geometry
 from unlocked.kernels.triton.sum_act import sum_act_backward_launch, sum_act_forward_launch
@@ -45,7 +46,7 @@ class TracedBackend:
 
     def __init__(self, recorder: Recorder, *, joined: bool) -> None:
         self._recorder = recorder
-        self.ABILITIES = Abilities(devices=frozenset({"meta"}), weight_gradient=joined, gelu=True, sums=True)
+        self.ABILITIES = Abilities(frozenset({"meta"}), weight_gradient=joined, gelu=True, sums=True, pools=True)
 
     def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
         with self._recorder.silence():
@@ -129,6 +130,18 @@ class TracedBackend:
         self._add_launch("gelu_backward", first, moved, 2 * slope.numel())
         self._add_launch("gelu_backward: sums", second, partials + _size(sums), partials // 4)
         return slope, sums
+
+    def max_pool_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self._recorder.silence():
+            result, launch = max_pool_forward_launch(x)
+        self._add_launch("max_pool_forward", launch, _size(x, *result), x.numel())
+        return result
+
+    def max_pool_backward(self, grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+        with self._recorder.silence():
+            out, launch = max_pool_backward_launch(grad, places, height, width)
+        self._add_launch("max_pool_backward", launch, _size(grad, places, out), out.numel())
+        return out
 
     def local_head(self, latents: Tensor, labels: Tensor, basis: Tensor | None, modulation: Any, **options: Any) -> Any:
         with self._recorder.silence():

@@ -1,6 +1,6 @@
 """2 x 2 max pooling at stride 2, and back, over the C++ kernels.
 
-No other backend has it: where one does not say `Abilities.pools`, the local step takes the library's."""
+Where a backend does not say `Abilities.pools`, the local step takes the library's operations."""
 
 import torch
 from torch import Tensor

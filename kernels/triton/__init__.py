@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unlocked.kernels.triton.gelu import gelu_backward, gelu_forward
     from unlocked.kernels.triton.head import local_head
     from unlocked.kernels.triton.images import load_batch
+    from unlocked.kernels.triton.max_pool import max_pool_backward, max_pool_forward
     from unlocked.kernels.triton.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
     from unlocked.kernels.triton.sum_act import sum_act_backward, sum_act_forward
     from unlocked.kernels.triton.weight_grad import norm_act_weight_grad
@@ -27,6 +28,8 @@ __all__ = [
     "gelu_forward",
     "load_batch",
     "local_head",
+    "max_pool_backward",
+    "max_pool_forward",
     "norm_act_backward",
     "norm_act_backward_full",
     "norm_act_forward",
@@ -36,13 +39,17 @@ __all__ = [
     "unavailable",
 ]
 
-ABILITIES = Abilities(devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True, gelu=True, sums=True)
+ABILITIES = Abilities(
+    devices=frozenset({"cuda"}), optimizers="triton", partial_gradients=True, gelu=True, sums=True, pools=True
+)
 
 _HOMES = {
     "gelu_forward": "gelu",
     "gelu_backward": "gelu",
     "local_head": "head",
     "load_batch": "images",
+    "max_pool_forward": "max_pool",
+    "max_pool_backward": "max_pool",
     "norm_act_forward": "norm_act",
     "norm_act_backward": "norm_act",
     "norm_act_backward_full": "norm_act",

@@ -6,6 +6,7 @@ import torch
 
 from unlocked.kernels.triton.aot_spec import AotSpec
 from unlocked.kernels.triton.gelu import gelu_backward_launches, gelu_forward_launch
+from unlocked.kernels.triton.max_pool import max_pool_backward_launch, max_pool_forward_launch
 from unlocked.kernels.triton.norm_act_specs import launch_spec
 from unlocked.kernels.triton.sum_act import sum_act_backward_launch, sum_act_forward_launch
 
@@ -17,6 +18,8 @@ _SUMS = (((128, 64, 32, 32), 2), ((128, 512, 4, 4), 1))
 
 _TOKENS = (128, 65, 512)  # of an encoder layer's wide product
 
+_POOLED = ((128, 64, 32, 32), (128, 48, 7, 7))  # of a small network's convolution, and of odd sides
+
 
 def _specs() -> Iterator[AotSpec]:
     for dtype, suffix in _TYPES:
@@ -24,6 +27,11 @@ def _specs() -> Iterator[AotSpec]:
             image = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
             (y, latents), forward = sum_act_forward_launch(image, image, side, 0.0)
             _, backward = sum_act_backward_launch(latents, y, side, 0.0)
+            yield from (launch_spec(launch, "", "x".join(map(str, shape)) + suffix) for launch in (forward, backward))
+        for shape in _POOLED:
+            image = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            (y, places), forward = max_pool_forward_launch(image)
+            _, backward = max_pool_backward_launch(y, places, *shape[2:])
             yield from (launch_spec(launch, "", "x".join(map(str, shape)) + suffix) for launch in (forward, backward))
         x = torch.empty(_TOKENS, dtype=dtype, device="meta")
         (_, slope), first = gelu_forward_launch(x)

@@ -53,7 +53,8 @@ def test_what_attention_reads_may_be_made_by_autograd() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
 @pytest.mark.parametrize(
-    "name", ["residual", "summed", "encoder", "encoder's layer", "gelu of images", "pooled", "depthwise"]
+    "name",
+    ["residual", "summed", "encoder", "encoder's layer", "gelu of images", "pooled", "pooled inside", "depthwise"],
 )
 def test_interpreted_triton_too(name: str) -> None:
     triton = pytest.importorskip("unlocked.kernels.triton")
