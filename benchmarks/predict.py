@@ -264,7 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spills": _spills,
     "aot-triton": lambda: _ahead(
         "aot_triton",
-        r"^(?!.*(bf16|fp16|2048)).*(64x|local_head|batch_product|load_batch|optimizer)",
+        r"^(?!.*(bf16|fp16|2048)).*(_64x|local_head|batch_product|sum_act|gelu|max_pool|load_batch|optimizer)",
         ("sm_90", "sm_80"),
     ),
     "aot-nvcc": lambda: _ahead("aot_nvcc", r"^(?!.*(half|bfloat)).*(<float|head_sums|load_batch)", ("sm_90a", "sm_80")),
