@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 _SOURCE = Path(head_kernels.__file__)
 _MODULES = (
     *("head_kernels", "images", "norm_act_backward_kernels", "norm_act_forward_kernels", "optim_kernels"),
-    "weight_grad_kernels",
+    *("weight_grad_kernels", "sum_act", "gelu", "max_pool"),
 )
 
 # What is planted in a copy of the head's kernels, and what must be seen of it in the binary.
@@ -52,7 +52,7 @@ def test_every_launcher_reaches_its_kernel() -> None:
     for name in _MODULES:
         module = importlib.import_module(f"unlocked.kernels.triton.{name}")
         kernels |= {thing for thing in vars(module) if thing.endswith("_kernel")}
-    assert len(kernels) == 11
+    assert len(kernels) == 18
     assert {launch["kernel"] for launch in launches} == kernels
     for launch in launches:
         assert launch["grid"][1] <= 65535, launch

@@ -98,6 +98,27 @@ def _norm_acts() -> None:
         fused.norm_act_weight_grad(*state, padding=(1, 1), latent_size=latent_size)
 
 
+def _inside_blocks() -> None:
+    """Sizes of one too, which Triton takes for constants."""
+    for shape, dtype in (
+        ((3, 5, 8, 8), torch.float32),
+        ((20, 64, 6, 4), torch.bfloat16),
+        ((1, 1, 2, 2), torch.float16),
+    ):
+        image = torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+        for latent_size, slope in ((2, 0.0), (1, 0.2), (1, 1)):
+            y, latents = fused.sum_act_forward(image, image, latent_size, slope)
+            fused.sum_act_backward(latents, y, latent_size, slope)
+        pooled, places = fused.max_pool_forward(image)
+        fused.max_pool_backward(pooled, places, *shape[2:])
+        fused.max_pool_backward(pooled, places, shape[2] + 1, shape[3] + 1)
+    for shape, dtype in (((2, 65, 33), torch.float32), ((4, 16, 64), torch.bfloat16), ((1, 1, 1), torch.float16)):
+        x = torch.randn(shape).to(dtype)
+        fused.gelu_backward(x, fused.gelu_forward(x)[1])
+        fused.gelu_backward(x[:, :1].expand(shape), fused.gelu_forward(x, in_place=True)[1])
+    fused.gelu_backward(x[0, 0], x[0, 0].clone())
+
+
 def _load_batches() -> None:
     data: dict[str, Tensor] = {
         "images": torch.zeros(20, 3, 8, 8, dtype=torch.uint8),
@@ -128,5 +149,6 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(_Driver())
     _heads()
     _norm_acts()
+    _inside_blocks()
     _load_batches()
     _optimizers()
