@@ -300,6 +300,7 @@ def measured(name: str, precision: str, options: argparse.Namespace) -> dict[str
     rates: dict[str, list[float]] = {contender: [] for contender in turns}
     for _ in range(options.repeats):
         for contender, turn in turns.items():
+            torch.set_num_threads(options.threads)  # a run leaves its own number
             rates[contender].append(turn())
     torch.manual_seed(0)
     optimizer = partial(torch.optim.Adam, lr=0.01)
