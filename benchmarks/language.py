@@ -158,7 +158,7 @@ def train(
             }
             for epoch in result.epochs
         ],
-        "processor_seconds": round(time.process_time() - spent, 1),
+        "processor_seconds": round(time.process_time() - spent, 3),
         "weights_sha256": result.weights_sha256,
         "environment": to_plain(environment()),
     }
