@@ -19,19 +19,20 @@ __all__ = ["claimed", "machine_held", "read_cell"]
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process alone is at the cell. The claim ends with the process, however it ends."""
     lock = path.with_suffix(".lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
+    while True:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            if not _is_at(file, lock):  # who had it before has removed it since it was opened
+                continue
+            try:
+                yield True
+            finally:
+                lock.unlink(missing_ok=True)
             return
-        if not _is_at(file, lock):  # another process has made the cell, and removed the lock, since it was opened
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -107,9 +107,7 @@ def sum_act_forward_kernel(
     """Images [B, H, W, C] in memory, latents [B, C, SIDE, SIDE]. A program has BLOCK_Q windows of BLOCK_C channels."""
     WIN_H: tl.constexpr = H // SIDE
     WIN_W: tl.constexpr = W // SIDE
-    window = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    stored = (window < num_windows)[:, None] & (channel < channels)[None, :]
+    window, channel, stored = _windows(num_windows, channels, BLOCK_Q, BLOCK_C)
     origin = window_origin(window, H * W * channels, W * channels, channels, SIDE, SIDE, WIN_H, WIN_W)
     first = (origin[:, None] + channel[None, :])[:, None, :]
     total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_C], tl.float32)
@@ -136,9 +134,7 @@ def sum_act_backward_kernel(
     """Every pixel's part of its window's gradient, as `sum_act_forward_kernel` has the windows."""
     WIN_H: tl.constexpr = H // SIDE
     WIN_W: tl.constexpr = W // SIDE
-    window = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    stored = (window < num_windows)[:, None] & (channel < channels)[None, :]
+    window, channel, stored = _windows(num_windows, channels, BLOCK_Q, BLOCK_C)
     given = tl.load(grad + _latent_places(window, channel, channels, SIDE * SIDE), mask=stored, other=0.0)
     above = (given * (1.0 / (WIN_H * WIN_W)))[:, None, :]
     below = above * negative_slope
@@ -150,6 +146,14 @@ def sum_act_backward_kernel(
         valid = stored[:, None, :] & (pixel < WIN_H * WIN_W)[None, :, None]
         activation = tl.load(y + place, mask=valid, other=0.0).to(tl.float32)
         tl.store(out + place, tl.where(activation <= 0.0, below, above).to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _windows(num_windows, channels, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of this program: windows [BLOCK_Q], channels [BLOCK_C], and which of both there are [BLOCK_Q, BLOCK_C]."""
+    window = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return window, channel, (window < num_windows)[:, None] & (channel < channels)[None, :]
 
 
 @triton.jit

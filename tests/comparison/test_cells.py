@@ -64,3 +64,32 @@ def test_measuring_has_the_machine_alone(tmp_path: Path) -> None:
     third.send("go")
     for process in (two, three):
         process.join()
+
+
+def _count(path: Path, pipe: Connection) -> None:
+    """Claims again and again; says how often, and whether somebody else held the same cell meanwhile."""
+    inside, met = path.with_suffix(".inside"), False
+    pipe.send("ready")
+    pipe.recv()
+    for _ in range(1000):
+        with claimed(path) as mine:
+            if mine:
+                try:
+                    os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+                    inside.unlink()
+                except OSError:
+                    met = True
+    pipe.send(met)
+
+
+def test_no_two_have_one_claim(tmp_path: Path) -> None:
+    """Nor where a lock is taken that its last owner has just removed."""
+    started = [_start(_count, tmp_path / "cell.json") for _ in range(3)]
+    for _, pipe in started:
+        assert pipe.recv() == "ready"
+    for _, pipe in started:
+        pipe.send("go")
+    met = [pipe.recv() for _, pipe in started]
+    assert not any(met)
+    for process, _ in started:
+        process.join()

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from residual_ends import check_sum_act, image
 from stored import stored
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, leaky_relu
 
 pytest.importorskip("triton")
 from unlocked.kernels import triton as fused
@@ -23,37 +22,10 @@ SIZES = [
 ]
 
 
-def _image(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x.contiguous(memory_format=torch.channels_last).to(device)
-
-
-def _check(shape: tuple[int, ...], p: int, slope: float, device: str) -> None:
-    a, b = _image(shape, 0, device), _image(shape, 1, device)
-    grad = torch.randn(shape[0], shape[1] * p * p, generator=torch.Generator().manual_seed(2)).to(device)
-    truth = [x.double().requires_grad_() for x in (a, b)]
-    expected = leaky_relu(truth[0] + truth[1], slope)
-    latents = adaptive_avg_pool2d(expected, p).flatten(1)
-    latents.backward(grad.double())
-    y, found = fused.sum_act_forward(a, b, p, slope)
-    assert y.stride() == a.stride()
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.double(), latents.detach(), rtol=1e-5, atol=1e-6)
-    given_back = fused.sum_act_backward(grad, y, p, slope)
-    for x in truth:
-        torch.testing.assert_close(given_back.double(), x.grad, rtol=1e-6, atol=1e-7)
-    kept = a.clone()
-    again, latents_again = fused.sum_act_forward(kept, b, p, slope, in_place=True)
-    assert again is kept
-    assert torch.equal(again, y)
-    assert torch.equal(latents_again, found)
-
-
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize(("shape", "p"), SIZES)
 def test_values_latents_and_gradients(shape: tuple[int, ...], p: int, slope: float, kernel_device: str) -> None:
-    _check(shape, p, slope, kernel_device)
+    check_sum_act(fused, shape, p, slope, kernel_device)
 
 
 @given(
@@ -62,12 +34,12 @@ def test_values_latents_and_gradients(shape: tuple[int, ...], p: int, slope: flo
 @settings(max_examples=15)
 def test_any_size(sizes: tuple[int, ...], slope: float, kernel_device: str) -> None:
     batch, channels, down, across, p = sizes
-    _check((batch, channels, down * p, across * p), p, slope, kernel_device)
+    check_sum_act(fused, (batch, channels, down * p, across * p), p, slope, kernel_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_float32_kernel_rounded_once(dtype: torch.dtype, kernel_device: str) -> None:
-    a, b = (_image((2, 20, 4, 6), seed, kernel_device).to(dtype) for seed in (0, 1))
+    a, b = (image((2, 20, 4, 6), seed, kernel_device).to(dtype) for seed in (0, 1))
     grad = torch.randn(2, 80).to(kernel_device)
     y, latents = fused.sum_act_forward(a, b, 2, 0.1)
     exact, exact_latents = fused.sum_act_forward(a.float(), b.float(), 2, 0.1)
@@ -78,7 +50,7 @@ def test_half_precision_is_the_float32_kernel_rounded_once(dtype: torch.dtype, k
 
 
 def test_what_is_not_a_number_stays_so(kernel_device: str) -> None:
-    a, b = _image((1, 16, 2, 2), 0, kernel_device), _image((1, 16, 2, 2), 1, kernel_device)
+    a, b = image((1, 16, 2, 2), 0, kernel_device), image((1, 16, 2, 2), 1, kernel_device)
     a[0, 3, 1, 0], b[0, 5, 0, 0] = float("nan"), float("inf")
     y, latents = fused.sum_act_forward(a, b, 1, 0.0)
     assert y[0, 3, 1, 0].isnan()
@@ -90,7 +62,7 @@ def test_what_is_not_a_number_stays_so(kernel_device: str) -> None:
 
 
 def test_what_does_not_fit(kernel_device: str) -> None:
-    a = _image((1, 4, 4, 4), 0, kernel_device)
+    a = image((1, 4, 4, 4), 0, kernel_device)
     with pytest.raises(ValueError, match="does not tile"):
         fused.sum_act_forward(a, a, 3, 0.0)
     with pytest.raises(ValueError, match="float64"):

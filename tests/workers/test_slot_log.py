@@ -168,3 +168,11 @@ def test_a_ring_that_is_mapped_in_costs_no_page_faults_in_the_stream() -> None:
     assert lazily > pages // 32  # a system may map several at once
     assert faults(ahead=True) < lazily / 4
     os.close(file)
+
+
+def test_a_neighbour_that_was_there_in_time_is_not_blamed() -> None:
+    """This process may have stood still until the time was over; what came meanwhile lies in the socket."""
+    outbox, inbox = edge(timeout=0.0)
+    inbox._link.wake()
+    looks = iter((False, False, True))
+    outbox._link.wait_until(lambda: next(looks))

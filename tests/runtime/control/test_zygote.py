@@ -78,6 +78,8 @@ def test_a_zygote_that_stands_still_is_noticed_and_can_be_ended() -> None:
     os.kill(here.content["zygote"], signal.SIGSTOP)
     zygote.start(1)
     assert zygote.events(0.1) == []
+    zygote.start(2)
+    assert zygote.stands_still(0.1), "a further order is no sign of life"
     assert zygote.stands_still(0.05)
     zygote.give_up()
     assert not zygote.stands_still(0.05)
