@@ -31,6 +31,7 @@ Vector slope_mask(Vector value, Vector slope) {
 // What normalises and activates a group of channels.
 struct Affine {
   Vector mean, rstd, weight, bias;
+  Affine() = default;
   Affine(const float* m, const float* r, const float* w, const float* b, int64_t c, int64_t lanes)
       : mean(load(m + c, lanes)), rstd(load(r + c, lanes)), weight(load(w + c, lanes)), bias(load(b + c, lanes)) {}
 };

@@ -7,7 +7,7 @@
 //   V' = P^T G,   D = (G V^T - sum(G * O)) * P,   Q' = s D K,   K' = s D^T Q.
 //
 // P is not kept but made again from its rows' log-sum-exp. A head is a thread's; its queries pass in blocks, whose
-// products run on copies in the thread's scratch: the head's width padded to 16, rows to 8.
+// products run on copies in the thread's scratch: the head's width padded to kLanes, rows to kTall.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // queries that pass together
 
-// All sixteen by `join`: halves, quarters, pairs, and the last two.
+// All lanes by `join`: halves, quarters, pairs, and the last two.
 template <typename Join>
 inline float joined(Vector v, const Join& join) {
 #ifdef __AVX512F__
@@ -69,7 +69,7 @@ void copy_rows(const Head<const T>& from, int64_t first, int64_t count, int64_t 
     });
 }
 
-// Sixteen rows of sixteen numbers, turned round.
+// kLanes rows of as many numbers, turned round.
 inline void transpose(Vector* v) {
 #ifdef __AVX512F__
   __m512 a[16], b[16];

@@ -197,24 +197,26 @@ void norm_act_backward_full(const T* act_grad, const T* x, int64_t batch, int64_
   const Shape s{batch, channels, height, width};
   float* sums = scratch;
   float* sums_xhat = scratch + batch * channels;
+  const Vector slopes = broadcast(slope);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t b = 0; b < batch; ++b) {
-    float* sum = sums + b * channels;
-    float* sum_xhat = sums_xhat + b * channels;
-    std::fill(sum, sum + channels, 0.0f);
-    std::fill(sum_xhat, sum_xhat + channels, 0.0f);
-    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
-      const T* in = x + b * s.image() + pixel * channels;
-      const T* grad = act_grad + b * s.image() + pixel * channels;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        const float xhat = (to_float(in[c]) - mean[c]) * rstd[c];
-        const float masked = to_float(grad[c]) * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
-        sum[c] += masked;
-        sum_xhat[c] += masked * xhat;
+  for (int64_t b = 0; b < batch; ++b)
+    for_wide_groups(channels, [&](int64_t c, auto groups, auto lanes) {
+      Affine k[groups];
+      Vector sum[groups] = {}, sum_xhat[groups] = {};
+      for (int64_t g = 0; g < groups; ++g) k[g] = Affine(mean, rstd, weight, bias, c + g * kLanes, lanes);
+      for (int64_t at = b * s.image() + c; at < (b + 1) * s.image(); at += channels)
+        for (int64_t g = 0; g < groups; ++g) {
+          const Vector xhat = (load(x + at + g * kLanes, lanes) - k[g].mean) * k[g].rstd;
+          const Vector mask = slope_mask(xhat * k[g].weight + k[g].bias, slopes);
+          const Vector masked = load(act_grad + at + g * kLanes, lanes) * mask;
+          sum[g] += masked;
+          sum_xhat[g] += masked * xhat;
+        }
+      for (int64_t g = 0; g < groups; ++g) {
+        store(sums + b * channels + c + g * kLanes, sum[g], lanes);
+        store(sums_xhat + b * channels + c + g * kLanes, sum_xhat[g], lanes);
       }
-    }
-  }
+    });
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0.0, sum_xhat = 0.0;
     for (int64_t b = 0; b < batch; ++b) {
@@ -224,21 +226,25 @@ void norm_act_backward_full(const T* act_grad, const T* x, int64_t batch, int64_
     bias_grad[c] = static_cast<float>(sum);
     weight_grad[c] = static_cast<float>(sum_xhat);
   }
-  const float inverse = 1.0f / static_cast<float>(s.rows());
+  const Vector inverse = broadcast(1.0f / static_cast<float>(s.rows()));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t b = 0; b < batch; ++b)
-    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
-      const int64_t at = b * s.image() + pixel * channels;
-      const T* in = x + at;
-      const T* grad = act_grad + at;
-      T* target = x_grad + at;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        const float xhat = (to_float(in[c]) - mean[c]) * rstd[c];
-        const float masked = to_float(grad[c]) * (xhat * weight[c] + bias[c] > 0.0f ? 1.0f : slope);
-        target[c] = from_float<T>(weight[c] * rstd[c] * (masked - (bias_grad[c] + xhat * weight_grad[c]) * inverse));
+    for_wide_groups(channels, [&](int64_t c, auto groups, auto lanes) {
+      Affine k[groups];
+      Vector sum[groups], slant[groups];
+      for (int64_t g = 0; g < groups; ++g) {
+        k[g] = Affine(mean, rstd, weight, bias, c + g * kLanes, lanes);
+        sum[g] = load(bias_grad + c + g * kLanes, lanes), slant[g] = load(weight_grad + c + g * kLanes, lanes);
       }
-    }
+      for (int64_t at = b * s.image() + c; at < (b + 1) * s.image(); at += channels)
+        for (int64_t g = 0; g < groups; ++g) {
+          const Vector xhat = (load(x + at + g * kLanes, lanes) - k[g].mean) * k[g].rstd;
+          const Vector mask = slope_mask(xhat * k[g].weight + k[g].bias, slopes);
+          const Vector masked = load(act_grad + at + g * kLanes, lanes) * mask;
+          const Vector centred = masked - (sum[g] + xhat * slant[g]) * inverse;
+          store(x_grad + at + g * kLanes, k[g].weight * k[g].rstd * centred, lanes);
+        }
+    });
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kTall = 8;  // rows of a register tile; two vectors wide: 16 sums
+constexpr int64_t kTall = kLanes < 8 ? kLanes : 8;  // rows of a register tile; two vectors wide: 16 sums
 
 inline int64_t padded(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
@@ -40,7 +40,7 @@ inline void tile(const Left& a, const Rows& b, const Rows& c, int64_t row, int64
     }
 }
 
-// c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]; rows are multiples of 8, columns of 16.
+// c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]; rows are multiples of kTall, columns of kLanes.
 template <bool kAdds>
 void multiply(const Left& a, const Rows& b, const Rows& c, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t row = 0; row < rows; row += kTall) {
