@@ -21,6 +21,7 @@ class Abilities:
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         sums: it has `sum_act_forward` and `sum_act_backward`.
         pools: it has `max_pool_forward` and `max_pool_backward`.
+        transposes: it has `transposed`, for copies of [B, C, L] whose channels lie together, or cease to.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
         vocabulary: it has `score_gradients`, for heads that work in pieces (`kernels.vocabulary`).
     """
@@ -36,4 +37,5 @@ class Abilities:
     sums: bool = False
     pools: bool = False
     convolutions: bool = False
+    transposes: bool = False
     vocabulary: bool = False

@@ -12,6 +12,7 @@ from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.max_pool import max_pool_backward, max_pool_forward
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
 from unlocked.kernels.cpp.sum_act import sum_act_backward, sum_act_forward
+from unlocked.kernels.cpp.transpose import transposed
 from unlocked.kernels.cpp.vocabulary import score_gradients
 from unlocked.kernels.images import load_batch
 
@@ -32,6 +33,7 @@ __all__ = [
     "sum_act_backward",
     "sum_act_forward",
     "takes_attention",
+    "transposed",
     "unavailable",
 ]
 
@@ -44,4 +46,5 @@ ABILITIES = Abilities(
     attention=True,
     sums=True,
     pools=True,
+    transposes=True,
 )

@@ -102,6 +102,7 @@ class _Signatures:
     sum_act_backward = (_N, _P, _P, _I, _I, _I, _I, _I, _F, _P, _N)
     max_pool_forward = (_N, _P, _I, _I, _I, _I, _P, _P, _N)
     max_pool_backward = (_N, _P, _P, _I, _I, _I, _I, _P, _N)
+    transpose = (_N, _P, _I, _I, _I, _P, _N)
     score_gradients = (_N, _P, _P, _I, _I, _P, _I, _P, _F, _F, _P, _P)
     adam = (_N, _P, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _N, _N)
     adamw_sf = (_N, _P, _P, _P, _P, _P, _D, _D, _D, _D, _D, _D, _N)

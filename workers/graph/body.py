@@ -74,8 +74,7 @@ class PlainEnd(Operation):
         self._activations = activations
         with self._casts.autocast():
             result = self._tail(activations)
-        result = self._leaving(result)
-        return result if out is None else out.copy_(result)
+        return self._casts.left(self._leaving(result), out)
 
     def latents(self) -> Tensor:
         """[B, D]; class scores as float32."""

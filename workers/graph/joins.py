@@ -60,6 +60,7 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
         Untraceable: the block as a whole is left to autograd; says why.
     """
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
+    casts.transposed = backend.transposed if backend.ABILITIES.transposes else None
     part = layer.block.body if root is None else root
     nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":

@@ -36,13 +36,15 @@ aten = torch.ops.aten
 
 
 class Casts:
-    """In which type a block computes."""
+    """In which type a block computes, and how it turns rows of samples [B, C, L] round."""
 
     def __init__(self, device: str = "cpu", *, half: bool = False) -> None:
         self.half, self.device = half, device
         """Products and convolutions take bfloat16, as inside torch.autocast."""
         self.bfloat16_of: Callable[[Tensor], Tensor] | None = None
         """The optimizer's bfloat16 copy of a weight, where it keeps one: else it is cast in every `forward`."""
+        self.transposed: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """A backend's own (`Abilities.transposes`); None: the library copies."""
 
     def value(self, x: Tensor) -> Tensor:
         """An input, in the type that is computed with."""
@@ -53,6 +55,20 @@ class Casts:
         if dtype == torch.bfloat16 and self.bfloat16_of is not None:
             return self.bfloat16_of(weight)
         return weight.to(dtype)
+
+    def channels_together(self, x: Tensor) -> Tensor:
+        """[B, C, L], copied unless its channels lie together."""
+        if self.transposed is not None and x.is_contiguous() and not x.transpose(1, 2).is_contiguous():
+            return self.transposed(x, None).transpose(1, 2)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def left(self, result: Tensor, out: Tensor | None) -> Tensor:
+        """What leaves a block, in `out` if given."""
+        if self.transposed is not None and result.dim() == 3 and not result.is_contiguous():
+            rows = result.transpose(1, 2)
+            if rows.is_contiguous():
+                return self.transposed(rows, out)
+        return result if out is None else out.copy_(result)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, modules compute in that type. No casts are kept: a graph may be capturing."""
@@ -124,7 +140,7 @@ class Convolution(Replaceable):
         x = self._casts.value(x)
         weight = self._casts.weight(self._kernel, x.dtype)
         if self._is_row:
-            x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+            x = self._casts.channels_together(x).unsqueeze(2)
             weight = weight.unsqueeze(2)
         self._x, self._weight = x, weight
         bias = self._casts.weight(self._bias, x.dtype) if self._has_bias and self._bias is not None else None
