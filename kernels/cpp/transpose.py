@@ -13,8 +13,8 @@ _HALF = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x` [B, M, N] as [B, N, M], contiguous, or in `out`. Other types, and an `x` or `out` that is not contiguous, go to the
-    library."""
+    """`x` [B, M, N] as [B, N, M], contiguous, or in `out`. Other types, and what is not contiguous of the two, go to
+    the library."""
     batch, rows, columns = x.shape
     result = x.new_empty(batch, columns, rows) if out is None else out
     fits = x.dtype in _HALF and x.dtype == result.dtype and x.is_contiguous() and result.is_contiguous()

@@ -31,6 +31,7 @@ from unlocked.kernels.cpp import (
     sum_act_backward,
     sum_act_forward,
     takes_attention,
+    transposed,
 )
 from unlocked.kernels.cpp.bindings import load_kernels
 
@@ -54,6 +55,7 @@ __all__ = [
     "sum_act_forward",
     "takes_attention",
     "takes_convolution",
+    "transposed",
     "unavailable",
 ]
 
