@@ -20,6 +20,7 @@ class Abilities:
         attention: it has `attention_forward`, `attention_backward` and `takes_attention`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         sums: it has `sum_act_forward` and `sum_act_backward`.
+        lone_ends: `sum_act_forward` takes None for its second image, too: then a block's end is an activation of one.
         pools: it has `max_pool_forward` and `max_pool_backward`.
         transposes: it has `transposed`, for copies of [B, C, L] whose channels lie together, or cease to.
         partial_gradients: those optimizers step too where some parameters have no gradient, as autograd may leave them.
@@ -35,6 +36,7 @@ class Abilities:
     gelu: bool = False
     attention: bool = False
     sums: bool = False
+    lone_ends: bool = False
     pools: bool = False
     convolutions: bool = False
     transposes: bool = False

@@ -150,6 +150,16 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
     "plain": (_seeded(lambda: _conv(nn.ReLU()), latent_size=2), _image(3, 8, 8), True),
     "pooled": (_seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2)), latent_size=2), _image(3, 8, 8), True),
+    "activation alone": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3), nn.LeakyReLU(0.1)), latent_size=2),
+        _image(3, 8, 8),
+        True,
+    ),
+    "activation of a pool": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(3, 1, 1), nn.ReLU()), latent_size=3),
+        _image(3, 8, 8),
+        True,
+    ),
     "uneven": (_seeded(lambda: _conv(nn.ReLU()), latent_size=3), _image(3, 8, 8), True),
     "pools": (
         _seeded(

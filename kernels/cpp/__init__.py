@@ -45,6 +45,7 @@ ABILITIES = Abilities(
     vocabulary=True,
     attention=True,
     sums=True,
+    lone_ends=True,
     pools=True,
     transposes=True,
 )

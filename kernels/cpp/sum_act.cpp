@@ -1,5 +1,5 @@
 // The end of a residual block: a sum, a leaky ReLU, and the latents, averages over p x p windows of each channel, in one
-// pass; and back from the latents' gradient. Stored in float32 or bfloat16; all arithmetic is float32.
+// pass, or of a block that ends in the activation of one image; and back from the latents' gradient. Stored in float32 or bfloat16; all arithmetic is float32.
 //
 // Images are [B, H, W, C] in memory, latents [B, C, p, p]; p divides H and W.
 
@@ -31,7 +31,7 @@ struct Windows {
   }
 };
 
-template <typename T>
+template <bool kPair, typename T>
 void forward(const T* a, const T* b, const Windows& w, float slope, T* out, float* latents, int threads) {
   const int64_t step = w.side * w.side;
   const float share = 1.0f / static_cast<float>(w.down() * w.across());
@@ -39,7 +39,8 @@ void forward(const T* a, const T* b, const Windows& w, float slope, T* out, floa
     for_groups(w.channels, [&](int64_t c, auto lanes) {
       Vector total = {};
       w.for_pixels(image, i, j, [&](int64_t at) {
-        const Vector sum = load(a + at + c, lanes) + load(b + at + c, lanes);
+        Vector sum = load(a + at + c, lanes);
+        if constexpr (kPair) sum += load(b + at + c, lanes);
         const Vector low = slope == 0.0f ? Vector{} : sum * slope;  // a ReLU of minus infinity is zero
         const Vector value = sum <= Vector{} ? low : sum;
         store(out + at + c, value, lanes);
@@ -68,17 +69,17 @@ void backward(const float* grad, const T* y, const Windows& w, float slope, T* o
 
 }  // namespace
 
-// a, b, out: [B, H, W, C], out may be a; latents: [B, C, p, p] float32.
+// a, b, out: [B, H, W, C], b may be null, out may be a; latents: [B, C, p, p] float32.
 extern "C" void unlocked_sum_act_forward(int half, const void* a, const void* b, int64_t batch, int64_t height,
                                          int64_t width, int64_t channels, int64_t side, float slope, void* out,
                                          float* latents, int threads) {
   const Windows w{batch, height, width, channels, side};
-  if (half)
-    forward(static_cast<const Bfloat16*>(a), static_cast<const Bfloat16*>(b), w, slope, static_cast<Bfloat16*>(out),
-            latents, threads);
-  else
-    forward(static_cast<const float*>(a), static_cast<const float*>(b), w, slope, static_cast<float*>(out), latents,
-            threads);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto of = b ? forward<true, T> : forward<false, T>;
+    of(static_cast<const T*>(a), static_cast<const T*>(b), w, slope, static_cast<T*>(out), latents, threads);
+  };
+  half ? run(Bfloat16{}) : run(0.0f);
 }
 
 // grad: [B, C, p, p], at the latents; y: what the forward pass gave; out: [B, H, W, C], the gradient at either summand.

@@ -11,13 +11,13 @@ __all__ = ["sum_act_backward", "sum_act_forward"]
 
 
 def sum_act_forward(
-    a: Tensor, b: Tensor, latent_size: int, negative_slope: float, *, in_place: bool = False
+    a: Tensor, b: Tensor | None, latent_size: int, negative_slope: float, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(f(a + b) with f a leaky ReLU, its averages over p x p windows [B, C p p] float32).
 
     Args:
         a: [B, C, H, W], float32 or bfloat16, in channels-last memory.
-        b: like it.
+        b: like it; None: f(a) alone (`Abilities.lone_ends`).
         latent_size: p, which divides H and W.
         negative_slope: of f, at least 0; 1: f(x) = x.
         in_place: the result takes the place of `a`.
@@ -25,9 +25,10 @@ def sum_act_forward(
     batch, channels, height, width = a.shape
     out = a if in_place else torch.empty_like(a)
     latents = torch.empty(batch, channels * latent_size**2)
+    second = None if b is None else b.data_ptr()
     load_kernels().unlocked_sum_act_forward(
         int(a.dtype == torch.bfloat16),
-        *(a.data_ptr(), b.data_ptr(), batch, height, width, channels, latent_size, negative_slope),
+        *(a.data_ptr(), second, batch, height, width, channels, latent_size, negative_slope),
         *(out.data_ptr(), latents.data_ptr(), torch.get_num_threads()),
     )
     return out, latents

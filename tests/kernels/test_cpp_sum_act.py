@@ -17,6 +17,18 @@ def test_values_latents_and_gradients(shape: tuple[int, ...], p: int, slope: flo
     check_sum_act(cpp, shape, p, slope)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "p"), SIZES)
+def test_one_image_alone(shape: tuple[int, ...], p: int, dtype: torch.dtype, slope: float) -> None:
+    a = image(shape, 0).to(dtype)
+    expected = cpp.sum_act_forward(a, torch.zeros_like(a), p, slope)
+    assert all(torch.equal(x, y) for x, y in zip(cpp.sum_act_forward(a, None, p, slope), expected, strict=True))
+    y, _ = cpp.sum_act_forward(a, None, p, slope, in_place=True)
+    assert y is a
+    assert torch.equal(a, expected[0])
+
+
 def test_bfloat16_is_the_float32_kernel_rounded_once() -> None:
     a, b = image((2, 20, 4, 6), 0).bfloat16(), image((2, 20, 4, 6), 1).bfloat16()
     grad = torch.randn(2, 80)

@@ -5,7 +5,7 @@
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
 | a sum of images, (leaky) ReLU, the latents, at the   | likewise, by a backend that has it                 |
-| block's end                                          | (`Abilities.sums`)                                 |
+| block's end; or the last two alone                   | (`Abilities.sums`, `Abilities.lone_ends`)          |
 | the same and a convolution of the block's input      | likewise, and its weight gradient, by a backend    |
 |                                                      | that has it (`Abilities.weight_gradient`)          |
 | a split into parts, and those who take them          | one call                                           |
@@ -155,8 +155,8 @@ class _Planner:
         return Call(operation, covers[0].inputs, [], [*covers, *ending], "joined", why), tail.dropout
 
     def _summed(self, plain: tuple[Any, ...], ending: Sequence[Node]) -> Call | None:
-        """The end of a block whose last operations are a sum of images and, maybe, a leaky ReLU; `plain`: what a
-        `PlainEnd` takes."""
+        """The end of a block whose last operations are a sum of images and, maybe, a leaky ReLU, or that one alone;
+        `plain`: what a `PlainEnd` takes."""
         output, info, slope = self._output, self._layer.info, slope_of(self._output)
         total, slope = (output, 1.0) if slope is None else (output.inputs[0], slope)
         alone = not output.users and (total is output or total.users == [output])
@@ -164,13 +164,18 @@ class _Planner:
         even = len(shape) == 3 and not self._layer.is_output and not any(length % p for length in shape[1:])
         if not self._backend.ABILITIES.sums or not alone or not even or slope < 0:
             return None
-        if total is self._nodes[0] or not isinstance(self._operation(total), Add):
+        if total is self._nodes[0]:
             return None
-        # What a BatchNorm gives is nobody else's; sums don't mind their order.
-        summands = sorted(_arguments(total), key=lambda node: not self._is_fresh(node))
-        owns = self._is_fresh(summands[0]) and summands[0] is not summands[1]
+        if isinstance(self._operation(total), Add):
+            # What a BatchNorm gives is nobody else's; sums don't mind their order.
+            summands = sorted(_arguments(total), key=lambda node: not self._is_fresh(node))
+            owns = self._is_fresh(summands[0]) and summands[0] is not summands[1]
+            covers = list(dict.fromkeys((total, output)))
+        elif total is not output and self._backend.ABILITIES.lone_ends:
+            summands, covers, owns = [total], [output], isinstance(self._operation(total), Convolution)
+        else:
+            return None
         operation = SumEnd(*plain, slope=slope, backend=self._backend, owns_first=owns)
-        covers = list(dict.fromkeys((total, output)))
         self._covered |= set(covers)
         return Call(operation, summands, [], [*covers, *ending], "joined", "in one pass each way")
 

@@ -1,4 +1,5 @@
-"""The sum at a residual block's end, with the activation after it and the latents, on a backend's kernels."""
+"""The sum at a residual block's end, with the activation after it and the latents, on a backend's kernels; or the
+activation and the latents of one image."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,24 +23,27 @@ class SumEnd(PlainEnd):
 
     Args:
         slope: of the leaky ReLU below zero, 1: there is none.
-        backend: has `Abilities.sums`.
-        owns_first: nobody else reads the first summand, so that the sum may take its place.
+        backend: has `Abilities.sums`, and for one image `Abilities.lone_ends`.
+        owns_first: nobody else reads the first summand, so that the result may take its place.
     """
 
     def __init__(self, *args: Any, slope: float, backend: ModuleType, owns_first: bool) -> None:
         super().__init__(*args)
         self._slope, self._own, self._owns_first = slope, backend, owns_first
         self._made: Tensor | None = None  # the latents, if the kernels made them
-        self._shapes: tuple[torch.Size, torch.Size]
+        self._shapes: list[torch.Size]
 
-    def forward(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """[B, C, H, W] twice -> what leaves the block."""
-        self._made, self._shapes = None, (a.shape, b.shape)
-        lies = all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in (a, b))
-        if lies and a.shape == b.shape and a.dtype == b.dtype and a.dtype in (torch.float32, torch.bfloat16):
+    def forward(self, *images: Tensor, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W], twice or once -> what leaves the block."""
+        a, b = images[0], images[1] if len(images) == 2 else None
+        self._made, self._shapes = None, [x.shape for x in images]
+        lies = all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in images)
+        alike = b is None or (a.shape == b.shape and a.dtype == b.dtype)
+        if lies and alike and a.dtype in (torch.float32, torch.bfloat16):
             y, self._made = self._own.sum_act_forward(a, b, self._side, self._slope, in_place=self._owns_first)
         else:
-            y = F.relu(a + b) if self._slope == 0.0 else F.leaky_relu(a + b, self._slope)
+            total = a if b is None else a + b
+            y = F.relu(total) if self._slope == 0.0 else F.leaky_relu(total, self._slope)
         return super().forward(y, out)
 
     def latents(self) -> Tensor:
