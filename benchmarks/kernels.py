@@ -1,7 +1,7 @@
 """Times every operation of the local step on one GPU: our kernels beside PyTorch's eager modules and torch.compile.
 
     python benchmarks/kernels.py --json benchmarks/results/latest/kernels.json
-    python benchmarks/kernels.py --quick           # SmallConv at batch 64, without torch.compile
+    python benchmarks/kernels.py --quick           # SmallConv and one size of the rest, batch 64, no torch.compile
     python benchmarks/kernels.py --check           # compares all contenders with the reference, times nothing
 
 Every contender is first compared with the reference. Times are medians (and 20th and 80th percentiles) of CUDA graph
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from block_cases import IMAGES, TOKENS, block_cases
 from gpu_timing import Captured, capture, ceilings, environment, measure_in_turns
 from kernel_cases import Case, Context, head_cases, layers_of, norm_act_cases
 from step_cases import CONVOLUTIONS, convolution_cases, load_cases, optimizer_cases, step_case
@@ -60,13 +61,13 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, report)
     print(summary(report))
-    return 1 if any("error" in row and row["contender"] in ("triton", "cuda", "hand") for row in report["rows"]) else 0
+    return 1 if any("error" in row and _is_ours(row["contender"]) for row in report["rows"]) else 0
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="SmallConv at batch 64, without torch.compile")
+    parser.add_argument("--quick", action="store_true", help="few sizes at batch 64, without torch.compile")
     parser.add_argument("--check", action="store_true", help="compare with the reference, time nothing")
     parser.add_argument("--only", metavar="TEXT", help="cases whose operation and shape contain this text")
     parser.add_argument("--replays", type=int, default=30)
@@ -103,8 +104,11 @@ def all_cases(context: Context, quick: bool) -> Iterator[Case]:
         yield from optimizer_cases(name, [(outputs, inputs, 3, 3), (outputs,), (outputs,), (outputs,)], context)
     yield from optimizer_cases("linear1", [(512, 512), (512,), (512,), (512,)], context)
     yield from convolution_cases(64, context)
+    yield from block_cases(64, context, IMAGES[:1], TOKENS[:1])
     if quick:
         return
+    yield from block_cases(64, context, IMAGES[:1], TOKENS[:1], torch.bfloat16)
+    yield from block_cases(64, context, IMAGES[1:], TOKENS[1:])
     for model, batch in (("SmallConv", 2048), ("VGG8", 128), ("MobileNetV1", 128)):
         for layer in layers_of(model, batch):
             yield from norm_act_cases(layer, context)
@@ -121,6 +125,8 @@ def small_cases(context: Context) -> Iterator[Case]:
         yield from norm_act_cases(layer, context)
     yield from weight_grad_cases(1, context, count=1)
     yield from head_cases(layers[1], context, _hand(context))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from block_cases(2, context, ((20, 8, 2),), ((5, 24),), dtype)
     yield from load_cases(2, 8, context)
     yield from optimizer_cases("small", [(5, 3, 3, 3), (7,)], context)
     yield from convolution_cases(1, context)
@@ -219,7 +225,7 @@ def summary(report: dict[str, Any]) -> str:
         "== summary",
         f"{report['environment']['gpus'][0]}: copy {top['copy'] / 1e12:.2f} TB/s; matrix products {rates} TFLOP/s",
     ]
-    for wanted in ("SmallConv local step", "local_head LLS", "norm_act"):
+    for wanted in ("SmallConv local step", "local_head LLS", "norm_act", "sum_act", "gelu", "max_pool"):
         groups: dict[tuple[str, str], list[str]] = {}
         for row in rows:
             if row["operation"].startswith(wanted) and "64x" in row["shape"] + "64x" * ("batch" in row["shape"]):
@@ -230,6 +236,10 @@ def summary(report: dict[str, Any]) -> str:
     lines += [f"failed: {r['operation']} {r['shape']} {r['contender']}: {r['error'][:90]}" for r in failed[:8]]
     lines.append(f"{len(rows)} rows, {len(failed)} failed, {len(report['left_out'])} cases left out by the time limit")
     return "\n".join(lines)
+
+
+def _is_ours(contender: str) -> bool:
+    return contender.split()[0] in ("triton", "cuda", "hand")  # behind it may stand a type
 
 
 def _line(row: dict[str, Any]) -> str:
