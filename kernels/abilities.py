@@ -17,6 +17,8 @@ class Abilities:
         weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
             library's weight gradient.
         gelu: it has `gelu_forward` and `gelu_backward`.
+        silu: it has `silu_forward`, whose way back is `gelu_backward`.
+        groups: it has `group_act_forward` and `group_act_backward`.
         attention: it has `attention_forward`, `attention_backward` and `takes_attention`.
         convolutions: it has `convolution` and `convolution_backward`, which a local step is to take for the library's.
         sums: it has `sum_act_forward` and `sum_act_backward`.
@@ -34,6 +36,8 @@ class Abilities:
     partial_gradients: bool = False
     weight_gradient: bool = False
     gelu: bool = False
+    silu: bool = False
+    groups: bool = False
     attention: bool = False
     sums: bool = False
     lone_ends: bool = False

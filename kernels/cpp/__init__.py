@@ -7,7 +7,8 @@ Results do not depend on the number of threads. Compiled on first use with the s
 from unlocked.kernels.abilities import Abilities
 from unlocked.kernels.cpp.attention import attention_backward, attention_forward, takes_attention
 from unlocked.kernels.cpp.bindings import unavailable
-from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward
+from unlocked.kernels.cpp.gelu import gelu_backward, gelu_forward, silu_forward
+from unlocked.kernels.cpp.group_act import group_act_backward, group_act_forward
 from unlocked.kernels.cpp.head import local_head
 from unlocked.kernels.cpp.max_pool import max_pool_backward, max_pool_forward
 from unlocked.kernels.cpp.norm_act import norm_act_backward, norm_act_backward_full, norm_act_forward
@@ -22,6 +23,8 @@ __all__ = [
     "attention_forward",
     "gelu_backward",
     "gelu_forward",
+    "group_act_backward",
+    "group_act_forward",
     "load_batch",
     "local_head",
     "max_pool_backward",
@@ -30,6 +33,7 @@ __all__ = [
     "norm_act_backward_full",
     "norm_act_forward",
     "score_gradients",
+    "silu_forward",
     "sum_act_backward",
     "sum_act_forward",
     "takes_attention",
@@ -42,6 +46,8 @@ ABILITIES = Abilities(
     in_place=True,
     optimizers="cpp",
     gelu=True,
+    silu=True,
+    groups=True,
     vocabulary=True,
     attention=True,
     sums=True,

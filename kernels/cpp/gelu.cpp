@@ -1,11 +1,11 @@
-// GELU by the exact normal distribution, and back, stored in float32 or bfloat16; all arithmetic is float32.
+// GELU by the exact normal distribution, SiLU, and back, stored in float32 or bfloat16; all arithmetic is float32.
 //
-// With Phi the distribution function and phi its density, y = x Phi(x), and y' = Phi(x) + x phi(x): the forward pass
-// has all of it in its hands, so it keeps y' and the way back is one multiplication.
+// The forward pass has all of the derivative in its hands, so it keeps that, and the way back is one multiplication.
 
 #include <algorithm>
 #include <cstdint>
 
+#include "curves.h"
 #include "lanes.h"
 
 namespace {
@@ -13,37 +13,17 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements that a thread takes at a time
 constexpr int64_t kRows = 64;     // rows whose sums are made in one go, whatever the number of threads
 
-// Phi(-a) e^(a^2/2) for a >= 0, to 2e-8 of itself: a polynomial in t = 1 / (1 + 0.37 a / sqrt(2)), fitted to
-// erfc(z) e^(z^2) / 2 at z = a / sqrt(2) up to 9 by least squares weighted towards the largest relative error (Lawson).
-Vector scaled_tail(Vector a) {
-  const Vector t = 1.0f / multiply_add(0.261629509f, a, broadcast(1.0f));
-  Vector p = broadcast(0.0626142666f);
-  for (const float factor : {-0.306649009f, 0.493864971f, -0.293423311f, 0.316479552f, 0.104058820f, 0.206898483f,
-                             0.207336807f, 0.208819409f})
-    p = multiply_add(p, t, broadcast(factor));
-  return p * t * 0.5f;
-}
-
-template <typename T, typename Lanes>
-void activate(const T* x, T* y, T* slope, Lanes lanes) {
-  const Vector value = load(x, lanes);
-  const Mask negative = value < Vector{};
-  const Vector size = negative ? -value : value;
-  const Vector bell = exponential(size * size * -0.5f);
-  const Vector tail = bell * scaled_tail(size);
-  const Vector phi = negative ? tail : 1.0f - tail;
-  store(y, value * phi, lanes);
-  store(slope, multiply_add(bell * 0.398942280f, value, phi), lanes);
-}
-
-template <typename T>
+template <typename Function, typename T>
 void forward(const T* x, int64_t count, T* y, T* slope, int threads) {
   const int64_t blocks = (count + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * kBlock;
-    for_groups(std::min(kBlock, count - first),
-               [&](int64_t i, auto lanes) { activate(x + first + i, y + first + i, slope + first + i, lanes); });
+    for_groups(std::min(kBlock, count - first), [&](int64_t i, auto lanes) {
+      const Point point = Function{}(load(x + first + i, lanes));
+      store(y + first + i, point.value, lanes);
+      store(slope + first + i, point.slope, lanes);
+    });
   }
 }
 
@@ -74,9 +54,19 @@ void backward(const T* grad, const T* slope, int64_t rows, int64_t columns, int6
 // x, y, slope: `count` elements; slope may be x.
 extern "C" void unlocked_gelu_forward(int half, const void* x, int64_t count, void* y, void* slope, int threads) {
   if (half)
-    forward(static_cast<const Bfloat16*>(x), count, static_cast<Bfloat16*>(y), static_cast<Bfloat16*>(slope), threads);
+    forward<Gelu>(static_cast<const Bfloat16*>(x), count, static_cast<Bfloat16*>(y), static_cast<Bfloat16*>(slope),
+                  threads);
   else
-    forward(static_cast<const float*>(x), count, static_cast<float*>(y), static_cast<float*>(slope), threads);
+    forward<Gelu>(static_cast<const float*>(x), count, static_cast<float*>(y), static_cast<float*>(slope), threads);
+}
+
+// As the GELU's, and so is its way back.
+extern "C" void unlocked_silu_forward(int half, const void* x, int64_t count, void* y, void* slope, int threads) {
+  if (half)
+    forward<Silu>(static_cast<const Bfloat16*>(x), count, static_cast<Bfloat16*>(y), static_cast<Bfloat16*>(slope),
+                  threads);
+  else
+    forward<Silu>(static_cast<const float*>(x), count, static_cast<float*>(y), static_cast<float*>(slope), threads);
 }
 
 // slope, out: [rows, columns]; out may be slope. grad: [rows / repeats, columns], each row of which stands for as many.

@@ -1,13 +1,15 @@
-"""GELU by the exact normal distribution, and back, over the C++ kernels.
+"""GELU by the exact normal distribution, SiLU, and back, over the C++ kernels.
 
-Where a backend does not say `Abilities.gelu`, the local step takes the library's operations."""
+Where a backend does not say `Abilities.gelu` or `Abilities.silu`, the local step takes the library's operations."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from unlocked.kernels.cpp.bindings import load_kernels
 
-__all__ = ["gelu_backward", "gelu_forward"]
+__all__ = ["gelu_backward", "gelu_forward", "silu_forward"]
 
 _ROWS = 64  # as gelu.cpp has it
 
@@ -19,10 +21,18 @@ def gelu_forward(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
         x: float32 or bfloat16, dense, of any shape.
         in_place: the derivative takes its place.
     """
+    return _forward(load_kernels().unlocked_gelu_forward, x, in_place=in_place)
+
+
+def silu_forward(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """As `gelu_forward`, of x / (1 + e^-x); `gelu_backward` is the way back of either."""
+    return _forward(load_kernels().unlocked_silu_forward, x, in_place=in_place)
+
+
+def _forward(function: Callable[..., None], x: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
     y, slope = torch.empty_like(x), x if in_place else torch.empty_like(x)
-    load_kernels().unlocked_gelu_forward(
-        int(x.dtype == torch.bfloat16), x.data_ptr(), x.numel(), y.data_ptr(), slope.data_ptr(), torch.get_num_threads()
-    )
+    half = int(x.dtype == torch.bfloat16)
+    function(half, x.data_ptr(), x.numel(), y.data_ptr(), slope.data_ptr(), torch.get_num_threads())
     return y, slope
 
 

@@ -48,7 +48,25 @@ def _results(channels: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]
     )
     y, latents = cpp.sum_act_forward(x, other, 2, 0.1)
     pooled, places = cpp.max_pool_forward(x)
+    groups = 1 if channels % 7 else 7
+    # Of a smooth activation the bits depend on whether a multiply-add is rounded once.
+    grouped = {
+        slope: cpp.group_act_forward(x, groups, weight, bias, negative_slope=slope, latent_size=2)
+        for slope in (0.0, 1.0)
+    }
+    ways_back = {
+        f"group_act_backward {slope} {side}": cpp.group_act_backward(
+            grad if side == 0 else at_latents,
+            *(x, result.mean, result.rstd, weight, bias),
+            negative_slope=slope,
+            latent_size=side,
+        )
+        for slope, result in grouped.items()
+        for side in (0, 2)
+    }
     return {
+        **{f"group_act_forward {slope}": tuple(result) for slope, result in grouped.items()},
+        **ways_back,
         **{f"norm_act_forward {pool}": tuple(result) for pool, result in norm.items()},
         "running statistics": (mean, var),
         "norm_act_backward": backward,
