@@ -16,6 +16,19 @@ class Residual(nn.Module):
         return result
 
 
+class Viewed(nn.Module):
+    """A linear map of all that a convolution gives, in rows."""
+
+    def __init__(self, conv: nn.Module, features: int) -> None:
+        super().__init__()
+        self.conv, self.map = conv, nn.Linear(features, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        result: Tensor = self.map(y.view(y.shape[0], -1))
+        return result
+
+
 class Placed(nn.Module):
     """Tokens, told where they stand."""
 

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from block_modules import Attended, Attending, Channels, Placed, Residual, Shifted, Turning, Twofold
+from block_modules import Attended, Attending, Channels, Placed, Residual, Shifted, Turning, Twofold, Viewed
+from grouped_blocks import GROUPED
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
@@ -197,22 +198,24 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         _image(3, 24),
         True,
     ),
-    "group": (
-        _seeded(
-            lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3, groups=4)),
-            latent_size=2,
-        ),
-        _image(3, 8, 8),
-        False,
-    ),
+    **{
+        name: (_seeded(make, **options), _image(*shape), joined)
+        for name, (make, options, shape, joined) in GROUPED.items()
+    },
     "silu": (
         _seeded(
             lambda: nn.Sequential(nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 8)),
             latent_size=8,
         ),
         _image(12),
+        True,
+    ),
+    "silu of images": (
+        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)), latent_size=2),
+        _image(3, 8, 8),
         False,
     ),
+    "viewed": (_seeded(lambda: Viewed(nn.Conv1d(3, 8, 3), 8 * 22), latent_size=8), _image(3, 24), False),
     "linear": (_seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), latent_size=4), _image(12), False),
     "flat": (
         _seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8)), latent_size=8),
@@ -303,7 +306,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
         f"{make().__class__.__name__}{i}": (
             _seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
             _image(12),
-            make is nn.GELU,
+            make in (nn.GELU, nn.SiLU),
         )
         for i, make in enumerate(ACTIVATIONS)
     },
@@ -326,8 +329,8 @@ def random_block(seed: int, *, tokens: bool) -> tuple[Callable[[], Block], Tenso
         draw = random.Random(seed + 1)
         parts: list[nn.Module] = [_on_tokens(draw, width) if tokens else _on_images(draw, width) for _ in range(count)]
         parts.append(nn.Linear(width, width) if tokens else nn.Conv2d(width, width, 1))
-        if draw.random() < 0.5:
-            parts += [] if tokens else [nn.BatchNorm2d(width), nn.ReLU()]
+        if draw.random() < 0.7 and not tokens:
+            parts += draw.choice([[nn.BatchNorm2d(width), nn.ReLU()], [nn.GroupNorm(2, width), _smooth(draw)]])
         layout: Layout | None = "tokens" if tokens else None
         block = Block("layer", nn.Sequential(*parts), latent_size=draw.choice([1, 2, 3]), layout=layout)
         # Where nothing before it trains, torch's own GroupNorm reads what is not there on its way back.

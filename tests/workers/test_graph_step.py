@@ -19,6 +19,7 @@ from unlocked.workers.graph import (
     autograd,
     body,
     gelu,
+    grouped,
     normalized,
     operations,
     pools,
@@ -69,9 +70,12 @@ OPERATIONS = {
     products.Product: "encoder's layer, norms after",
     gelu.Gelu: "gelu",
     gelu.GeluLinear: "encoder's layer",
+    gelu.Silu: "silu of images",
+    grouped.Grouped: "group",
+    grouped.GroupedEnd: "group, SiLU, at the end",
     operations.LayerNorm: "encoder's layer",
-    operations.GroupNorm: "group",
-    operations.Elementwise: "silu",
+    operations.GroupNorm: "group without weights",
+    operations.Elementwise: "Tanh5",
     operations.Pool: "pools",
     pools.HalvingPool: "pooled inside",
     operations.Flatten: "flat",
@@ -101,6 +105,7 @@ def test_no_operation_is_left_out() -> None:
             operations,
             products,
             gelu,
+            grouped,
             shapes,
             attention,
             normalized,
@@ -224,7 +229,21 @@ def _assert_equal_bits(ours: Block, theirs: Block, x: Tensor, precision: str) ->
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["residual", "encoder", "pooled", "conv1d", "group", "attention", "summed", "turned"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        "encoder",
+        "pooled",
+        "conv1d",
+        "group",
+        "group, GELU, at the end",
+        "silu",
+        "attention",
+        "summed",
+        "turned",
+    ],
+)
 def test_bfloat16_stays_near(name: str) -> None:
     """Every product's inputs are off by 2**-9, and so is whatever is stored."""
     make, x = TURNED if name == "turned" else CASES[name][:2]

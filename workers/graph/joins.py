@@ -4,6 +4,8 @@
 | ---------------------------------------------------- | -------------------------------------------------- |
 | BatchNorm, (leaky) ReLU                              | one pass after the statistics, one pass back       |
 | the same at the block's end, its pool, the latents   | likewise, and no gradient of the activations' size |
+| GroupNorm, (leaky) ReLU, SiLU or GELU; the same at   | likewise, by a backend that has it                 |
+| the block's end, the latents                         | (`Abilities.groups`)                               |
 | a sum of images, (leaky) ReLU, the latents, at the   | likewise, by a backend that has it                 |
 | block's end; or the last two alone                   | (`Abilities.sums`, `Abilities.lone_ends`)          |
 | the same and a convolution of the block's input      | likewise, and its weight gradient, by a backend    |
@@ -12,16 +14,15 @@
 | the same and the attention whose q, k, v they are    | likewise; a backend that has it writes gradients   |
 |                                                      | into the whole (`Abilities.attention`)             |
 | bias of a convolution or product, BatchNorm          | no bias: BatchNorm takes it out, its gradient is 0 |
-| product, GELU by the normal distribution            | the derivative instead of the product is kept, and |
+| product, GELU by the normal distribution, or SiLU    | the derivative instead of the product is kept, and |
 |                                                      | the bias's gradient made on the way back, by a     |
-|                                                      | backend that has it (`Abilities.gelu`)             |
+|                                                      | backend that has it (`Abilities.gelu`, `.silu`)    |
 | LayerNorm of the block's input, the products that    | products of the standardised input: no gradient    |
 | alone read it                                        | goes back through them                             |
 | whatever the table does not have, in a row           | one piece for autograd                             |
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from unlocked.models import KeyedDropout
 from unlocked.workers.graph.attention import Attention, SplitAttention, reader_of
 from unlocked.workers.graph.autograd import AutogradPiece, Read
 from unlocked.workers.graph.body import Call, GraphBody, PlainEnd
-from unlocked.workers.graph.gelu import Gelu, GeluLinear, is_gelu
+from unlocked.workers.graph.gelu import GeluLinear, gelu_of
+from unlocked.workers.graph.grouped import grouped, grouped_end
 from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, NormalizedEnd, UnevenEnd
 from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, Pool, geometry
 from unlocked.workers.graph.pools import HalvingPool
@@ -40,7 +42,8 @@ from unlocked.workers.graph.shapes import Split, parts_of
 from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Standardized, readers_of
 from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
-from unlocked.workers.graph.tracing import Node, Untraceable, has_hooks, trace
+from unlocked.workers.graph.tails import pool_of, recognise
+from unlocked.workers.graph.tracing import Node, Untraceable, trace
 from unlocked.workers.graph.verifying import check_same_result
 
 if TYPE_CHECKING:
@@ -74,15 +77,6 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
     return body
 
 
-@dataclass
-class _Tail:
-    """A block's tail that the kernels may take over."""
-
-    pool: str
-    size: int
-    dropout: nn.Module | None
-
-
 class _Planner:
     """Turns the nodes of one body into calls."""
 
@@ -108,6 +102,7 @@ class _Planner:
         for node in self._nodes:
             if node not in self._covered:
                 self._join_norm(node)
+                self._join_group(node)
                 self._join_entrance(node)
                 self._join_parts(node)
                 self._join_gelu(node)
@@ -125,7 +120,7 @@ class _Planner:
         if self._plain is not None:
             return Call(PlainEnd(*self._plain), [self._output], [], [Node("activations", None)], "closed"), None
         layer, info = self._layer, self._layer.info
-        tail = _recognise(layer.block.tail)
+        tail = recognise(layer.block.tail)
         norm, slope = self._normalised(self._output)
         shape = info.activation_shape
         ending = [Node("logits" if layer.is_output else "latents", None)]
@@ -134,8 +129,10 @@ class _Planner:
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
             plain = (layer.block.tail, side, info.layout, self._casts, layer.leaving)
-            summed = self._summed(plain, ending)
-            return summed or Call(PlainEnd(*plain), [self._output], [], ending, "closed"), None
+            grouping = (plain, ending, shape, self._operation, self._backend)
+            call = grouped_end(self._output, *grouping) or self._summed(plain, ending)
+            self._covered |= set(call.covers if call else ())
+            return call or Call(PlainEnd(*plain), [self._output], [], ending, "closed"), None
         p = info.latent_size
         even = p == shape[0]
         if len(shape) == 3:
@@ -176,7 +173,6 @@ class _Planner:
         else:
             return None
         operation = SumEnd(*plain, slope=slope, backend=self._backend, owns_first=owns)
-        self._covered |= set(covers)
         return Call(operation, summands, [], [*covers, *ending], "joined", "in one pass each way")
 
     def _is_fresh(self, node: Node) -> bool:
@@ -216,6 +212,13 @@ class _Planner:
         how, why = ("closed", "") if len(covers) == 1 else ("joined", "in one pass")
         self._joined[covers[-1]] = Call(operation, norm.inputs, covers[-1:], covers, how, why)  # type: ignore[arg-type]
         self._covered |= set(covers)
+
+    def _join_group(self, node: Node) -> None:
+        """A GroupNorm inside the block, likewise."""
+        call = grouped(node, self._output, self._operation, self._backend)
+        if call is not None and self._covered.isdisjoint(call.covers):
+            self._joined[call.covers[-1]] = call
+            self._covered |= set(call.covers)
 
     def _join_entrance(self, node: Node) -> None:
         """A LayerNorm of the block's input, with the products that alone read it."""
@@ -258,17 +261,18 @@ class _Planner:
         self._covered |= {node, *parts}
 
     def _join_gelu(self, node: Node) -> None:
-        """A GELU, with the product before it where nobody else reads that."""
-        if node in self._covered or not self._backend.ABILITIES.gelu or not is_gelu(node):
+        """A GELU or SiLU, with the product before it where nobody else reads that."""
+        gelu = gelu_of(node, self._backend)
+        if node in self._covered or gelu is None:
             return
         (before,) = node.inputs
         alone = len(before.users) == 1 and before.kind is nn.Linear and before not in self._covered
         if alone and isinstance(self._operation(before), Linear):
-            both = GeluLinear(before.target, self._casts, self._backend)
+            both = GeluLinear(before.target, self._casts, self._backend, gelu)
             self._joined[node] = Call(both, before.inputs, [node], [before, node], "joined", "in one pass after it")
             self._covered |= {before, node}
         else:
-            self._joined[node] = Call(Gelu(self._backend), node.inputs, [node], [node], "closed")
+            self._joined[node] = Call(gelu, node.inputs, [node], [node], "closed")
             self._covered.add(node)
 
     def _of_norm(self, norm: Node) -> dict[str, Any]:
@@ -297,7 +301,7 @@ class _Planner:
 
     def _of_backend(self, operation: Operation | str, node: Node) -> Operation | str:
         """The operation, by the backend's own where it has one, for these sizes."""
-        if isinstance(operation, Pool) and self._backend.ABILITIES.pools and _pool_of(node.target) == ("max", 2):
+        if isinstance(operation, Pool) and self._backend.ABILITIES.pools and pool_of(node.target) == ("max", 2):
             return HalvingPool(self._backend, operation)
         if isinstance(operation, Attention) and self._backend.ABILITIES.attention:
             operation.backend = self._backend
@@ -356,38 +360,3 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _arguments(node: Node) -> list[Node]:
     """What the operation reads, in order, twice if it does so."""
     return [value for value in node.args if isinstance(value, Node)]
-
-
-def _recognise(tail: nn.Module) -> _Tail | None:
-    """A 2x2 pool or an adaptive average, and a dropout after it; None: the tail runs as it is."""
-    parts = [module for module in _leaves(tail) if type(module) is not nn.Identity]
-    if any(map(has_hooks, tail.modules())):
-        return None
-    dropout = parts.pop() if parts and isinstance(parts[-1], KeyedDropout) else None
-    if isinstance(dropout, KeyedDropout) and dropout.p == 0.0:
-        dropout = None
-    if not parts:
-        return _Tail("none", 1, dropout)
-    pool = _pool_of(parts[0]) if len(parts) == 1 else None
-    return None if pool is None else _Tail(*pool, dropout)
-
-
-def _leaves(module: nn.Module) -> list[nn.Module]:
-    if type(module) is not nn.Sequential:
-        return [module]
-    return [leaf for child in module for leaf in _leaves(child)]
-
-
-def _pool_of(pool: nn.Module) -> tuple[str, int] | None:
-    """("max", 2), ("mean", 2) or ("average", side), as the kernels know them."""
-    kind = type(pool)
-    if kind is nn.AdaptiveAvgPool2d and isinstance(pool.output_size, int):
-        return "average", pool.output_size
-    if kind not in (nn.MaxPool2d, nn.AvgPool2d):
-        return None
-    plain: dict[str, Any] = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-    plain |= {"divisor_override": None}
-    sized = all(size in (2, (2, 2)) for size in (pool.kernel_size, pool.stride))
-    if not sized or any(getattr(pool, name, value) not in (value, (value, value)) for name, value in plain.items()):
-        return None
-    return ("max", 2) if kind is nn.MaxPool2d else ("mean", 2)

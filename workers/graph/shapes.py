@@ -45,13 +45,14 @@ class _Filled(Operation):
 
     def __init__(self, node: Node) -> None:
         self.node, self._inputs = node, [value for value in node.args if isinstance(value, Node)]
+        self._target = node.target
 
     def _result(self, inputs: Sequence[Any]) -> Any:
         values = dict(zip(self._inputs, inputs, strict=True))
         args, kwargs = filled(self.node.args, values), filled(dict(self.node.kwargs), values)
-        if isinstance(self.node.target, str):
-            return getattr(args[0], self.node.target)(*args[1:], **kwargs)
-        return self.node.target(*args, **kwargs)
+        if isinstance(self._target, str):
+            return getattr(args[0], self._target)(*args[1:], **kwargs)
+        return self._target(*args, **kwargs)
 
 
 class Sizes(_Filled):
@@ -66,6 +67,12 @@ class Sizes(_Filled):
 
 class Reshaped(_Filled):
     """The same values in the same order in another shape."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        # What a module has in rows may have its channels together here, so that no view of it exists.
+        if node.target == "view" and not node.kwargs and not any(isinstance(one, torch.dtype) for one in node.args):
+            self._target = "reshape"
 
     def forward(self, *inputs: Any) -> Any:
         self._shape = inputs[0].shape
