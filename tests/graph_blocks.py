@@ -125,7 +125,7 @@ def _branch(width: int, out: int) -> nn.Sequential:
     )
 
 
-def _seeded(make: Callable[[], nn.Module], **options: Any) -> Callable[[], Block]:
+def seeded(make: Callable[[], nn.Module], **options: Any) -> Callable[[], Block]:
     def made() -> Block:
         torch.manual_seed(1)
         return Block("layer", make(), **options)
@@ -137,7 +137,7 @@ def _conv(*more: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), *more)
 
 
-def _image(*shape: int) -> Tensor:
+def image(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, *shape, generator=generator)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -149,45 +149,45 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 ]
 
 CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
-    "plain": (_seeded(lambda: _conv(nn.ReLU()), latent_size=2), _image(3, 8, 8), True),
-    "pooled": (_seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2)), latent_size=2), _image(3, 8, 8), True),
+    "plain": (seeded(lambda: _conv(nn.ReLU()), latent_size=2), image(3, 8, 8), True),
+    "pooled": (seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2)), latent_size=2), image(3, 8, 8), True),
     "activation alone": (
-        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3), nn.LeakyReLU(0.1)), latent_size=2),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 20, 3), nn.LeakyReLU(0.1)), latent_size=2),
+        image(3, 8, 8),
         True,
     ),
     "activation of a pool": (
-        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(3, 1, 1), nn.ReLU()), latent_size=3),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(3, 1, 1), nn.ReLU()), latent_size=3),
+        image(3, 8, 8),
         True,
     ),
-    "uneven": (_seeded(lambda: _conv(nn.ReLU()), latent_size=3), _image(3, 8, 8), True),
+    "uneven": (seeded(lambda: _conv(nn.ReLU()), latent_size=3), image(3, 8, 8), True),
     "pools": (
-        _seeded(
+        seeded(
             lambda: _conv(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2), nn.Conv2d(16, 8, 1)),
             latent_size=2,
         ),
-        _image(3, 9, 9),
+        image(3, 9, 9),
         False,
     ),
     "pooled inside": (
-        _seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3, padding=1)).append(nn.MaxPool2d(2, 2))),
-        _image(3, 11, 8),
+        seeded(lambda: _conv(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3, padding=1)).append(nn.MaxPool2d(2, 2))),
+        image(3, 11, 8),
         True,
     ),
     "depthwise": (
-        _seeded(
+        seeded(
             lambda: nn.Sequential(
                 *(nn.Conv2d(4, 8, 3, 2, 1, groups=4), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1)),
                 *(nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=2, dilation=2)),
             ),
             latent_size=2,
         ),
-        _image(4, 8, 8),
+        image(4, 8, 8),
         False,
     ),
     "conv1d": (
-        _seeded(
+        seeded(
             lambda: nn.Sequential(
                 *(nn.Conv1d(3, 16, 5, 2, 2), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 16, 3)),
                 *(nn.BatchNorm1d(16), nn.LeakyReLU(0.1)),
@@ -195,117 +195,117 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
             latent_size=2,
             layout="channels_first",
         ),
-        _image(3, 24),
+        image(3, 24),
         True,
     ),
     **{
-        name: (_seeded(make, **options), _image(*shape), joined)
+        name: (seeded(make, **options), image(*shape), joined)
         for name, (make, options, shape, joined) in GROUPED.items()
     },
     "silu": (
-        _seeded(
+        seeded(
             lambda: nn.Sequential(nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 8)),
             latent_size=8,
         ),
-        _image(12),
+        image(12),
         True,
     ),
     "silu of images": (
-        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)), latent_size=2),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)), latent_size=2),
+        image(3, 8, 8),
         False,
     ),
-    "viewed": (_seeded(lambda: Viewed(nn.Conv1d(3, 8, 3), 8 * 22), latent_size=8), _image(3, 24), False),
-    "linear": (_seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), latent_size=4), _image(12), False),
+    "viewed": (seeded(lambda: Viewed(nn.Conv1d(3, 8, 3), 8 * 22), latent_size=8), image(3, 24), False),
+    "linear": (seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), latent_size=4), image(12), False),
     "flat": (
-        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8)), latent_size=8),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8)), latent_size=8),
+        image(3, 8, 8),
         False,
     ),
     "residual": (
-        _seeded(
+        seeded(
             lambda: Residual(_branch(3, 16), nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)), nn.ReLU()),
             latent_size=2,
         ),
-        _image(3, 8, 8),
+        image(3, 8, 8),
         True,
     ),
     "dropout": (
-        _seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 8)), latent_size=8),
-        _image(12),
+        seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 8)), latent_size=8),
+        image(12),
         False,
     ),
-    "parameter": (_seeded(lambda: Placed(7, 16), layout="tokens"), _image(7, 16), False),
+    "parameter": (seeded(lambda: Placed(7, 16), layout="tokens"), image(7, 16), False),
     "encoder": (
-        _seeded(
+        seeded(
             lambda: Residual(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))),
             layout="tokens",
         ),
-        _image(7, 16),
+        image(7, 16),
         True,
     ),
     "gelu of images": (
-        _seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)), latent_size=2),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)), latent_size=2),
+        image(3, 8, 8),
         False,
     ),
     "gelu": (
-        _seeded(lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)), layout="tokens"),
-        _image(7, 12),
+        seeded(lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)), layout="tokens"),
+        image(7, 12),
         False,
     ),
     "summed": (
-        _seeded(lambda: Residual(_branch(4, 4), nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.2)), latent_size=4),
-        _image(4, 8, 8),
+        seeded(lambda: Residual(_branch(4, 4), nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.2)), latent_size=4),
+        image(4, 8, 8),
         True,
     ),
-    "summed, without an activation": (_seeded(lambda: Residual(_branch(20, 20))), _image(20, 9, 9), True),
-    "attention": (_seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), _image(7, 16), True),
-    "chunks": (_seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), _image(7, 16), True),
+    "summed, without an activation": (seeded(lambda: Residual(_branch(20, 20))), image(20, 9, 9), True),
+    "attention": (seeded(lambda: Attending(16, 2, by_chunks=False), layout="tokens"), image(7, 16), True),
+    "chunks": (seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"), image(7, 16), True),
     "attention of many tokens": (
-        _seeded(lambda: Attending(24, 2, by_chunks=False, causal=True), layout="tokens"),
-        _image(70, 24),
+        seeded(lambda: Attending(24, 2, by_chunks=False, causal=True), layout="tokens"),
+        image(70, 24),
         True,
     ),
     "chunks of many tokens": (
-        _seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"),
-        _image(40, 16),
+        seeded(lambda: Attending(16, 2, by_chunks=True), layout="tokens"),
+        image(40, 16),
         True,
     ),
-    "attention between channels": (_seeded(lambda: Channels(40, apart=False), layout="tokens"), _image(7, 40), True),
+    "attention between channels": (seeded(lambda: Channels(40, apart=False), layout="tokens"), image(7, 40), True),
     "attention between channels, apart": (
-        _seeded(lambda: Channels(40, apart=True), layout="tokens"),
-        _image(7, 40),
+        seeded(lambda: Channels(40, apart=True), layout="tokens"),
+        image(7, 40),
         False,
     ),
-    "twofold": (_seeded(lambda: Twofold(16), layout="tokens"), _image(40, 16), False),
-    "shifted": (_seeded(lambda: Shifted(12), latent_size=4), _image(12), False),
+    "twofold": (seeded(lambda: Twofold(16), layout="tokens"), image(40, 16), False),
+    "shifted": (seeded(lambda: Shifted(12), latent_size=4), image(12), False),
     "norms around a product": (
-        _seeded(lambda: nn.Sequential(nn.LayerNorm(12), _raised(nn.Linear(12, 8)), nn.BatchNorm1d(8), nn.ReLU())),
-        _image(12),
+        seeded(lambda: nn.Sequential(nn.LayerNorm(12), _raised(nn.Linear(12, 8)), nn.BatchNorm1d(8), nn.ReLU())),
+        image(12),
         True,
     ),
     "BatchNorm of tokens": (
-        _seeded(lambda: nn.Sequential(_raised(nn.Linear(12, 8)), nn.BatchNorm1d(7), nn.GELU()), layout="tokens"),
-        _image(7, 12),
+        seeded(lambda: nn.Sequential(_raised(nn.Linear(12, 8)), nn.BatchNorm1d(7), nn.GELU()), layout="tokens"),
+        image(7, 12),
         False,
     ),
-    "multi-head attention": (_seeded(lambda: Attended(16, 2), layout="tokens"), _image(7, 16), True),
-    "encoder's layer": (_seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), _image(7, 16), True),
+    "multi-head attention": (seeded(lambda: Attended(16, 2), layout="tokens"), image(7, 16), True),
+    "encoder's layer": (seeded(lambda: _layer("gelu", norm_first=True), layout="tokens"), image(7, 16), True),
     "encoder's layer, norms after": (
-        _seeded(lambda: _layer("relu", norm_first=False, bias=False), layout="tokens"),
-        _image(7, 16),
+        seeded(lambda: _layer("relu", norm_first=False, bias=False), layout="tokens"),
+        image(7, 16),
         True,
     ),
     "output": (
-        _seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
-        _image(3, 8, 8),
+        seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), is_output=True),
+        image(3, 8, 8),
         False,
     ),
     **{
         f"{make().__class__.__name__}{i}": (
-            _seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
-            _image(12),
+            seeded(lambda make=make: nn.Sequential(nn.Linear(12, 16), make(), nn.Linear(16, 8)), latent_size=8),
+            image(12),
             make in (nn.GELU, nn.SiLU),
         )
         for i, make in enumerate(ACTIVATIONS)
@@ -314,7 +314,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
 """Name -> a block's maker, an input, and whether something in it is joined."""
 
 
-TURNED = (_seeded(lambda: Turning(16, 40), layout="tokens"), _image(40, 16))
+TURNED = (seeded(lambda: Turning(16, 40), layout="tokens"), image(40, 16))
 """One of which a part, the turning, is autograd's."""
 
 

@@ -122,7 +122,7 @@ class PiecewiseStep(PiecewiseHead, AutogradStep):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """What the head reads, in the place of the scores: nobody asks for those of a training micro-batch."""
-        with torch.enable_grad(), self.layer.autocast():
+        with torch.enable_grad(), self.layer.autocast(), self.layer.group_norms.active():
             self._activations = self.hidden(x.detach())
         return self._activations.detach()
 

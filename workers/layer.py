@@ -22,6 +22,7 @@ from unlocked.workers.delivery import as_delivered, count_correct
 from unlocked.workers.errors import NonFiniteLossError
 from unlocked.workers.finite import FiniteState
 from unlocked.workers.frozen import frozen_modules
+from unlocked.workers.group_norms import GroupNormGuard
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
 from unlocked.workers.step import Step
 
@@ -76,6 +77,7 @@ class Layer:
         self.rule = rule.to(device)
         self.device = device
         self.is_output = block.is_output
+        self.group_norms = GroupNormGuard(device.type)
         self.frozen = frozen_modules(block)
         """What stays in eval mode, also in training and while statistics are re-estimated."""
         self._storage = storage_dtype(precision)
@@ -353,7 +355,7 @@ class AutogradStep:
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer = self.layer
-        with torch.enable_grad(), layer.autocast():
+        with torch.enable_grad(), layer.autocast(), layer.group_norms.active():
             activations = layer.block.body(x.detach(), **layer.beside)
         self._activations = activations
         with torch.no_grad():

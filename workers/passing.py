@@ -92,7 +92,7 @@ class PassLayer(DrawingLayer):
         self.lr_factor = factor
 
     def _forward_again(self, x: Tensor) -> Tensor:
-        with self.autocast():
+        with self.autocast(), self.group_norms.active():
             activations: Tensor = self.block.body(x, **self.beside)
         return activations.float() if activations.dtype == torch.bfloat16 else activations
 
@@ -109,7 +109,7 @@ class PassStep(AutogradStep):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer, x = self.layer, x.detach()
-        with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast():
+        with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast(), layer.group_norms.active():
             activations = self.activate(x)
         with torch.set_grad_enabled(layer.rule.needs_graph):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations

@@ -38,7 +38,8 @@ def test_every_layer_says_what_becomes_of_its_operations() -> None:
         ("closed", ("0",)),
         ("joined", ("1", "2", "latents")),
     ]
-    assert [call.how for call in second.calls] == ["closed", "autograd", "closed", "closed"]
+    hows = [call.how for call in second.calls]
+    assert hows in (["closed", "autograd", "joined"], ["closed", "autograd", "closed", "closed"])  # with C++, without
     assert second.calls[1].why == "1: InstanceNorm2d is not in the table"
     assert first.is_closed
     assert not second.is_closed

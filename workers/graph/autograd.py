@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
 from unlocked.workers.graph.tracing import Node, filled, is_in_place
+from unlocked.workers.group_norms import GroupNormGuard
 
 __all__ = ["AutogradPiece", "Read", "call"]
 
@@ -51,6 +52,8 @@ class AutogradPiece(Operation):
         self.parameters = list({id(p): p for p in found}.values())
         self.may_skip = any(any(p.requires_grad for p in m.parameters()) and not _is_of_torch(m) for m in modules)
         self._writes = any(is_in_place(node) for node in nodes)
+        self._group_norms = GroupNormGuard(casts.device)
+        self._asked: list[Tensor] = []
         self._entered: list[Any] = []
         self._made: list[Any] = []
 
@@ -61,7 +64,8 @@ class AutogradPiece(Operation):
             for x, needed in zip(inputs, self._needed, strict=True)
         ]
         values: dict[Node, Any] = {}
-        with torch.enable_grad(), self._casts.autocast():
+        self._asked = []
+        with torch.enable_grad(), self._casts.autocast(), self._group_norms.active(self._asked):
             for node, x in zip(self._inputs, self._entered, strict=True):
                 values[node] = x.clone() if self._writes and isinstance(x, Tensor) else x
             for node in self._nodes:
@@ -72,8 +76,8 @@ class AutogradPiece(Operation):
 
     def backward(self, grad: Any, wanted: Sequence[bool]) -> Gradients:
         """From a gradient for each output; None where nothing comes back to it."""
-        entered, made = self._entered, self._made
-        self._entered, self._made = [], []
+        entered, made, asked = self._entered, self._made, self._asked
+        self._entered, self._made, self._asked = [], [], []
         grads = grad if isinstance(grad, list | tuple) else [grad]
         pairs = [
             (x, g)
@@ -81,14 +85,14 @@ class AutogradPiece(Operation):
             if g is not None and isinstance(x, Tensor) and x.requires_grad
         ]
         leaves = [x for x in entered if isinstance(x, Tensor) and x.requires_grad]
-        targets: list[Tensor] = [*leaves, *self.parameters]
+        targets: list[Tensor] = [*leaves, *self.parameters, *asked]
         found: Sequence[Tensor | None] = [None] * len(targets)
         if pairs and targets:
             outputs, of_outputs = zip(*((x, g.to(x.dtype)) for x, g in pairs), strict=True)
             found = torch.autograd.grad(outputs, targets, of_outputs, allow_unused=True)
         by_leaf = iter(found[: len(leaves)])
         of_inputs = [next(by_leaf) if _has_graph(x) else None for x in entered]
-        return of_inputs, found[len(leaves) :]
+        return of_inputs, found[len(leaves) : len(leaves) + len(self.parameters)]
 
 
 def _has_graph(x: Any) -> bool:
