@@ -291,6 +291,7 @@ def timed(step: Callable[[Tensor, Tensor], None], shape: tuple[int, ...], steps:
 def measured(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every contender's images/s, in turns, and what arithmetic allows."""
     make, shape = NETWORKS[name]
+    torch._dynamo.reset()  # else the networks before count as recompilations, of which there is a limit
     turns: dict[str, Callable[[], float]] = {}
     for contender in options.contenders:
         if contender == "processes":
@@ -330,6 +331,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # layers of one function, each with a graph of its own
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     print(f"{environment().line}, {options.threads} threads, batch {BATCH}, images/s")
     print(f"{'network':<26}{'precision':<11}" + "".join(f"{c:>11}" for c in (*options.contenders, "allowed")))
     rows = []
