@@ -1,6 +1,6 @@
 """Networks as a user writes them, trained by LLS: a plain PyTorch loop, the same compiled, and this runtime.
 
-    python benchmarks/own_networks.py --json own_networks.json          # an hour on two cores
+    python benchmarks/own_networks.py --json own_networks.json          # three quarters of an hour, two cores
     python benchmarks/own_networks.py --only conv residual encoder --contenders plain ours --repeats 5
 
 Images/s at batch 64, medians of turns, float32 and bfloat16. Contenders:
