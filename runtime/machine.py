@@ -64,12 +64,13 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next step, instead of giving it back and faulting it in again.
 
     Activations are a few megabytes, just what malloc maps and unmaps by default: page faults took 5 to 15 % of a
-    step. The numbers are mallopt's parameters (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) and their largest sensible values.
+    step, and a third where a rule's own maps are of 64 MiB. The numbers are mallopt's parameters: M_TRIM_THRESHOLD and
+    the largest value that is sensible; M_MMAP_MAX, which is 0, as M_MMAP_THRESHOLD ends at 32 MiB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 1 << 30)
-        mallopt(-3, 32 << 20)
+        mallopt(-4, 0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -63,9 +63,11 @@ def test_a_run_gives_its_cores_and_threads_back() -> None:
 
 
 @linux
-def test_freed_memory_is_used_again() -> None:
-    """Counts page faults in a process of its own: 8 MiB tensors that come and go cost 2,048 of them each by default."""
-    program = """
+@pytest.mark.parametrize("mebibytes", [8, 64])
+def test_freed_memory_is_used_again(mebibytes: int) -> None:
+    """Counts page faults in a process of its own: tensors that come and go cost one for each 4 KiB by default, and
+    those above 32 MiB whatever malloc's largest threshold."""
+    program = f"""
 import resource, torch
 from unlocked.runtime.machine import keep_freed_memory
 torch.set_num_threads(1)
@@ -73,7 +75,7 @@ keep_freed_memory()
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
-        kept = [torch.ones(2 << 20) for _ in range(4)]
+        kept = [torch.ones({mebibytes} << 18) for _ in range(4)]
         del kept
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
 faults(3)
