@@ -139,7 +139,8 @@ def spread_latents(grad: Tensor, activations: Tensor, latent_size: int, layout: 
         return full
     sides = (height // high, width // latent_size)
     windows = target.unflatten(3, (latent_size, sides[1])).unflatten(2, (high, sides[0]))
-    shares = grid / (sides[0] * sides[1])
+    # As the library divides, so that the bits are its own; one window is a mean to it.
+    shares = grid / (height * width) if high == latent_size == 1 else grid / sides[0] / sides[1]
     if target.stride(1) == 1:  # channels lie together there, and are copied so if they do here
         shares = shares.contiguous(memory_format=torch.channels_last)
     windows.copy_(shares[:, :, :, None, :, None])

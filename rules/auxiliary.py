@@ -75,13 +75,13 @@ class DGL(AuxiliaryRule):
             last = [min(2, side) for side in quarter]
             parts.append(nn.AdaptiveAvgPool2d((quarter[0], quarter[1])))
             for _ in range(layers):
-                parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+                parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
             parts.append(nn.AdaptiveAvgPool2d((last[0], last[1])))
             size = channels * last[0] * last[1]
             hidden = width or size
         parts.append(nn.Flatten())
         for _ in range(layers):
-            parts += [nn.Linear(size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+            parts += [nn.Linear(size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
             size = hidden
         self.network = nn.Sequential(*parts, nn.Linear(size, layer.num_classes))
 
@@ -124,5 +124,5 @@ def _layer_between(before: Sequence[int], after: Sequence[int]) -> tuple[nn.Modu
         stride = [max(1, round(a / b)) for a, b in zip(before[1:], after[1:], strict=True)]
         conv = nn.Conv2d(before[0], after[0], 3, (stride[0], stride[1]), padding=1, bias=False)
         sides = tuple((side - 1) // step + 1 for side, step in zip(before[1:], stride, strict=True))
-        return nn.Sequential(conv, nn.BatchNorm2d(after[0]), nn.ReLU()), (after[0], *sides)
-    return nn.Sequential(nn.Flatten(), nn.Linear(prod(before), after[0]), nn.ReLU()), (after[0],)
+        return nn.Sequential(conv, nn.BatchNorm2d(after[0]), nn.ReLU(inplace=True)), (after[0], *sides)
+    return nn.Sequential(nn.Flatten(), nn.Linear(prod(before), after[0]), nn.ReLU(inplace=True)), (after[0],)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import pool_latents
 from unlocked.rules.base import LayerInfo, LocalRule
 from unlocked.rules.passes import Draw, LayerPass, Views
+from unlocked.rules.reading import read_latents
 
 __all__ = ["BarlowTwins", "TwoViews", "correlation_loss"]
 
@@ -74,17 +74,20 @@ class BarlowTwins(LocalRule):
         if len(layer.activation_shape) == 3:
             conv = nn.Conv2d(layer.activation_shape[0], width, 1, bias=False)
             self.expansion = nn.Sequential(
-                conv, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+                conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
             )
         else:
             size = layer.num_latents
         self.projector = nn.Sequential(
-            nn.Linear(size, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width, bias=False)
+            nn.Linear(size, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, width, bias=False),
         )
 
     def step(self, layer_pass: LayerPass) -> Tensor:
         a = layer_pass.activations
-        read = pool_latents(a, self.latent_size, self.layout) if self.expansion is None else self.expansion(a)
+        read = read_latents(a, self.latent_size, self.layout) if self.expansion is None else self.expansion(a)
         first, second = self.projector(read).chunk(2)
         return correlation_loss(first, second, self.redundancy)
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, philox_int
-from unlocked.kernels.reference import HeadResult, Layout, pool_latents
+from unlocked.kernels.reference import HeadResult, Layout
 from unlocked.rules.passes import Carried, LayerPass, Views
+from unlocked.rules.reading import read_latents
 from unlocked.rules.task_kinds import CLASSIFICATION
 from unlocked.rules.tasks import Task
 
@@ -91,7 +92,7 @@ class LayerInfo:
         """[N, num_latents], a row for every prediction that the layer can make: a sample's pooled activations, or a
         position's features, sample by sample."""
         if not self.task.dense:
-            return pool_latents(activations, self.latent_size, self.layout)
+            return read_latents(activations, self.latent_size, self.layout)
         return activations.movedim(1, -1).flatten(0, 2) if activations.dim() == 4 else activations.flatten(0, 1)
 
     def targets(self, targets: Tensor) -> Tensor:

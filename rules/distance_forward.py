@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import pool_latents
 from unlocked.rules.base import LayerInfo, LocalRule
+from unlocked.rules.reading import read_latents
 
 __all__ = ["DistanceForward"]
 
@@ -80,7 +80,7 @@ class DistanceForward(LocalRule):
         return self._nearness(self._features(activations))
 
     def _features(self, activations: Tensor) -> Tensor:
-        z = pool_latents(activations, self.latent_size, self.layout)
+        z = read_latents(activations, self.latent_size, self.layout)
         return F.normalize(z, dim=1, eps=1e-8) * z.shape[1] ** 0.5
 
     def _nearness(self, features: Tensor) -> Tensor:

@@ -93,4 +93,4 @@ class ForwardForward(LocalRule):
 
 def goodness(activations: Tensor) -> Tensor:
     """The mean square of every row's activations, [rows]."""
-    return activations.flatten(1).square().mean(1)
+    return activations.square().mean(tuple(range(1, activations.dim())))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import pool_latents
 from unlocked.rules.base import LayerInfo, LocalRule
 from unlocked.rules.passes import Carried, LayerPass
+from unlocked.rules.reading import ConvOfEnlarged, read_latents
 
 __all__ = ["InfoPro", "InfoProContrastive", "supervised_contrast"]
 
@@ -64,10 +64,9 @@ class InfoPro(LocalRule):
         self.decoder: nn.Module
         if len(shape) == 3 and len(target) == 3:
             self.decoder = nn.Sequential(
-                nn.Upsample((target[1], target[2]), mode="bilinear", align_corners=True),
-                nn.Conv2d(shape[0], _DECODER_WIDTH, 3, padding=1),
+                *_resized_conv(shape[0], (shape[1], shape[2]), (target[1], target[2])),
                 nn.BatchNorm2d(_DECODER_WIDTH),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.Conv2d(_DECODER_WIDTH, target[0], 3, padding=1),
             )
         else:
@@ -100,24 +99,26 @@ class InfoPro(LocalRule):
     def _make_head(self, layer: LayerInfo, outputs: int) -> nn.Module:
         shape = layer.activation_shape
         if len(shape) != 3:
-            return nn.Sequential(nn.Linear(layer.num_latents, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, outputs))
+            return nn.Sequential(
+                nn.Linear(layer.num_latents, _HIDDEN), nn.ReLU(inplace=True), nn.Linear(_HIDDEN, outputs)
+            )
         few = shape[0] < _ENOUGH  # narrow layers are wide maps: more channels, at half their sides
         width = 2 * shape[0] if few else shape[0]
         return nn.Sequential(
             nn.Conv2d(shape[0], width, 3, stride=2 if few else 1, padding=1, bias=False),
             nn.BatchNorm2d(width),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(width, _HIDDEN),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(_HIDDEN, outputs),
         )
 
     def _read(self, activations: Tensor) -> Tensor:
         """The head's outputs."""
         maps = activations.dim() == 4
-        read: Tensor = self.head(activations if maps else pool_latents(activations, self.latent_size, self.layout))
+        read: Tensor = self.head(activations if maps else read_latents(activations, self.latent_size, self.layout))
         return read
 
     def _task(self, activations: Tensor, labels: Tensor) -> Tensor:
@@ -167,6 +168,14 @@ def supervised_contrast(embedded: Tensor, labels: Tensor, temperature: float) ->
 
 def _between(first: float, last: float | None, deep: float) -> float:
     return first if last is None else first * (1 - deep) + last * deep
+
+
+def _resized_conv(channels: int, sides: tuple[int, int], size: tuple[int, int]) -> list[nn.Module]:
+    """The decoder's first convolution, of the maps as they are resized to the image."""
+    if sides[0] <= size[0] and sides[1] <= size[1] and sides != size:
+        return [ConvOfEnlarged(channels, _DECODER_WIDTH, sides, size)]
+    conv = nn.Conv2d(channels, _DECODER_WIDTH, 3, padding=1)
+    return [conv] if sides == size else [nn.Upsample(size, mode="bilinear", align_corners=True), conv]
 
 
 def _target_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:

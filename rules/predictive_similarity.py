@@ -7,11 +7,13 @@ f is a local map of the layer's own width: for images a 3x3 convolution, whose f
 deviations; for flat activations a linear map.
 """
 
+from math import prod
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlocked.kernels.reference import pool_latents
 from unlocked.rules.base import LayerInfo, LocalRule
+from unlocked.rules.reading import read_latents
 
 __all__ = ["PredictiveSimilarity", "similarities"]
 
@@ -57,7 +59,7 @@ class PredictiveSimilarity(LocalRule):
 
     def scores(self, activations: Tensor) -> Tensor:
         """The local classifier's, [B, n]."""
-        scores: Tensor = self.classifier(pool_latents(activations, self.latent_size, self.layout))
+        scores: Tensor = self.classifier(read_latents(activations, self.latent_size, self.layout))
         return scores
 
     def _features(self, maps: Tensor) -> Tensor:
@@ -66,8 +68,10 @@ class PredictiveSimilarity(LocalRule):
             return maps
         if maps.dim() == 4 and maps.shape[1] <= _FEW:
             return maps.flatten(1)
-        flat = maps.transpose(1, 2) if maps.dim() == 3 and self.layout == "tokens" else maps.flatten(2)
-        return flat[:, :, 0] if flat.shape[2] == 1 else (flat.var(2) + _EPS).sqrt()
+        places = (1,) if maps.dim() == 3 and self.layout == "tokens" else tuple(range(2, maps.dim()))
+        if prod(maps.shape[place] for place in places) == 1:
+            return maps.flatten(1)
+        return (maps.var(places) + _EPS).sqrt()
 
 
 def similarities(rows: Tensor) -> Tensor:

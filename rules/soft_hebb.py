@@ -35,7 +35,8 @@ class SoftHebb(LocalRule):
         weight = learner.weight.detach().flatten(1)  # [K, D]
         u = x @ weight.T
         y = torch.softmax(u / self.temperature, 1)
-        signed = y * (2 * F.one_hot(u.argmax(1), u.shape[1]) - 1)
+        winner = u.argmax(1, keepdim=True)
+        signed = (-y).scatter_(1, winner, y.gather(1, winner))
         delta = (signed.T @ x - (signed * u).sum(0)[:, None] * weight) / len(x)
         delta = delta / delta.abs().max().clamp_min(1e-30)
         near = (weight.norm(dim=1, keepdim=True) - 1).abs().pow(self.power)
