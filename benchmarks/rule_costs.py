@@ -22,7 +22,7 @@ from unlocked.rules import OTHER_RULES
 from unlocked.runtime.network import build_layer, build_network
 from unlocked.runtime.rule_trial import check_rules
 from unlocked.workers.fused import FusedStep, fused_step
-from unlocked.workers.passing import PassLayer
+from unlocked.workers.pass_layer import PassLayer
 
 _BATCH, _SIDE, _CLASSES = 64, 32, 10
 _NO_KERNEL = frozenset(

@@ -14,7 +14,7 @@ from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.runtime.network import Network, made_up_targets
 from unlocked.workers.errors import CalledExitError
 from unlocked.workers.layer import Layer
-from unlocked.workers.passing import PassLayer
+from unlocked.workers.pass_layer import PassLayer
 
 __all__ = ["Trial", "measure_costs", "measure_layers", "trials"]
 

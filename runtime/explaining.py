@@ -18,6 +18,7 @@ from unlocked.workers.fused import FusedStep
 from unlocked.workers.graph.body import GraphBody, How
 from unlocked.workers.layer import Layer
 from unlocked.workers.open_step import OpenStep
+from unlocked.workers.pass_layer import OpenPassStep
 
 __all__ = ["ExplainedCall", "ExplainedLayer", "Explanation", "explain"]
 
@@ -145,9 +146,9 @@ class _Flops(TorchDispatchMode):
 
 def _calls(layer: Layer) -> tuple[ExplainedCall, ...]:
     step = layer.step
-    if isinstance(step, FusedStep | OpenStep):
+    if isinstance(step, FusedStep | OpenStep | OpenPassStep):
         calls = [ExplainedCall(how, names, why) for how, names, why in step.body.rows]
-        if isinstance(step, OpenStep):
+        if not isinstance(step, FusedStep):
             calls.append(ExplainedCall("autograd", (type(layer.rule).__name__,), step.rest))
         return tuple(calls)
     parts = [f"{name} ({type(m).__name__})" for name, m in layer.block.body.named_children()]

@@ -38,7 +38,8 @@ from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
 from unlocked.workers.heads import SplitBody, head_of, piecewise_step, split_body
 from unlocked.workers.layer import Layer, OptimizerFactory, StepFactory
-from unlocked.workers.passing import PassLayer, PassStage
+from unlocked.workers.pass_layer import PassLayer
+from unlocked.workers.passing import PassStage
 from unlocked.workers.source import Source
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
@@ -317,14 +318,14 @@ def build_layer(
     block = network.blocks[index]
     needs = network.needs[index] if network.needs else ()
     common: dict[str, Any] = {"device": device, "precision": precision, "needs": needs, "sums": network.num_sums}
-    common["kernels"] = getattr(step, "backend", None)
+    common |= {"kernels": getattr(step, "backend", None), "sample": _sample(network, index)}
     if needs_pass(local_rule):
         own = optimizer_of(local_rule, optimizer)
-        return PassLayer(block, local_rule, info, own, **common, sources=sources)
+        return PassLayer(block, local_rule, info, own, step=step, sources=sources, **common)
     if network.task.name == "tokens" and isinstance(local_rule, TaskLoss) and head_of(block) is not None:
         step = piecewise_step(step)
     kind = partial(DrawingLayer, sources=sources) if sources else Layer
-    return kind(block, local_rule, info, optimizer, step=step, sample=_sample(network, index), **common)
+    return kind(block, local_rule, info, optimizer, step=step, **common)
 
 
 def build_stage(

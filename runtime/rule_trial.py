@@ -27,7 +27,7 @@ from unlocked.runtime.side_channel import SideChannel, plan_side_channel
 from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.finite import FiniteState
 from unlocked.workers.optimizers import OptimizerFactory
-from unlocked.workers.passing import PassLayer
+from unlocked.workers.pass_layer import PassLayer
 
 __all__ = ["check_rules", "check_trainable"]
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block
-from unlocked.rules import LLS, CrossEntropy, LayerInfo, LocalRule, Rule
+from unlocked.models.generators import SOURCES
+from unlocked.rules import LLS, CrossEntropy, LayerInfo, LocalRule, Rule, needs_pass
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer
+from unlocked.workers.pass_layer import PassLayer
 
 CPU = torch.device("cpu")
 CLASSES = 5
@@ -65,14 +67,25 @@ def made_layer(
     built = CrossEntropy() if block.is_output else (rule or LLS())(info)
     step = None if backend is None else fused_step(backend)
     optimizer = partial(torch.optim.SGD, lr=0.5)
-    return Layer(block, built, info, optimizer, device=CPU, step=step, precision=precision, sample=sample)
+    options: dict[str, Any] = {"device": CPU, "step": step, "precision": precision, "sample": sample}
+    if needs_pass(built):
+        return PassLayer(block, built, info, optimizer, sources=SOURCES, **options)
+    return Layer(block, built, info, optimizer, **options)
 
 
 def step_of(layer: Layer, x: Tensor) -> Tensor:
     """One step of training; its output."""
-    output = layer.forward(x).clone()
-    layer.update(torch.arange(len(x)) % CLASSES)
+    labels = torch.arange(len(x)) % CLASSES
+    output = forward_of(layer, x, labels).clone()
+    layer.update(labels)
     return output
+
+
+def forward_of(layer: Layer, x: Tensor, labels: Tensor) -> Tensor:
+    """The first half of a step."""
+    if isinstance(layer, PassLayer):
+        layer.begin(0, labels, {})
+    return layer.forward(x)
 
 
 def assert_close_to_float64(
@@ -91,7 +104,8 @@ def assert_close_to_float64(
     assert isinstance(tested.step, kind)
     before = {name: value.clone() for name, value in truth.tensors()}
     labels = torch.arange(len(x)) % 5
-    expected, found = truth.forward(x.double() if x.is_floating_point() else x), tested.forward(x)
+    exact = x.double() if x.is_floating_point() else x
+    expected, found = forward_of(truth, exact, labels), forward_of(tested, x, labels)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
     truth.update(labels)
     tested.update(labels)

@@ -1,178 +1,26 @@
-"""Layers and stages by whole passes: for rules that need more than a loss of activations and labels.
+"""Stages by whole passes: for rules that need more than a loss of activations and labels.
 
-A `PassLayer` gives its rule a `LayerPass`; a `PassStage` makes rows of the data by the rules' views, and brings the
-side channel from layer to layer and into the slots. Where no rule of a network asks for any of this, neither is used.
+A `PassLayer` (`workers.pass_layer`) gives its rule a `LayerPass`; a `PassStage` makes rows of the data by the rules'
+views, and brings the side channel from layer to layer and into the slots. Where no rule of a network asks for any of
+this, neither is used.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unlocked.kernels.philox import Purpose, philox_int
-from unlocked.kernels.vocabulary import using
-from unlocked.models.generators import mixed
-from unlocked.rules import Carried, LayerPass, OutputHead
+from unlocked.rules import Carried
 from unlocked.workers.actions import Item
 from unlocked.workers.cargo import READ_OUT, Cargo, write
-from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.heads import PiecewiseHead, SplitBody, head_of, split_body
-from unlocked.workers.layer import AutogradStep, Layer, as_delivered
+from unlocked.workers.layer import Layer, as_delivered
+from unlocked.workers.pass_layer import PassLayer
 from unlocked.workers.source import Source
 from unlocked.workers.stage import Stage
 from unlocked.workers.views import ViewMaker
 
-__all__ = ["PassHeadStep", "PassLayer", "PassStage", "PassStep"]
-
-
-class _Given(NamedTuple):
-    """What a pass has from outside its layer."""
-
-    epoch: int
-    labels: Tensor
-    carried: Mapping[str, Tensor]
-
-
-class PassLayer(DrawingLayer):
-    """Arguments as `DrawingLayer`. Whoever calls `forward` says by `begin` what the micro-batch brings."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._given: _Given | None = None
-        self.lr_factor = 1.0
-        super().__init__(*args, **options, step=_step_of)
-        self._pass_key = philox_int(self.info.seed, Purpose.RULE, self.info.index, 2)
-
-    def begin(self, epoch: int, labels: Tensor, carried: Mapping[str, Tensor]) -> None:
-        """The training micro-batch that comes next.
-
-        Args:
-            labels: [B], of the samples.
-            carried: what arrives on the side channel.
-        """
-        self._given = _Given(epoch, labels, carried)
-
-    def new_pass(self, x: Tensor, activations: Tensor) -> LayerPass:
-        """The rule's view of a micro-batch whose forward is done."""
-        assert self._given is not None, "forward without a begin"
-        epoch, labels, carried = self._given
-        self._given = None
-        return LayerPass(
-            input=x,
-            activations=activations,
-            labels=labels,
-            block=self.block.body,
-            step=self._steps,
-            epoch=epoch,
-            lr_factor=self.lr_factor,
-            carried=carried,
-            key=mixed(self._pass_key, self._steps),
-            forward=self._forward_again,
-            head=self.step.head_given() if isinstance(self.step, PassHeadStep) else None,
-        )
-
-    @torch.no_grad()
-    def carry(self) -> Mapping[str, Tensor]:
-        """What leaves on the side channel with the last `forward`.
-
-        Raises:
-            ValueError: it is not what the rule declares; names the tensor.
-        """
-        declared = self.rule.carries
-        if not declared:
-            return {}
-        step = self.step
-        assert isinstance(step, PassStep)
-        with self._generators.keyed(mixed(self._bases["carry"], self._steps)):
-            made = self.rule.carry(step.current())
-        return _checked(made, declared)
-
-    def set_lr_factor(self, factor: float) -> None:
-        super().set_lr_factor(factor)
-        self.lr_factor = factor
-
-    def _forward_again(self, x: Tensor) -> Tensor:
-        with self.autocast(), self.group_norms.active():
-            activations: Tensor = self.block.body(x, **self.beside)
-        return activations.float() if activations.dtype == torch.bfloat16 else activations
-
-
-class PassStep(AutogradStep):
-    """The local step of a rule that takes whole passes."""
-
-    layer: PassLayer
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer)
-        self.why = f"the rule {type(layer.rule).__name__} takes whole passes"
-        self._pass: LayerPass | None = None
-
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        layer, x = self.layer, x.detach()
-        with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast(), layer.group_norms.active():
-            activations = self.activate(x)
-        with torch.set_grad_enabled(layer.rule.needs_graph):
-            seen = activations.float() if activations.dtype == torch.bfloat16 else activations
-        self._pass = layer.new_pass(x, seen)
-        with torch.no_grad():
-            result = layer.leaving(layer.block.tail(activations.detach()))
-            return result if out is None else out.copy_(result)
-
-    def activate(self, x: Tensor) -> Tensor:
-        """The activations as the rule sees them."""
-        found: Tensor = self.layer.block.body(x, **self.layer.beside)
-        return found
-
-    def current(self) -> LayerPass:
-        """The micro-batch between `forward` and `update`."""
-        assert self._pass is not None, "no forward before"
-        return self._pass
-
-    def update(self, labels: Tensor) -> Tensor:
-        layer, one = self.layer, self.current()
-        self._pass = None
-        for parameter in layer.parameters:
-            parameter.grad = None
-        with torch.set_grad_enabled(layer.rule.needs_graph), using(layer.kernels):
-            loss = layer.rule.step(one)
-            if not isinstance(loss, Tensor):
-                raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
-            if loss.requires_grad:
-                loss.backward()
-        if layer.optimizer is not None:
-            layer.optimizer.step()
-        with torch.no_grad():
-            return self.tell(loss.detach(), one, labels)
-
-    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
-        """Adds the micro-batch to the layer's totals; the sum of its losses."""
-        return self.layer.account(loss, one.activations, labels)
-
-
-class PassHeadStep(PiecewiseHead, PassStep):
-    """The same at an output layer whose rule makes the scores in pieces."""
-
-    layer: PassLayer
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer)
-        self.split = cast(SplitBody, split_body(layer.block))
-
-    def head_given(self) -> OutputHead:
-        hits = torch.zeros((), dtype=torch.float64, device=self.layer.device)
-        return OutputHead(self.head.weight, self.head.bias, hits)
-
-    def activate(self, x: Tensor) -> Tensor:
-        return self.hidden(x)
-
-    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
-        assert one.head is not None
-        return self.account(loss, one.head.hits, labels)
-
-
-def _step_of(layer: Layer) -> PassStep:
-    in_pieces = layer.rule.reads_head and layer.is_output and layer.task.name == "tokens"
-    return PassHeadStep(layer) if in_pieces and head_of(layer.block) is not None else PassStep(layer)
+__all__ = ["PassStage"]
 
 
 class PassStage(Stage):
@@ -279,21 +127,3 @@ class PassStage(Stage):
         if layer.is_output and self._views is not None:
             return self._views.probed(x, item.size)
         return x
-
-
-def _checked(made: Mapping[str, Tensor], declared: Mapping[str, Carried]) -> dict[str, Tensor]:
-    if not isinstance(made, Mapping) or made.keys() != declared.keys():
-        got = ", ".join(map(str, made)) if isinstance(made, Mapping) else type(made).__name__
-        raise ValueError(f"carry() gives {got or 'nothing'}; the rule declares that it carries {', '.join(declared)}")
-    tensors = {}
-    for name, one in declared.items():
-        value = made[name]
-        if not isinstance(value, Tensor) or value.dtype != one.dtype or tuple(value.shape[1:]) != tuple(one.shape):
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            rows = "samples" if one.per_sample else "rows"
-            raise ValueError(
-                f"carry() gives {got} under the name {name!r}; declared is {one.dtype} [{rows}, "
-                f"{', '.join(map(str, one.shape))}]"
-            )
-        tensors[name] = as_delivered(value.detach())
-    return tensors

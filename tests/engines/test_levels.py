@@ -372,7 +372,8 @@ def test_soft_hebb_needs_one_learner() -> None:
 
 def test_a_rule_that_takes_no_passes_runs_by_plain_layers() -> None:
     """What the levels cost a rule that does not use them: nothing, since none of their classes is there."""
-    from unlocked.workers.passing import PassLayer, PassStage
+    from unlocked.workers.pass_layer import PassLayer
+    from unlocked.workers.passing import PassStage
 
     made: list[Any] = []
     original = PassLayer.__init__, PassStage.__init__

@@ -31,7 +31,7 @@ from unlocked.rules import (
 )
 from unlocked.runtime.network import optimizer_of
 from unlocked.workers.layer import Layer
-from unlocked.workers.passing import PassLayer
+from unlocked.workers.pass_layer import PassLayer
 
 LAYER = LayerInfo(
     name="conv",

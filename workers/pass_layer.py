@@ -1,0 +1,299 @@
+"""A layer whose rule takes whole passes, and its local step: by autograd, or with the block in closed form.
+
+In closed form the activations that the rule sees still have a graph, of one node, with which a rule may do all that it
+may with the block's own. What `GraphBody` can't give, a second way back or a gradient of the gradient, or has lost as
+the rule wrote into the activations, is made of a second forward of the block, with the same draws.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from unlocked.kernels.philox import Purpose, philox_int
+from unlocked.kernels.vocabulary import using
+from unlocked.models.generators import mixed
+from unlocked.rules import Carried, LayerPass, OutputHead
+from unlocked.workers.drawing import DrawingLayer
+from unlocked.workers.fused import FusedSteps
+from unlocked.workers.graph.body import GraphBody
+from unlocked.workers.heads import PiecewiseHead, SplitBody, head_of, split_body
+from unlocked.workers.layer import AutogradStep, Layer, StepFactory, as_delivered
+from unlocked.workers.open_step import as_gradients, opened_body
+
+__all__ = ["OpenPassStep", "PassHeadStep", "PassLayer", "PassStep"]
+
+
+class _Given(NamedTuple):
+    """What a pass has from outside its layer."""
+
+    epoch: int
+    labels: Tensor
+    carried: Mapping[str, Tensor]
+
+
+class PassLayer(DrawingLayer):
+    """Arguments as `DrawingLayer`. Whoever calls `forward` says by `begin` what the micro-batch brings."""
+
+    def __init__(self, *args: Any, step: StepFactory | None = None, **options: Any) -> None:
+        self._given: _Given | None = None
+        self.lr_factor = 1.0
+        super().__init__(*args, **options, step=_pass_step(step))
+        self._pass_key = philox_int(self.info.seed, Purpose.RULE, self.info.index, 2)
+
+    def begin(self, epoch: int, labels: Tensor, carried: Mapping[str, Tensor]) -> None:
+        """The training micro-batch that comes next.
+
+        Args:
+            labels: [B], of the samples.
+            carried: what arrives on the side channel.
+        """
+        self._given = _Given(epoch, labels, carried)
+
+    def new_pass(self, x: Tensor, activations: Tensor) -> LayerPass:
+        """The rule's view of a micro-batch whose forward is done."""
+        assert self._given is not None, "forward without a begin"
+        epoch, labels, carried = self._given
+        self._given = None
+        return LayerPass(
+            input=x,
+            activations=activations,
+            labels=labels,
+            block=self.block.body,
+            step=self._steps,
+            epoch=epoch,
+            lr_factor=self.lr_factor,
+            carried=carried,
+            key=mixed(self._pass_key, self._steps),
+            forward=self._forward_again,
+            head=self.step.head_given() if isinstance(self.step, PassHeadStep) else None,
+        )
+
+    @torch.no_grad()
+    def carry(self) -> Mapping[str, Tensor]:
+        """What leaves on the side channel with the last `forward`.
+
+        Raises:
+            ValueError: it is not what the rule declares; names the tensor.
+        """
+        declared = self.rule.carries
+        if not declared:
+            return {}
+        step = self.step
+        assert isinstance(step, PassStep)
+        with self._generators.keyed(mixed(self._bases["carry"], self._steps)):
+            made = self.rule.carry(step.current())
+        return _checked(made, declared)
+
+    def set_lr_factor(self, factor: float) -> None:
+        super().set_lr_factor(factor)
+        self.lr_factor = factor
+
+    def repeated(self, x: Tensor) -> Callable[[], Tensor]:
+        """Does the training forward of `x`, which comes now, once more when it is called: with the same draws, through
+        autograd, and with the block's buffers as they are left by the first."""
+        key = mixed(self._bases["train"], self._steps)
+
+        def again() -> Tensor:
+            buffers = [(buffer, buffer.clone()) for buffer in self.block.body.buffers()]
+            with self._generators.keyed(key):
+                activations = self._forward_again(x)
+            for buffer, value in buffers:
+                buffer.data.copy_(value)  # autograd keeps running statistics, and would find them changed
+            return activations
+
+        return again
+
+    def _forward_again(self, x: Tensor) -> Tensor:
+        with self.autocast(), self.group_norms.active():
+            activations: Tensor = self.block.body(x, **self.beside)
+        return activations.float() if activations.dtype == torch.bfloat16 else activations
+
+
+def _pass_step(other: StepFactory | None) -> StepFactory:
+    """Builds such steps; with `other`, that of a backend, in closed form where block and rule allow it."""
+
+    def build(layer: Layer) -> PassStep:
+        in_pieces = layer.rule.reads_head and layer.is_output and layer.task.name == "tokens"
+        if not isinstance(other, FusedSteps):
+            return PassHeadStep(layer) if in_pieces and head_of(layer.block) is not None else PassStep(layer)
+        layer.optimizer = other.optimizer_of(layer)
+        if in_pieces and head_of(layer.block) is not None:
+            return PassHeadStep(layer)
+        if not layer.rule.needs_graph or layer.needs:
+            return PassStep(layer)
+        body, why = opened_body(layer, other.backend)
+        if body is not None:
+            return OpenPassStep(layer, body)
+        step = PassStep(layer)
+        step.why = f"{step.why}; {why}" if why else step.why
+        return step
+
+    return build
+
+
+class PassStep(AutogradStep):
+    """The local step of a rule that takes whole passes."""
+
+    layer: PassLayer
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.why = f"the rule {type(layer.rule).__name__} takes whole passes"
+        self._pass: LayerPass | None = None
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        layer, x = self.layer, x.detach()
+        with torch.set_grad_enabled(layer.rule.needs_graph), layer.autocast(), layer.group_norms.active():
+            activations = self.activate(x)
+        with torch.set_grad_enabled(layer.rule.needs_graph):
+            seen = activations.float() if activations.dtype == torch.bfloat16 else activations
+        self._pass = layer.new_pass(x, seen)
+        with torch.no_grad():
+            result = layer.leaving(layer.block.tail(activations.detach()))
+            return result if out is None else out.copy_(result)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activations as the rule sees them."""
+        found: Tensor = self.layer.block.body(x, **self.layer.beside)
+        return found
+
+    def current(self) -> LayerPass:
+        """The micro-batch between `forward` and `update`."""
+        assert self._pass is not None, "no forward before"
+        return self._pass
+
+    def update(self, labels: Tensor) -> Tensor:
+        layer, one = self.layer, self.current()
+        self._pass = None
+        for parameter in layer.parameters:
+            parameter.grad = None
+        with torch.set_grad_enabled(layer.rule.needs_graph), using(layer.kernels):
+            loss = layer.rule.step(one)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
+            if loss.requires_grad:
+                loss.backward()
+        if layer.optimizer is not None:
+            layer.optimizer.step()
+        with torch.no_grad():
+            return self.tell(loss.detach(), one, labels)
+
+    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
+        """Adds the micro-batch to the layer's totals; the sum of its losses."""
+        return self.layer.account(loss, one.activations, labels)
+
+
+class PassHeadStep(PiecewiseHead, PassStep):
+    """The same at an output layer whose rule makes the scores in pieces."""
+
+    layer: PassLayer
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.split = cast(SplitBody, split_body(layer.block))
+
+    def head_given(self) -> OutputHead:
+        hits = torch.zeros((), dtype=torch.float64, device=self.layer.device)
+        return OutputHead(self.head.weight, self.head.bias, hits)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.hidden(x)
+
+    def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
+        assert one.head is not None
+        return self.account(loss, one.head.hits, labels)
+
+
+class OpenPassStep(PassStep):
+    """The same with the block's own arithmetic by `body`."""
+
+    def __init__(self, layer: Layer, body: GraphBody) -> None:
+        super().__init__(layer)
+        self.body, self.counts = body, body.counts
+        self.rest = self.why
+        self._forward = 0  # which one `body` keeps the state of
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The layer's output, in `out` if given."""
+        x = x.detach()
+        with torch.no_grad():
+            result = self.body.forward(x, out)
+            made = self.body.latents().detach()
+            if made.dim() == 3:  # rows may have their channels together: rules may ask for a view
+                made = made.contiguous()
+        self._forward += 1
+        again = self.layer.repeated(x)
+        seen = cast(Tensor, _ThroughBody.apply(_Way(self, made, again), *self.body.trained))
+        self._pass = self.layer.new_pass(x, seen)
+        return result
+
+    def spend(self, number: int, grad: Tensor) -> Sequence[Tensor | None] | None:
+        """The parameters' gradients from that of the activations, laid out as they are; None: what they are made of is
+        gone."""
+        if number != self._forward:
+            return None
+        self._forward += 1
+        with torch.no_grad():
+            return as_gradients(self.body.backward(grad), self.body.trained)
+
+
+class _Way:
+    """From the activations of one micro-batch back to the block's parameters.
+
+    Args:
+        again: the block's activations once more, through autograd, leaving its buffers as they are.
+    """
+
+    def __init__(self, step: OpenPassStep, activations: Tensor, again: Callable[[], Tensor]) -> None:
+        self._step, self._again, self._number = step, again, step._forward
+        self.activations, self._version = activations, activations._version
+
+    def back(self, grad: Tensor) -> Sequence[Tensor | None]:
+        found = None
+        if not torch.is_grad_enabled() and self.activations._version == self._version:
+            if grad.stride() != self.activations.stride():
+                grad = torch.empty_like(self.activations).copy_(grad)
+            found = self._step.spend(self._number, grad)
+        if found is not None:
+            return found
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            activations = self._again()
+            return torch.autograd.grad(
+                activations, self._step.body.trained, grad, create_graph=differentiable, allow_unused=True
+            )
+
+
+class _ThroughBody(torch.autograd.Function):
+    """The activations, as made of the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, way: _Way, *parameters: Tensor) -> Tensor:
+        ctx.way = way
+        ctx.save_for_backward(*parameters)
+        return way.activations.detach()  # the same tensor would hold the graph that holds it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises if the rule has written into a weight in between, as autograd does
+        return (None, *ctx.way.back(grad))
+
+
+def _checked(made: Mapping[str, Tensor], declared: Mapping[str, Carried]) -> dict[str, Tensor]:
+    if not isinstance(made, Mapping) or made.keys() != declared.keys():
+        got = ", ".join(map(str, made)) if isinstance(made, Mapping) else type(made).__name__
+        raise ValueError(f"carry() gives {got or 'nothing'}; the rule declares that it carries {', '.join(declared)}")
+    tensors = {}
+    for name, one in declared.items():
+        value = made[name]
+        if not isinstance(value, Tensor) or value.dtype != one.dtype or tuple(value.shape[1:]) != tuple(one.shape):
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            rows = "samples" if one.per_sample else "rows"
+            raise ValueError(
+                f"carry() gives {got} under the name {name!r}; declared is {one.dtype} [{rows}, "
+                f"{', '.join(map(str, one.shape))}]"
+            )
+        tensors[name] = as_delivered(value.detach())
+    return tensors
