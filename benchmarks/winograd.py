@@ -2,12 +2,13 @@
 
     python benchmarks/winograd.py --threads 2 --json winograd.json     # some ten minutes on two cores
     python benchmarks/winograd.py --networks SmallConv --steps 20
+    python benchmarks/winograd.py --networks VGG8B --rule PredictiveSimilarity --no-layers --steps 1
 
-Three tables. Whole local steps of a network (LLS, Adam, batch 64, 32 x 32 images), both kinds in turns. Each 3 x 3
-convolution of VGG8, forward and the kernel's gradient, both kinds in turns: milliseconds, of the wall and of the
-processor. Errors against float64 as multiples of the direct sum's, of tiles of 2 x 2 outputs, which are built, and of
-4 x 4, which are not: these by plain products of the library, with the usual points of interpolation (0, 1, -1, 2, -2)
-and with better ones.
+Three tables. Whole local steps of a network (LLS or another rule of activations and labels, whose own convolutions
+count; Adam, batch 64, 32 x 32 images), both kinds in turns. Each 3 x 3 convolution of VGG8, forward and the kernel's
+gradient, both kinds in turns: milliseconds, of the wall and of the processor. Errors against float64 as multiples of
+the direct sum's, of tiles of 2 x 2 outputs, which are built, and of 4 x 4, which are not: these by plain products of
+the library, with the usual points of interpolation (0, 1, -1, 2, -2) and with better ones.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from unlocked.comparison.environment import environment
 from unlocked.kernels.cpp import winograd
 from unlocked.models import get_model
-from unlocked.rules import LLS
+from unlocked.rules import LLS, OTHER_RULES, Rule
 from unlocked.runtime.network import build_layer, build_network
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
@@ -40,6 +41,8 @@ BATCH = 64
 LAYERS = ((128, 256, 32), (256, 256, 16), (256, 512, 16), (512, 512, 8), (512, 512, 4))  # VGG8: in, out, side
 POINTS = {"0, 1, -1, 2, -2": (0.0, 1.0, -1.0, 2.0, -2.0), "0, 1, -1, 1/2, -2": (0.0, 1.0, -1.0, 0.5, -2.0)}
 GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
+CONVOLVING = ("PredictiveSimilarity", "AugLocal", "DGL", "MonoForward")
+RULES: dict[str, Rule] = {"LLS": LLS(), **{name: OTHER_RULES[name] for name in CONVOLVING}}
 Work = Callable[[], object]
 
 
@@ -50,7 +53,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     found: dict[str, Any] = {"environment": to_plain(environment()), "threads": options.threads, "batch": BATCH}
-    found["networks"] = [network(name, options.steps, options.rounds) for name in options.networks]
+    found["networks"] = [network(name, options.rule, options.steps, options.rounds) for name in options.networks]
     if not options.no_layers:
         found["layers"] = [layer(*sizes, options.rounds) for sizes in LAYERS]
         found["errors"] = [errors(*sizes) for sizes in ((128, 256, 16), (512, 512, 8))]
@@ -59,17 +62,17 @@ def main() -> int:
     return 0
 
 
-def network(name: str, steps: int, rounds: int) -> dict[str, Any]:
+def network(name: str, rule: str, steps: int, rounds: int) -> dict[str, Any]:
     """Images/s of whole local steps; one median per round."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    kinds = {kernels: partial(_step, _layers(name, kernels), x, labels) for kernels in ("cpp", "cpp_winograd")}
+    kinds = {kernels: partial(_step, _layers(name, rule, kernels), x, labels) for kernels in ("cpp", "cpp_winograd")}
     times = in_turns(kinds, rounds, steps)
     rates = {kind: [BATCH / wall for wall, _ in pairs] for kind, pairs in times.items()}
-    row = {"network": name, "images_per_second": rates, **_ratios(times)}
+    row = {"network": name, "rule": rule, "images_per_second": rates, **_ratios(times)}
     medians = {kind: statistics.median(values) for kind, values in rates.items()}
-    print(f"{name}: {medians['cpp']:.0f} -> {medians['cpp_winograd']:.0f} images/s, {_said(row)}", flush=True)
+    print(f"{name}, {rule}: {medians['cpp']:.0f} -> {medians['cpp_winograd']:.0f} images/s, {_said(row)}", flush=True)
     return row
 
 
@@ -190,12 +193,13 @@ def _said(row: Mapping[str, Any]) -> str:
     )
 
 
-def _layers(name: str, kernels: str) -> list[Layer]:
+def _layers(name: str, rule: str, kernels: str) -> list[Layer]:
     model = get_model(name, in_channels=3, num_classes=10, image_size=32, dropout=0.0)
     made = build_network(model, input_shape=(3, 32, 32), num_classes=10, seed=0)
     optimizer = partial(torch.optim.Adam, lr=0.01, fused=True)
+    chosen = RULES[rule]
     return [
-        build_layer(made, i, rule=LLS(), optimizer=optimizer, device=CPU, step=choose_step(kernels, CPU))
+        build_layer(made, i, rule=chosen, optimizer=optimizer, device=CPU, step=choose_step(kernels, CPU))
         for i in range(len(made.blocks))
     ]
 
@@ -213,6 +217,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=["VGG8", "SmallConv"], metavar="NAME")
+    parser.add_argument("--rule", default="LLS", choices=RULES, help="that the networks train by (default: LLS)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=5, help="of a network in a round (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="in which both kinds take turns (default: 5)")

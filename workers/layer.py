@@ -24,6 +24,7 @@ from unlocked.workers.finite import FiniteState
 from unlocked.workers.frozen import frozen_modules
 from unlocked.workers.group_norms import GroupNormGuard
 from unlocked.workers.optimizers import OptimizerFactory, build_optimizer
+from unlocked.workers.rule_convolutions import convolving
 from unlocked.workers.step import Step
 
 __all__ = [
@@ -364,7 +365,7 @@ class AutogradStep:
 
     def update(self, labels: Tensor) -> Tensor:
         layer, activations = self.layer, self.take_activations()
-        with torch.enable_grad(), using(layer.kernels):
+        with torch.enable_grad(), using(layer.kernels), convolving(layer.kernels):
             loss = layer.rule(activations, labels)
         self.descend(loss)
         with torch.no_grad():

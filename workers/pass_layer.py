@@ -21,6 +21,7 @@ from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.heads import PiecewiseHead, SplitBody, head_of, split_body
 from unlocked.workers.layer import AutogradStep, Layer, StepFactory, as_delivered
 from unlocked.workers.open_step import as_gradients, opened_body
+from unlocked.workers.rule_convolutions import convolving
 
 __all__ = ["OpenPassStep", "PassHeadStep", "PassLayer", "PassStep"]
 
@@ -169,7 +170,7 @@ class PassStep(AutogradStep):
         self._pass = None
         for parameter in layer.parameters:
             parameter.grad = None
-        with torch.set_grad_enabled(layer.rule.needs_graph), using(layer.kernels):
+        with torch.set_grad_enabled(layer.rule.needs_graph), using(layer.kernels), convolving(layer.kernels):
             loss = layer.rule.step(one)
             if not isinstance(loss, Tensor):
                 raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
