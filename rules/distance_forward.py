@@ -26,7 +26,7 @@ class DistanceForward(LocalRule):
 
     Args:
         margin: by how much the own class shall be nearer.
-        temperature: T; the smaller, the more the hardest other class counts alone.
+        temperature: T; the smaller, the more the hardest other class counts alone. docs/rules.md says why 0.1.
         sums: predict by the sum over the layers.
         centres: "means", the classes' running means; or "trained" with the layer. Both begin at keyed normal values.
         momentum: of the running means: how much of the old one stays after a micro-batch that has the class.
@@ -41,7 +41,7 @@ class DistanceForward(LocalRule):
         layer: LayerInfo,
         *,
         margin: float = 1.0,
-        temperature: float = 0.5,
+        temperature: float = 0.1,
         sums: bool = False,
         centres: Centres = "means",
         momentum: float = 0.9,

@@ -185,7 +185,7 @@ CASES: dict[str, tuple[Rule, Twin, int]] = {  # the rule, its twin, rows per sam
     "BarlowTwins": (partial(BarlowTwins, width=5), barlow_twins, 2),
     "InfoPro": (partial(InfoPro, **LAMBDAS), info_pro, 1),
     "InfoProContrastive": (partial(InfoProContrastive, width=9, **LAMBDAS), partial(info_pro, contrastive=True), 1),
-    "DistanceForward": (partial(DistanceForward, centres="trained"), distance_forward, 1),
+    "DistanceForward": (partial(DistanceForward, centres="trained", temperature=0.5), distance_forward, 1),
 }
 
 
@@ -269,7 +269,7 @@ def test_soft_hebb_neuron_by_neuron(kind: str) -> None:
 def test_centres_follow_the_means_of_their_classes() -> None:
     torch.manual_seed(1)
     conv = nn.Conv2d(2, 4, 3)
-    layer = make_layer(partial(DistanceForward, momentum=0.75), nn.Sequential(conv, nn.Tanh()))
+    layer = make_layer(partial(DistanceForward, momentum=0.75, temperature=0.5), nn.Sequential(conv, nn.Tanh()))
     centres = layer.rule.centres.clone()
     weight, bias = (p.detach().clone().requires_grad_() for p in conv.parameters())
     labels = torch.tensor([0, 1, 0, 1, 0, 0, 1])  # none of the third class
