@@ -171,11 +171,12 @@ def _between(first: float, last: float | None, deep: float) -> float:
 
 
 def _resized_conv(channels: int, sides: tuple[int, int], size: tuple[int, int]) -> list[nn.Module]:
-    """The decoder's first convolution, of the maps as they are resized to the image."""
+    """The decoder's first convolution, of the maps as they are resized to the image: always two modules."""
     if sides[0] <= size[0] and sides[1] <= size[1] and sides != size:
-        return [ConvOfEnlarged(channels, _DECODER_WIDTH, sides, size)]
+        return [nn.Identity(), ConvOfEnlarged(channels, _DECODER_WIDTH, sides, size)]
     conv = nn.Conv2d(channels, _DECODER_WIDTH, 3, padding=1)
-    return [conv] if sides == size else [nn.Upsample(size, mode="bilinear", align_corners=True), conv]
+    same = sides == size
+    return [nn.Identity() if same else nn.Upsample(size, mode="bilinear", align_corners=True), conv]
 
 
 def _target_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:

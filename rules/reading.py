@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from unlocked.kernels.reference import Layout, pool_latents, spread_latents
 
@@ -15,23 +14,25 @@ __all__ = ["ConvOfEnlarged", "read_latents"]
 def read_latents(activations: Tensor, latent_size: int, layout: Layout | None = None) -> Tensor:
     """`pool_latents`, bit by bit. On a CPU the gradient of maps [B, C, H, W] keeps their layout: autograd's own way
     back copies maps whose channels lie together twice, a quarter of Distance-Forward's step."""
-    if activations.dim() == 4 and activations.device.type == "cpu" and activations.requires_grad:
-        latents: Tensor = _Latents.apply(activations, latent_size)
-        return latents
-    return pool_latents(activations, latent_size, layout)
+    ordinary = activations.dim() == 4 and activations.device.type == "cpu" and activations.requires_grad
+    if not ordinary or torch._C._are_functorch_transforms_active():
+        return pool_latents(activations, latent_size, layout)
+    pooled: Tensor = _Pooled.apply(activations, latent_size)
+    return pooled.flatten(1)
 
 
-class _Latents(torch.autograd.Function):
+class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, activations: Tensor, latent_size: int) -> Tensor:
         ctx.save_for_backward(activations)
         ctx.latent_size = latent_size
-        return pool_latents(activations, latent_size)
+        return F.adaptive_avg_pool2d(activations, latent_size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (activations,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of which there may be gradients again: the library's has them
+            return torch.ops.aten._adaptive_avg_pool2d_backward(grad, activations), None
         return spread_latents(grad.contiguous(), activations, ctx.latent_size), None
 
 

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-__all__ = ["keep_freed_memory", "occupy_cores", "own_cores", "peak_memory_bytes", "set_threads", "threads_on"]
+__all__ = [
+    "freed_memory_returned",
+    "keep_freed_memory",
+    "occupy_cores",
+    "own_cores",
+    "peak_memory_bytes",
+    "set_threads",
+    "threads_on",
+]
 
 
 def own_cores(index: int, count: int, available: Iterable[int] | None = None) -> list[int]:
@@ -65,12 +73,24 @@ def keep_freed_memory() -> None:
 
     Activations are a few megabytes, just what malloc maps and unmaps by default: page faults took 5 to 15 % of a
     step, and a third where a rule's own maps are of 64 MiB. The numbers are mallopt's parameters: M_TRIM_THRESHOLD and
-    the largest value that is sensible; M_MMAP_MAX, which is 0, as M_MMAP_THRESHOLD ends at 32 MiB.
+    the largest value that is sensible; M_MMAP_MAX, which is 0, as M_MMAP_THRESHOLD ends at 32 MiB. So large blocks lie
+    among the others, and gaps between them cost memory: little as long as all micro-batches have the same shapes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 1 << 30)
         mallopt(-4, 0)
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Afterwards the system has what was kept and is not in use (glibc's malloc_trim); the process would hold it."""
+    try:
+        yield
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -47,7 +47,7 @@ from unlocked.runtime.layer_optimizers import Optimizers, check_layers
 from unlocked.runtime.layer_rules import Rules
 from unlocked.runtime.learned import learned_from
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
-from unlocked.runtime.machine import set_threads
+from unlocked.runtime.machine import freed_memory_returned, set_threads
 from unlocked.runtime.metrics.best import BestWeights
 from unlocked.runtime.metrics.dashboard import Dashboard
 from unlocked.runtime.metrics.notebook import in_notebook
@@ -229,7 +229,7 @@ class Trainer(Settings):
                 sinks.add([BestWeights(self.best_dir, job.plan[job.start].epoch)])
             return [sinks]
 
-        with sinks, float32_products(self.precision), kept_modes(job.network):
+        with freed_memory_returned(), sinks, float32_products(self.precision), kept_modes(job.network):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())

@@ -27,7 +27,7 @@ from unlocked.workers.graph.tracing import Untraceable
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 from unlocked.workers.open_step import OpenStep, as_gradients, opened_body
 
-__all__ = ["FusedStep", "FusedSteps", "LogitsStep", "choose_step", "fused_step"]
+__all__ = ["FusedStep", "FusedSteps", "LogitsStep", "choose_step", "fused_step", "holds_blocks"]
 
 
 def choose_step(kernels: str, device: torch.device) -> StepFactory | None:
@@ -80,11 +80,16 @@ class FusedSteps:
         return fuse_optimizer(self.backend, optimizer, layer.device, every_gradient=every_gradient)
 
 
+def holds_blocks(layer: Layer) -> bool:
+    """It is a whole network, which backpropagation trains."""
+    return any(isinstance(module, Block) for module in layer.block.body.modules())
+
+
 def _closed_form(layer: Layer, backend: ModuleType) -> tuple[GraphBody | None, str]:
     """The layer's step in closed form; or why there is none, empty if the rule has none and the block may have."""
     if layer.needs:
         return None, f"it reads {', '.join(layer.needs)} beside its input"
-    if any(isinstance(module, Block) for module in layer.block.body.modules()):
+    if holds_blocks(layer):
         return None, "backpropagation through the whole network"
     if layer.rule.head_arguments() is None:
         return None, ""

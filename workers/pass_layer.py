@@ -5,7 +5,8 @@ may with the block's own. What `GraphBody` can't give, a second way back or a gr
 the rule wrote into the activations, is made of a second forward of the block, with the same draws.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +17,7 @@ from unlocked.kernels.vocabulary import using
 from unlocked.models.generators import mixed
 from unlocked.rules import Carried, LayerPass, OutputHead
 from unlocked.workers.drawing import DrawingLayer
-from unlocked.workers.fused import FusedSteps
+from unlocked.workers.fused import FusedSteps, holds_blocks
 from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.heads import PiecewiseHead, SplitBody, head_of, split_body
 from unlocked.workers.layer import AutogradStep, Layer, StepFactory, as_delivered
@@ -122,7 +123,7 @@ def _pass_step(other: StepFactory | None) -> StepFactory:
         layer.optimizer = other.optimizer_of(layer)
         if in_pieces and head_of(layer.block) is not None:
             return PassHeadStep(layer)
-        if not layer.rule.needs_graph or layer.needs:
+        if not layer.rule.needs_graph or layer.needs or holds_blocks(layer):
             return PassStep(layer)
         body, why = opened_body(layer, other.backend)
         if body is not None:
@@ -150,7 +151,7 @@ class PassStep(AutogradStep):
             activations = self.activate(x)
         with torch.set_grad_enabled(layer.rule.needs_graph):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations
-        self._pass = layer.new_pass(x, seen)
+        self.begin_pass(x, seen)
         with torch.no_grad():
             result = layer.leaving(layer.block.tail(activations.detach()))
             return result if out is None else out.copy_(result)
@@ -159,6 +160,10 @@ class PassStep(AutogradStep):
         """The activations as the rule sees them."""
         found: Tensor = self.layer.block.body(x, **self.layer.beside)
         return found
+
+    def begin_pass(self, x: Tensor, seen: Tensor) -> None:
+        """The rule's turn comes next, with these activations."""
+        self._pass, self._version = self.layer.new_pass(x, seen), seen._version
 
     def current(self) -> LayerPass:
         """The micro-batch between `forward` and `update`."""
@@ -174,12 +179,27 @@ class PassStep(AutogradStep):
             loss = layer.rule.step(one)
             if not isinstance(loss, Tensor):
                 raise ValueError(f"step() gives {type(loss).__name__}; it is the mean loss, a scalar tensor")
+            if one.activations._version != self._version:
+                self._check_delivered(one.activations)
             if loss.requires_grad:
                 loss.backward()
         if layer.optimizer is not None:
             layer.optimizer.step()
         with torch.no_grad():
             return self.tell(loss.detach(), one, labels)
+
+    @torch.no_grad()
+    def _check_delivered(self, changed: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the next layer reads the activations as they are, so that a rule can't write into them.
+        """
+        delivered = self.layer.block.tail(changed.detach())
+        if delivered.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
+            raise ValueError(
+                f"step() of {type(self.layer.rule).__name__} writes into the activations, which the next layer reads "
+                "as well; write into a copy (`activations.clone()`)"
+            )
 
     def tell(self, loss: Tensor, one: LayerPass, labels: Tensor) -> Tensor:
         """Adds the micro-batch to the layer's totals; the sum of its losses."""
@@ -214,10 +234,20 @@ class OpenPassStep(PassStep):
         super().__init__(layer)
         self.body, self.counts = body, body.counts
         self.rest = self.why
+        self.unread = body.unread
+        body.note_rest()
+        self._trains = [(p, p.requires_grad) for p in layer.block.body.parameters()]
         self._forward = 0  # which one `body` keeps the state of
+
+    @property
+    def trains_as_built(self) -> bool:
+        """No parameter was frozen or set free since."""
+        return all(parameter.requires_grad == trains for parameter, trains in self._trains)
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer's output, in `out` if given."""
+        if not self.trains_as_built:
+            return self._forward_by_autograd(x, out)
         x = x.detach()
         with torch.no_grad():
             result = self.body.forward(x, out)
@@ -225,10 +255,25 @@ class OpenPassStep(PassStep):
             if made.dim() == 3:  # rows may have their channels together: rules may ask for a view
                 made = made.contiguous()
         self._forward += 1
-        again = self.layer.repeated(x)
-        seen = cast(Tensor, _ThroughBody.apply(_Way(self, made, again), *self.body.trained))
-        self._pass = self.layer.new_pass(x, seen)
+        with torch.enable_grad():
+            way = _Way(self, x, made, self.layer.repeated(x))
+            seen = cast(Tensor, _ThroughBody.apply(way, *self.body.trained))
+        self.begin_pass(x, seen)
         return result
+
+    def _forward_by_autograd(self, x: Tensor, out: Tensor | None) -> Tensor:
+        result = super().forward(x, out)
+        with torch.no_grad():
+            for norm in self.counts:  # which have counted by themselves now
+                if isinstance(count := norm.num_batches_tracked, Tensor):
+                    count -= 1
+        return result
+
+    def update(self, labels: Tensor) -> Tensor:
+        found = super().update(labels)
+        self._forward += 1
+        self.body.drop()
+        return found
 
     def spend(self, number: int, grad: Tensor) -> Sequence[Tensor | None] | None:
         """The parameters' gradients from that of the activations, laid out as they are; None: what they are made of is
@@ -247,24 +292,64 @@ class _Way:
         again: the block's activations once more, through autograd, leaving its buffers as they are.
     """
 
-    def __init__(self, step: OpenPassStep, activations: Tensor, again: Callable[[], Tensor]) -> None:
+    def __init__(self, step: OpenPassStep, x: Tensor, activations: Tensor, again: Callable[[], Tensor]) -> None:
         self._step, self._again, self._number = step, again, step._forward
         self.activations, self._version = activations, activations._version
+        self._read = [(x, x._version), *((p, p._version) for p in step.body.trained if p.dim() > 1)]
+        # Vectors are few numbers: a rule may change a bias or a norm as it likes.
+        self._vectors = [(p, p._version, p.detach().clone()) for p in step.body.trained if p.dim() <= 1]
 
     def back(self, grad: Tensor) -> Sequence[Tensor | None]:
+        plain = not (torch.is_grad_enabled() or _is_batched(grad))
         found = None
-        if not torch.is_grad_enabled() and self.activations._version == self._version:
+        if plain and self._step.trains_as_built and self.activations._version == self._version:
             if grad.stride() != self.activations.stride():
                 grad = torch.empty_like(self.activations).copy_(grad)
-            found = self._step.spend(self._number, grad)
-        if found is not None:
-            return found
+            self._check([one for one in self._read if id(one[0]) not in self._step.unread])
+            with self._vectors_as_they_were():
+                found = self._step.spend(self._number, grad)
+        return self._by_autograd(grad) if found is None else found
+
+    def _by_autograd(self, grad: Tensor) -> list[Tensor | None]:
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            activations = self._again()
-            return torch.autograd.grad(
-                activations, self._step.body.trained, grad, create_graph=differentiable, allow_unused=True
-            )
+        self._check(self._read)
+        if differentiable:  # gradients of gradients would be those of what vectors are now
+            self._check([(p, version) for p, version, _ in self._vectors])
+        trained = self._step.body.trained
+        still = [p for p in trained if p.requires_grad]
+        with torch.enable_grad(), contextlib.nullcontext() if differentiable else self._vectors_as_they_were():
+            made = torch.autograd.grad(self._again(), still, grad, create_graph=differentiable, allow_unused=True)
+        found = {id(p): one for p, one in zip(still, made, strict=True)}
+        return [found.get(id(p)) for p in trained]
+
+    def _check(self, given: Sequence[tuple[Tensor, int]]) -> None:
+        """
+        Raises:
+            RuntimeError: what the way back reads was written into, as in autograd.
+        """
+        for tensor, version in given:
+            if tensor._version != version:
+                what = "a parameter" if isinstance(tensor, torch.nn.Parameter) else "the input"
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{what} of the layer {self._step.layer.name}, {list(tensor.shape)}; change it after the way back"
+                )
+
+    @contextlib.contextmanager
+    def _vectors_as_they_were(self) -> Iterator[None]:
+        changed = [(p, p.detach().clone(), before) for p, version, before in self._vectors if p._version != version]
+        for parameter, _, before in changed:
+            parameter.data.copy_(before)
+        try:
+            yield
+        finally:
+            for parameter, now, _ in changed:
+                parameter.data.copy_(now)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """It stands for several, in `torch.func` or by `is_grads_batched`."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _ThroughBody(torch.autograd.Function):
@@ -273,12 +358,10 @@ class _ThroughBody(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, way: _Way, *parameters: Tensor) -> Tensor:
         ctx.way = way
-        ctx.save_for_backward(*parameters)
         return way.activations.detach()  # the same tensor would hold the graph that holds it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if the rule has written into a weight in between, as autograd does
         return (None, *ctx.way.back(grad))
 
 

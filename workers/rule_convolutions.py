@@ -46,14 +46,25 @@ class _Convolving(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor | None:
-        """The result; None: the library's."""
-        if isinstance(padding, str) or input.dim() != 4:
+        """The result; None: the library's, which also says what does not fit."""
+        sizes = (stride, padding, dilation)
+        if input.dim() != 4 or weight.dim() != 4 or isinstance(padding, str) or not _is_plain(input, weight, bias):
             return None
-        geometry = tuple(_pair(one) for one in (stride, padding, dilation))
+        geometry = tuple(_pair(one) for one in sizes)
         if not self._backend.takes_convolution(weight.shape[1], weight.shape[0], weight.shape[2:], *geometry, groups):
             return None
         result: Tensor = _Convolution.apply(self._backend, input, weight, bias, (*geometry, groups))
         return result
+
+
+def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Sizes fit, all is float32 on a CPU, and nothing but autograd looks on."""
+    given = [input, weight] if bias is None else [input, weight, bias]
+    fits = input.shape[1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or any(one.dtype != torch.float32 or one.device.type != "cpu" for one in given):
+        return False
+    watched = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return not watched and not torch._C._are_functorch_transforms_active()
 
 
 class _Convolution(torch.autograd.Function):
@@ -80,4 +91,5 @@ class _Convolution(torch.autograd.Function):
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return 2 * sizes if len(sizes) == 1 else sizes

@@ -76,3 +76,17 @@ def test_info_pro_reconstructs_images_smaller_and_larger_than_the_maps(side: int
 
 def _plainly(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     return F.conv2d(maps, conv.weight, conv.bias, padding=1)
+
+
+def test_latents_stand_what_the_library_s_stand() -> None:
+    """Gradients of gradients, writing into them, and functional transforms."""
+    maps = torch.randn(3, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda a: read_latents(a, 2).square(), maps)
+    for side in (1, 2):
+        latents = read_latents(maps, side)
+        latents -= latents.mean(0)
+        torch.testing.assert_close(latents, pool_latents(maps, side) - pool_latents(maps, side).mean(0))
+    found = torch.func.grad(lambda a: read_latents(a, 2).sin().sum())(maps)
+    torch.testing.assert_close(found, torch.func.grad(lambda a: pool_latents(a, 2).sin().sum())(maps))
+    each = torch.func.vmap(torch.func.grad(lambda a: read_latents(a[None], 2).sin().sum()))(maps)
+    torch.testing.assert_close(each, found)

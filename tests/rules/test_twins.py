@@ -139,9 +139,9 @@ def info_pro(given: Given, a: Tensor, labels: Tensor, *, contrastive: bool = Fal
     places = torch.arange(8).double() * 5 / 7  # of 8 pixels among 6, corner on corner
     share = (1 - (places[:, None] - torch.arange(6)).abs()).clamp_min(0)
     large = torch.einsum("ip,jq,bcpq->bcij", share, share, a)
-    hidden = F.conv2d(large, given["decoder.0.weight"], given["decoder.0.bias"], padding=1)
-    hidden = normalised(given, "decoder.1", hidden).clamp_min(0)
-    error = F.conv2d(hidden, given["decoder.3.weight"], given["decoder.3.bias"], padding=1) - given["network_input"]
+    hidden = F.conv2d(large, given["decoder.1.weight"], given["decoder.1.bias"], padding=1)
+    hidden = normalised(given, "decoder.2", hidden).clamp_min(0)
+    error = F.conv2d(hidden, given["decoder.4.weight"], given["decoder.4.bias"], padding=1) - given["network_input"]
     x = F.conv2d(a, given["head.0.weight"], stride=2, padding=1)
     x = normalised(given, "head.1", x).clamp_min(0).mean((2, 3))
     z = linear(given, "head.7", linear(given, "head.5", x).clamp_min(0))

@@ -85,6 +85,35 @@ print(faults(10))
     assert float(result.stdout) < 500
 
 
+@linux
+def test_a_run_gives_back_the_memory_that_it_has_kept() -> None:
+    """Resident memory of a process of its own, in MiB above that before the run."""
+    program = """
+import sys, torch
+from pathlib import Path
+from unlocked.rules import LocalRule
+from unlocked.runtime import Trainer
+from unlocked.models import small_conv
+torch.set_num_threads(1)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+class Greedy(LocalRule):
+    size = 1
+    def forward(self, activations, labels):
+        return activations.square().mean() + 0 * torch.ones(self.size << 18).sum()
+data = torch.randn(8, 1, 8, 8), torch.arange(8) % 2
+def fit(rule):
+    Trainer(small_conv(in_channels=1, num_classes=2, image_size=8), rule=rule, optimizer=torch.optim.Adam).fit(
+        data, epochs=1, batch_size=4)
+fit(Greedy)  # which imports what a run needs
+before, Greedy.size = resident(), 100
+fit(Greedy)
+print(resident() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 50
+
+
 def test_threads_are_set_for_a_run() -> None:
     before = torch.get_num_threads()
     data = torch.randn(8, 1, 8, 8), torch.arange(8) % 2

@@ -64,6 +64,31 @@ def test_others_stay_the_library_s(options: dict[str, Any]) -> None:
     assert torch.equal(found, F.conv2d(x, weight, **options))
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        ((2, 48, 8, 8), (64, 32, 3, 3), None),
+        ((2, 16, 8, 8), (64, 32, 3, 3), None),
+        ((2, 32, 8, 8), (64, 32, 3, 3), torch.zeros(10)),
+        ((2, 32, 8, 8), (64, 32, 3, 3), torch.zeros(64, dtype=torch.float64)),
+    ],
+)
+def test_what_does_not_fit_is_the_library_s_error(x: Any, weight: Any, bias: Tensor | None) -> None:
+    with convolving(winograd), pytest.raises(RuntimeError):
+        F.conv2d(torch.randn(x), torch.randn(weight), bias)
+
+
+def test_autocast_and_functional_transforms_stay_the_library_s() -> None:
+    x, weight = torch.randn(2, 32, 8, 8), 0.1 * torch.randn(64, 32, 3, 3)
+    with convolving(winograd):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.conv2d(x, weight).dtype == torch.bfloat16
+        found = torch.func.grad(lambda w: F.conv2d(x, w, padding=(1,)).sin().sum())(weight)
+        filtered = F.conv2d(x, weight, padding=(1,))
+    torch.testing.assert_close(found, torch.func.grad(lambda w: F.conv2d(x, w, padding=1).sin().sum())(weight))
+    torch.testing.assert_close(filtered, F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
+
+
 def test_without_convolutions_of_its_own_a_backend_leaves_the_library_s() -> None:
     x, weight = torch.randn(2, 32, 8, 8), torch.randn(64, 32, 3, 3)
     for backend in (None, cpp):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout, pool_latents, spread_latents
-from unlocked.workers.graph.operations import Casts, Gradients, Operation, Replaceable
+from unlocked.workers.graph.operations import Casts, Convolution, Gradients, Operation, Replaceable
+from unlocked.workers.graph.products import Linear
 from unlocked.workers.graph.tracing import Node
 
 __all__ = ["Call", "End", "GraphBody", "How", "PlainEnd"]
@@ -148,6 +149,26 @@ class GraphBody:
         return [self._places[id(p)] for p in operation.parameters]
 
     @property
+    def unread(self) -> set[int]:
+        """Ids of parameters that no way back reads: those of convolutions and linear maps of what needs no gradient."""
+        maps = [line for line in self._way if isinstance(line.operation, Convolution | Linear)]
+        return {id(p) for line in maps if not any(line.wanted) for p in line.operation.parameters}
+
+    def note_rest(self) -> None:
+        """Remembers what operations hold between two steps, for `drop`."""
+        found = [each for call in self.calls for each in _with_parts(call.operation)]
+        self._at_rest = [(one, dict(vars(one))) for one in (*found, *_with_parts(self.end))]
+
+    def drop(self) -> None:
+        """Lets go of what a `forward` has kept to which no `backward` comes. After a `note_rest`."""
+        for operation, rest in self._at_rest:
+            for name in [name for name, value in vars(operation).items() if value is not rest.get(name)]:
+                if name in rest:
+                    setattr(operation, name, rest[name])
+                else:
+                    delattr(operation, name)
+
+    @property
     def reached(self) -> set[int]:
         """Ids of the parameters that the loss depends on."""
         found = {id(p) for p in self.end.parameters}
@@ -269,6 +290,15 @@ class _Line:
     places: list[int]
     needs: bool
     """A gradient must pass here."""
+
+
+def _with_parts(operation: Any) -> Iterator[Any]:
+    """An operation and those that it is made of."""
+    yield operation
+    for value in vars(operation).values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Operation):
+                yield from _with_parts(part)
 
 
 def _last_uses(calls: Sequence[Call], last: Sequence[Node]) -> list[list[Node]]:
