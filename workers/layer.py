@@ -107,6 +107,8 @@ class Layer:
         self._mode: str | None = None
         self.sample = sample
         self.step: Step = (step or AutogradStep)(self)
+        if self.optimizer is not None:  # groups of equal options may have become one
+            self.base_lr = self.base_lr[: len(self.optimizer.param_groups)]
 
     @property
     def name(self) -> str:

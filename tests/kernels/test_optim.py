@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from unlocked.kernels import cpp
 from unlocked.kernels.optim import kind_of
 from unlocked.kernels.schedule_free import AdamWSF
+from unlocked.models import Block
+from unlocked.rules import LLS, LayerInfo
+from unlocked.workers.layer import AutogradStep, Layer
 
 schedulefree = pytest.importorskip("schedulefree")
 
@@ -123,3 +126,30 @@ def test_a_clipping_hook_clips(from_torch: Callable[[Any], Any]) -> None:
     parameter.grad = torch.full((1,), 10.0)
     (from_torch(optimizer) or optimizer).step()
     assert parameter.item() == pytest.approx(0.9995)
+
+
+def test_the_learning_rate_of_equal_groups_is_scaled(from_torch: Callable[[Any], Any]) -> None:
+    """Also where the fused optimizer makes one group of them."""
+
+    def two_groups(params: Any) -> torch.optim.Adam:
+        first, *others = params
+        return torch.optim.Adam([{"params": [first]}, {"params": others}], lr=0.25)
+
+    def fused(layer: Layer) -> AutogradStep:
+        layer.optimizer = from_torch(layer.optimizer) or layer.optimizer
+        return AutogradStep(layer)
+
+    info = LayerInfo(
+        name="layer",
+        index=0,
+        activation_shape=(4,),
+        num_classes=3,
+        latent_size=4,
+        hidden=8,
+        reduced_rank=2,
+        seed=0,
+    )
+    block = Block("layer", nn.Linear(5, 4), latent_size=4)
+    layer = Layer(block, LLS()(info), info, two_groups, device=torch.device("cpu"), step=fused)
+    layer.set_lr_factor(0.5)
+    assert {float(group["lr"]) for group in layer.optimizer.param_groups} == {0.125}
