@@ -29,7 +29,9 @@ def _gpu_joules(device: torch.device) -> float | None:
 
 def _cpu_joules(root: Path = _POWERCAP) -> float | None:
     try:
-        packages = [zone for zone in root.glob("intel-rapl:*") if zone.name.count(":") == 1]
+        zones = [zone for zone in root.glob("intel-rapl:*") if zone.name.count(":") == 1]
+        # Beside the packages there may be the whole platform ("psys"), which has them in it.
+        packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
         if not packages:
             return None
         return sum(int((zone / "energy_uj").read_text()) for zone in packages) / 1e6

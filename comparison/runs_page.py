@@ -6,7 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from unlocked.comparison.report.figures import Ink, Picture, draw, require_plotting
+from unlocked.comparison.report.figures import Ink, Picture, draw, plain_label, require_plotting
 from unlocked.comparison.report.layers import CAPTION, LayerAccuracies, layers_charts
 from unlocked.comparison.report.sections import Headline, Section, Table, render
 from unlocked.comparison.saved_runs import SavedRun, table_of
@@ -129,7 +129,9 @@ def _plot(axes: "Axes", runs: Sequence[SavedRun], column: str, title: str, colou
         if curve := run.curve(column):
             epochs, values = zip(*curve, strict=True)
             dash = _DASHES[number // len(_INKS) % len(_DASHES)]
-            axes.plot(epochs, values, dash, marker="o", markersize=3, color=colours[number], label=run.name)
+            axes.plot(
+                epochs, values, dash, marker="o", markersize=3, color=colours[number], label=plain_label(run.name)
+            )
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("epochs")
     axes.set_ylabel(title)

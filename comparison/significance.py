@@ -16,12 +16,13 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
     """The p of Welch's test that two means are equal, both sides.
 
     Of a side with one value nothing is known but that value: the other side's deviation then counts for both. NaN where
-    each side has one.
+    each side has one, or neither varies: a few equal values are so by the coarse steps in which accuracies come, and
+    say nothing of chance.
     """
     if len(a) == len(b) == 1:
         return math.nan
-    if len(set(a)) == len(set(b)) == 1:  # no deviation at all, after rounding
-        return 1.0 if a[0] == b[0] else 0.0
+    if len(set(a)) == len(set(b)) == 1:
+        return 1.0 if a[0] == b[0] else math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly the same
         return float(stats.ttest_ind(a, b, equal_var=min(len(a), len(b)) == 1).pvalue)

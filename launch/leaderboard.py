@@ -44,6 +44,9 @@ def _run(given: Sequence[str]) -> int:
 
     options = parse(given)
     if not options.report_only:
+        if options.retry:
+            with Session(options, print) as session:
+                session.forget_failed()
         if options.jobs > 1 and (code := _share_out(given, options.jobs)):
             return code
         with Session(options, lambda line: print(line, flush=True)) as session:
@@ -74,7 +77,8 @@ def _run(given: Sequence[str]) -> int:
 
 def _share_out(given: Sequence[str], jobs: int) -> int:
     """Trains in so many processes that take cells in turn; the worst of their exit codes."""
-    command = [sys.executable, "-m", "unlocked.launch.leaderboard", *given, "--jobs", "1", "--train-only"]
+    told = [word for word in given if word != "--retry"]  # once for all of them: what fails now has had its try
+    command = [sys.executable, "-m", "unlocked.launch.leaderboard", *told, "--jobs", "1", "--train-only"]
     running = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(jobs)]
     return max(abs(process.wait()) for process in running)
 

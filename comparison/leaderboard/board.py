@@ -7,7 +7,7 @@ from typing import Any
 
 from unlocked.comparison.cells import read_cell
 from unlocked.comparison.leaderboard.options import Key, LeaderboardOptions
-from unlocked.comparison.leaderboard.results import Measures, Row, Training, best_first
+from unlocked.comparison.leaderboard.results import Measures, Row, Timing, Training, best_first
 from unlocked.comparison.significance import holm, welch
 from unlocked.runtime.typed import from_plain
 
@@ -26,7 +26,7 @@ class Difference:
     points: float
     """Of mean accuracy."""
     p: float
-    """Welch's; NaN where neither has two seeds."""
+    """Welch's; NaN where nothing is known of chance."""
     corrected: float
     """By Holm, for all pairs of the table."""
 
@@ -76,6 +76,7 @@ def read_board(options: LeaderboardOptions) -> Board:
         ValueError: a cell was made with other settings, or is damaged; names the file.
     """
     cells = list(_cells(options))
+    measures = [_kept(options, key, "measures") for key in options.keys]
     rows = [_row(options, key) for key in options.keys]
     tables = []
     for (dataset, network), group in groupby(rows, key=lambda row: (row.dataset, row.network)):
@@ -84,20 +85,24 @@ def read_board(options: LeaderboardOptions) -> Board:
     return Board(
         tables=tuple(tables),
         missing=sum(cell is None for cell in cells),
-        machines=tuple(dict.fromkeys(_machine(cell) for cell in cells if cell is not None)),
+        machines=tuple(dict.fromkeys(_machine(cell) for cell in (*cells, *measures) if cell is not None)),
     )
 
 
 def _cells(options: LeaderboardOptions) -> Iterator[dict[str, Any] | None]:
     for key, seed in options.cells():
-        yield read_cell(options.path_of(key, seed), options.settings_of(key), remedy="--output")
+        yield _kept(options, key, seed)
+
+
+def _kept(options: LeaderboardOptions, key: Key, part: int | str) -> dict[str, Any] | None:
+    return read_cell(options.path_of(key, part), options.settings_of(key), remedy="--output")
 
 
 def _row(options: LeaderboardOptions, key: Key) -> Row:
     trainings, failures = [], []
     for seed in options.seeds:
         path = options.path_of(key, seed)
-        cell = read_cell(path, options.settings_of(key), remedy="--output")
+        cell = _kept(options, key, seed)
         if cell is None:
             continue
         if "failed" in cell:
@@ -105,7 +110,7 @@ def _row(options: LeaderboardOptions, key: Key) -> Row:
         else:
             trainings.append(from_plain(Training, cell.get("training"), str(path)))
     path = options.path_of(key, "measures")
-    cell = read_cell(path, options.settings_of(key), remedy="--output") or {}
+    cell = _kept(options, key, "measures") or {}
     return Row(
         rule=key.rule,
         network=key.network,
@@ -113,6 +118,7 @@ def _row(options: LeaderboardOptions, key: Key) -> Row:
         trainings=tuple(trainings),
         failures=tuple(failures),
         measures=from_plain(Measures, cell["measures"], str(path)) if "measures" in cell else None,
+        timing=from_plain(Timing, cell["timing"], str(path)) if {"measures", "timing"} <= cell.keys() else None,
         measures_failed=cell.get("failed"),
     )
 

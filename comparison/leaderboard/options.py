@@ -1,11 +1,13 @@
 """The leaderboard's command line."""
 
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unlocked.comparison.leaderboard.results import Timing
 from unlocked.models import check_model_options, model_options
 from unlocked.rules import TRAINING_MODES
 from unlocked.runtime.fields import (
@@ -23,6 +25,7 @@ from unlocked.runtime.fields import (
 from unlocked.runtime.job import check_device
 from unlocked.runtime.model_options import ModelOptions
 from unlocked.runtime.recipe import Recipe, make_lr_factor, make_optimizer
+from unlocked.runtime.saving.whole_file import json_text
 
 __all__ = ["Key", "LeaderboardOptions", "parse"]
 
@@ -88,6 +91,11 @@ class LeaderboardOptions:
                 raise ValueError(f"{name} are {' '.join(map(str, values)) or 'none'}; give one or more, each once")
         if self.report_only and self.train_only:
             raise ValueError("report_only and train_only leave nothing to do; give one of them")
+        if self.minutes is not None and 60 * self.minutes >= self.timeout:
+            raise ValueError(
+                f"minutes is {self.minutes:g}, and no run may take longer than the timeout of {self.timeout:g} "
+                "seconds, its evaluations included; give a longer timeout"
+            )
         for dataset in self.datasets:
             replace(self.recipe, dataset=dataset)
         for option, value in values_of(self.network_options).items():
@@ -116,10 +124,18 @@ class LeaderboardOptions:
     def settings_of(self, key: Key) -> dict[str, Any]:
         """What a kept cell must have been made with."""
         recipe = self.recipe_of(key, 0)
-        own = model_options(key.network)
-        told = {name: saved(recipe)[name] for name in (*_TOLD, *own) if name in saved(recipe)}
+        names = (*_TOLD, *_TOLD_OF_SCHEDULES.get(recipe.lr_scheduler, ()), *model_options(key.network))
+        told = {name: saved(recipe)[name] for name in names if name in saved(recipe)}
+        if key.dataset in _OF_A_FOLDER:
+            told["dataset_dir"] = str(recipe.dataset_dir.resolve())
         budget = {"minutes": self.minutes} if self.minutes else {"num_epochs": recipe.num_epochs}
-        return told | budget
+        found: dict[str, Any] = json.loads(json_text(told | budget))  # as a kept cell has them
+        return found
+
+    @property
+    def timing(self) -> Timing:
+        """How rows are timed."""
+        return Timing(seed=self.seeds[0], speed_steps=self.speed_steps, repeats=self.repeats, processes=self.processes)
 
     def path_of(self, key: Key, part: int | str) -> Path:
         """The file of a seed's cell, or of the row's `"measures"`."""
@@ -130,6 +146,8 @@ _TOLD = (
     *("dataset", "image_size", "lr", "batch_size", "drop_last", "weight_decay", "momentum", "optimizer", "waveform"),
     *("temperature", "label_smoothing", "dropout", "lr_scheduler", "precision", "statistics_batches", "device"),
 )
+_TOLD_OF_SCHEDULES = {"MultiStepLR": ("milestone", "gamma"), "ReduceLROnPlateau": ("gamma",)}
+_OF_A_FOLDER = ("folder", "text")  # datasets that are whatever lies in --dataset-dir
 _SHARED = (
     *("dataset_dir", "image_size", "num_epochs", "lr", "batch_size", "test_batch_size", "drop_last", "weight_decay"),
     *("momentum", "optimizer", "waveform", "temperature", "label_smoothing", "dropout", "lr_scheduler", "milestone"),

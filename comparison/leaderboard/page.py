@@ -64,8 +64,11 @@ def summary_line(table: Table) -> str:
     where = f"{table.network} on {table.dataset}"
     if not local:
         return f"{where}: nothing local has been trained yet."
-    best, reference = local[0], table.reference
+    whole = [row for row in local if not row.failures]  # the mean of those that did not fail flatters a rule
+    best, reference = (whole or local)[0], table.reference
     told = f"{where}: the best local rule is {best.rule} with {best.mean:.2f} %"
+    if best.failures:
+        told += f" ({best.seeds_told} seeds; the others failed)"
     if reference is None:
         return f"{told}."
     points = (reference.mean or 0) - (best.mean or 0)
@@ -125,11 +128,10 @@ def _learned(row: Row, reference: Row | None) -> list[str]:
     apart = None
     if row.mean is not None and reference is not None and reference.mean is not None and row.rule != REFERENCE:
         apart = row.mean - reference.mean
-    n = len(row.trainings)
     return [
         row.rule,
         _number(row.mean, "{:.2f}"),
-        f"± {row.deviation:.2f} ({n})" if row.deviation is not None else f"({n})",
+        f"± {row.deviation:.2f} ({row.seeds_told})" if row.deviation is not None else f"({row.seeds_told})",
         _number(apart, "{:+.2f}"),
         _NONE if math.isnan(row.p) else f"{row.p:.3f}{'*' if row.p < LEVEL else ''}",
         _locality(_inspection(row)),
@@ -198,12 +200,9 @@ def _conditions(board: Board, options: LeaderboardOptions) -> Section:
             "Every cell trained in a process of its own with one thread; seconds include the evaluation after each "
             "epoch, and are from runs that may have shared the machine. All rules have the same learning rate, "
             "optimizer and budget: a rule that wants others is not shown at its best.",
-            f"Speed was measured with the first seed while nothing else of the leaderboard ran: {options.speed_steps} "
-            f"micro-batches without evaluation, the median of {options.repeats}, in one process and as a pipeline of "
-            f"{options.processes}. Same bits: the pipeline left the weights of the one process. Edges are what the "
+            f"{_timings(board)}Same bits: the pipeline left the weights of the one process. Edges are what the "
             "pipeline's messages hold, the side channel included. Activations are the most allocated at once in a "
-            "step of one process, without "
-            f"weights, their gradients under a local rule, and optimizer states. {energy}",
+            f"step of one process, without weights, their gradients under a local rule, and optimizer states. {energy}",
             "Local: at each cut between two layers all later layers began with other weights, and after three steps on "
             "the cell's own data every earlier layer held the same bits. p: Welch's test against backpropagation, "
             f"corrected by Holm for the rules of the table; * below {LEVEL}. The digest is the first seed's "
@@ -212,6 +211,21 @@ def _conditions(board: Board, options: LeaderboardOptions) -> Section:
         ),
         facts=facts,
     )
+
+
+def _timings(board: Board) -> str:
+    """How speed was measured, as the measures themselves say."""
+    timings = dict.fromkeys(row.timing for table in board.tables for row in table.rows if row.timing is not None)
+    told = [
+        f"{one.speed_steps} micro-batches of seed {one.seed} without evaluation, the median of {one.repeats}, in one "
+        f"process and as a pipeline of {one.processes}"
+        for one in timings
+        if one.repeats
+    ]
+    if not told:
+        return ""
+    rows = " (rows differ)" if len(told) > 1 else ""
+    return f"Speed was measured while nothing else of the leaderboard ran: {'; or '.join(told)}{rows}. "
 
 
 def _budget(options: LeaderboardOptions) -> list[str]:
@@ -232,6 +246,7 @@ def _csv_row(row: Row) -> dict[str, object]:
         "network": row.network,
         "rule": row.rule,
         "seeds": len(row.trainings),
+        "seeds_failed": len(row.failures),
         "test_acc1_mean": row.mean,
         "test_acc1_deviation": row.deviation,
         "test_acc1": _joined(row.accuracies),

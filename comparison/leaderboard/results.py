@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Inspection", "Measures", "Row", "Training", "best_first"]
+__all__ = ["Inspection", "Measures", "Row", "Timing", "Training", "best_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,18 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How a row's speed was measured."""
+
+    seed: int
+    speed_steps: int
+    """Training micro-batches of a timed run."""
+    repeats: int
+    processes: int
+    """Asked for, of the pipeline."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measures:
     """What is measured once for a rule, a network and a dataset, while nothing else runs."""
 
@@ -82,6 +94,8 @@ class Row:
     failures: tuple[str, ...]
     """One per seed that failed."""
     measures: Measures | None
+    timing: Timing | None = None
+    """Of the measures; None: there are none, or nobody knows."""
     measures_failed: str | None = None
     p: float = math.nan
     """Of an accuracy equal to backpropagation's: Welch's test, corrected by Holm over the rules of the table."""
@@ -89,6 +103,12 @@ class Row:
     @property
     def accuracies(self) -> list[float]:
         return [training.test_acc1 for training in self.trainings]
+
+    @property
+    def seeds_told(self) -> str:
+        """How many the mean is of, and of how many that were trained."""
+        all_of = len(self.trainings) + len(self.failures)
+        return f"{len(self.trainings)} of {all_of}" if self.failures else f"{all_of}"
 
     @property
     def mean(self) -> float | None:

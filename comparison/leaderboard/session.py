@@ -1,5 +1,6 @@
 """Trains and measures the cells that are not there yet, each in processes of its own, and keeps each as a file."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -53,6 +54,15 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def forget_failed(self) -> None:
+        """Removes the cells that have failed, and that nobody is at, so that they are made again."""
+        for key, part in itertools.product(self.options.keys, (*map(str, self.options.seeds), "measures")):
+            path = self.options.path_of(key, part)
+            with claimed(path) as mine:
+                cell = read_cell(path, self.options.settings_of(key), remedy="--output") if mine else None
+                if cell is not None and "failed" in cell:
+                    path.unlink()
+
     def train(self) -> None:
         """Trains the cells that nobody has and nobody is at, one after the other."""
         for key, seed in self.options.cells():
@@ -66,10 +76,11 @@ class Session:
     def _make(self, key: Key, part: int | str, make: Callable[[], dict[str, Any]], *, alone: bool) -> None:
         """Keeps what `make` gives, or why it failed."""
         path, settings = self.options.path_of(key, part), self.options.settings_of(key)
-        if self._is_there(path, settings):
+        timing = to_plain(self.options.timing) if part == "measures" else None
+        if self._is_there(path, settings, timing):
             return
         with claimed(path) as mine:
-            if not mine or self._is_there(path, settings):
+            if not mine or self._is_there(path, settings, timing):
                 return
             with machine_held(path.parent, alone=alone):
                 try:
@@ -79,12 +90,14 @@ class Session:
             machine = self._machine
             told = found.pop("told", None) or f"failed: {found['failed']}"
             where = {"machine": machine.cpu, "versions": machine.versions, "commit": machine.commit}
-            write_json(path, {"key": list(key), "part": part, "settings": settings, **where, **found})
+            how = {"settings": settings} if timing is None else {"settings": settings, "timing": timing}
+            write_json(path, {"key": list(key), "part": part, **how, **where, **found})
         self.announce(f"{key.title} {part if part == 'measures' else f'seed {part}'}: {told}")
 
-    def _is_there(self, path: Path, settings: dict[str, Any]) -> bool:
+    def _is_there(self, path: Path, settings: dict[str, Any], timing: Any) -> bool:
+        """As it would be made now: what is timed otherwise is measured again."""
         cell = read_cell(path, settings, remedy="--output")
-        return cell is not None and not (self.options.retry and "failed" in cell)
+        return cell is not None and cell.get("timing") == timing
 
     def _trained(self, key: Key, seed: int) -> dict[str, Any]:
         recipe = self.options.recipe_of(key, seed)
@@ -110,7 +123,8 @@ class Session:
         assert self.options.minutes is not None
         trial, _ = self._run(key, self._timed(recipe))
         steps = max(1, int(60 * self.options.minutes * trial.images_per_second / recipe.batch_size))
-        per_epoch = math.ceil(self._sizes[key.dataset] / recipe.batch_size)
+        batches = self._sizes[key.dataset] / recipe.batch_size
+        per_epoch = max(1, math.floor(batches) if recipe.drop_last else math.ceil(batches))
         return replace(recipe, max_steps=steps, num_epochs=math.ceil(steps / per_epoch))
 
     def _timed(self, recipe: Recipe) -> Recipe:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FAMILY_COLOURS", "Ink", "Picture", "draw", "require_plotting"]
+__all__ = ["FAMILY_COLOURS", "Ink", "Picture", "draw", "plain_label", "require_plotting"]
 
 _WIDE, _NARROW = 10.0, 4.75  # inches; the page shows them at about 860 and 350 pixels
 _FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
@@ -101,6 +101,12 @@ def draw(
             figure.savefig(buffer, format="svg", transparent=True)
         svg.append(_for_page(buffer.getvalue(), f"{name}-{'narrow' if narrow else 'wide'}", title, description))
     return Picture(title=title, description=description, wide=svg[0], narrow=svg[1])
+
+
+def plain_label(name: str) -> str:
+    """`name` as a label that Matplotlib neither takes for a formula nor, for its underscore, leaves out."""
+    plain = name.replace("$", r"\$")
+    return f"\u200b{plain}" if plain.startswith("_") else plain
 
 
 def _style(narrow: bool) -> dict[str, Any]:

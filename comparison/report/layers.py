@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from unlocked.comparison.report.figures import Ink, Picture, draw
+from unlocked.comparison.report.figures import Ink, Picture, draw, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,11 +79,17 @@ def plot_layers(
         if one.first is not None and tuple(one.first) == tuple(layers):
             axes.plot(range(len(layers)), list(one.first.values()), ":", color=colour, linewidth=1.2, alpha=0.7)
         axes.plot(
-            range(len(layers)), list(one.last.values()), dash, color=colour, marker=marker, markersize=5, label=name
+            range(len(layers)),
+            list(one.last.values()),
+            dash,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=plain_label(name),
         )
     step = -(-len(layers) // most_names)
     shown = range(len(layers) - 1, -1, -step)  # the output layer's name always stands there
-    axes.set_xticks(list(shown), [layers[place] for place in shown])
+    axes.set_xticks(list(shown), [plain_label(layers[place]) for place in shown])
     axes.set_xlabel("layer")
     axes.set_ylabel("test accuracy, %")
 

@@ -1,5 +1,7 @@
 """Claims on cells and on the machine, between real processes."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 from multiprocessing.connection import Connection
@@ -93,3 +95,29 @@ def test_no_two_have_one_claim(tmp_path: Path) -> None:
     assert not any(met)
     for process, _ in started:
         process.join()
+
+
+def test_the_machine_is_held_by_a_file_that_can_be_read(tmp_path: Path) -> None:
+    """Over NFS a shared lock is a read lock, for which a file that is open for writing alone is no file."""
+    with machine_held(tmp_path, alone=False):
+        inode = (tmp_path / ".machine").stat().st_ino
+        ours = [fd for fd in map(int, os.listdir("/dev/fd")) if _inode(fd) == inode]
+        assert ours
+        assert all(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR for fd in ours)
+
+
+def _inode(fd: int) -> int | None:
+    try:
+        return os.fstat(fd).st_ino
+    except OSError:  # the listing's own
+        return None
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for held in (claimed(tmp_path / "cell.json"), machine_held(tmp_path, alone=True)):
+        with pytest.raises(OSError, match=r"(cell\.lock|\.machine) can't be locked \(No locks available\); give"):
+            held.__enter__()

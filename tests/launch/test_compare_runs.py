@@ -71,6 +71,18 @@ def test_page_picture_and_table_are_written(runs: Path, tmp_path: Path, capsys: 
         assert [row["best, %"] for row in csv.DictReader(file)] == ["70.50", "62.00", "-"]
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """A dollar begins no formula, and a run is in the legend whatever its name begins with."""
+    pytest.importorskip("matplotlib")
+    names = ("_x", r"a$\foo$b", "c$d")
+    for name in names:
+        save(tmp_path / "runs" / name, settings={"lr": len(name)}, accuracies=[60.0, 70.0])
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "page.html")]) == 0
+    drawn = "".join(re.findall(r"<svg.*?</svg>", (tmp_path / "page.html").read_text(), re.DOTALL))
+    texts = [text.replace("\u200b", "").strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)]
+    assert set(names) <= set(texts)
+
+
 def test_which_layer_has_learned_what(tmp_path: Path) -> None:
     """Runs with the same layers share a picture; one whose layers predict nothing is in none."""
     pytest.importorskip("matplotlib")

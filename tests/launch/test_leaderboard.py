@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from unlocked.comparison.cells import claimed
+from unlocked.comparison.leaderboard.options import parse
+from unlocked.comparison.leaderboard.session import Session
 from unlocked.launch.leaderboard import main
 from unlocked.runtime.recipe import Recipe
 
@@ -71,6 +74,21 @@ def test_a_cell_fails_without_the_others(tmp_path: Path, capsys: pytest.CaptureF
     assert "no answer within 0 s" in (tmp_path / "leaderboard.html").read_text()
     assert main([*flags, "--retry"]) == 0
     assert "training" in json.loads(path.read_text())
+    name = "digits_MLP_LLS_measures"
+    assert _cell(tmp_path, name)["measures"]["images_per_second"] is None
+    assert main([*flags, *FAST]) == 0  # timed now: measured again, and nothing trained
+    assert _cell(tmp_path, name)["measures"]["images_per_second"] > 0
+    assert _cell(tmp_path, name)["timing"] == {"seed": 0, "speed_steps": 4, "repeats": 1, "processes": 2}
+
+
+def test_what_fails_again_is_tried_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--models", "MLP", "--num-epochs", "1", "--seeds", "0", "--rules", "LLS", "--timeout", "0.01"]
+    flags += ["--jobs", "2", "--train-only", "--output", str(tmp_path)]
+    assert main(flags) == 0
+    assert main(flags) == 0
+    assert capfd.readouterr().out.count("seed 0: failed") == 1
+    assert main([*flags, "--retry"]) == 0
+    assert capfd.readouterr().out.count("seed 0: failed") == 1
 
 
 def test_several_processes_share_the_cells(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +115,20 @@ def test_a_budget_of_minutes(tmp_path: Path) -> None:
     assert cell["settings"]["minutes"] == 0.02
     steps_per_epoch = 23
     assert len(cell["training"]["epochs"]) == -(-cell["training"]["steps"] // steps_per_epoch)
+
+
+@pytest.mark.parametrize(("flags", "per_epoch"), [([], 2), (["--drop-last"], 1)])
+def test_minutes_are_filled(flags: list[str], per_epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits have 1,437 images to train: a step more than one of a thousand, or none."""
+    flags = [*flags, "--batch-size", "1000", "--minutes", "1", "--rules", "LLS", "--output", str(tmp_path)]
+    options = parse(["--models", "MLP", "--seeds", "0", *flags])
+    (key,) = options.keys
+    with Session(options, print) as session:
+        recipe = options.recipe_of(key, 0)
+        session._data(recipe)
+        monkeypatch.setattr(session, "_run", lambda *_: (SimpleNamespace(images_per_second=200.0), []))
+        filled = session._within_minutes(recipe, key)
+    assert (filled.max_steps, filled.num_epochs) == (12, 12 // per_epoch)
 
 
 @pytest.mark.parametrize("flags", [["--lr", "x"], ["--rules", "LLX"], ["--datasets", "CIFAR10", "--dataset-dir", "no"]])

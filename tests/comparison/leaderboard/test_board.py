@@ -16,10 +16,11 @@ pytest.importorskip("jinja2")
 from unlocked.comparison.leaderboard.board import read_board
 from unlocked.comparison.leaderboard.options import Key, LeaderboardOptions, parse
 from unlocked.comparison.leaderboard.page import summary_line, write_page, write_tables
-from unlocked.comparison.leaderboard.results import Inspection, Measures, Training
+from unlocked.comparison.leaderboard.results import Inspection, Measures, Timing, Training
 from unlocked.runtime.saving.whole_file import write_json
 from unlocked.runtime.typed import to_plain
 
+TIMING = Timing(seed=0, speed_steps=7, repeats=5, processes=3)
 ACCURACIES = {"BP": [97.0, 97.5, 98.0], "LLS": [95.0, 95.5, 94.0], "DRTP": [80.0, 81.0], "DFA": []}
 
 
@@ -60,7 +61,7 @@ def _measures(leaks: Sequence[str], joules: float | None = None) -> dict[str, An
         joules_per_image=joules,
         inspection=inspection,
     )
-    return {"measures": to_plain(made)}
+    return {"measures": to_plain(made), "timing": to_plain(TIMING)}
 
 
 @pytest.fixture
@@ -108,6 +109,7 @@ def test_the_page_has_losers_and_failures_and_nothing_to_fetch(options: Leaderbo
     ):
         assert words in text, words
     assert "3 cells are not there yet" in text
+    assert "7 micro-batches of seed 0 without evaluation, the median of 5" in text, "as the cells say, not these flags"
     assert "Nothing on this machine reports joules" in text
     assert "J/1,000 images" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -131,6 +133,19 @@ def test_the_sentence_knows_who_is_local(options: LeaderboardOptions) -> None:
     assert "the best local rule is DRTP with 80.50 %" in summary_line(table)
 
 
+def test_rules_that_fail_for_some_seeds_are_not_the_best(options: LeaderboardOptions) -> None:
+    """The mean of those that did not fail flatters them."""
+    for rule in ("LLS", "DRTP"):
+        _keep(options, Key("digits", "SmallConv", rule), 2, {"failed": "a loss is not finite"})
+        (table,) = read_board(options).tables
+        line = summary_line(table)
+        lls = next(row for row in table.rows if row.rule == "LLS")
+        assert lls.seeds_told == "2 of 3"
+        if rule == "LLS":
+            assert "the best local rule is DRTP with 80.50 %" in line
+    assert "the best local rule is LLS with 95.25 % (2 of 3 seeds; the others failed)" in line
+
+
 def test_the_tables(options: LeaderboardOptions, tmp_path: Path) -> None:
     paths = write_tables(read_board(options), tmp_path)
     rows, pairs = (list(csv.DictReader(path.open())) for path in paths)
@@ -141,7 +156,7 @@ def test_the_tables(options: LeaderboardOptions, tmp_path: Path) -> None:
 
 
 def test_cells_of_other_settings_are_refused(options: LeaderboardOptions, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"was trained with lr 0.01 instead of 0.5; give another folder by --output"):
+    with pytest.raises(ValueError, match=r"was made with lr 0.01 instead of 0.5; give another folder by --output"):
         read_board(_options(tmp_path, "--lr", "0.5"))
     path = options.path_of(Key("digits", "SmallConv", "LLS"), 0)
     path.write_text("[1]")
@@ -150,6 +165,31 @@ def test_cells_of_other_settings_are_refused(options: LeaderboardOptions, tmp_pa
     path.write_text(json.dumps({"settings": options.settings_of(Key("digits", "SmallConv", "LLS")), "training": {}}))
     with pytest.raises(ValueError, match=r"LLS_0\.json"):
         read_board(options)
+
+
+def test_settings_that_are_rows_are_kept_and_known_again(tmp_path: Path) -> None:
+    flags = ["--image-size", "16", "12", "--lr-scheduler", "MultiStepLR", "--milestone", "3", "5"]
+    options = _options(tmp_path, *flags)
+    _keep(options, Key("digits", "SmallConv", "LLS"), 0, _training(90.0))
+    assert read_board(_options(tmp_path, *flags)).tables[0].trained[0].mean == 90.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "others", "words"),
+    [
+        ([], ["--milestone", "3"], "lr_scheduler 'none' instead of 'MultiStepLR'"),
+        (["--milestone", "3"], ["--milestone", "4"], r"milestone \[3\] instead of \[4\]"),
+        (["--milestone", "3"], ["--milestone", "3", "--gamma", "0.9"], "gamma 0.3 instead of 0.9"),
+        (["--datasets", "folder"], ["--datasets", "folder", "--dataset-dir", "other"], "dataset_dir '.*other'"),
+    ],
+)
+def test_all_that_makes_a_cell_another_is_known(
+    flags: list[str], others: list[str], words: str, tmp_path: Path
+) -> None:
+    options = _options(tmp_path, *flags)
+    _keep(options, options.keys[0], 0, _training(90.0))
+    with pytest.raises(ValueError, match=words):
+        read_board(_options(tmp_path, *others))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +203,7 @@ def test_cells_of_other_settings_are_refused(options: LeaderboardOptions, tmp_pa
         (["--report-only", "--train-only"], "leave nothing to do"),
         (["--local-module-num", "4"], "model 'SmallConv' takes no local_module_num, but upsample; it is for ResNet18"),
         (["--minutes", "nan"], "minutes is nan"),
+        (["--minutes", "180"], "minutes is 180, and no run may take longer than the timeout of 7200 seconds"),
     ],
 )
 def test_a_mistake_is_one_line(flags: list[str], words: str) -> None:
