@@ -119,7 +119,8 @@ def _text_parts(folder: Path, name: str, tokenizer: Path | None) -> dict[str, li
 
 
 def _files(folder: Path, name: str, left_out: Path | None) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    named = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     found = [path for path in found if left_out is None or path.resolve() != left_out.resolve()]
     if not found:
         raise ValueError(f"dataset {name}: {folder} holds no files")

@@ -95,6 +95,8 @@ def parse(arguments: Sequence[str] | None, *, default_engine: str, parser: LineP
     name = name or (filed if filed and default_engine == "sequential" else default_engine)
     if filed != name:  # options of an engine that is not taken
         from_file = {key: v for key, v in from_file.items() if key not in _owners() or name in _owners()[key]}
+    if "milestone" in given and "lr_scheduler" not in given:
+        from_file.pop("lr_scheduler", None)  # a run's config.json names one: milestones that are given go before it
     if given.pop("no_save"):
         if "save_path" in given:
             raise ValueError("--no-save and --save-path exclude each other; leave one of them out")

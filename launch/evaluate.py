@@ -26,7 +26,7 @@ __all__ = ["main", "make_parser", "score"]
 
 _TOLD = (
     *("model", "pool", "dataset", "dataset_dir", "image_size", "training_mode", "test_batch_size", "dropout"),
-    "precision",
+    *("precision", "classes_per_batch"),
     *sorted(setting_names(TextOptions)),
     *sorted(setting_names(ModelOptions)),
 )

@@ -2,7 +2,7 @@
 
 Labels are laid over the data. A layer's goodness of a row is the mean square of its activations; it learns to have more
 of it than a threshold for right labels, and less for wrong ones. A class is predicted by the goodness, summed over all
-layers but the first, of the sample with that class's label laid over it.
+layers but the first (of one alone, by its), of the sample with that class's label laid over it.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class ForwardForward(LocalRule):
             raise ValueError(f"negatives is {negatives}; a layer needs at least one wrong label to learn from")
         self.threshold, self.num_classes = threshold, layer.num_classes
         self.views = LabelOverlay(2 + negatives, layer.num_classes + 1, -1, amplitude)
-        self.read_out = 1.0 if layer.index else 0.0
+        self.read_out = 1.0 if layer.index or not layer.following_shapes else 0.0  # an only layer speaks for itself
 
     def step(self, layer_pass: LayerPass) -> Tensor:
         """softplus(threshold - g+) + softplus(g- - threshold), the mean over the samples."""

@@ -33,7 +33,10 @@ def test_files_of_ones_own_are_bytes_or_tokens(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     for number in range(20):
         (tmp_path / f"{number:02d}.txt").write_text(f"file {number} says the same again and again\n" * 3)
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / ".git" / "objects" / "ab12").write_text("compressed, no text of anybody's\n")
     train, test = load_dataset("text", tmp_path, sequence_length=16)
+    assert b"compressed" not in text_of(train) + text_of(test)
     assert (train.num_tokens, train.bytes_per_token) == (256, 1.0)
     assert b"file 9 " in text_of(test)
     assert b"file 9 " not in text_of(train)

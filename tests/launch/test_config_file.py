@@ -43,11 +43,21 @@ def test_the_config_of_a_run_is_one(engine: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"settings": recipe.config(), "run": {"stages": []}, "versions": {}}))
     assert read("--config", str(file)) == recipe
+    assert read("--config", str(file), "-m", "9").milestone == (9,)
     other = read("--config", str(file), "--engine", "sequential")
     assert values_of(other) == values_of(recipe)
     assert other.engine == engine_class("sequential")()
     launched = read("--config", str(file), default_engine="processes").engine
     assert getattr(launched, "name", None) == "processes"  # torchrun has started them
+
+
+def test_milestones_go_before_the_schedule_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"settings": read().config(), "run": {}, "versions": {}}))
+    assert read("--config", str(file)).lr_scheduler == "none"
+    assert read("--config", str(file), "-m", "5", "8") == read("-m", "5", "8")
+    told = read("--config", str(file), "-m", "5", "--lr-scheduler", "ReduceLROnPlateau")
+    assert told.lr_scheduler == "ReduceLROnPlateau"
 
 
 def test_a_run_and_its_config_come_to_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ RUNS = {
     "DRTP": ["--optimizer", "AdamWSF", "--lr-scheduler", "ReduceLROnPlateau", "--patience", "0"],
     "BP": ["--optimizer", "SGDSF", "--lr", "1.0"],
     "DFA": ["--optimizer", "AdamWSF"],
+    "LLS": ["--classes-per-batch", "3"],
 }
 
 
