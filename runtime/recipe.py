@@ -90,7 +90,10 @@ class Recipe(Settings, ModelOptions, TextOptions):
         None, "scale each layer's gradients down to this norm", above=0, at_most=_LARGEST_RATE
     )
     warmup_steps: int = setting(
-        0, "training micro-batches over which the learning rate rises to --lr, from 1/N of it", at_least=0, at_most=LARGEST
+        0,
+        "training micro-batches over which the learning rate rises from 1/N of --lr to it",
+        at_least=0,
+        at_most=LARGEST,
     )
     optimizer: str = setting(
         "Adam",
