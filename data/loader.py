@@ -30,8 +30,8 @@ class LoaderDataset:
 
     loader: Iterable[Any]
     """Yields batches as `parse_batch` reads them: (samples [B, ...], targets [B, ...]), samples alone, or named
-    tensors. Samples of any float type or uint8, which is divided by 255; those of other integer types are tokens and
-    stay as they are."""
+    tensors. Samples of any float type or uint8, which is divided by 255 (see `mean`); those of other integer types are
+    tokens and stay as they are."""
     image_shape: tuple[int, ...]
     """One sample's."""
     batch_size: int
@@ -58,6 +58,10 @@ class LoaderDataset:
     repeats_inputs: bool = False
     """The targets that were looked at are the inputs, but for negative ones."""
     names: Names = FOUND
+    mean: tuple[float, ...] = ()
+    """Of each channel of samples that come as uint8 [B, C, ...], where 255 counts as 1; empty: 0."""
+    std: tuple[float, ...] = ()
+    """Likewise; empty: 1."""
     aligned: Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Tensor] | None = None
     """Makes a batch's targets of its samples, its own targets and its named tensors; None: its own."""
     check_targets: Callable[[Tensor], None] | None = None
@@ -161,6 +165,15 @@ class LoaderDataset:
         for owner in self._owners():
             owner.set_epoch(epoch)
         return iter(self.loader)
+
+    def read_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 samples [B, C, ...] as a network reads them: float32, by the arithmetic of an `ImageDataset`'s."""
+        # Numbers in float64, rounded once; the sum is rounded before the product. Every device gives the same bits.
+        spread = (-1, *[1] * (pixels.dim() - 2))
+        samples = pixels.float()
+        if self.mean:
+            samples.sub_(torch.tensor([value * 255.0 for value in self.mean]).view(spread))
+        return samples.mul_(torch.tensor([1.0 / (value * 255.0) for value in self.std or (1.0,)]).view(spread))
 
     def check(self, batch: Any, rows: int, where: str) -> Parts:
         """The batch's samples [rows, *image_shape], named tensors and targets [rows, *target_shape].

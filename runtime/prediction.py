@@ -4,7 +4,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
 from unlocked.runtime.named_inputs import rows_of
 from unlocked.runtime.network import Network, RoutedBlocks
+from unlocked.runtime.pixels import read_as_trained
 from unlocked.runtime.saving.scoring import evaluation_plan, make_stage, scores_of
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.runtime.settings import Settings
@@ -189,7 +190,7 @@ class Trained:
             raise ValueError(f"samples come without {', '.join(missing)}, which the network reads; give named tensors")
         if network.task.name == "classification":
             data = ready(data, network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
-        data = self._normalised(data)
+        data = read_as_trained(data, self.train)
         set_threads(settings.threads)
         plan = evaluation_plan(data, rows_per_batch(data, batch_size, self.batch_size))
         modes = [(module, module.training) for block in network.blocks for module in block.modules()]
@@ -203,14 +204,6 @@ class Trained:
                 module.training = training
             for value, before in strides:  # convolutions evaluate with channels last
                 give_strides(value, before)
-
-    def _normalised(self, data: Dataset) -> Dataset:
-        """uint8 samples without statistics of their own get those of the training images."""
-        train = self.train
-        if not isinstance(data, ImageDataset) or not isinstance(train, ImageDataset) or data.mean or data.std:
-            return data
-        both = data.images.dtype == train.images.dtype == torch.uint8
-        return replace(data, mean=train.mean, std=train.std) if both else data
 
 
 def as_samples(given: Any) -> Dataset:

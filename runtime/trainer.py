@@ -58,6 +58,7 @@ from unlocked.runtime.network import (
     check_weights,
     kept_modes,
 )
+from unlocked.runtime.pixels import read_as_trained
 from unlocked.runtime.prediction import Evaluation, Trained, as_samples
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
@@ -177,6 +178,7 @@ class Trainer(Settings):
                 `unlocked.data.LoaderDataset`. NumPy arrays, other number types, a TensorDataset and any indexable
                 PyTorch Dataset are converted, with a warning where that changes a type.
             batch_size: rows of a micro-batch; the last of an epoch may be smaller. A loader brings its own.
+            eval_data: likewise; uint8 samples without statistics of their own are normalised as those of `train`.
             eval_batch_size: rows of an evaluation micro-batch; default: `batch_size`.
             max_steps: stop after that many training micro-batches.
             steps_per_epoch: batches of a training loader that make an epoch; default: its length.
@@ -200,8 +202,8 @@ class Trainer(Settings):
         test_set = None
         if eval_data is not None:
             rows = rows_per_batch(train_set, batch_size) if eval_batch_size is None else eval_batch_size
-            known = train_set.num_classes
-            test_set = as_dataset(eval_data, "test", num_classes=known, batch_size=rows, task=self.task)
+            given = as_dataset(eval_data, "test", num_classes=train_set.num_classes, batch_size=rows, task=self.task)
+            test_set = read_as_trained(given, train_set)
         batch_size = rows_per_batch(train_set, batch_size)
         if test_set is not None:
             eval_batch_size = rows_per_batch(test_set, eval_batch_size, batch_size)
@@ -234,8 +236,7 @@ class Trainer(Settings):
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
         kept.take(result, describe_kept(self.model, kept, job.network, job.train, describe_rule(self.rule)))
-        trained = Trained(job.network, job.train, plan.eval_batch_size, result.is_complete)
-        object.__setattr__(self, "_trained", trained)
+        object.__setattr__(self, "_trained", Trained(job.network, job.train, plan.eval_batch_size, result.is_complete))
         return result
 
     def explain(self, data: Data, *, batch_size: int | None = None) -> Explanation:

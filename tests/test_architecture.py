@@ -44,7 +44,7 @@ LAYERS = {
         ["batch_statistics", "faults", "learning_rate", "machine", "model_options", "text_options", "signals"],
         ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
-        ["named_inputs", "learned", "model_blocks"],
+        ["named_inputs", "learned", "model_blocks", "pixels"],
         ["shapes"],
         ["layer_rules", "layer_optimizers", "rule_declarations", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],

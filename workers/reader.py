@@ -54,8 +54,7 @@ class LoaderReader:
                 packed(torch.empty(samples.shape, dtype=data.sample_dtype, memory_format=layout), places),
                 torch.empty(targets.shape, dtype=data.target_dtype),
             )
-        # A quotient is rounded to float32 first, as the input operation does.
-        samples = samples.float().mul_(1.0 / 255.0) if samples.dtype == torch.uint8 else samples
+        samples = data.read_pixels(samples) if samples.dtype == torch.uint8 else samples
         return fill((packed(samples, beside), targets), out)
 
     def close(self) -> None:
