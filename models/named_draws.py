@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["GENERATOR_TYPES", "is_librarys", "named_draws"]
+__all__ = ["DRAWING_NAMES", "GENERATOR_TYPES", "is_librarys", "named_draws"]
 
 GENERATOR_TYPES = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 # fmt: off
-_OF_TORCH = frozenset({
+DRAWING_NAMES = frozenset({
     "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
     "feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout",
     "rrelu", "rrelu_", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d", "rand", "randn", "randint",
@@ -118,7 +118,7 @@ class _Reader:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._read_code(constant, scope, owner, where)
-        if names & _OF_TORCH:
+        if names & DRAWING_NAMES:
             self.found.add("torch")
         if "random" in names and any(scope.get(name, sys.modules.get(name)) is np for name in names):
             self.found.add("numpy")
@@ -131,7 +131,7 @@ class _Reader:
         elif value is np.random or (bound is not None and bound is getattr(np.random.mtrand, "_rand", None)):
             self.found.add("numpy")
         elif isinstance(value, types.BuiltinFunctionType) or (callable(value) and is_librarys(value)):
-            if getattr(value, "__name__", "") in _OF_TORCH:
+            if getattr(value, "__name__", "") in DRAWING_NAMES:
                 self.found.add("torch")
         elif isinstance(value, types.FunctionType | type | partial | types.MethodType):
             self.read(value)

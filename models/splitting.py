@@ -4,16 +4,22 @@ The module's own forward() is traced by torch.fx down to the places of the cuts 
 inside stay whole, with whatever Python their forward() holds.
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import fx, nn
 
 from unlocked.models.blocks import Block, Origin
-from unlocked.models.errors import first_line
+from unlocked.models.following import follow
+from unlocked.models.named_draws import DRAWING_NAMES
 
 __all__ = ["split"]
+
+# fmt: off
+_WRITING = {
+    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+}
+# fmt: on
 
 
 def split(module: nn.Module, at: Sequence[str]) -> list[Block]:
@@ -32,32 +38,23 @@ def split(module: nn.Module, at: Sequence[str]) -> list[Block]:
 
     Raises:
         ValueError: a name that is not there or that forward() does not reach; a cut that more than one value crosses,
-            such as a residual connection around it; a forward() that torch.fx can't follow; dropout as a function call.
+            such as a residual connection around it; a forward() that torch.fx can't follow, or that is another in
+            training than in evaluation (`if self.training`), or each time it is called; dropout as a function call.
     """
-    graph = _trace(module, _checked_names(module, at))
-    segments = _segments(graph, list(at))
+    graph = follow(module, _checked_names(module, at))
+    fixed = _fixed(graph)
+    segments = _segments(graph, list(at), fixed)
     owners = {node: number for number, (_, nodes) in enumerate(segments) for node in nodes}
     blocks = []
     for number, (name, nodes) in enumerate(segments):
-        entering = _entering(graph, owners, number, name)
+        entering = _entering(graph, owners, fixed, number, name)
         leaving = graph.output_node().args[0]
         if number + 1 < len(segments):
-            leaving = _entering(graph, owners, number + 1, segments[number + 1][0])
+            leaving = _entering(graph, owners, fixed, number + 1, segments[number + 1][0])
         block = Block.wrap(_segment_module(module, nodes, entering, leaving), name)
         block.origin = Origin(module=module)
         blocks.append(block)
     return blocks
-
-
-class _Tracer(fx.Tracer):
-    """Follows calls into modules that hold a cut; all others are one node."""
-
-    def __init__(self, at: Sequence[str]) -> None:
-        super().__init__()
-        self._at = at
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(name.startswith(f"{module_qualified_name}.") for name in self._at)
 
 
 def _checked_names(module: nn.Module, at: Sequence[str]) -> Sequence[str]:
@@ -75,47 +72,32 @@ def _checked_names(module: nn.Module, at: Sequence[str]) -> Sequence[str]:
     return at
 
 
-def _trace(module: nn.Module, at: Sequence[str]) -> fx.Graph:
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-    try:
-        graph = _Tracer(at).trace(module, concrete_args=defaults or None)
-    except Exception as error:  # whatever Python a forward() may hold
-        raise ValueError(
-            f"torch.fx can't follow the forward() of {type(module).__name__} ({first_line(error)}); give a list of "
-            "modules instead, one per layer"
-        ) from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in inputs[len(inputs) - len(defaults) :]:
-        _erase_with_users(graph, node)  # the default went in as a constant; only assertions about it are left
-    del inputs[len(inputs) - len(defaults) :]
-    output = graph.output_node().args[0]
-    if len(inputs) != 1 or not isinstance(output, fx.Node):
-        raise ValueError(
-            f"{type(module).__name__} takes {len(inputs)} inputs and gives a {type(output).__name__}; a network takes "
-            "one tensor and gives one"
-        )
+def _fixed(graph: fx.Graph) -> set[fx.Node]:
+    """What does not depend on the input: parameters, buffers and expressions of them, which any layer that reads them
+    may work out anew. What draws or writes is done once, where it stands."""
+    fixed: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and "dropout" in getattr(node.target, "__name__", ""):
-            raise ValueError(
-                f"{type(module).__name__} calls {node.target.__name__}() as a function, which the traced layer would "
-                "do in evaluation too, or never; use an nn.Dropout module"
-            )
-    return graph
+        pure = node.op in ("call_function", "call_method") and not any(map(_acts, [node, *node.users]))
+        if node.op == "get_attr" or (pure and node.all_input_nodes and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    return fixed
 
 
-def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_users(graph, user)
-    graph.erase_node(node)
+def _acts(node: fx.Node) -> bool:
+    """It draws random numbers, or may write into what it reads."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    writes = name.endswith("_") or name in _WRITING or node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+    return bool(writes) or name in DRAWING_NAMES
 
 
-def _segments(graph: fx.Graph, at: list[str]) -> list[tuple[str, list[fx.Node]]]:
+def _segments(graph: fx.Graph, at: list[str], fixed: Set[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
     """(name, nodes) of every layer in order of execution; values that are looked up anew in each are in none."""
     waiting = set(at)
     segments: list[tuple[str, list[fx.Node]]] = [("", [])]
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "output") or node in fixed:
             continue
         # The outermost cut that begins here names the layer; inner ones at the same place would be empty layers.
         for path in sorted(_modules_of(node) & waiting, key=len)[:1]:
@@ -139,12 +121,13 @@ def _modules_of(node: fx.Node) -> set[str]:
     return paths - {""}
 
 
-def _entering(graph: fx.Graph, owners: Mapping[fx.Node, int], number: int, name: str) -> fx.Node:
+def _entering(graph: fx.Graph, owners: Mapping[fx.Node, int], fixed: Set[fx.Node], number: int, name: str) -> fx.Node:
     """The one value that the layer `number` takes over from all before it."""
     crossing = [
         node
         for node in graph.nodes
-        if node.op not in ("get_attr", "output")
+        if node.op != "output"
+        and node not in fixed
         and owners.get(node, -1) < number
         and any(owners.get(user, len(owners)) >= number for user in node.users)
     ]
@@ -162,8 +145,8 @@ def _segment_module(root: nn.Module, nodes: Sequence[fx.Node], entering: fx.Node
     copies = {entering: graph.placeholder("x")}
 
     def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a parameter or buffer of a module that was followed into
-            copies[node] = graph.node_copy(node)
+        if node not in copies:  # a parameter or buffer of a module that was followed into, or an expression of them
+            copies[node] = graph.node_copy(node, copy_of)
         return copies[node]
 
     for node in nodes:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from unlocked.models import Block, KeyedDropout, small_conv
 from unlocked.models.chance import find_draws
 from unlocked.models.generators import SOURCES, GlobalGenerators, mixed
-from unlocked.models.named_draws import _OF_TORCH, named_draws
+from unlocked.models.named_draws import DRAWING_NAMES, named_draws
 
 CPU = torch.device("cpu")
 TORCH = frozenset({"torch"})
@@ -78,7 +78,7 @@ def test_every_random_operation_of_torchs_that_has_a_name_in_python_is_known() -
     spelt = {n for n in tagged if any(callable(getattr(place, n, None)) for place in (torch, F, Tensor))}
     only_if_told = {"lstm", "gru", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention", "miopen_rnn"}
     assert {"bernoulli", "randn_like", "rrelu"} <= spelt
-    assert spelt - only_if_told <= _OF_TORCH
+    assert spelt - only_if_told <= DRAWING_NAMES
 
 
 @pytest.mark.parametrize(
