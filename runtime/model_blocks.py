@@ -13,7 +13,12 @@ Model = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
 
 
 def blocks_of(model: Model) -> list[Block]:
-    """The model's modules as blocks; a Sequential's own names are kept, numbers become the class's name."""
+    """The model's modules as blocks; a Sequential's own names are kept, numbers become the class's name.
+
+    Raises:
+        ValueError: no layers, one module that says nothing of its layers, an entry that is no module, or two layers of
+            one name.
+    """
     if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList):
         raise ValueError(
             f"the model is one {type(model).__name__}; say where its layers begin, with "
@@ -33,4 +38,7 @@ def blocks_of(model: Model) -> list[Block]:
         else:
             kind = f"{type(module).__name__.lower()}{number}"
             blocks.append(Block.wrap(module, kind if name.isdigit() or not name else name))
+    names = [block.name for block in blocks]
+    if len(set(names)) != len(names):
+        raise ValueError(f"layer names must differ from each other, got {names}")
     return blocks

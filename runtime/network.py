@@ -32,7 +32,7 @@ from unlocked.runtime.batch_statistics import BatchStatistics
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule
 from unlocked.runtime.learned import Learned
 from unlocked.runtime.model_blocks import Model, blocks_of
-from unlocked.runtime.named_inputs import find_needs, rows_of, travelling
+from unlocked.runtime.named_inputs import check_all_read, find_needs, rows_of, travelling
 from unlocked.runtime.shapes import check_ownership_of_weights, follow_shapes
 from unlocked.runtime.side_channel import SideChannel
 from unlocked.workers.drawing import DrawingLayer
@@ -155,12 +155,9 @@ def build_network(
         ValueError: no layers, shapes that don't chain (names both blocks and both shapes), a block that gives anything
             but one float32 tensor, names or weights that two layers share, or an output that is not [B, num_classes];
             with `redraw`, parameters that can't be drawn anew (names them); a layer that draws random numbers which no
-            key reaches (names layer and module).
+            key reaches (names layer and module); a tensor of the data beside its samples that nothing reads.
     """
     blocks = blocks_of(model)
-    names = [block.name for block in blocks]
-    if len(set(names)) != len(names):
-        raise ValueError(f"layer names must differ from each other, got {names}")
     if early := [block.name for block in blocks[:-1] if block.is_output]:
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True
@@ -168,7 +165,8 @@ def build_network(
     needs = find_needs(blocks, beside)
     activations, outputs, layouts, batch_statistics = follow_shapes(blocks, sample, seed, beside=beside, needs=needs)
     check_ownership_of_weights(blocks)
-    task, target, num_classes = (learned or Learned()).settled(num_classes, outputs[-1], sample.dtype, names[-1])
+    task, target, num_classes = (learned or Learned()).settled(num_classes, outputs[-1], sample.dtype, blocks[-1].name)
+    check_all_read(blocks, needs, beside, task)
     if task.name == "tokens":
         pairs = zip(blocks, activations, strict=True)
         layouts = [block.layout or ("tokens" if len(one) == 2 else None) for block, one in pairs]
