@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.models.blocks import Block
-from unlocked.models.dropout import set_dropout_keys
+from unlocked.models.dropout import KeyedDropout, set_dropout_keys
 from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.models.named_draws import is_librarys, named_draws
 
@@ -59,6 +59,8 @@ def _is_known(module: nn.Module) -> bool:
 
 def _draws_by_class(module: nn.Module) -> bool:
     """torch's modules that draw in training. Plain dropout is not among them where it was replaced by a keyed one."""
+    if isinstance(module, KeyedDropout):
+        return False
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     if isinstance(module, nn.RNNBase):

@@ -1,13 +1,16 @@
 """Dropout whose mask depends on a key alone, so that a layer drops the same elements wherever it runs."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, keyed_uniform
 
-__all__ = ["KeyedDropout", "replace_dropout", "set_dropout_keys"]
+__all__ = ["KeyedDropout", "kept_dropout_keys", "replace_dropout", "set_dropout_keys"]
 
 # Elements are counted from index * 2**40, so that no two dropouts of a layer share a stream.
 _INDEX_BITS = 40
@@ -20,11 +23,13 @@ class _Key(NamedTuple):
     microbatch: Tensor | int
 
 
-class KeyedDropout(nn.Module):
+class KeyedDropout(nn.Dropout):
     """Zeroes elements with probability `p` and scales the others by 1 / (1 - p); the identity in eval mode.
 
-    The mask is a function of (seed, layer, micro-batch, index) and of an element's place in the tensor's logical
-    order ([B, C, H, W], whatever the memory format). There is no generator, hence no state to save.
+    With a key, that is in a run, the mask is a function of (seed, layer, micro-batch, index) and of an element's place
+    in the tensor's logical order ([B, C, H, W], whatever the memory format). There is no generator, hence no state to
+    save. Without a key it draws from torch's global generator, as the module whose place it takes: in a user's own
+    training, and where one draws in evaluation.
 
     Args:
         p: probability in [0, 1].
@@ -32,11 +37,13 @@ class KeyedDropout(nn.Module):
         index: which of its layer's dropouts this is; `replace_dropout` counts them.
 
     Raises:
-        ValueError: `p` is no probability; or, in training mode, no key was set.
+        ValueError: `p` is no probability.
     """
 
+    inplace = False  # it never is; on the class, as a module's settings are what its instance holds
+
     def __init__(self, p: float = 0.5, *, per_channel: bool = False, index: int = 0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"dropout is a probability in [0, 1], got {p}")
         self.p = p
@@ -55,6 +62,8 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
+        if self._key is None:
+            return torch.feature_dropout(x, self.p, True) if self.per_channel else F.dropout(x, self.p, True)
         # `x` comes first: a product takes the memory format of its first operand.
         return x * self.mask(x)
 
@@ -66,7 +75,7 @@ class KeyedDropout(nn.Module):
         """
         if self._key is None:
             raise ValueError(
-                "KeyedDropout has no key: call set_key(seed, layer, microbatch) before training, or eval()"
+                "KeyedDropout has no key to make a mask of: call set_key(seed, layer, microbatch) before, or forward()"
             )
         shape = torch.Size((*x.shape[:2], *[1] * (x.dim() - 2))) if self.per_channel else x.shape
         count = shape.numel()
@@ -103,6 +112,18 @@ def set_dropout_keys(module: nn.Module, seed: int, layer: int, microbatch: Tenso
     """`set_key` on every keyed dropout inside `module`."""
     for dropout in _dropouts(module):
         dropout.set_key(seed, layer, microbatch)
+
+
+@contextlib.contextmanager
+def kept_dropout_keys(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards every keyed dropout inside them has the key of before, if it had one: a run's key is the run's alone,
+    and a clock that stands still would give one mask for ever."""
+    kept = [(dropout, dropout._key) for module in modules for dropout in _dropouts(module)]
+    try:
+        yield
+    finally:
+        for dropout, key in kept:
+            dropout._key = key
 
 
 def _dropouts(module: nn.Module) -> list[KeyedDropout]:

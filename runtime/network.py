@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise, key_start_values
 from unlocked.models.chance import find_draws
+from unlocked.models.dropout import kept_dropout_keys
 from unlocked.models.named_draws import named_draws
 from unlocked.rules import (
     CLASS_NUMBER,
@@ -209,8 +210,8 @@ def build_network(
 
 @contextlib.contextmanager
 def kept_modes(network: Network) -> Iterator[None]:
-    """Afterwards every module is in training or eval mode again, as the user left it: what was in eval mode before a
-    run is frozen (`unlocked.workers.layer.frozen_modules`), and a run itself ends in eval mode.
+    """Afterwards every module is in training or eval mode again, as the user left it, and dropout has no run's key:
+    what was in eval mode before a run is frozen (`workers.layer.frozen_modules`), and a run ends in eval mode.
 
     Raises:
         ValueError: everything is in eval mode though there is something to train, as `model.eval()` leaves it.
@@ -223,7 +224,8 @@ def kept_modes(network: Network) -> Iterator[None]:
         )
     modes = [(module, module.training) for block in network.blocks for module in block.modules()]
     try:
-        yield
+        with kept_dropout_keys(network.blocks):
+            yield
     finally:
         for module, training in modes:
             module.training = training

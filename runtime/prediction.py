@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
+from unlocked.models.dropout import kept_dropout_keys
 from unlocked.runtime.exporting import export
 from unlocked.runtime.input import as_dataset, ready, rows_per_batch
 from unlocked.runtime.machine import set_threads
@@ -196,9 +197,10 @@ class Trained:
         modes = [(module, module.training) for block in network.blocks for module in block.modules()]
         strides = [(value, value.stride()) for block in network.blocks for value in block.parameters()]
         try:
-            stage = make_stage(network, data, data, plan, 1, settings.device, settings.precision)
-            with float32_products(settings.precision), closing(stage), torch.no_grad():
-                yield stage, plan
+            with kept_dropout_keys(network.blocks):
+                stage = make_stage(network, data, data, plan, 1, settings.device, settings.precision)
+                with float32_products(settings.precision), closing(stage), torch.no_grad():
+                    yield stage, plan
         finally:
             for module, training in modes:
                 module.training = training

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unlocked.kernels.philox import Purpose, keyed_uniform
 from unlocked.models import ConvBlock, KeyedDropout, replace_dropout, set_dropout_keys
+from unlocked.models.dropout import kept_dropout_keys
 
 
 def _dropout(p: float = 0.5, seed: int = 1, layer: int = 2, microbatch: int = 3, **options: int) -> KeyedDropout:
@@ -88,9 +89,38 @@ def test_identity_without_a_key(p: float, training: bool) -> None:
     assert KeyedDropout(p).train(training)(x) is x
 
 
-def test_training_without_a_key_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("plain", "shape"),
+    [
+        (nn.Dropout(0.3), (4, 5)),
+        (nn.Dropout(1.0), (4, 5)),
+        (nn.Dropout1d(0.3), (4, 5, 6)),
+        (nn.Dropout2d(0.3), (4, 5, 3, 2)),
+        (nn.Dropout3d(0.3), (4, 5, 3, 2, 2)),
+    ],
+)
+def test_without_a_key_it_draws_as_the_module_whose_place_it_takes(plain: nn.Module, shape: tuple[int, ...]) -> None:
+    keyed = replace_dropout(plain)
+    assert isinstance(keyed, nn.Dropout)  # whoever looks for dropout finds it
+    x = torch.randn(shape)
+    torch.manual_seed(0)
+    expected = [plain(x), plain(x)]
+    torch.manual_seed(0)
+    assert all(torch.equal(keyed(x), one) for one in expected)
+
+
+def test_a_mask_needs_a_key_and_a_key_is_lent() -> None:
+    dropout, x = KeyedDropout(0.5), torch.ones(64, 64)
     with pytest.raises(ValueError, match="set_key"):
-        KeyedDropout(0.5)(torch.ones(2, 2))
+        dropout.mask(x)
+    with kept_dropout_keys([nn.Sequential(dropout)]):
+        dropout.set_key(0, 0, 0)
+        first = dropout(x)
+        with kept_dropout_keys([dropout]):
+            dropout.set_key(0, 0, 1)
+            assert not torch.equal(dropout(x), first)
+        assert torch.equal(dropout(x), first)
+    assert not torch.equal(dropout(x), dropout(x))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
@@ -110,7 +140,7 @@ def test_replace_dropout_at_every_depth() -> None:
         (0.3, False, 2),
         (0.4, True, 3),
     ]
-    assert not [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    assert all(type(m) is KeyedDropout for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
     assert isinstance(replace_dropout(nn.Dropout(0.5)), KeyedDropout)
 
 
