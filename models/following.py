@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from unlocked.models.errors import first_line
+from unlocked.models.hooks import hook_on, runs_when_called
 
 __all__ = ["follow"]
 
@@ -24,8 +25,10 @@ def follow(module: nn.Module, at: Sequence[str]) -> fx.Graph:
 
     Raises:
         ValueError: a forward() that torch.fx can't follow, that takes or gives anything but one tensor, that calls
-            dropout as a function, or that is another in training than in evaluation or from one call to the next.
+            dropout as a function, or that is another in training than in evaluation or from one call to the next; hooks
+            on a module that is followed, whose call no layer is.
     """
+    _refuse_hooks(module, at)
     modes = [(one, one.training) for one in module.modules()]
     graphs, constants = [], []
     try:
@@ -63,7 +66,7 @@ class _Tracer(fx.Tracer):
         self._at = at
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(name.startswith(f"{module_qualified_name}.") for name in self._at)
+        return not _holds_cut(module_qualified_name, self._at)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -104,6 +107,21 @@ class _BufferProxy(fx.Proxy):
 
     def __len__(self) -> int:
         return len(self._value)
+
+
+def _refuse_hooks(module: nn.Module, at: Sequence[str]) -> None:
+    for name, one in module.named_modules():
+        what = runs_when_called(one) if not name else hook_on(one) if _holds_cut(name, at) else None
+        if what:
+            where = f"{name}, a {type(one).__name__}," if name else f"the {type(one).__name__}"
+            raise ValueError(
+                f"{where} has {what}, but is cut into layers and never called as a whole; remove it, or hang hooks on "
+                "modules without a cut inside"
+            )
+
+
+def _holds_cut(name: str, at: Sequence[str]) -> bool:
+    return any(cut.startswith(f"{name}.") for cut in at)
 
 
 def _follow_once(module: nn.Module, at: Sequence[str]) -> fx.Graph:
