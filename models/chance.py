@@ -103,16 +103,21 @@ def _run(
     with generators.keyed(_KEY):
         before = generators.states()
         with torch.enable_grad():
-            output = block(x, **beside)
+            output = _call(block, x, beside)
             if output.requires_grad:
                 output.float().sum().backward()
         block.eval()
         with torch.no_grad():
-            block(x, **beside)
+            _call(block, x, beside)
         moved = generators.moved(before)
     for module, mode in training:
         module.training = mode
     return moved, given
+
+
+def _call(block: Block, x: Tensor, beside: Mapping[str, Tensor]) -> Any:
+    """On copies: a layer may write into what it is given, and would read what it has written in the next call."""
+    return block(x.clone(), **{name: value.clone() for name, value in beside.items()})
 
 
 class _Keeper:
