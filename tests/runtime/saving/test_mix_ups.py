@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_an_edited_manifest_is_refused(edit: Callable[[dict], object], runs: Pat
 
 def _relabelled() -> ImageDataset:
     data = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)[0]
-    return ImageDataset.from_tensors(data.images, (data.labels + 1) % 4, 4, name=data.name)
+    return replace(data, labels=(data.labels + 1) % 4)
 
 
 def _tanh(block: Any) -> nn.Sequential:
