@@ -131,6 +131,8 @@ def check_sinks(sinks: object) -> None:
 def check_names(names: object) -> None:
     """Raises: ValueError if no mapping of strings."""
     good = isinstance(names, Mapping) and all(isinstance(text, str) for pair in names.items() for text in pair)
+    if good and isinstance(names, Mapping):
+        good = set(names) <= {"model", "dataset", "rule"}
     if names is not None and not good:
         raise ValueError(f"names is {_shown(names)}; give strings by the keys model, dataset and rule, or None")
 

@@ -35,12 +35,15 @@ __all__ = [
 
 def tried_optimizers(optimizers: Optimizers, network: Network) -> dict[str, list[nn.Parameter]]:
     """The parameters that each layer's optimizer was tried with; of one for all layers, the last layer's that has some.
+    Layers without parameters are left out.
 
     Raises:
         ValueError: an optimizer can't be built (`try_optimizer`).
     """
     of_layers = {name: list(block.parameters()) for name, block in zip(network.names, network.blocks, strict=True)}
-    if not isinstance(optimizers, Mapping):
+    if isinstance(optimizers, Mapping):
+        of_layers = {name: parameters for name, parameters in of_layers.items() if parameters and name in optimizers}
+    else:
         last = next((name for name in reversed(of_layers) if of_layers[name]), network.names[-1])
         of_layers = {last: of_layers[last]}
     for name, parameters in of_layers.items():

@@ -344,7 +344,7 @@ class Trainer(Settings):
         model = describe_network(network)
         if isinstance(self.rule, str):
             network = whole_network(self.rule, network)
-        check_layers(self.optimizer, network.names)
+        check_layers(self.optimizer, network.names, network.blocks)
         tried = tried_optimizers(self.optimizer, network)
         network = check_rules(
             network,

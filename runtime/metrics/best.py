@@ -48,6 +48,15 @@ class BestWeights(MetricsSink):
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
 
     def on_start(self, info: RunInfo) -> None:
+        """
+        Raises:
+            ValueError: no epoch will have a figure.
+        """
+        if not info.evaluates:
+            raise ValueError(
+                "the best weights are told by an evaluation, and there is none; give fit(eval_data=...), or leave out "
+                "best_dir (--save-best-model)"
+            )
         self._figure, self._more = info.best
 
     def on_epoch(self, result: EpochResult) -> None:

@@ -43,7 +43,7 @@ from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Sta
 from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tails import pool_of, recognise
-from unlocked.workers.graph.tracing import Node, Untraceable, trace
+from unlocked.workers.graph.tracing import Node, Untraceable, gives_sparse, trace
 from unlocked.workers.graph.verifying import check_same_result
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
     casts.transposed = backend.transposed if backend.ABILITIES.transposes else None
     part = layer.block.body if root is None else root
+    if gives_sparse(part):
+        raise Untraceable("its embedding gives sparse gradients")
     nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
         check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
