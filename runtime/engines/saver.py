@@ -1,5 +1,6 @@
 """What engines do at a snapshot mark: stages are saved beside the stream, and what is whole is declared complete."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,13 +9,13 @@ from pathlib import Path
 from unlocked.runtime.engines.one_process import saves_stop, threads_of
 from unlocked.runtime.job import Job
 from unlocked.runtime.saving.layer_files import LayerFile
-from unlocked.runtime.saving.snapshots import prune_snapshots, snapshot_folder, write_manifest
+from unlocked.runtime.saving.snapshots import prune_snapshots, set_aside, snapshot_folder, write_manifest
 from unlocked.runtime.saving.writer import SnapshotWriter
 from unlocked.runtime.schedules.marks import TimedMarks
 from unlocked.workers.actions import Item
 from unlocked.workers.stage import Stage
 
-__all__ = ["RunSaver", "StageSaver", "complete_snapshot", "timed_marks"]
+__all__ = ["RunSaver", "StageSaver", "complete_snapshot", "set_others_aside", "timed_marks"]
 
 
 class StageSaver:
@@ -71,6 +72,18 @@ class RunSaver(StageSaver):
             del self._parts[position]
             complete_snapshot(self._job, position, self._threads, parts)
             self.marks.complete(position)
+
+
+def set_others_aside(job: Job) -> None:
+    """Leaves the folder of snapshots to those that the run goes on from, and says where the others are.
+
+    Where the run reports, and there alone: once every stage is built, as what the run is resumed from is whole then,
+    and before any trains.
+    """
+    root = job.settings.snapshot_dir
+    text = None if root is None else set_aside(root, job.resume)
+    if text is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def timed_marks(job: Job) -> TimedMarks:

@@ -23,7 +23,8 @@ import torch
 
 from unlocked.runtime.saving.identity import differences
 from unlocked.runtime.saving.layer_files import UNREADABLE, LayerFile, damaged, layer_file_name, read_layer
-from unlocked.runtime.saving.whole_file import TEMPORARY, json_text, write_json
+from unlocked.runtime.saving.run_folder import ASIDE
+from unlocked.runtime.saving.whole_file import TEMPORARY, folder_reaches_disk, json_text, write_json
 from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 
@@ -34,6 +35,7 @@ __all__ = [
     "newest_whole",
     "prune_snapshots",
     "reopen_snapshot",
+    "set_aside",
     "snapshot_folder",
     "sweep_unfinished",
     "write_manifest",
@@ -220,6 +222,39 @@ def prune_snapshots(root: Path, keep: int) -> None:
     for folder in _complete(root)[keep:]:
         (folder / _MANIFEST).unlink(missing_ok=True)  # first, so that it never counts with files missing
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(root: Path, resume: Snapshot | None) -> str | None:
+    """Moves the complete snapshots below `root` that a run from `resume` (None: from its start) does not go on from
+    into a folder beside them, into which nobody looks by himself. For whoever writes to `root` alone.
+
+    They are another branch's: of a run that was there before, or damaged ones that were passed over.
+    By their numbers they would count as newer than the run's own, which would be removed as soon as they are complete,
+    and a later start would go on with the branch that was left.
+
+    Returns:
+        A line for the user, that says where they are; None: there were none.
+
+    Raises:
+        OSError: they can't be moved.
+    """
+    last: tuple[int, ...] = ()  # the place up to which they are the run's own
+    if resume is not None and resume.folder.parent.resolve() == root.resolve():
+        last = _place(resume.folder) or (resume.steps, 1)
+    others = [folder for folder in _complete(root) if folder != root and _place(folder) > last]
+    if not others:
+        return None
+    number = 1
+    while (aside := root / f"{ASIDE}-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for folder in others:
+        folder.rename(aside / folder.name)
+    for folder in (aside, root):
+        folder_reaches_disk(folder)
+    names = [folder.name for folder in reversed(others)]
+    told = names[0] if len(names) == 1 else f"{len(names)} from {names[0]} to {names[-1]}"
+    return f"snapshots in {root} that this run does not go on from ({told}) are set aside in {aside}"
 
 
 def sweep_unfinished(folder: Path) -> None:
