@@ -87,7 +87,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"[:255])
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")  # any name that `path` may have can be longer
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
