@@ -100,8 +100,7 @@ class Coordinator:
         self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
         how: dict[str, Any] = {"on_recovery": self._recovered, "silence": heartbeat_timeout, "door": self._door}
-        how["first"] = first
-        self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
+        self._recoveries = Recoveries(self._roster, self._failures, send=self._send, first=first, **how)
         self._edges = EdgeBook(self._roster, self._send)
         self._pulse = Pulse(self._roster, self._failures, self._recoveries, self._send, heartbeat_timeout)
         self._running, self._complete = True, False
@@ -246,7 +245,7 @@ class Coordinator:
         elif isinstance(order, m.Abort):
             self._failures.fail(order.message)
         elif isinstance(order, EpochResult) and self._gate is not None:  # it has been heard of
-            self._say(self._gate.observe(order.epoch, order.eval_loss))
+            self._gate.let_pass(order.epoch)
             self._policy.limit = self._gate.limit
             self._extend()
 
@@ -312,9 +311,10 @@ class Coordinator:
             self._callbacks.post(self._sink.on_step, message.step)
 
     def _epoch(self, member: Member, message: m.Epoch) -> None:
-        _, results = self._ledger.epoch(message.part)
-        for result in results:
+        for result in self._ledger.epoch(message.part)[1]:
             self._callbacks.post(self._sink.on_epoch, result)
+            if self._gate is not None:  # before any sink has heard: a snapshot of this place is to have the loss
+                self._say(self._gate.observe(result.epoch, result.eval_loss))
             if self._gate is not None and self._gate.for_sinks:
                 self._callbacks.post(self._mailbox.put, result)
             else:
