@@ -122,7 +122,7 @@ class FusedStep:
     @torch.no_grad()
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer's output after dropout, in `out` if given: shapes as those of `GraphBody.forward`."""
-        return self.body.forward(x, out)
+        return self.body.forward(self.layer.own(x), out)
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> Tensor:

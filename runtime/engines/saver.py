@@ -28,7 +28,7 @@ class StageSaver:
     def __init__(self, job: Job, saved: Callable[[int, Mapping[str, LayerFile]], None], *, rank: int = 0) -> None:
         self._job, self._saved = job, saved
         self._begun: dict[int, int] = {}  # stage -> the position of its latest part
-        self._writer = SnapshotWriter(job.run, rank=rank)
+        self._writer = SnapshotWriter(job.run, rank=rank, timeout=job.settings.timeout)
         self.check, self.finish, self.close = self._writer.check, self._writer.finish, self._writer.close
 
     def save(self, stage: Stage, position: int) -> None:
