@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import pickle
+import random
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +58,7 @@ class SupervisedWork:
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
         if needs_compiler(task.job):
             prepare_process()  # once here instead of in every worker
+        self._random = random.getstate()  # which Python draws anew in every forked process
         self._zygote = Zygote(self._work)
         self._acts = contextlib.ExitStack()
         self._acts.enter_context(last_act(lambda _: self._zygote.let_go()))
@@ -135,6 +137,7 @@ class SupervisedWork:
     # --- in a worker
 
     def _work(self, line: WorkerLine) -> None:
+        random.setstate(self._random)
         try:
             self._in_own_thread(lambda: self._train(line))
         except BaseException as error:  # to be raised by the supervisor, whatever it is
