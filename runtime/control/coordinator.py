@@ -312,13 +312,13 @@ class Coordinator:
             self._callbacks.post(self._sink.on_step, message.step)
 
     def _epoch(self, member: Member, message: m.Epoch) -> None:
-        _, results = self._ledger.epoch(message.part)
-        for result in results:
+        for result in self._ledger.epoch(message.part)[1]:
             self._callbacks.post(self._sink.on_epoch, result)
             if self._gate is not None and self._gate.for_sinks:
                 self._callbacks.post(self._mailbox.put, result)
             else:
                 self._obey(result)
+        self._send(member.identity, m.EpochSeen(epoch=message.part.epoch))
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         files = self._ledger.snapshot(member.hello.stage, message.position, message.files)

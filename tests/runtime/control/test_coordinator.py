@@ -69,6 +69,9 @@ def test_progress_and_epochs_reach_the_sink() -> None:
                         stage=stage, epoch=epoch, local_losses=losses, seconds=2.0, train=scores, evaluation=scores
                     )
                     client.epoch(part)
+                assert client.await_news(lambda: not client.unconfirmed, TIMEOUT)
+                client.epoch(part)  # as a later worker does, which can't know that it has come
+                assert client.await_news(lambda: not client.unconfirmed, TIMEOUT)
                 client.finish({})
 
         assert in_threads(work) == [None] * 3
