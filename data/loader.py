@@ -146,10 +146,13 @@ class LoaderDataset:
 
     @property
     def is_keyed(self) -> bool:
-        """Whether an epoch's batches depend on its number alone, so that a resumed run need not read those before."""
+        """Whether an epoch's batches depend on its number alone, so that a resumed run need not read those before: as
+        far as the loader tells. Its samples may still be made by chance, and workers that stay go on with theirs."""
         loader = self.loader
         if isinstance(loader, list | tuple):
             return True
+        if getattr(loader, "persistent_workers", False):
+            return False
         dataset = getattr(loader, "dataset", None)  # alone it decides what a sample is, not which ones come
         in_order = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
         if in_order and loader.generator is None and not isinstance(dataset, IterableDataset):  # type: ignore[attr-defined]
@@ -161,6 +164,15 @@ class LoaderDataset:
         for owner in self._owners():
             owner.set_epoch(epoch)
         return iter(self.loader)
+
+    def pass_over(self, epoch: int) -> None:
+        """Leaves out an iteration over a loader that `is_keyed`, but for what a DataLoader draws as each begins: the
+        seed of its workers, of its own generator or of torch's. It does so without workers, too."""
+        loader = self.loader
+        if isinstance(loader, DataLoader) and loader.num_workers:  # which needn't start
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        elif isinstance(loader, DataLoader):
+            self.batches(epoch)
 
     def check(self, batch: Any, rows: int, where: str) -> Parts:
         """The batch's samples [rows, *image_shape], named tensors and targets [rows, *target_shape].

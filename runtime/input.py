@@ -18,7 +18,7 @@ from unlocked.runtime.learned import with_task
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
 from unlocked.workers.prefetch import Prefetcher
-from unlocked.workers.reader import LoaderReader
+from unlocked.workers.reader import LoaderReader, skip
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
 __all__ = [
@@ -247,11 +247,13 @@ def make_source(
             load_batch=load_batch if resident else host_load_batch,
         )
 
+    readers: dict[ItemKind, LoaderReader] = {}
+
     def reader(data: Dataset, *kinds: ItemKind) -> Source:
         if isinstance(data, ImageDataset):
             return images(data, data)
         one = LoaderReader(data)
-        one.skip(item for item in plan.items(0, start) if item.kind in kinds)
+        readers.update(dict.fromkeys(kinds, one))
         return one
 
     source: Source
@@ -259,6 +261,7 @@ def make_source(
         source = images(train, test)
     else:
         source = SplitSource(reader(train, "train", "statistics"), None if test is None else reader(test, "evaluate"))
+        skip(readers, plan.items(0, start))
     depth = prefetch if prefetch is not None else 0 if resident else _READ_AHEAD
     if home == device and (depth == 0 or device.type == "cuda"):
         return source  # a GPU assembles resident micro-batches itself, faster than a host could send them

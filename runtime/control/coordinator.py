@@ -319,6 +319,7 @@ class Coordinator:
                 self._callbacks.post(self._mailbox.put, result)
             else:
                 self._obey(result)
+        self._send(member.identity, m.EpochSeen(epoch=message.part.epoch))
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         files = self._ledger.snapshot(member.hello.stage, message.position, message.files)
