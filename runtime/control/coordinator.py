@@ -1,7 +1,7 @@
 """The coordinator: one thread in rank 0's process that all workers talk to.
 
-It hands out the stream in windows, gathers metrics and final payloads, notices lost workers, and makes one worker's
-failure (or one signal) reach all. It never touches a tensor, and no step waits for it: windows are granted ahead.
+It hands out the stream in windows, gathers metrics and final payloads, notices lost workers, and makes one failure (or
+signal) reach all. No tensor comes here, and no step waits: windows are granted ahead.
 """
 
 import threading
@@ -37,8 +37,7 @@ class Coordinator:
         stages: the layer names of each stage, in order; a worker that reports other layers fails the run.
         total: length of the stream; `first` is where it starts (above 0 after a resume).
         queue_depth: of the edges between stages; sets the smallest window.
-        host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one; or
-            `ipc://PATH`, a socket in the file system.
+        host, port: where to listen; this machine's name or address (0.0.0.0: all) or `ipc://PATH`; port 0: any free one.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         admits: whether a public key (Z85) is that of one of the run's processes; default: whoever knows `address` is.
             Called in the coordinator's thread, so it must not wait.
