@@ -37,7 +37,7 @@ class Coordinator:
         stages: the layer names of each stage, in order; a worker that reports other layers fails the run.
         total: length of the stream; `first` is where it starts (above 0 after a resume).
         queue_depth: of the edges between stages; sets the smallest window.
-        host, port: where to listen; this machine's name or address (0.0.0.0: all) or `ipc://PATH`; port 0: any free one.
+        host, port: where to listen; this machine's name or address (0.0.0.0: all) or `ipc://PATH`; port 0: any free.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         admits: whether a public key (Z85) is that of one of the run's processes; default: whoever knows `address` is.
             Called in the coordinator's thread, so it must not wait.
