@@ -90,7 +90,7 @@ def as_dataset(
 
 def _named_pair(data: Any) -> Any:
     """Two whole tensors, of which the second holds no class numbers, as named ones."""
-    pair = data.tensors if isinstance(data, TensorDataset) else data
+    pair = data.tensors if type(data) is TensorDataset else data
     whole = isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(part, "ndim") for part in pair)
     return ({"samples": pair[0]}, pair[1]) if whole else data
 

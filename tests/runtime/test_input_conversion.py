@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unlocked.models import small_conv
-from unlocked.rules import LLS
+from unlocked.rules import LLS, Regression
 from unlocked.runtime import Trainer
 
 SAMPLES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -30,6 +30,14 @@ class Indexed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return SAMPLES[index], int(LABELS[index])
+
+
+class Shifted(TensorDataset):
+    """Makes other samples of its tensors, as one that augments does."""
+
+    def __getitem__(self, index: int) -> Any:
+        samples, targets = super().__getitem__(index)
+        return samples * 2 - 0.5, targets
 
 
 def _fit(train: Any, test: Any = None, epochs: int = 2) -> Any:
@@ -108,6 +116,26 @@ def test_what_can_not_be_converted_is_one_line(data: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         _fit(data)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:the .* data .Shifted. is read")
+def test_a_subclass_of_tensor_dataset_makes_its_own_samples() -> None:
+    expected = _fit((SAMPLES * 2 - 0.5, LABELS), (SAMPLES * 2 - 0.5, LABELS))
+    found = _fit(Shifted(SAMPLES, LABELS), Shifted(SAMPLES, LABELS))
+    assert (found.weights_sha256, found.test_loss) == (expected.weights_sha256, expected.test_loss)
+
+
+@pytest.mark.filterwarnings("ignore:the .* data .Shifted. is read")
+@pytest.mark.parametrize("task", [None, Regression()])
+def test_so_does_one_of_numbers(task: Regression | None) -> None:
+    def fit(data: Any) -> str:
+        torch.manual_seed(0)
+        network = [nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh()), nn.Linear(8, 2)]
+        made = Trainer(network, rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1), seed=3, task=task)
+        return made.fit(data, epochs=2, batch_size=16, eval_data=data).weights_sha256
+
+    numbers = SAMPLES[:, 0, 0, :2] + 1
+    assert fit(Shifted(SAMPLES, numbers)) == fit((SAMPLES * 2 - 0.5, numbers))
 
 
 def test_a_loader_is_left_as_it_is() -> None:
