@@ -67,7 +67,7 @@ class Learned:
             task = copy.copy(task)
             task.bytes_per_token = task.bytes_per_token or self.bytes_per_token
         if isinstance(task, Tokens) and task.shift is None:
-            task.shift = self.repeats_inputs or self.target == NO_TARGETS
+            task.find_shift(self.repeats_inputs or self.target == NO_TARGETS)
         return task
 
 
@@ -120,6 +120,11 @@ def _aligned(
     task: Task, target: TargetForm, samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]
 ) -> Tensor:
     if isinstance(task, Tokens):
+        if task.repeats_inputs and targets is not None and not repeats_inputs(samples, targets):
+            raise ValueError(
+                "targets are not the inputs, as those are that were looked at first; say how they are meant: "
+                "task=Tokens(shift=False), of their own positions, or Tokens(shift=True), of the ones before"
+            )
         targets = task.aligned(samples, targets, beside.get("attention_mask"), bool(task.shift))
     if targets is None:
         targets = torch.zeros(len(samples), 0, dtype=torch.uint8)

@@ -1,18 +1,20 @@
 """Which task targets are of; and one clear error, before step 0, where they are of none or can't be learnt."""
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from task_runs import CASES, LENGTH, TOKENS, language_model, perceptron, train
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from unlocked import Trainer
-from unlocked.data import pad_collate
+from unlocked.data import LoaderDataset, pad_collate
 from unlocked.rules import DRTP, LLS, BarlowTwins, MultiLabel, Regression, Task, Tokens
 from unlocked.runtime import EarlyStopping, RunResult
 from unlocked.runtime.job import Job
@@ -172,6 +174,87 @@ def test_a_loader_trains_as_the_same_tensors_do() -> None:
     ]
     assert by_loader.weights_sha256 == fit(language_model(), shifted).weights_sha256, "labels that are shifted already"
     assert by_loader.weights_sha256 != fit(language_model(), labelled, task=Tokens(shift=False)).weights_sha256
+
+
+KEPT = 9
+
+
+def masked(rows: int = 43) -> dict[str, Tensor]:
+    """Two tokens of each sample are to be guessed, hidden by another token; but the `KEPT` first samples show them."""
+    places = (torch.arange(rows) % (LENGTH - 4))[:, None] + torch.tensor([0, 3])
+    ids = torch.randint(1, TOKENS - 1, (rows, LENGTH), generator=torch.Generator().manual_seed(4))
+    labels = torch.full_like(ids, -100).scatter(1, places, ids.gather(1, places))
+    shown = ids.clone()
+    shown[KEPT:] = ids[KEPT:].scatter(1, places[KEPT:], TOKENS - 1)
+    return {"input_ids": shown, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def rows_of(data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{name: one[row] for name, one in data.items()} for row in range(len(data["input_ids"]))]
+
+
+def batches_of(data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{name: one[row : row + 8] for name, one in data.items()} for row in range(0, 43, 8)]
+
+
+LOADERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "a list": batches_of,
+    "a DataLoader": lambda data: DataLoader(rows_of(data), batch_size=8),  # type: ignore[arg-type]
+    "its batch sampler": lambda data: DataLoader(
+        rows_of(data),  # type: ignore[arg-type]
+        batch_sampler=BatchSampler(SequentialSampler(range(43)), 8, drop_last=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_first_sample_that_keeps_its_tokens_does_not_decide(kind: str) -> None:
+    """The targets of a masked language model are of their own positions, from a loader as from tensors."""
+    data, batches = masked(), batches_of(masked())
+    expected = fit(language_model(), batches, task=Tokens(shift=False))
+    found = fit(language_model(), LOADERS[kind](data))
+    assert found.weights_sha256 == expected.weights_sha256
+    whole, told = (fit(language_model(), data, task=task) for task in (None, Tokens(shift=False)))
+    assert whole.weights_sha256 == told.weights_sha256
+
+
+def test_looking_at_more_samples_draws_nothing() -> None:
+    class Drawing(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            random.random(), np.random.rand(), torch.rand(1)
+            return super().__getitem__(index)
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    loader = DataLoader(Drawing(rows_of(masked())), batch_size=8)  # type: ignore[arg-type]
+    assert not LoaderDataset.wrap(loader).repeats_inputs
+    one = LoaderDataset.wrap(DataLoader(Drawing(rows_of(masked())[KEPT:])))  # type: ignore[arg-type]
+    assert not one.repeats_inputs, "the first sample alone tells"
+    found = random.random(), np.random.rand(), float(torch.rand(1))
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    (random.random(), np.random.rand()), (random.random(), np.random.rand())  # of the first samples
+    assert found == (random.random(), np.random.rand(), float(torch.rand(1)))
+
+
+def test_what_could_not_be_looked_at_is_held_to_the_answer() -> None:
+    class Passing:
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(batches_of(masked())[:5])
+
+    with pytest.raises(StageError, match=r"train micro-batch 1 of epoch 0.*targets are not the inputs.*shift=False"):
+        fit(language_model(), cast(list[Any], Passing()), batch_size=None)
+    with pytest.raises(
+        ValueError, match=r"the test data: targets are not the inputs, .*Tokens\(shift=True\)"
+    ) as caught:
+        fit(language_model(), GIVEN, eval_data=masked())
+    assert "\n" not in str(caught.value)
+    fit(language_model(), GIVEN, eval_data=masked(), task=Tokens(shift=True))
 
 
 def test_the_best_weights_are_the_tasks_best(tmp_path: Any) -> None:
