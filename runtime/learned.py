@@ -12,7 +12,7 @@ from unlocked.data.loader import is_two_valued, repeats_inputs
 from unlocked.rules import CLASS_NUMBER, NO_TARGETS, TargetForm, Task, Tokens, infer_task
 from unlocked.rules.task_kinds import CLASSIFICATION
 
-__all__ = ["Learned", "learned_from", "with_task"]
+__all__ = ["Learned", "check_targets", "learned_from", "with_task"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,36 @@ def learned_from(data: Dataset, task: Task | None) -> Learned:
     return Learned(form, task, data.two_valued, data.repeats_inputs)
 
 
+def check_targets(data: Dataset, task: Task, target: TargetForm) -> None:
+    """What the data's form tells before any of it is read: that it can be evaluated by a network of that task.
+
+    Args:
+        target: what every stage gets of a sample's target.
+
+    Raises:
+        ValueError: no targets, or of another shape or kind; says which would do.
+    """
+    form = TargetForm(data.target_shape, data.target_dtype)
+    if task.name == "classification":
+        if form == CLASS_NUMBER:
+            return
+        advice = (
+            "give them"
+            if form == NO_TARGETS
+            else "convert them (.long())"
+            if not form.shape
+            else ("give one number for each sample (of one-hot rows, .argmax(1))")
+        )
+        raise ValueError(
+            f"the evaluation targets are {form}; the task classification takes int64 [N], class numbers: {advice}"
+        )
+    if isinstance(data, ImageDataset) or (isinstance(task, Tokens) and form == NO_TARGETS):
+        return  # their values are looked at before the run, too
+    whole = form.dtype.is_floating_point and not target.dtype.is_floating_point and not data.two_valued
+    if form.shape != target.shape or whole:
+        raise ValueError(f"the evaluation targets are {form}, those of training are read as {target}; make them alike")
+
+
 def with_task(data: Dataset, task: Task, target: TargetForm, num_scores: int) -> Dataset:
     """The data with targets as every stage gets them; class numbers of samples are left as they are.
 
@@ -128,7 +158,13 @@ def _aligned(
         targets = task.aligned(samples, targets, beside.get("attention_mask"), bool(task.shift))
     if targets is None:
         targets = torch.zeros(len(samples), 0, dtype=torch.uint8)
-    return targets.to(target.dtype)
+    read = targets.to(target.dtype)
+    if not target.dtype.is_floating_point and targets.dtype != target.dtype:
+        changed = read.to(targets.dtype) != targets
+        if bool(changed.any()):
+            value = targets[changed][0].item()
+            raise ValueError(f"targets hold {value:g}, those of training are read as {target}; make them alike")
+    return read
 
 
 def _check(task: Task, target: TargetForm, targets: Tensor, num_scores: int) -> None:

@@ -15,6 +15,7 @@ from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
 from unlocked.runtime.exporting import export
 from unlocked.runtime.input import as_dataset, ready, rows_per_batch
+from unlocked.runtime.learned import check_targets
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
 from unlocked.runtime.named_inputs import rows_of
@@ -119,6 +120,7 @@ class Trained:
         """The figures are those of a run's own evaluation, bit for bit with its batch size and threads; see
         `Trainer.evaluate`."""
         network = self.network
+        check_targets(data, network.task, network.target)
         if network.task.name != "classification":
             return self._evaluate_task(data, batch_size, settings)
         classes = network.infos[-1].num_classes
@@ -183,6 +185,12 @@ class Trained:
             raise ValueError(
                 f"samples have the shape {data.image_shape} each, the network reads {network.input_shape}; a single "
                 "sample is given as samples[None]"
+            )
+        if data.sample_dtype != network.input_dtype:
+            read, given = (str(one).removeprefix("torch.") for one in (network.input_dtype, data.sample_dtype))
+            raise ValueError(
+                f"samples are read as {given}, the network reads {read}; convert them (.float() of numbers, .long() of "
+                "tokens)"
             )
         used = network.beside if any(network.needs) else {}
         if missing := [name for name in used if name not in data.beside]:

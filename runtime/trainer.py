@@ -323,7 +323,6 @@ class Trainer(Settings):
 
     def _job(self, train_set: Dataset, test_set: Dataset | None, plan: StreamPlan) -> Job:
         check_drop_last(train_set, plan)
-        check_evaluation(train_set, test_set)
         if test_set is None and isinstance(self.lr_factor, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs the test loss, but there is no evaluation; give evaluation data")
         network = build_network(
@@ -336,6 +335,7 @@ class Trainer(Settings):
             learned=learned_from(train_set, self.task),
             beside=beside_of(train_set),
         )
+        check_evaluation(train_set, test_set, network.task, network.target)
         learns = (network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         train_set = ready(train_set, *learns)
         test_set = None if test_set is None else ready(test_set, *learns)

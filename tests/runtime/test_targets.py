@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from task_runs import CASES, LENGTH, TOKENS, language_model, perceptron, train
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
@@ -37,6 +38,23 @@ X = torch.randn(16, 7, generator=torch.Generator().manual_seed(0))
 
 def with_targets(targets: Tensor) -> dict[str, Tensor]:
     return {**GIVEN, "labels": targets}
+
+
+CLASSES = torch.arange(16) % 3
+EVALUATIONS: dict[str, tuple[Any, str]] = {
+    "with float labels": ((X, CLASSES.float()), r"evaluation targets are float32 \[N\]; .* int64 \[N\].*\(.long\(\)\)"),
+    "with one-hot labels": ((X, CLASSES[:, None] == torch.arange(3)), r"targets are bool \[N, 3\]; .*\.argmax\(1\)"),
+    "with one-hot numbers": ((X, F.one_hot(CLASSES)), r"targets are int64 \[N, 3\]; .*\.argmax\(1\)"),
+    "without labels": ({"samples": X}, "targets are none; .* class numbers: give them"),
+    "with tokens": ((X.long(), CLASSES), r"samples are read as int64, training samples as float32; .*\.float\(\)"),
+    "batches with float labels": ([(X, CLASSES.float())], r"targets are float32 \[N\]; .*\(.long\(\)\)"),
+    "batches without labels": ([(X,)], "targets are none; .* class numbers: give them"),
+    "batches with tokens": ([(X.long(), CLASSES)], "samples are read as int64, training samples as float32"),
+}
+
+
+def _classify(eval_data: Any) -> RunResult:
+    return fit(perceptron(7, 3), (X, CLASSES), eval_data=eval_data)
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -100,6 +118,26 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fit(perceptron(7, 2), (X, X[:, :2]), eval_data={"x": X, "y": X, "labels": X[:, :2]}),
         "evaluation data brings y beside its samples, training data nothing",
     ),
+    **{
+        f"evaluation {name}": (partial(_classify, eval_data=data), message)
+        for name, (data, message) in EVALUATIONS.items()
+    },
+    "evaluation numbers that are no labels": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2] > 0), eval_data=(X, X[:, :2].abs() + 2)),
+        r"the test data: targets hold \d\.\d+, those of training are read as bool \[N, 2\]",
+    ),
+    "evaluation numbers of a loader that are no labels": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2] > 0), eval_data=[(X, X[:, :2])]),
+        r"evaluation targets are float32 \[N, 2\], those of training are read as bool \[N, 2\]",
+    ),
+    "evaluation targets of another size": (
+        lambda: fit(perceptron(7, 2), (X, X[:, :2]), eval_data=[(X, X[:, :3])]),
+        r"evaluation targets are float32 \[N, 3\], those of training are read as float32 \[N, 2\]",
+    ),
+    "a mask of another length in evaluation": (
+        lambda: fit(language_model(), GIVEN, eval_data=[{**GIVEN, "attention_mask": MASK[:, :, None]}]),
+        r"evaluation data has attention_mask \[12, 1\] per sample, training data \[12\]",
+    ),
     "feedback alignment": (
         lambda: fit(perceptron(7, 2), (X, X[:, :2]), rule="DFA"),
         "DFA is for classification of samples of one tensor; the task is regression",
@@ -125,6 +163,23 @@ def test_a_mistake_is_one_line_before_the_first_step(name: str, monkeypatch: pyt
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_so_it_is_when_a_trained_network_is_evaluated(name: str) -> None:
+    trainer = Trainer(perceptron(7, 3), rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.01), threads=1)
+    trainer.fit((X, CLASSES), epochs=1, batch_size=8)
+    data, message = EVALUATIONS[name]
+    with pytest.raises(ValueError, match=message.replace("training samples as", "the network reads")) as caught:
+        trainer.evaluate(data, batch_size=None if isinstance(data, list) else 8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [lambda y: y, lambda y: y.float(), lambda y: y.int(), lambda y: y.numpy() * 1.0])
+def test_evaluation_targets_of_another_type_with_the_same_values_are_read(kind: Any) -> None:
+    truth = X[:, :2] > 0
+    results = [fit(perceptron(7, 2), (X, truth), eval_data=(X, one)) for one in (truth, kind(truth))]
+    assert results[0].test_figures == results[1].test_figures
 
 
 def batches() -> Iterator[dict[str, Tensor]]:
