@@ -13,7 +13,8 @@ from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.data.batches import Parts, readable_type
 from unlocked.data.conversion import convert
 from unlocked.kernels.images import load_batch as host_load_batch
-from unlocked.rules import TargetForm, Task
+from unlocked.rules import CLASS_NUMBER, TargetForm, Task
+from unlocked.rules.task_kinds import CLASSIFICATION
 from unlocked.runtime.learned import with_task
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
@@ -53,7 +54,7 @@ def as_dataset(
     """What `Trainer.fit` was given, with its sizes.
 
     Args:
-        num_classes: None: for tensors, as many as the labels show; for a loader, as many as the model tells apart.
+        num_classes: None: as many as the model tells apart, of tensors at least those that the labels show.
         steps_per_epoch: batches of a loader that make an epoch.
         batch_size: rows of a micro-batch of an indexable PyTorch Dataset.
         seed: keys the order in which such a Dataset is read; None: one after the other.
@@ -73,7 +74,10 @@ def as_dataset(
         data = _of_parts(data, split)
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         samples, labels = data
-        data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
+        shown = num_classes or int(labels.max()) + 1
+        data = ImageDataset(
+            name="custom", split=split, images=samples, labels=labels, num_classes=shown, open_classes=not num_classes
+        )
     elif not isinstance(data, ImageDataset | LoaderDataset):
         if not isinstance(data, Iterable):
             raise ValueError(
@@ -156,15 +160,22 @@ def beside_of(data: Dataset) -> Mapping[str, Tensor]:
 
 
 def with_classes(data: Dataset, num_classes: int) -> Dataset:
-    """A loader that did not know its classes learns them from the model.
+    """Data that did not know its classes learns them from the model.
 
     Raises:
         ValueError: the data has more classes than the model tells apart.
     """
-    if isinstance(data, LoaderDataset) and not data.num_classes:
-        return replace(data, num_classes=num_classes)
     if data.num_classes is not None and data.num_classes > num_classes:
         raise ValueError(f"the {data.split} data has {data.num_classes} classes, the model tells {num_classes} apart")
+    if isinstance(data, LoaderDataset):
+        return data if data.num_classes else replace(data, num_classes=num_classes)
+    if data.open_classes:
+        return replace(data, num_classes=num_classes, open_classes=False)
+    if not data.num_classes and TargetForm(data.target_shape, data.target_dtype) == CLASS_NUMBER:
+        try:
+            CLASSIFICATION.check(data.labels, num_classes)
+        except ValueError as error:
+            raise ValueError(f"the {data.split} data: {error}, which the model tells apart") from None
     return data
 
 

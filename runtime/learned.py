@@ -12,19 +12,20 @@ from unlocked.data.loader import is_two_valued, repeats_inputs
 from unlocked.rules import CLASS_NUMBER, NO_TARGETS, TargetForm, Task, Tokens, infer_task
 from unlocked.rules.task_kinds import CLASSIFICATION
 
-__all__ = ["Learned", "check_targets", "learned_from", "with_task"]
+__all__ = ["Learned", "check_targets", "known_classes", "learned_from", "with_task"]
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
     """Attributes: the targets' form as the data has them, the task that was given, and what a look at the targets says:
-    they are all 0 or 1; they are the inputs, or there are none."""
+    they are all 0 or 1; they are the inputs, or there are none; there may be more classes than they show."""
 
     target: TargetForm = CLASS_NUMBER
     task: Task | None = None
     two_valued: bool = False
     repeats_inputs: bool = False
     bytes_per_token: float | None = None
+    open_classes: bool = False
 
     @property
     def is_classification(self) -> bool:
@@ -50,7 +51,7 @@ class Learned:
             task = self.task_of(outputs, samples)
             scores = task.num_scores(self.target, outputs)
             return task, task.form(self.target, outputs), scores
-        if not num_classes and len(outputs) == 1:
+        if len(outputs) == 1 and (not num_classes or (self.open_classes and num_classes < outputs[0])):
             num_classes = outputs[0]
         if not num_classes or outputs != (num_classes,):
             raise ValueError(
@@ -77,9 +78,20 @@ def learned_from(data: Dataset, task: Task | None) -> Learned:
         form, own = TargetForm(data.target_shape, data.target_dtype), data.num_classes == 0
         if data.bytes_per_token is not None:  # a text, which brings its targets as they are meant
             return Learned(form, task, bytes_per_token=data.bytes_per_token)
-        return Learned(form, task, own and is_two_valued(data.labels), own and repeats_inputs(data.images, data.labels))
+        return Learned(
+            form,
+            task,
+            own and is_two_valued(data.labels),
+            own and repeats_inputs(data.images, data.labels),
+            open_classes=data.open_classes,
+        )
     form = TargetForm(data.target_shape, data.target_dtype)
     return Learned(form, task, data.two_valued, data.repeats_inputs)
+
+
+def known_classes(data: Dataset) -> int | None:
+    """How many classes the data is known to have; None: the model tells."""
+    return None if isinstance(data, ImageDataset) and data.open_classes else data.num_classes
 
 
 def check_targets(data: Dataset, task: Task, target: TargetForm) -> None:

@@ -45,7 +45,7 @@ from unlocked.runtime.job import Engine, Job, check_compile, check_device
 from unlocked.runtime.keeping import KeptModel, describe_kept
 from unlocked.runtime.layer_optimizers import Optimizers, check_layers
 from unlocked.runtime.layer_rules import Rules
-from unlocked.runtime.learned import learned_from
+from unlocked.runtime.learned import known_classes, learned_from
 from unlocked.runtime.learning_rate import LearningRate, LrSchedule, ReduceLROnPlateau, constant
 from unlocked.runtime.machine import freed_memory_returned, set_threads
 from unlocked.runtime.metrics.best import BestWeights
@@ -200,7 +200,7 @@ class Trainer(Settings):
         test_set = None
         if eval_data is not None:
             rows = rows_per_batch(train_set, batch_size) if eval_batch_size is None else eval_batch_size
-            known = train_set.num_classes
+            known = known_classes(train_set)
             test_set = as_dataset(eval_data, "test", num_classes=known, batch_size=rows, task=self.task)
         batch_size = rows_per_batch(train_set, batch_size)
         if test_set is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from unlocked.data import ImageDataset
 from unlocked.models import small_conv
-from unlocked.rules import LLS, Regression
+from unlocked.rules import LLS, Classification, Regression
 from unlocked.runtime import Trainer
 
 SAMPLES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -136,6 +137,62 @@ def test_so_does_one_of_numbers(task: Regression | None) -> None:
 
     numbers = SAMPLES[:, 0, 0, :2] + 1
     assert fit(Shifted(SAMPLES, numbers)) == fit((SAMPLES * 2 - 0.5, numbers))
+
+
+def few(samples: Tensor = SAMPLES, labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
+    """Without the highest class of the network's four."""
+    return samples[labels < 3], labels[labels < 3]
+
+
+@pytest.mark.parametrize("given", ["tensors", "arrays", "named tensors"])
+@pytest.mark.parametrize("task", [None, Classification()])
+def test_a_training_subset_without_the_highest_class(task: Classification | None, given: str) -> None:
+    """The network tells how many classes there are, as it does for a loader."""
+    samples, labels = few()
+    forms = {"arrays": (samples.numpy(), labels.numpy()), "named tensors": {"x": samples, "labels": labels}}
+    expected = _fit(ImageDataset.from_tensors(samples, labels, 4), ImageDataset.from_tensors(SAMPLES, LABELS, 4))
+    made = Trainer(
+        small_conv(1, 4, 8),
+        rule=LLS(),
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        seed=3,
+        statistics_batches=0,
+        task=task,
+    )
+    found = made.fit(
+        forms.get(given, (samples, labels)), epochs=2, batch_size=16, eval_data=(SAMPLES, LABELS), eval_batch_size=16
+    )
+    assert (found.weights_sha256, found.test_loss) == (expected.weights_sha256, expected.test_loss)
+    right = (made.predict(SAMPLES).argmax(1) == LABELS).double().mean()
+    assert found.test_acc1 == pytest.approx(100 * float(right))
+    assert made.evaluate((SAMPLES, LABELS)).confusion.shape == (4, 4)
+    alone = _fit(few(), epochs=2)
+    assert alone.weights_sha256 == expected.weights_sha256, "without an evaluation"
+
+
+def test_so_does_an_evaluation_after_a_loader() -> None:
+    loader = DataLoader(TensorDataset(SAMPLES, LABELS), 16)
+    assert _fit(loader, few()).test_loss == _fit(loader, DataLoader(TensorDataset(*few()), 16)).test_loss
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        ((SAMPLES, LABELS + 1), None, r"but the data has 5 classes; end the model in a layer with output \(5,\)"),
+        (few(), (SAMPLES, LABELS + 1), "the test data has 5 classes, the model tells 4 apart"),
+        (
+            {"x": SAMPLES, "labels": LABELS + 1},
+            None,
+            "the train data: labels from 1 to 4; valid: 0 to 3, which the model",
+        ),
+        (few(), {"x": SAMPLES, "labels": LABELS + 1}, "the test data: labels from 1 to 4; valid: 0 to 3"),
+        (ImageDataset.from_tensors(*few(), 3), None, "the data has 3 classes; end the model in"),
+    ],
+)
+def test_more_classes_than_the_network_tells_apart_are_refused(train: Any, test: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        _fit(train, test)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_loader_is_left_as_it_is() -> None:
