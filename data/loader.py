@@ -63,6 +63,8 @@ class LoaderDataset:
     repeats_inputs: bool = False
     """The targets that were looked at are the inputs, but for negative ones: of tokens, those of a list's batches or of
     a data set's first samples."""
+    is_ours: bool = False
+    """The loader was made of an indexable data set, so batches have the rows that somebody asks for."""
     names: Names = FOUND
     aligned: Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Tensor] | None = None
     """Makes a batch's targets of its samples, its own targets and its named tensors; None: its own."""

@@ -69,7 +69,8 @@ def as_dataset(
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
     if task is not None and task.name != "classification":
         data = _named_pair(data)
-    data = convert(data, split, batch_size=batch_size, seed=seed)
+    given = data
+    data = convert(given, split, batch_size=batch_size, seed=seed)
     if isinstance(data, Parts):
         data = _of_parts(data, split)
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
@@ -84,7 +85,8 @@ def as_dataset(
                 f"the {split} data is a {type(data).__name__}; give a dataset, two tensors (samples, labels), or a "
                 "DataLoader or another iterable of batches"
             )
-        return LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+        one = LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+        return one if data is given else replace(one, is_ours=True)
     if isinstance(data, ImageDataset):
         _refuse_non_finite(data)
     if steps_per_epoch is not None:
@@ -131,9 +133,9 @@ def rows_per_batch(data: Dataset, given: int | None, default: int | None = None)
         ValueError: none, or two that differ.
     """
     if isinstance(data, LoaderDataset):
-        if given not in (None, data.batch_size):
+        if given not in (None, data.batch_size) and not data.is_ours:
             raise ValueError(f"batch size {given} was given, but the {data.split} loader yields {data.batch_size} rows")
-        return data.batch_size
+        return data.batch_size if given is None else given
     size = default if given is None else given
     if size is None:
         raise ValueError("give batch_size, the rows of a micro-batch")
@@ -147,7 +149,7 @@ def check_drop_last(data: Dataset, plan: StreamPlan) -> None:
         ValueError: a loader with a smaller last batch that was to be left out.
     """
     rest = plan.train_size % plan.batch_size
-    if plan.drop_last and rest and isinstance(data, LoaderDataset):
+    if plan.drop_last and rest and isinstance(data, LoaderDataset) and not data.is_ours:
         raise ValueError(
             f"drop_last is for data sets; the {data.split} loader ends an epoch in a batch of {rest} rows, so tell the "
             "loader itself: DataLoader(..., drop_last=True)"

@@ -139,6 +139,26 @@ def test_so_does_one_of_numbers(task: Regression | None) -> None:
     assert fit(Shifted(SAMPLES, numbers)) == fit((SAMPLES * 2 - 0.5, numbers))
 
 
+@pytest.mark.filterwarnings("ignore:the .* data .Indexed. is read")
+def test_a_dataset_has_the_micro_batches_of_the_same_tensors() -> None:
+    """Of any size: one that is larger than the evaluation data, and no smaller last one, if it is to be left out."""
+
+    def run(train: Any, test: Any, **how: Any) -> tuple[str, float | None, float]:
+        adam = partial(torch.optim.Adam, lr=1e-2)
+        made = Trainer(small_conv(1, 4, 8), rule=LLS(), optimizer=adam, seed=3, statistics_batches=0)
+        found = made.fit(train, epochs=2, eval_data=test, **how)
+        whole = made.evaluate(test, batch_size=64)
+        assert made.evaluate(test).loss == pytest.approx(whole.loss)
+        return found.weights_sha256, found.test_loss, whole.loss
+
+    tensors = (SAMPLES, LABELS)
+    few = (SAMPLES[:10], LABELS[:10])
+    for how in ({"batch_size": 16, "eval_batch_size": 32}, {"batch_size": 32}, {"batch_size": 16, "drop_last": True}):
+        assert run(Indexed(), Indexed(10), **how) == run(tensors, few, **how), how
+    with pytest.raises(ValueError, match="batch_size=64 is larger than the training data, which has 40 rows"):
+        run(Indexed(), None, batch_size=64)
+
+
 def few(samples: Tensor = SAMPLES, labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
     """Without the highest class of the network's four."""
     return samples[labels < 3], labels[labels < 3]
