@@ -160,7 +160,7 @@ def _tensor(values: Tensor | np.ndarray, what: str) -> Tensor:
 
 
 def _of_numpy(values: np.ndarray, what: str) -> Tensor:
-    if values.dtype.kind not in "fiu" or values.dtype.itemsize > 8:
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
         raise ValueError(f"{what} are an array of {values.dtype}; give one of numbers")
     native = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
     with warnings.catch_warnings():

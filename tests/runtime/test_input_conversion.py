@@ -139,6 +139,31 @@ def test_so_does_one_of_numbers(task: Regression | None) -> None:
     assert fit(Shifted(SAMPLES, numbers)) == fit((SAMPLES * 2 - 0.5, numbers))
 
 
+def test_arrays_of_truth_values_are_targets_and_masks() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            scores: Tensor = self.linear(x * mask[:, None])
+            return scores
+
+    def fit(data: Any) -> tuple[str, float | None, str]:
+        torch.manual_seed(0)
+        network = [nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh()), Masked()]
+        made = Trainer(network, rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1), seed=3)
+        found = made.fit(data, epochs=2, batch_size=16, eval_data=data)
+        return found.weights_sha256, found.test_loss, repr(made.evaluate(data))
+
+    truth, mask = SAMPLES[:, 0, 0, :3] > 0, SAMPLES[:, 0, 1, 0] > -1
+    expected = fit({"x": SAMPLES, "mask": mask, "labels": truth})
+    assert fit({"x": SAMPLES.numpy(), "mask": mask.numpy(), "labels": truth.numpy()}) == expected
+    assert fit(({"x": SAMPLES, "mask": mask.numpy()}, truth.numpy())) == expected
+    with pytest.raises(ValueError, match=r"got torch\.bool"):
+        _fit((SAMPLES.numpy() > 0, LABELS))
+
+
 @pytest.mark.filterwarnings("ignore:the .* data .Indexed. is read")
 def test_a_dataset_has_the_micro_batches_of_the_same_tensors() -> None:
     """Of any size: one that is larger than the evaluation data, and no smaller last one, if it is to be left out."""
