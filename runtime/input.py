@@ -15,7 +15,7 @@ from unlocked.data.conversion import convert
 from unlocked.kernels.images import load_batch as host_load_batch
 from unlocked.rules import CLASS_NUMBER, TargetForm, Task
 from unlocked.rules.task_kinds import CLASSIFICATION
-from unlocked.runtime.learned import with_task
+from unlocked.runtime.learned import known_classes, with_task
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
 from unlocked.workers.prefetch import Prefetcher
@@ -45,7 +45,7 @@ def as_dataset(
     data: Data,
     split: str,
     *,
-    num_classes: int | None = None,
+    like: Dataset | None = None,
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -54,7 +54,8 @@ def as_dataset(
     """What `Trainer.fit` was given, with its sizes.
 
     Args:
-        num_classes: None: as many as the model tells apart, of tensors at least those that the labels show.
+        like: of evaluation data, the training data: what kind of targets there are, and how many classes. None: as the
+            targets tell, and as many classes as the model tells apart, of tensors at least those that the labels show.
         steps_per_epoch: batches of a loader that make an epoch.
         batch_size: rows of a micro-batch of an indexable PyTorch Dataset.
         seed: keys the order in which such a Dataset is read; None: one after the other.
@@ -67,8 +68,10 @@ def as_dataset(
     for name, count in ((rows, batch_size), ("steps_per_epoch", steps_per_epoch)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
-    if task is not None and task.name != "classification":
+    numbers = like is not None and TargetForm(like.target_shape, like.target_dtype) != CLASS_NUMBER
+    if numbers or (task is not None and task.name != "classification"):
         data = _named_pair(data)
+    num_classes = None if like is None else known_classes(like)
     given = data
     data = convert(given, split, batch_size=batch_size, seed=seed)
     if isinstance(data, Parts):
@@ -191,11 +194,12 @@ def ready(data: Dataset, task: Task, target: TargetForm, num_scores: int, first:
         ValueError: targets that are not of the task, or beyond what the model tells apart; samples that the first block
             refuses.
     """
+    data = (
+        with_classes(data, num_scores) if task.name == "classification" else with_task(data, task, target, num_scores)
+    )
     if check := getattr(getattr(first, "body", None), "check_samples", None):
         data = _with_check(data, check)
-    if task.name == "classification":
-        return with_classes(data, num_scores)
-    return with_task(data, task, target, num_scores)
+    return data
 
 
 def _with_check(data: Dataset, check: Callable[[Tensor, Mapping[str, Tensor]], None]) -> Dataset:
@@ -206,8 +210,12 @@ def _with_check(data: Dataset, check: Callable[[Tensor, Mapping[str, Tensor]], N
             raise ValueError(f"the {data.split} data: {error}") from None
         return data
 
+    aligned = data.aligned
+
     def unchanged(samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]) -> Tensor:
         check(samples, beside)
+        if aligned is not None:
+            return aligned(samples, targets, beside)
         return torch.zeros(len(samples), 0, dtype=torch.uint8) if targets is None else targets
 
     return replace(data, aligned=unchanged)

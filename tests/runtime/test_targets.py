@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from unlocked import Trainer
 from unlocked.data import LoaderDataset, pad_collate
+from unlocked.models import Block
 from unlocked.rules import DRTP, LLS, BarlowTwins, MultiLabel, Regression, Task, Tokens
 from unlocked.runtime import EarlyStopping, RunResult
 from unlocked.runtime.job import Job
@@ -180,6 +181,32 @@ def test_evaluation_targets_of_another_type_with_the_same_values_are_read(kind: 
     truth = X[:, :2] > 0
     results = [fit(perceptron(7, 2), (X, truth), eval_data=(X, one)) for one in (truth, kind(truth))]
     assert results[0].test_figures == results[1].test_figures
+
+
+@pytest.mark.parametrize("data", [(X, X[:, :2]), [(X, X[:, :2])]], ids=["tensors", "a loader"])
+def test_what_the_first_block_refuses_is_refused_for_every_task(data: Any) -> None:
+    def check(samples: Tensor, beside: Any) -> None:
+        raise ValueError(f"sample {int(samples[:, 0].argmax())} is the largest")
+
+    first, *others = perceptron(7, 2)
+    first.check_samples = check  # type: ignore[assignment]
+    with pytest.raises((ValueError, StageError), match=f"sample {int(X[:, 0].argmax())} is the largest"):
+        fit([Block("first", first), *others], data)
+
+
+@pytest.mark.parametrize("task", [None, Regression()])
+@pytest.mark.parametrize("width", [1, 2])
+def test_whole_numbers_are_numbers_where_those_of_training_are(width: int, task: Task | None) -> None:
+    """Not classes, as they would be alone: also below 0."""
+    numbers = (X[:, :width] * 3).round()
+    given = {1: [numbers, numbers[:, 0]], 2: [numbers]}[width]
+    for real in given:
+        network = perceptron(7, width)
+        trainer = Trainer(network, rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.01), task=task, threads=1)
+        found = trainer.fit((X, real), epochs=1, batch_size=8, eval_data=(X, real.long()), eval_batch_size=16)
+        expected = F.mse_loss(trainer.predict(X).flatten(), real.flatten())
+        assert found.test_loss == pytest.approx(float(expected))
+        assert trainer.evaluate((X, real.long())).loss == pytest.approx(float(expected))
 
 
 def batches() -> Iterator[dict[str, Tensor]]:
