@@ -43,8 +43,8 @@ def convert(data: Any, split: str, *, batch_size: int | None, seed: int | None) 
 
     A pair of arrays or tensors, and a TensorDataset of two, become a tuple (samples, labels int64 [N]), or `Parts`
     where the targets are no class numbers: samples of other float types float32, of other integer types int64. Named
-    tensors [N, ...], alone or with targets, and tokens without targets become `Parts`. An indexable PyTorch Dataset
-    becomes a DataLoader. What changes a type is told by a `UserWarning` of one line.
+    tensors [N, ...], alone or with targets, and tokens without targets become `Parts`. An indexable PyTorch Dataset, a
+    subclass of TensorDataset too, becomes a DataLoader. What changes a type is told by a `UserWarning` of one line.
 
     Args:
         split: what the data is called in errors: train or test.
@@ -55,7 +55,7 @@ def convert(data: Any, split: str, *, batch_size: int | None, seed: int | None) 
         ValueError: data of a kind, or with values, that no conversion keeps; says what to give.
     """
     what = f"the {split} data"
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # a subclass may make other samples of its tensors, so it is read by its indices
         if len(data.tensors) == 1 and data.tensors[0].dtype in _INTEGERS - {torch.uint8}:
             return _named({"input_ids": data.tensors[0]}, None, what)
         if len(data.tensors) != 2:
@@ -160,7 +160,7 @@ def _tensor(values: Tensor | np.ndarray, what: str) -> Tensor:
 
 
 def _of_numpy(values: np.ndarray, what: str) -> Tensor:
-    if values.dtype.kind not in "fiu" or values.dtype.itemsize > 8:
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
         raise ValueError(f"{what} are an array of {values.dtype}; give one of numbers")
     native = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
     with warnings.catch_warnings():

@@ -54,6 +54,8 @@ class ImageDataset:
     integers, which are read as int64; uint8 [N, 0]: there are none."""
     num_classes: int
     """0: the targets are no class numbers of samples; a task says what they are."""
+    open_classes: bool = False
+    """`num_classes` is what the labels show, and the model may tell more apart."""
     classes: Sequence[str] = ()
     """The classes' names; empty: their numbers."""
     mean: tuple[float, ...] = ()

@@ -5,11 +5,14 @@ in it. A run is reproducible if the loader is: give a shuffling DataLoader a see
 `set_epoch`. Only the process of stage 0 reads; the loader needs no DistributedSampler.
 """
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
@@ -17,6 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from unlocked.data.batches import FOUND, Names, Parts, parse_batch, readable_type
 
 __all__ = ["LoaderDataset", "is_two_valued", "repeats_inputs"]
+
+_LOOKED_AT = 64  # samples of a data set, where one is not enough to tell by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,7 +61,10 @@ class LoaderDataset:
     two_valued: bool = False
     """The targets that were looked at are 0 and 1 alone."""
     repeats_inputs: bool = False
-    """The targets that were looked at are the inputs, but for negative ones."""
+    """The targets that were looked at are the inputs, but for negative ones: of tokens, those of a list's batches or of
+    a data set's first samples."""
+    is_ours: bool = False
+    """The loader was made of an indexable data set, so batches have the rows that somebody asks for."""
     names: Names = FOUND
     mean: tuple[float, ...] = ()
     """Of each channel of samples that come as uint8 [B, C, ...], where 255 counts as 1; empty: 0."""
@@ -141,7 +149,7 @@ class LoaderDataset:
             target_dtype=torch.uint8 if parts.targets is None else readable_type(parts.targets, as_target=True),
             has_targets=parts.targets is not None,
             two_valued=is_two_valued(parts.targets),
-            repeats_inputs=repeats_inputs(samples, parts.targets),
+            repeats_inputs=_all_repeat_inputs(loader, parts, keys),
             names=keys,
         )
 
@@ -150,10 +158,13 @@ class LoaderDataset:
 
     @property
     def is_keyed(self) -> bool:
-        """Whether an epoch's batches depend on its number alone, so that a resumed run need not read those before."""
+        """Whether an epoch's batches depend on its number alone, so that a resumed run need not read those before: as
+        far as the loader tells. Its samples may still be made by chance, and workers that stay go on with theirs."""
         loader = self.loader
         if isinstance(loader, list | tuple):
             return True
+        if getattr(loader, "persistent_workers", False):
+            return False
         dataset = getattr(loader, "dataset", None)  # alone it decides what a sample is, not which ones come
         in_order = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
         if in_order and loader.generator is None and not isinstance(dataset, IterableDataset):  # type: ignore[attr-defined]
@@ -174,6 +185,15 @@ class LoaderDataset:
         if self.mean:
             samples.sub_(torch.tensor([value * 255.0 for value in self.mean]).view(spread))
         return samples.mul_(torch.tensor([1.0 / (value * 255.0) for value in self.std or (1.0,)]).view(spread))
+
+    def pass_over(self, epoch: int) -> None:
+        """Leaves out an iteration over a loader that `is_keyed`, but for what a DataLoader draws as each begins: the
+        seed of its workers, of its own generator or of torch's. It does so without workers, too."""
+        loader = self.loader
+        if isinstance(loader, DataLoader) and loader.num_workers:  # which needn't start
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        elif isinstance(loader, DataLoader):
+            self.batches(epoch)
 
     def check(self, batch: Any, rows: int, where: str) -> Parts:
         """The batch's samples [rows, *image_shape], named tensors and targets [rows, *target_shape].
@@ -199,7 +219,10 @@ class LoaderDataset:
         self._check_beside(parts, where)
         targets = parts.targets
         if self.aligned is not None:
-            targets = self.aligned(samples.to(self.sample_dtype), targets, parts.beside)
+            try:
+                targets = self.aligned(samples.to(self.sample_dtype), targets, parts.beside)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         elif targets is None:
             targets = torch.zeros(len(samples), 0, dtype=torch.uint8)
         form = (tuple(targets.shape[1:]), readable_type(targets, as_target=True))
@@ -310,6 +333,46 @@ def repeats_inputs(samples: Tensor, targets: Tensor | None) -> bool:
     if targets is None or targets.shape != samples.shape:
         return False
     return bool(((targets == samples) | (targets < 0)).all())
+
+
+def _all_repeat_inputs(loader: Iterable[Any], first: Parts, names: Names) -> bool:
+    """Of tokens one sample says little: a masked one may have kept what it is to be guessed from. What can't be looked
+    at beforehand is held to the answer when its turn comes."""
+    if not repeats_inputs(first.samples, first.targets):
+        return False
+    if _read_as(first.samples) != torch.int64:
+        return True
+    try:
+        with _keyed_chance():
+            parts = (parse_batch(batch, "", names) for batch in _more(loader))
+            return all(repeats_inputs(samples, targets) for samples, _, targets in parts)
+    except Exception:  # of a batch that is at fault the reader tells, by its number
+        return True
+
+
+def _more(loader: Iterable[Any]) -> Iterator[Any]:
+    """Batches, or batches of one sample, that can be looked at without disturbing the loader's own order."""
+    if isinstance(loader, list | tuple):
+        yield from loader
+    elif isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        dataset: Any = loader.dataset
+        if not isinstance(dataset, IterableDataset):
+            yield from (loader.collate_fn([dataset[k]]) for k in range(min(len(dataset), _LOOKED_AT)))
+
+
+@contextmanager
+def _keyed_chance() -> Iterator[None]:
+    """What is drawn inside, every process draws alike; what is drawn next is as if nothing had been drawn."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _beside_type(values: Tensor) -> torch.dtype:

@@ -17,6 +17,8 @@ horizontal flip, normalisation, random erasing with 0.0.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,11 +133,12 @@ def sides_of(image_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: anything else, or a side that is not positive.
     """
-    sides = [image_size] if isinstance(image_size, int) else list(image_size)
-    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side >= 1 for side in sides):
-        given = sides[0] if len(sides) == 1 else tuple(sides)
-        raise ValueError(f"image_size is a positive integer, or two of them (height and width), got {given}")
-    return sides[0], sides[-1]
+    given: Any = image_size
+    sides = [given] if isinstance(given, Integral) else list(given)
+    if len(sides) not in (1, 2) or not all(isinstance(side, Integral) and int(side) >= 1 for side in sides):
+        shown = sides[0] if len(sides) == 1 else tuple(sides)
+        raise ValueError(f"image_size is a positive integer, or two of them (height and width), got {shown}")
+    return int(sides[0]), int(sides[-1])
 
 
 def check_load_batch(

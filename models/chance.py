@@ -14,7 +14,7 @@ from unlocked.models.dropout import KeyedDropout, set_dropout_keys
 from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.models.named_draws import is_librarys, named_draws
 
-__all__ = ["find_draws"]
+__all__ = ["find_draws", "is_known"]
 
 _KEY = 0x5EED  # of a trial's draws; any
 _CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def find_draws(
     for name, module in block.named_modules():
         if _draws_by_class(module):
             found.add("torch")
-        unknown = unknown or not _is_known(module)
+        unknown = unknown or not is_known(module)
         try:
             found |= named_draws(module)
         except ValueError as error:
@@ -51,7 +51,8 @@ def find_draws(
     return frozenset(found)
 
 
-def _is_known(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
+    """It is torch's or the project's own, with nothing of the user's in it."""
     plain = is_librarys(type(module)) and not type(module).__module__.startswith(("torch.fx", "torch.jit"))
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return plain and not hooked and "forward" not in vars(module)
@@ -100,24 +101,24 @@ def _run(
         module.register_forward_hook(lambda m, _, output, name=name: given.append((name, m, keep(output))))
     set_dropout_keys(block, 0, 0, 0)
     training = [(module, module.training) for module in block.modules()]
+
+    def forward() -> Tensor:  # on copies: a block may write into what it is given
+        output: Tensor = block(x.clone(), **{name: value.clone() for name, value in beside.items()})
+        return output
+
     with generators.keyed(_KEY):
         before = generators.states()
         with torch.enable_grad():
-            output = _call(block, x, beside)
+            output = forward()
             if output.requires_grad:
                 output.float().sum().backward()
         block.eval()
         with torch.no_grad():
-            _call(block, x, beside)
+            forward()
         moved = generators.moved(before)
     for module, mode in training:
         module.training = mode
     return moved, given
-
-
-def _call(block: Block, x: Tensor, beside: Mapping[str, Tensor]) -> Any:
-    """On copies: a layer may write into what it is given, and would read what it has written in the next call."""
-    return block(x.clone(), **{name: value.clone() for name, value in beside.items()})
 
 
 class _Keeper:

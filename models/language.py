@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,8 @@ def gpt(
     Raises:
         ValueError: a size is not positive, a width without whole heads, or more blocks than layers.
     """
-    length = image_size if isinstance(image_size, int) else int(image_size[-1])
+    given: Any = image_size
+    length = int(given if isinstance(given, Integral) else given[-1])
     check_positive(
         num_classes=num_classes, image_size=length, width=width, depth=depth, local_module_num=local_module_num
     )

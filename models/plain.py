@@ -1,6 +1,7 @@
 """A trained model as one plain module: what is kept, exported and loaded, without anything of a pipeline."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,10 +43,16 @@ def architecture_of(model: Iterable[nn.Module]) -> dict[str, Any] | None:
         return None
     name, sizes = first
     tanh = any(isinstance(module, nn.Tanh) for layer in layers for module in layer.modules())
-    architecture = {"model": name, **sizes, "image_size": list(sizes["image_size"]), "tanh": tanh}
+    plain = {word: _of_python(size) for word, size in sizes.items()}
+    architecture = {"model": name, **plain, "image_size": list(sizes["image_size"]), "tanh": tanh}
     with torch.device("meta"):
         fresh = rebuild(architecture)
     return architecture if repr(fresh) == repr(layers) else None
+
+
+def _of_python(size: Any) -> Any:
+    """Whole numbers may be NumPy's, which JSON does not take."""
+    return int(size) if isinstance(size, Integral) and not isinstance(size, bool) else size
 
 
 def rebuild(architecture: Mapping[str, Any]) -> list[Block]:

@@ -1,12 +1,15 @@
 """What every network asks of its sizes."""
 
+from numbers import Integral
+from typing import Any
+
 __all__ = ["check_positive", "latent_side", "too_small"]
 
 
-def check_positive(**sizes: int | None) -> None:
-    """Raises: ValueError: a size is not a positive integer; names it. None is no size."""
+def check_positive(**sizes: Any) -> None:
+    """Raises: ValueError: a size is not a positive integer, of Python or NumPy; names it. None is no size."""
     for word, size in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
             raise ValueError(f"{word} is a positive integer, got {size}")
 
 

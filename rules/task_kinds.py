@@ -198,11 +198,12 @@ class Tokens(_Positions):
         ignore_index: the target of a position that does not count.
         shift: the scores at position t are of the target at t + 1, as the labels of Hugging Face's language models
             mean it; the last position does not count then. None: so if there are no targets, which are then the inputs
-            where `attention_mask` is not 0, or if the targets are the inputs. False: as they are.
+            where `attention_mask` is not 0, or if the targets are the inputs, all of them. False: as they are.
         bytes_per_token: of the text, for the bits per byte; 1 for bytes. None: they are not reported.
     """
 
     name = "tokens"
+    _found_shift = False
 
     def __init__(
         self, *, ignore_index: int = IGNORED, shift: bool | None = None, bytes_per_token: float | None = None
@@ -239,6 +240,15 @@ class Tokens(_Positions):
         if self.bytes_per_token is not None:
             others.append(("bits_per_byte", found.loss / log(2) / self.bytes_per_token))
         return found._replace(others=tuple(others))
+
+    @property
+    def repeats_inputs(self) -> bool:
+        """Whether targets are shifted because they were found to be the inputs: others would be misread."""
+        return self._found_shift
+
+    def find_shift(self, repeats_inputs: bool) -> None:
+        """Decides what was left open, by whether the targets are the inputs."""
+        self.shift, self._found_shift = repeats_inputs, repeats_inputs
 
     def aligned(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None, shift: bool) -> Tensor:
         """The targets [B, T] as all stages get them.

@@ -120,7 +120,8 @@ class Task:
 
     def figures(self, sums: Mapping[str, Any], count: float) -> Mapping[str, float]:
         """Figures from the sums of `measure` (numbers, or lists of them) over `count`; by default their means. Those
-        called acc1 and acc5 are percent."""
+        called acc1 and acc5 are percent. Numbers of any kind (NumPy's, too), which are read as Python's; a figure that
+        there is none of is left out."""
         return {name: value / max(count, 1) for name, value in sums.items() if isinstance(value, float)}
 
     # --- what the workers call
@@ -137,12 +138,17 @@ class Task:
         return {name: 0 if one.dim() == 0 else one.numel() for name, one in self.measure(*made_up).items()}
 
     def read(self, sums: Sequence[float], samples: int, sizes: Mapping[str, int]) -> Figures:
-        """The figures of sums as `tally` makes them, over `samples` samples."""
+        """The figures of sums as `tally` makes them, over `samples` samples.
+
+        Raises:
+            ValueError: the task gives a figure that is no number.
+        """
         count, measured, at = sums[1], {}, 2
         for name, size in sizes.items():
             measured[name] = list(sums[at : at + size]) if size else sums[at]
             at += size or 1
-        found = dict(self.figures(measured, count)) if count else {}
+        given = dict(self.figures(measured, count)) if count else {}
+        found = {name: _number(value, f"figure {name} of the task {self.name}") for name, value in given.items()}
         first = {name: found.pop(name, None) for name in ("acc1", "acc5")}
         return Figures(self.mean_loss(sums, samples), first["acc1"], first["acc5"], tuple(found.items()))
 
@@ -156,6 +162,16 @@ class Task:
     def __repr__(self) -> str:
         told = ", ".join(f"{key}={value!r}" for key, value in self.settings().items())
         return f"{type(self).__name__}({told})"
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        if isinstance(value, str | bytes) or getattr(value, "ndim", None):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        told = f"{type(value).__name__} {' '.join(repr(value).split())[:60]}"
+        raise ValueError(f"{what} is no number but the {told}; give a number, or leave it out") from None
 
 
 def refuse_non_finite(targets: Tensor) -> None:

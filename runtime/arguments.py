@@ -1,5 +1,6 @@
 """What `Trainer` is given, held to its kind before anything is built; of settings, `fields.check` does that."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -78,7 +79,7 @@ def try_optimizer(factory: Callable[[Any], Any], parameters: Sequence[nn.Paramet
     """Builds an optimizer that is thrown away.
 
     Raises:
-        ValueError: it can't be built, is no optimizer, or has a setting that is not finite.
+        ValueError: it can't be built, is no optimizer, steps by a closure alone, or has a setting that is not finite.
     """
     try:
         made = build_optimizer(factory, parameters)
@@ -88,6 +89,11 @@ def try_optimizer(factory: Callable[[Any], Any], parameters: Sequence[nn.Paramet
         raise ValueError(f"optimizer {_shown(factory)} builds no optimizer: {first_line(error)}") from error
     if not callable(getattr(made, "step", None)):
         raise ValueError(f"optimizer builds a {type(made).__name__}, which has no step")
+    if needed := _needed(made.step):
+        raise ValueError(
+            f"optimizer {type(made).__name__} can't step without {needed}; a layer steps once for its gradients: take "
+            "one that needs nothing more, such as torch.optim.SGD or Adam"
+        )
     for group, rate in zip(groups, rates, strict=True):
         for name, value in {**group, "lr": rate}.items():
             parts = value if isinstance(value, tuple | list) else (value,)
@@ -131,6 +137,8 @@ def check_sinks(sinks: object) -> None:
 def check_names(names: object) -> None:
     """Raises: ValueError if no mapping of strings."""
     good = isinstance(names, Mapping) and all(isinstance(text, str) for pair in names.items() for text in pair)
+    if good and isinstance(names, Mapping):
+        good = set(names) <= {"model", "dataset", "rule"}
     if names is not None and not good:
         raise ValueError(f"names is {_shown(names)}; give strings by the keys model, dataset and rule, or None")
 
@@ -147,6 +155,16 @@ def _check_one_rule(rule: object, where: str) -> None:
         )
     elif isinstance(rule, nn.Module) or not callable(rule):
         raise ValueError(f"{where} is {_shown(rule)}; {advice}")
+
+
+def _needed(function: Callable[..., Any]) -> str:
+    """The arguments that it can't do without, by name."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(one.name for one in arguments if one.default is one.empty and one.kind not in optional)
 
 
 def _are_sinks(sinks: object) -> bool:

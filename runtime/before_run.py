@@ -12,9 +12,11 @@ from torch import nn
 
 from unlocked.data import Dataset, ImageDataset
 from unlocked.kernels.trial import bfloat16_gain
+from unlocked.rules import TargetForm, Task
 from unlocked.runtime.arguments import try_optimizer
 from unlocked.runtime.engines import ENGINES, engine_class
 from unlocked.runtime.layer_optimizers import Optimizers, optimizer_for
+from unlocked.runtime.learned import check_targets
 from unlocked.runtime.network import Network
 from unlocked.runtime.saving.identity import describe_data
 from unlocked.runtime.saving.snapshots import Snapshot, find_snapshot, newest_whole
@@ -35,12 +37,15 @@ __all__ = [
 
 def tried_optimizers(optimizers: Optimizers, network: Network) -> dict[str, list[nn.Parameter]]:
     """The parameters that each layer's optimizer was tried with; of one for all layers, the last layer's that has some.
+    Layers without parameters are left out.
 
     Raises:
         ValueError: an optimizer can't be built (`try_optimizer`).
     """
     of_layers = {name: list(block.parameters()) for name, block in zip(network.names, network.blocks, strict=True)}
-    if not isinstance(optimizers, Mapping):
+    if isinstance(optimizers, Mapping):
+        of_layers = {name: parameters for name, parameters in of_layers.items() if parameters and name in optimizers}
+    else:
         last = next((name for name in reversed(of_layers) if of_layers[name]), network.names[-1])
         of_layers = {last: of_layers[last]}
     for name, parameters in of_layers.items():
@@ -102,8 +107,9 @@ def warn_of_slow_precision(precision: str, device: str) -> None:
         )
 
 
-def check_evaluation(train: Dataset, test: Dataset | None) -> None:
-    """Raises a ValueError if evaluation samples are of another form than those of training."""
+def check_evaluation(train: Dataset, test: Dataset | None, task: Task, target: TargetForm) -> None:
+    """Raises a ValueError if evaluation samples or targets are of another form than those of training, which are of
+    that task and read as `target`."""
     if test is None:
         return
     if test.image_shape != train.image_shape:
@@ -111,11 +117,27 @@ def check_evaluation(train: Dataset, test: Dataset | None) -> None:
             f"evaluation samples have shape {test.image_shape}, training samples {train.image_shape}; "
             "they must be equal"
         )
+    if test.sample_dtype != train.sample_dtype:
+        raise ValueError(
+            f"evaluation samples are read as {_name(test.sample_dtype)}, training samples as "
+            f"{_name(train.sample_dtype)}; convert one of them (.float() of numbers, .long() of tokens)"
+        )
     if test.beside.keys() != train.beside.keys():
         raise ValueError(
             f"evaluation data brings {', '.join(test.beside) or 'nothing'} beside its samples, training data "
             f"{', '.join(train.beside) or 'nothing'}; they must be equal"
         )
+    for name, value in test.beside.items():
+        if value.shape[1:] != train.beside[name].shape[1:]:
+            raise ValueError(
+                f"evaluation data has {name} {list(value.shape[1:])} per sample, training data "
+                f"{list(train.beside[name].shape[1:])}; they must be equal"
+            )
+    check_targets(test, task, target)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_resume(resume: Snapshot, fingerprint: Mapping[str, Any], plan: StreamPlan) -> None:

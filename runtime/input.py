@@ -13,12 +13,13 @@ from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.data.batches import Parts, readable_type
 from unlocked.data.conversion import convert
 from unlocked.kernels.images import load_batch as host_load_batch
-from unlocked.rules import TargetForm, Task
-from unlocked.runtime.learned import with_task
+from unlocked.rules import CLASS_NUMBER, TargetForm, Task
+from unlocked.rules.task_kinds import CLASSIFICATION
+from unlocked.runtime.learned import known_classes, with_task
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.actions import ItemKind
 from unlocked.workers.prefetch import Prefetcher
-from unlocked.workers.reader import LoaderReader
+from unlocked.workers.reader import LoaderReader, skip
 from unlocked.workers.source import BatchSource, LoadBatch, Source, SplitSource
 
 __all__ = [
@@ -44,7 +45,7 @@ def as_dataset(
     data: Data,
     split: str,
     *,
-    num_classes: int | None = None,
+    like: Dataset | None = None,
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -53,7 +54,8 @@ def as_dataset(
     """What `Trainer.fit` was given, with its sizes.
 
     Args:
-        num_classes: None: for tensors, as many as the labels show; for a loader, as many as the model tells apart.
+        like: of evaluation data, the training data: what kind of targets there are, and how many classes. None: as the
+            targets tell, and as many classes as the model tells apart, of tensors at least those that the labels show.
         steps_per_epoch: batches of a loader that make an epoch.
         batch_size: rows of a micro-batch of an indexable PyTorch Dataset.
         seed: keys the order in which such a Dataset is read; None: one after the other.
@@ -66,21 +68,28 @@ def as_dataset(
     for name, count in ((rows, batch_size), ("steps_per_epoch", steps_per_epoch)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
-    if task is not None and task.name != "classification":
+    numbers = like is not None and TargetForm(like.target_shape, like.target_dtype) != CLASS_NUMBER
+    if numbers or (task is not None and task.name != "classification"):
         data = _named_pair(data)
-    data = convert(data, split, batch_size=batch_size, seed=seed)
+    num_classes = None if like is None else known_classes(like)
+    given = data
+    data = convert(given, split, batch_size=batch_size, seed=seed)
     if isinstance(data, Parts):
         data = _of_parts(data, split)
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         samples, labels = data
-        data = ImageDataset.from_tensors(samples, labels, num_classes or int(labels.max()) + 1, split=split)
+        shown = num_classes or int(labels.max()) + 1
+        data = ImageDataset(
+            name="custom", split=split, images=samples, labels=labels, num_classes=shown, open_classes=not num_classes
+        )
     elif not isinstance(data, ImageDataset | LoaderDataset):
         if not isinstance(data, Iterable):
             raise ValueError(
                 f"the {split} data is a {type(data).__name__}; give a dataset, two tensors (samples, labels), or a "
                 "DataLoader or another iterable of batches"
             )
-        return LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+        one = LoaderDataset.wrap(data, num_classes=num_classes, steps_per_epoch=steps_per_epoch, split=split)
+        return one if data is given else replace(one, is_ours=True)
     if isinstance(data, ImageDataset):
         _refuse_non_finite(data)
     if steps_per_epoch is not None:
@@ -90,7 +99,7 @@ def as_dataset(
 
 def _named_pair(data: Any) -> Any:
     """Two whole tensors, of which the second holds no class numbers, as named ones."""
-    pair = data.tensors if isinstance(data, TensorDataset) else data
+    pair = data.tensors if type(data) is TensorDataset else data
     whole = isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(part, "ndim") for part in pair)
     return ({"samples": pair[0]}, pair[1]) if whole else data
 
@@ -127,9 +136,9 @@ def rows_per_batch(data: Dataset, given: int | None, default: int | None = None)
         ValueError: none, or two that differ.
     """
     if isinstance(data, LoaderDataset):
-        if given not in (None, data.batch_size):
+        if given not in (None, data.batch_size) and not data.is_ours:
             raise ValueError(f"batch size {given} was given, but the {data.split} loader yields {data.batch_size} rows")
-        return data.batch_size
+        return data.batch_size if given is None else given
     size = default if given is None else given
     if size is None:
         raise ValueError("give batch_size, the rows of a micro-batch")
@@ -143,7 +152,7 @@ def check_drop_last(data: Dataset, plan: StreamPlan) -> None:
         ValueError: a loader with a smaller last batch that was to be left out.
     """
     rest = plan.train_size % plan.batch_size
-    if plan.drop_last and rest and isinstance(data, LoaderDataset):
+    if plan.drop_last and rest and isinstance(data, LoaderDataset) and not data.is_ours:
         raise ValueError(
             f"drop_last is for data sets; the {data.split} loader ends an epoch in a batch of {rest} rows, so tell the "
             "loader itself: DataLoader(..., drop_last=True)"
@@ -156,15 +165,22 @@ def beside_of(data: Dataset) -> Mapping[str, Tensor]:
 
 
 def with_classes(data: Dataset, num_classes: int) -> Dataset:
-    """A loader that did not know its classes learns them from the model.
+    """Data that did not know its classes learns them from the model.
 
     Raises:
         ValueError: the data has more classes than the model tells apart.
     """
-    if isinstance(data, LoaderDataset) and not data.num_classes:
-        return replace(data, num_classes=num_classes)
     if data.num_classes is not None and data.num_classes > num_classes:
         raise ValueError(f"the {data.split} data has {data.num_classes} classes, the model tells {num_classes} apart")
+    if isinstance(data, LoaderDataset):
+        return data if data.num_classes else replace(data, num_classes=num_classes)
+    if data.open_classes:
+        return replace(data, num_classes=num_classes, open_classes=False)
+    if not data.num_classes and TargetForm(data.target_shape, data.target_dtype) == CLASS_NUMBER:
+        try:
+            CLASSIFICATION.check(data.labels, num_classes)
+        except ValueError as error:
+            raise ValueError(f"the {data.split} data: {error}, which the model tells apart") from None
     return data
 
 
@@ -178,11 +194,12 @@ def ready(data: Dataset, task: Task, target: TargetForm, num_scores: int, first:
         ValueError: targets that are not of the task, or beyond what the model tells apart; samples that the first block
             refuses.
     """
+    data = (
+        with_classes(data, num_scores) if task.name == "classification" else with_task(data, task, target, num_scores)
+    )
     if check := getattr(getattr(first, "body", None), "check_samples", None):
         data = _with_check(data, check)
-    if task.name == "classification":
-        return with_classes(data, num_scores)
-    return with_task(data, task, target, num_scores)
+    return data
 
 
 def _with_check(data: Dataset, check: Callable[[Tensor, Mapping[str, Tensor]], None]) -> Dataset:
@@ -193,8 +210,12 @@ def _with_check(data: Dataset, check: Callable[[Tensor, Mapping[str, Tensor]], N
             raise ValueError(f"the {data.split} data: {error}") from None
         return data
 
+    aligned = data.aligned
+
     def unchanged(samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]) -> Tensor:
         check(samples, beside)
+        if aligned is not None:
+            return aligned(samples, targets, beside)
         return torch.zeros(len(samples), 0, dtype=torch.uint8) if targets is None else targets
 
     return replace(data, aligned=unchanged)
@@ -247,11 +268,13 @@ def make_source(
             load_batch=load_batch if resident else host_load_batch,
         )
 
+    readers: dict[ItemKind, LoaderReader] = {}
+
     def reader(data: Dataset, *kinds: ItemKind) -> Source:
         if isinstance(data, ImageDataset):
             return images(data, data)
         one = LoaderReader(data)
-        one.skip(item for item in plan.items(0, start) if item.kind in kinds)
+        readers.update(dict.fromkeys(kinds, one))
         return one
 
     source: Source
@@ -259,6 +282,7 @@ def make_source(
         source = images(train, test)
     else:
         source = SplitSource(reader(train, "train", "statistics"), None if test is None else reader(test, "evaluate"))
+        skip(readers, plan.items(0, start))
     depth = prefetch if prefetch is not None else 0 if resident else _READ_AHEAD
     if home == device and (depth == 0 or device.type == "cuda"):
         return source  # a GPU assembles resident micro-batches itself, faster than a host could send them

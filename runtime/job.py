@@ -208,6 +208,7 @@ class Job:
             task=self.network.task.name,
             best=self.network.task.best,
             figures=self.network.figure_names,
+            evaluates=self.plan.eval_size > 0,
         )
 
 
@@ -266,7 +267,9 @@ def needs_compiler(job: Job) -> bool:
     if job.settings.snapshot_dir is not None or job.resume is not None or job.clip_grad_norm is not None:
         return True
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    made = (build_optimizer(optimizer_for(job.optimizer, layer), parameters) for layer in job.network.names)
+    given = job.optimizer
+    factories = given.values() if isinstance(given, Mapping) else (given,)
+    made = (build_optimizer(factory, parameters) for factory in factories)
     return any(kind_of(optimizer) is None for optimizer in made)
 
 

@@ -11,19 +11,30 @@ from unlocked.workers.optimizers import OptimizerFactory
 __all__ = ["Optimizers", "check_layers", "clipped", "optimizer_for"]
 
 Optimizers = OptimizerFactory | Mapping[str, OptimizerFactory]
-"""Builds every layer's optimizer, or by the layer's name (the output layer included)."""
+"""Builds every layer's optimizer, or by the layer's name (the output layer included; layers without parameters may be
+left out)."""
 
 
 def optimizer_for(optimizers: Optimizers, layer: str) -> OptimizerFactory:
-    """What builds the optimizer of that layer."""
-    return optimizers[layer] if isinstance(optimizers, Mapping) else optimizers
+    """What builds the optimizer of that layer. Of one that was left out: what says so, if there are parameters."""
+    if not isinstance(optimizers, Mapping):
+        return optimizers
+    return optimizers[layer] if layer in optimizers else _none_for(layer)
 
 
-def check_layers(optimizers: Optimizers, layers: Sequence[str]) -> None:
-    """Raises: ValueError: optimizers for other layers than there are; names them."""
+def _none_for(layer: str) -> OptimizerFactory:
+    def build(parameters: Any) -> torch.optim.Optimizer:
+        raise ValueError(f"no optimizer for {layer}, whose rule trains parameters; give one by its name")
+
+    return build
+
+
+def check_layers(optimizers: Optimizers, layers: Sequence[str], blocks: Sequence[nn.Module]) -> None:
+    """Raises: ValueError: optimizers for other layers than there are, or none for one with parameters; names them."""
     if not isinstance(optimizers, Mapping):
         return
-    missing, unknown = [n for n in layers if n not in optimizers], [n for n in optimizers if n not in layers]
+    trained = [name for name, block in zip(layers, blocks, strict=True) if any(True for _ in block.parameters())]
+    missing, unknown = [n for n in trained if n not in optimizers], [n for n in optimizers if n not in layers]
     if missing or unknown:
         problems = [f"no optimizer for {', '.join(missing)}"] * bool(missing)
         problems += [f"an optimizer for {', '.join(map(str, unknown))}"] * bool(unknown)

@@ -12,19 +12,20 @@ from unlocked.data.loader import is_two_valued, repeats_inputs
 from unlocked.rules import CLASS_NUMBER, NO_TARGETS, TargetForm, Task, Tokens, infer_task
 from unlocked.rules.task_kinds import CLASSIFICATION
 
-__all__ = ["Learned", "learned_from", "with_task"]
+__all__ = ["Learned", "check_targets", "known_classes", "learned_from", "with_task"]
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
     """Attributes: the targets' form as the data has them, the task that was given, and what a look at the targets says:
-    they are all 0 or 1; they are the inputs, or there are none."""
+    they are all 0 or 1; they are the inputs, or there are none; there may be more classes than they show."""
 
     target: TargetForm = CLASS_NUMBER
     task: Task | None = None
     two_valued: bool = False
     repeats_inputs: bool = False
     bytes_per_token: float | None = None
+    open_classes: bool = False
 
     @property
     def is_classification(self) -> bool:
@@ -50,7 +51,7 @@ class Learned:
             task = self.task_of(outputs, samples)
             scores = task.num_scores(self.target, outputs)
             return task, task.form(self.target, outputs), scores
-        if not num_classes and len(outputs) == 1:
+        if len(outputs) == 1 and (not num_classes or (self.open_classes and num_classes < outputs[0])):
             num_classes = outputs[0]
         if not num_classes or outputs != (num_classes,):
             raise ValueError(
@@ -67,7 +68,7 @@ class Learned:
             task = copy.copy(task)
             task.bytes_per_token = task.bytes_per_token or self.bytes_per_token
         if isinstance(task, Tokens) and task.shift is None:
-            task.shift = self.repeats_inputs or self.target == NO_TARGETS
+            task.find_shift(self.repeats_inputs or self.target == NO_TARGETS)
         return task
 
 
@@ -77,9 +78,50 @@ def learned_from(data: Dataset, task: Task | None) -> Learned:
         form, own = TargetForm(data.target_shape, data.target_dtype), data.num_classes == 0
         if data.bytes_per_token is not None:  # a text, which brings its targets as they are meant
             return Learned(form, task, bytes_per_token=data.bytes_per_token)
-        return Learned(form, task, own and is_two_valued(data.labels), own and repeats_inputs(data.images, data.labels))
+        return Learned(
+            form,
+            task,
+            own and is_two_valued(data.labels),
+            own and repeats_inputs(data.images, data.labels),
+            open_classes=data.open_classes,
+        )
     form = TargetForm(data.target_shape, data.target_dtype)
     return Learned(form, task, data.two_valued, data.repeats_inputs)
+
+
+def known_classes(data: Dataset) -> int | None:
+    """How many classes the data is known to have; None: the model tells."""
+    return None if isinstance(data, ImageDataset) and data.open_classes else data.num_classes
+
+
+def check_targets(data: Dataset, task: Task, target: TargetForm) -> None:
+    """What the data's form tells before any of it is read: that it can be evaluated by a network of that task.
+
+    Args:
+        target: what every stage gets of a sample's target.
+
+    Raises:
+        ValueError: no targets, or of another shape or kind; says which would do.
+    """
+    form = TargetForm(data.target_shape, data.target_dtype)
+    if task.name == "classification":
+        if form == CLASS_NUMBER:
+            return
+        advice = (
+            "give them"
+            if form == NO_TARGETS
+            else "convert them (.long())"
+            if not form.shape
+            else ("give one number for each sample (of one-hot rows, .argmax(1))")
+        )
+        raise ValueError(
+            f"the evaluation targets are {form}; the task classification takes int64 [N], class numbers: {advice}"
+        )
+    if isinstance(data, ImageDataset) or (isinstance(task, Tokens) and form == NO_TARGETS):
+        return  # their values are looked at before the run, too
+    whole = form.dtype.is_floating_point and not target.dtype.is_floating_point and not data.two_valued
+    if form.shape != target.shape or whole:
+        raise ValueError(f"the evaluation targets are {form}, those of training are read as {target}; make them alike")
 
 
 def with_task(data: Dataset, task: Task, target: TargetForm, num_scores: int) -> Dataset:
@@ -120,10 +162,21 @@ def _aligned(
     task: Task, target: TargetForm, samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]
 ) -> Tensor:
     if isinstance(task, Tokens):
+        if task.repeats_inputs and targets is not None and not repeats_inputs(samples, targets):
+            raise ValueError(
+                "targets are not the inputs, as those are that were looked at first; say how they are meant: "
+                "task=Tokens(shift=False), of their own positions, or Tokens(shift=True), of the ones before"
+            )
         targets = task.aligned(samples, targets, beside.get("attention_mask"), bool(task.shift))
     if targets is None:
         targets = torch.zeros(len(samples), 0, dtype=torch.uint8)
-    return targets.to(target.dtype)
+    read = targets.to(target.dtype)
+    if not target.dtype.is_floating_point and targets.dtype != target.dtype:
+        changed = read.to(targets.dtype) != targets
+        if bool(changed.any()):
+            value = targets[changed][0].item()
+            raise ValueError(f"targets hold {value:g}, those of training are read as {target}; make them alike")
+    return read
 
 
 def _check(task: Task, target: TargetForm, targets: Tensor, num_scores: int) -> None:

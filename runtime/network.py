@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block, initialise, key_start_values
-from unlocked.models.chance import find_draws
 from unlocked.models.dropout import kept_dropout_keys
 from unlocked.models.named_draws import named_draws
+from unlocked.models.overwriting import Writes
 from unlocked.rules import (
     CLASS_NUMBER,
     CrossEntropy,
@@ -30,6 +29,7 @@ from unlocked.rules import (
 )
 from unlocked.rules.task_kinds import CLASSIFICATION
 from unlocked.runtime.batch_statistics import BatchStatistics
+from unlocked.runtime.block_trials import made_up, try_blocks
 from unlocked.runtime.layer_rules import Rules, choose_rule, make_rule
 from unlocked.runtime.learned import Learned
 from unlocked.runtime.model_blocks import Model, blocks_of
@@ -72,6 +72,7 @@ class Network:
         input_dtype: its type: float32, or int64 where the first layer reads tokens.
         batch_statistics: every normalisation by the micro-batch's own statistics.
         draws: the global generators that each layer draws from (`unlocked.models.generators.SOURCES`).
+        writes: what each layer's block writes into of what it is given.
         side_channel: what the rules send beside activations and labels.
         scored: the layers whose own prediction is counted in evaluation; the output layer's is in any case.
         passes: some rule takes whole passes.
@@ -89,6 +90,7 @@ class Network:
     input_dtype: torch.dtype = torch.float32
     batch_statistics: list[BatchStatistics] = field(default_factory=list)
     draws: list[frozenset[str]] = field(default_factory=list)
+    writes: list[Writes] = field(default_factory=list)
     side_channel: SideChannel = field(default_factory=SideChannel)
     scored: tuple[str, ...] = ()
     passes: bool = False
@@ -190,7 +192,7 @@ def build_network(
         )
         for i, block in enumerate(blocks)
     ]
-    draws = _draws(blocks, sample, outputs, beside, needs, seed)
+    draws, writes = try_blocks(blocks, sample, outputs, beside, needs, seed)
     return Network(
         blocks,
         infos,
@@ -199,6 +201,7 @@ def build_network(
         sample.dtype,
         batch_statistics,
         draws,
+        writes,
         SideChannel(inputs=travelling(needs, beside) if any(needs) else ()),
         task=task,
         target=target,
@@ -268,6 +271,7 @@ def backpropagation_network(network: Network) -> Network:
         infos=[info],
         output_shapes=[network.output_shapes[-1]],
         draws=[frozenset[str]().union(*network.draws)],
+        writes=[_of_all(network.writes)],
         side_channel=SideChannel(inputs=network.side_channel.inputs[:1]),
         needs=(used,) if used else (),
     )
@@ -319,6 +323,7 @@ def build_layer(
     needs = network.needs[index] if network.needs else ()
     common: dict[str, Any] = {"device": device, "precision": precision, "needs": needs, "sums": network.num_sums}
     common |= {"kernels": getattr(step, "backend", None), "sample": _sample(network, index)}
+    common["writes"] = network.writes[index]
     if needs_pass(local_rule):
         own = optimizer_of(local_rule, optimizer)
         return PassLayer(block, local_rule, info, own, step=step, sources=sources, **common)
@@ -357,35 +362,16 @@ def made_up_targets(network: Network, rows: int, generator: torch.Generator) -> 
     return network.target.made_up(rows)
 
 
-def _draws(
-    blocks: Sequence[Block],
-    sample: Tensor,
-    outputs: Sequence[tuple[int, ...]],
-    beside: Mapping[str, Tensor],
-    needs: Sequence[Sequence[str]],
-    seed: int,
-) -> list[frozenset[str]]:
-    """What each block draws from, tried with made-up inputs."""
-    inputs = chain([sample], map(torch.zeros, outputs[:-1]))  # one at a time
-    return [
-        find_draws(block, partial(_made_up, like, seed), rows_of(beside, names, 2))
-        for block, like, names in zip(blocks, inputs, needs, strict=True)
-    ]
+def _of_all(writes: Sequence[Writes]) -> Writes:
+    """Of blocks in a row: any of them may be given the first one's input, by those before it that change nothing."""
+    return Writes(any(one.input for one in writes), frozenset().union(*(one.beside for one in writes)))
 
 
 def _sample(network: Network, index: int) -> Tensor:
     """A made-up micro-batch of two rows of a layer's input."""
     shape = network.output_shapes[index - 1] if index else network.input_shape
     like = torch.zeros(shape, dtype=torch.float32 if index else network.input_dtype)
-    return _made_up(like, network.infos[index].seed)
-
-
-def _made_up(sample: Tensor, seed: int) -> Tensor:
-    """A micro-batch of two samples like this one: tokens as they are, anything else normally distributed."""
-    shape = (2, *sample.shape)
-    if not sample.is_floating_point():
-        return sample.expand(shape).clone()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF))
+    return made_up(like, network.infos[index].seed)
 
 
 def _latent_size(block: Block, activation_shape: tuple[int, ...], layout: Layout | None) -> int:

@@ -4,18 +4,22 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
 from unlocked.kernels.precision import float32_products
 from unlocked.models.dropout import kept_dropout_keys
+from unlocked.rules import CLASS_NUMBER, NO_TARGETS, TargetForm
 from unlocked.runtime.exporting import export
 from unlocked.runtime.input import as_dataset, ready, rows_per_batch
+from unlocked.runtime.learned import check_targets
 from unlocked.runtime.machine import set_threads
 from unlocked.runtime.metrics.html import card, grid
 from unlocked.runtime.named_inputs import rows_of
@@ -27,7 +31,7 @@ from unlocked.runtime.settings import Settings
 from unlocked.runtime.tensors import give_strides
 from unlocked.workers.stage import Stage
 
-__all__ = ["Evaluation", "Trained", "as_samples"]
+__all__ = ["Evaluation", "Trained", "as_samples", "rows_asked"]
 
 _ROWS = 256  # of a micro-batch where no run has said
 
@@ -121,6 +125,7 @@ class Trained:
         """The figures are those of a run's own evaluation, bit for bit with its batch size and threads; see
         `Trainer.evaluate`."""
         network = self.network
+        check_targets(data, network.task, network.target)
         if network.task.name != "classification":
             return self._evaluate_task(data, batch_size, settings)
         classes = network.infos[-1].num_classes
@@ -186,6 +191,12 @@ class Trained:
                 f"samples have the shape {data.image_shape} each, the network reads {network.input_shape}; a single "
                 "sample is given as samples[None]"
             )
+        if data.sample_dtype != network.input_dtype:
+            read, given = (str(one).removeprefix("torch.") for one in (network.input_dtype, data.sample_dtype))
+            raise ValueError(
+                f"samples are read as {given}, the network reads {read}; convert them (.float() of numbers, .long() of "
+                "tokens)"
+            )
         used = network.beside if any(network.needs) else {}
         if missing := [name for name in used if name not in data.beside]:
             raise ValueError(f"samples come without {', '.join(missing)}, which the network reads; give named tensors")
@@ -208,16 +219,38 @@ class Trained:
                 give_strides(value, before)
 
 
-def as_samples(given: Any) -> Dataset:
-    """What `predict` was given, as a dataset.
+def rows_asked(batch_size: int | None, trained: Trained | None) -> int:
+    """Rows of a micro-batch, by default those of the last evaluation.
 
     Raises:
-        ValueError: no samples.
+        ValueError: no number of rows.
     """
+    if batch_size is None:
+        return _ROWS if trained is None else trained.batch_size
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+    return batch_size
+
+
+def as_samples(given: Any, batch_size: int | None, trained: Trained | None) -> Dataset:
+    """What `predict` was given, as a dataset whose labels say nothing.
+
+    Args:
+        batch_size: rows of a micro-batch, where an indexable PyTorch Dataset is read; see `rows_asked`.
+        trained: what the last `fit` has left; without, the form of targets of positions or several numbers is kept:
+            it tells what the network is for.
+
+    Raises:
+        ValueError: no samples, or no number of rows.
+    """
+    rows = rows_asked(batch_size, trained)
+    if type(given) is TensorDataset:
+        given = given.tensors[0]
+    if isinstance(given, torch.utils.data.Dataset | Mapping):
+        foreign: Any = given
+        given = as_dataset(foreign, "test", batch_size=rows)
     if isinstance(given, ImageDataset | LoaderDataset):
-        return given
-    if isinstance(given, Mapping):
-        return as_dataset(given, "test")
+        return _unlabelled(given, trained is not None)
     try:
         values = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -228,3 +261,21 @@ def as_samples(given: Any) -> Dataset:
             "samples[None]"
         )
     return as_dataset((values, torch.zeros(len(values), dtype=torch.int64)), "test")
+
+
+def _unlabelled(data: Dataset, task_is_known: bool) -> Dataset:
+    """With class numbers that are all 0."""
+    form = TargetForm(data.target_shape, data.target_dtype)
+    if isinstance(data, LoaderDataset):
+        bare = form == NO_TARGETS and data.sample_dtype.is_floating_point
+        if not (task_is_known or bare or not form.shape):
+            return data
+
+        def zeros(samples: Tensor, targets: Tensor | None, beside: Mapping[str, Tensor]) -> Tensor:
+            return torch.zeros(len(samples), dtype=torch.int64)
+
+        return replace(data, num_classes=None, aligned=zeros, target_shape=(), target_dtype=torch.int64)
+    if form != CLASS_NUMBER:
+        return data
+    labels = torch.zeros_like(data.labels)
+    return replace(data, labels=labels, num_classes=min(data.num_classes, 1), classes=(), classes_per_batch=None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,8 +165,8 @@ def _try_pass(
     if index or network.input_dtype.is_floating_point:
         x = torch.randn(rows, *shape, generator=_generator(info))
     factory = optimizer_of(rule, optimizer)
-    cpu, sums = torch.device("cpu"), network.num_sums
-    layer = PassLayer(network.blocks[index].copy(), rule, info, factory, device=cpu, sources=(), sums=sums)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "sums": network.num_sums, "writes": network.writes[index]}
+    layer = PassLayer(network.blocks[index].copy(), rule, info, factory, sources=(), **options)
     layer.beside = network.beside_of(index, rows)
     before = {name: value.clone() for name, value in _learned(layer)}
     try:

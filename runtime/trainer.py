@@ -59,7 +59,7 @@ from unlocked.runtime.network import (
     kept_modes,
 )
 from unlocked.runtime.pixels import read_as_trained
-from unlocked.runtime.prediction import Evaluation, Trained, as_samples
+from unlocked.runtime.prediction import Evaluation, Trained, as_samples, rows_asked
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
@@ -202,7 +202,7 @@ class Trainer(Settings):
         test_set = None
         if eval_data is not None:
             rows = rows_per_batch(train_set, batch_size) if eval_batch_size is None else eval_batch_size
-            given = as_dataset(eval_data, "test", num_classes=train_set.num_classes, batch_size=rows, task=self.task)
+            given = as_dataset(eval_data, "test", like=train_set, batch_size=rows, task=self.task)
             test_set = read_as_trained(given, train_set)
         batch_size = rows_per_batch(train_set, batch_size)
         if test_set is not None:
@@ -261,15 +261,16 @@ class Trainer(Settings):
         scores (logits) [N, classes], the scores of tokens [N, T, vocabulary], numbers [N, k].
 
         Args:
-            samples: [N, ...], a tensor or array, named tensors, or a dataset, whose labels have no part in it. Float
-                ones and tokens are used as they are; uint8 ones are normalised as those that `fit` was given.
+            samples: [N, ...], a tensor or array, named tensors, or a dataset (a PyTorch one, too), whose labels have no
+                part in it. Float ones and tokens are used as they are; uint8 ones are normalised as those that `fit`
+                was given.
             batch_size: rows of a micro-batch; default: as the last `fit` evaluated.
 
         Raises:
             ValueError: samples that don't fit the network; or this process did not train all of it (under torchrun:
                 it is not rank 0).
         """
-        data = as_samples(samples)
+        data = as_samples(samples, batch_size, self._trained)
         return self._trained_for(data).predict(data, batch_size, self.settings)
 
     def evaluate(self, data: Data, *, batch_size: int | None = None) -> Evaluation:
@@ -283,8 +284,7 @@ class Trainer(Settings):
         Raises:
             ValueError: as `predict`; or a loss that is not finite.
         """
-        rows = self._trained.batch_size if self._trained is not None else None
-        rows = rows if batch_size is None else batch_size
+        rows = rows_asked(batch_size, self._trained)
         test_set = as_dataset(
             data, "test", batch_size=rows, task=self._trained.network.task if self._trained else self.task
         )
@@ -324,7 +324,6 @@ class Trainer(Settings):
 
     def _job(self, train_set: Dataset, test_set: Dataset | None, plan: StreamPlan) -> Job:
         check_drop_last(train_set, plan)
-        check_evaluation(train_set, test_set)
         if test_set is None and isinstance(self.lr_factor, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs the test loss, but there is no evaluation; give evaluation data")
         network = build_network(
@@ -337,6 +336,7 @@ class Trainer(Settings):
             learned=learned_from(train_set, self.task),
             beside=beside_of(train_set),
         )
+        check_evaluation(train_set, test_set, network.task, network.target)
         learns = (network.task, network.target, network.infos[-1].num_classes, network.blocks[0])
         train_set = ready(train_set, *learns)
         test_set = None if test_set is None else ready(test_set, *learns)
@@ -345,7 +345,7 @@ class Trainer(Settings):
         model = describe_network(network)
         if isinstance(self.rule, str):
             network = whole_network(self.rule, network)
-        check_layers(self.optimizer, network.names)
+        check_layers(self.optimizer, network.names, network.blocks)
         tried = tried_optimizers(self.optimizer, network)
         network = check_rules(
             network,

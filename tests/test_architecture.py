@@ -45,7 +45,7 @@ LAYERS = {
         ["saving.model_file", "metrics.html", "exporting"],
         ["fault_fixtures"],
         ["named_inputs", "learned", "model_blocks", "pixels"],
-        ["shapes"],
+        ["block_trials", "shapes"],
         ["layer_rules", "layer_optimizers", "rule_declarations", "side_channel"],
         ["metrics", "control", "result", "network", "input", "whole"],
         ["saving", "costs", "rule_trial"],

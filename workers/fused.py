@@ -23,7 +23,7 @@ from unlocked.models import Block
 from unlocked.rules import CrossEntropy, needs_pass
 from unlocked.workers.graph.body import GraphBody
 from unlocked.workers.graph.joins import make_body
-from unlocked.workers.graph.tracing import Untraceable
+from unlocked.workers.graph.tracing import Untraceable, gives_sparse
 from unlocked.workers.layer import AutogradStep, Layer, Step, StepFactory
 from unlocked.workers.open_step import OpenStep, as_gradients, opened_body
 
@@ -72,8 +72,8 @@ class FusedSteps:
             every_gradient: every step gives all of them, by place.
         """
         optimizer = layer.optimizer
-        if optimizer is None:
-            return None
+        if optimizer is None or gives_sparse(layer.block):
+            return optimizer
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         if every_gradient and list(map(id, owned)) != list(map(id, layer.parameters)):
             return optimizer  # of some of them, or in another order
@@ -122,7 +122,7 @@ class FusedStep:
     @torch.no_grad()
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer's output after dropout, in `out` if given: shapes as those of `GraphBody.forward`."""
-        return self.body.forward(x, out)
+        return self.body.forward(self.layer.own(x), out)
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class PiecewiseHead:
 
     def hidden(self, x: Tensor) -> Tensor:
         """[B, T, D]: what the head reads."""
-        return self.split.hidden(x, **self.layer.beside)
+        return self.split.hidden(self.layer.own(x), **self.layer.beside)
 
     @torch.no_grad()
     def tally(self, hidden: Tensor, labels: Tensor) -> Tensor:

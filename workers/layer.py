@@ -5,19 +5,19 @@ The output never carries a gradient, so nothing can come back from later layers.
 `Step`: through autograd (any block, any rule), or in closed form with fused kernels (`workers.fused`).
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unlocked.kernels.precision import storage_dtype
 from unlocked.kernels.vocabulary import pieces, using
-from unlocked.models import Block, KeyedDropout, OutputBlock, set_dropout_keys
+from unlocked.models import Block, KeyedDropout, set_dropout_keys
+from unlocked.models.overwriting import Writes
 from unlocked.rules import LayerInfo, LocalRule, has_scores
+from unlocked.workers.block_calls import BlockCalls
 from unlocked.workers.delivery import as_delivered, count_correct
 from unlocked.workers.errors import NonFiniteLossError
 from unlocked.workers.finite import FiniteState
@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 
-class Layer:
+_NOTHING = Writes()
+
+
+class Layer(BlockCalls):
     """Block, rule and optimizer of one layer, on one device.
 
     Args:
@@ -50,7 +53,7 @@ class Layer:
         step: chooses how the local step is computed; by default through autograd.
         precision: of the arithmetic and of what passes between layers; see `unlocked.kernels.precision`.
         sample: a micro-batch of the block's inputs, made up; what the step is made of is tried with it.
-        needs: names of the tensors that the block's body takes beside its input.
+        needs, writes: see `BlockCalls`.
         sums: how many the task adds up (`Task.tally`).
         kernels: the backend of losses over a vocabulary; None: plain PyTorch.
     """
@@ -67,22 +70,20 @@ class Layer:
         precision: str = "fp32",
         sample: Tensor | None = None,
         needs: Sequence[str] = (),
+        writes: Writes = _NOTHING,
         sums: int = 3,
         kernels: ModuleType | None = None,
     ) -> None:
         self.info, self.kernels = info, kernels
-        self.block = block.to(device=device)
+        block = block.to(device=device)
         if device.type == "cuda" or any(p.dim() == 4 for p in block.parameters()):
             # Convolutions and 2x2 pooling are faster with channels last, on CPUs and GPUs alike.
-            self.block = self.block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            block = block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(block, device, precision, needs, writes)
         self.rule = rule.to(device)
-        self.device = device
-        self.is_output = block.is_output
         self.group_norms = GroupNormGuard(device.type)
         self.frozen = frozen_modules(block)
         """What stays in eval mode, also in training and while statistics are re-estimated."""
-        self._storage = storage_dtype(precision)
-        self.computes_in_bfloat16 = self._storage == torch.bfloat16 and not isinstance(block, OutputBlock)
         self.parameters = [p for module in (rule, block) for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = build_optimizer(optimizer, self.parameters) if self.parameters else None
         self.base_lr = [float(g["lr"]) for g in self.optimizer.param_groups] if self.optimizer else []
@@ -95,9 +96,6 @@ class Layer:
         # Of the layer's own prediction in evaluation, a classification's loss being left out.
         self.score_totals = torch.zeros(sums, dtype=torch.float64, device=device)
         self.has_scores = has_scores(rule) and not self.is_output
-        self.needs = tuple(needs)
-        self.beside: Mapping[str, Tensor] = {}
-        """What the block reads beside its input, of the micro-batch that comes next, set by whoever calls `forward`."""
         # Training micro-batches seen, on the device: the key of everything random in this layer.
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
         self._keeps_clock = any(isinstance(m, KeyedDropout) and m.p > 0 for m in block.modules())
@@ -192,7 +190,7 @@ class Layer:
         with self.autocast():
             hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
             result: Tensor = (
-                self.block(self._entering(x), **self.beside) if hidden is None else hidden(self._entering(x))
+                self.block(self.own(self._entering(x)), **self.beside) if hidden is None else hidden(self._entering(x))
             )
         return as_delivered(self.leaving(result))
 
@@ -207,8 +205,8 @@ class Layer:
         with self.autocast():
             if hidden is not None:
                 return as_delivered(hidden(self._entering(x)).float()), None
-            activations: Tensor = self.block.body(self._entering(x), **self.beside)
-            result: Tensor = self.block.tail(activations)
+            activations = self.body(self._entering(x))
+            result = self.tail(activations)
         seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         return as_delivered(self.leaving(result)), self.rule.scores(seen) if self.classifies else seen
 
@@ -251,25 +249,6 @@ class Layer:
         for rows in pieces(len(activations), per_sample):
             total += self.task.tally(self.rule.scores(activations[rows]), self.info.targets(labels[rows]))
         return total
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, the block's modules compute in the layer's precision. No casts are kept: a graph may be capturing."""
-        if not self.computes_in_bfloat16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-
-    def leaving(self, output: Tensor) -> Tensor:
-        """The output in the type that the next layer reads; class scores are float32."""
-        if self._storage == torch.float32:
-            return output
-        return output.float() if self.is_output else output.to(self._storage)
-
-    def _entering(self, x: Tensor) -> Tensor:
-        """The input as an edge would bring it, in the type that the layer computes with."""
-        if self._storage == torch.float32 or not x.is_floating_point():
-            return x
-        x = x.to(self._storage)
-        return x if self.computes_in_bfloat16 else x.float()
 
     def set_lr_factor(self, factor: float) -> None:
         """Scales the optimizer's initial learning rates (a schedule's value for the epoch)."""
@@ -359,10 +338,10 @@ class AutogradStep:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         layer = self.layer
         with torch.enable_grad(), layer.autocast(), layer.group_norms.active():
-            activations = layer.block.body(x.detach(), **layer.beside)
+            activations = layer.body(x.detach())
         self._activations = activations
         with torch.no_grad():
-            result = layer.leaving(layer.block.tail(activations.detach()))
+            result = layer.leaving(layer.tail(activations.detach()))
             return result if out is None else out.copy_(result)
 
     def update(self, labels: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class OpenStep(AutogradStep):
     @torch.no_grad()
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer's output, in `out` if given."""
-        return self.body.forward(x, out)
+        return self.body.forward(self.layer.own(x), out)
 
     def take_activations(self) -> Tensor:
         """What the rule sees, float32; its gradient is where the block's begin."""

@@ -109,7 +109,7 @@ class PassLayer(DrawingLayer):
 
     def _forward_again(self, x: Tensor) -> Tensor:
         with self.autocast(), self.group_norms.active():
-            activations: Tensor = self.block.body(x, **self.beside)
+            activations = self.body(x)
         return activations.float() if activations.dtype == torch.bfloat16 else activations
 
 
@@ -153,13 +153,12 @@ class PassStep(AutogradStep):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         self.begin_pass(x, seen)
         with torch.no_grad():
-            result = layer.leaving(layer.block.tail(activations.detach()))
+            result = layer.leaving(layer.tail(activations.detach()))
             return result if out is None else out.copy_(result)
 
     def activate(self, x: Tensor) -> Tensor:
         """The activations as the rule sees them."""
-        found: Tensor = self.layer.block.body(x, **self.layer.beside)
-        return found
+        return self.layer.body(x)
 
     def begin_pass(self, x: Tensor, seen: Tensor) -> None:
         """The rule's turn comes next, with these activations."""
@@ -194,7 +193,7 @@ class PassStep(AutogradStep):
         Raises:
             ValueError: the next layer reads the activations as they are, so that a rule can't write into them.
         """
-        delivered = self.layer.block.tail(changed.detach())
+        delivered = self.layer.tail(changed.detach())
         if delivered.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
             raise ValueError(
                 f"step() of {type(self.layer.rule).__name__} writes into the activations, which the next layer reads "
@@ -250,7 +249,7 @@ class OpenPassStep(PassStep):
             return self._forward_by_autograd(x, out)
         x = x.detach()
         with torch.no_grad():
-            result = self.body.forward(x, out)
+            result = self.body.forward(self.layer.own(x), out)
             made = self.body.latents().detach()
             if made.dim() == 3:  # rows may have their channels together: rules may ask for a view
                 made = made.contiguous()

@@ -1,17 +1,18 @@
 """Reads a loader's batches as the items of the stream ask for them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from unlocked.data import LoaderDataset
-from unlocked.models.generators import DRAWING
-from unlocked.workers.actions import Item
+from unlocked.models.generators import DRAWING, SOURCES, GlobalGenerators
+from unlocked.workers.actions import Item, ItemKind
 from unlocked.workers.cargo import packed
 from unlocked.workers.source import Batch, fill
 
-__all__ = ["LoaderReader"]
+__all__ = ["LoaderReader", "skip"]
 
 _END = object()
 
@@ -23,16 +24,30 @@ class LoaderReader:
         self._data = data
         self._batches: Iterator[Any] | None = None
         self._steps = -(-data.num_samples // data.batch_size)
+        # Also what is to be dropped; None: not known. A loader's own workers draw from generators of theirs.
+        self._must_read = not data.is_keyed or (False if getattr(data.loader, "num_workers", 0) else None)
 
-    def skip(self, items: Iterable[Item]) -> None:
-        """Reads what a resumed run has done already, the items before its first, and drops it.
+    def skip(self, items: list[Item]) -> None:
+        """Drops the first items of one iteration: all of them, or as far as a run had come.
 
-        Of a loader whose epochs depend on their number alone, only the iteration that the run was in is read.
+        A whole iteration over a loader whose epochs depend on their number alone is not read. What it would have drawn
+        from the process's generators is drawn in any case: who else draws from them goes on as if it had been read.
         """
-        items = list(items)
-        if items and self._data.is_keyed:
-            kind, epoch = items[-1].kind, items[-1].epoch
-            items = [] if items[-1].last else [item for item in items if (item.kind, item.epoch) == (kind, epoch)]
+        first = items[0]
+        if items[-1].last and not self._must_read:
+            if self._must_read is not None:
+                self._guarded(first, lambda: self._data.pass_over(first.epoch))
+                return
+            self._begin(first)
+            generators = GlobalGenerators(SOURCES, torch.device("cpu"))
+            before = generators.states()
+            self._take(first)
+            # A sample that is made by chance in this process leaves the generators elsewhere, so all are to be made.
+            self._must_read = bool(generators.moved(before))
+            if not self._must_read:
+                self._batches = None
+                return
+            items = items[1:]
         for item in items:
             self._next(item)
 
@@ -63,8 +78,14 @@ class LoaderReader:
 
     def _next(self, item: Item) -> Any:
         if item.index == 0 or self._batches is None:
-            self._batches = None  # the iteration before ends first: its workers make room
-            self._batches = self._guarded(item, lambda: self._data.batches(item.epoch))
+            self._begin(item)
+        return self._take(item)
+
+    def _begin(self, item: Item) -> None:
+        self._batches = None  # the iteration before ends first: its workers make room
+        self._batches = self._guarded(item, lambda: self._data.batches(item.epoch))
+
+    def _take(self, item: Item) -> Any:
         batch = self._pull(item)
         if batch is _END:
             raise ValueError(
@@ -96,3 +117,20 @@ class LoaderReader:
 
     def _where(self, item: Item) -> str:
         return f"{item.kind} micro-batch {item.index} of epoch {item.epoch} ({self._data.name})"
+
+
+def skip(readers: Mapping[ItemKind, LoaderReader], items: Iterable[Item]) -> None:
+    """Drops what a run has done already, in the order of the stream: loaders that draw from one generator find it where
+    an undisturbed run has it.
+
+    Args:
+        readers: who reads the items of a kind; there may be none.
+        items: of the run, from its first position on.
+
+    Raises:
+        ValueError: a loader ended early or late.
+        RuntimeError: a loader failed.
+    """
+    for (kind, _), iteration in groupby(items, key=lambda item: (item.kind, item.epoch)):
+        if kind in readers:
+            readers[kind].skip(list(iteration))

@@ -55,14 +55,16 @@ class Address:
         Raises:
             ValueError: the text is not a coordinator's address.
         """
-        endpoint, _, key = text.partition("#")
+        # Counted from the end: a path may hold a "#", and so may a key.
+        endpoint, mark, key = text[: -_KEY_LENGTH - 1], text[-_KEY_LENGTH - 1 : -_KEY_LENGTH], text[-_KEY_LENGTH:]
         try:
-            if len(key) != _KEY_LENGTH:
+            if mark != "#":
                 raise ValueError
             zmq.curve_public(key.encode())  # takes any key apart
         except (ValueError, zmq.ZMQError):
             key = ""
         if not endpoint.startswith(_TRANSPORTS) or not key:
+            endpoint = text.partition("#")[0]  # without what may be a key
             raise ValueError(f"{endpoint!r} is not a coordinator's address; valid: tcp://HOST:PORT#KEY, ipc://PATH#KEY")
         return cls(endpoint, key.encode())
 

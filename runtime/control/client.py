@@ -17,6 +17,7 @@ import zmq
 
 from unlocked.runtime.control import messages as m
 from unlocked.runtime.control.address import Address, KeyPair, dial
+from unlocked.runtime.control.dealing import flush, received
 from unlocked.runtime.control.mailbox import Mailbox
 from unlocked.runtime.metrics.records import EpochPart, StageProgress, StepResult
 
@@ -88,6 +89,8 @@ class CoordinatorClient:
         self.on_rejoin: list[Callable[[], None]] = []  # called in the client's thread when that has changed
         self.saved = 0
         """The position of the latest snapshot in which the coordinator has counted this stage's part."""
+        self.unconfirmed: tuple[EpochPart, ...] = ()
+        """Parts of epochs that may have been lost on their way: whoever takes over from this worker says them again."""
         self.clock_ahead = 0.0
         """Seconds by which this machine's clock is ahead of the coordinator's; 0 where that may be the way's delay."""
         self.kept = 0
@@ -186,7 +189,9 @@ class CoordinatorClient:
         self._mailbox.put(m.Step(step=step))
 
     def epoch(self, part: EpochPart) -> None:
-        """Reports this stage's part of an epoch's result; reliable."""
+        """Reports this stage's part of an epoch's result; reliable, see `unconfirmed`. In the order of the epochs."""
+        with self._changed:
+            self.unconfirmed += (part,)
         self._mailbox.put(m.Epoch(part=part))
 
     def snapshot_done(self, position: int, files: Mapping[str, tuple[int, str]]) -> None:
@@ -320,15 +325,15 @@ class CoordinatorClient:
         while True:
             poller.register(dealer, zmq.POLLIN | (zmq.POLLOUT if outbox else 0))
             events = dict(poller.poll(max(1, int(1000 * min(next_beat - time.monotonic(), 1.0)))))
-            messages = self._receive(dealer)
+            messages = received(dealer)
             if monitor in events:  # all that arrived before the connection dropped is readable by now
-                messages += self._receive(dealer)
+                messages += received(dealer)
             now = time.monotonic()
             if messages:
                 heard, met = now, True
             for message in messages:
                 if isinstance(message, m.Abort):
-                    self._flush(dealer, deque([m.AbortSeen()]))
+                    flush(dealer, deque([m.AbortSeen()]))
                     return message.message
                 self._take(message)
             if self._bye:
@@ -345,19 +350,10 @@ class CoordinatorClient:
             if now >= next_beat:
                 next_beat = now + self._beat_interval
                 outbox.append(m.Beat(position=self._position))
-            self._flush(dealer, outbox)
+            flush(dealer, outbox)
             self._send_progress(dealer, full=bool(outbox))
             if self._closing:
                 return None
-
-    def _receive(self, dealer: "zmq.Socket[Any]") -> list[Any]:
-        received = []
-        with contextlib.suppress(zmq.Again):
-            while True:
-                frames = dealer.recv_multipart(zmq.DONTWAIT)
-                with contextlib.suppress(m.MessageError):
-                    received.append(m.unpack(frames))
-        return received
 
     def _take(self, message: Any) -> None:
         with self._changed:
@@ -367,6 +363,8 @@ class CoordinatorClient:
                 self.clock_ahead = message.clock_ahead(time.time())
             elif isinstance(message, m.SnapshotSeen):
                 self.saved = max(self.saved, message.position)
+            elif isinstance(message, m.EpochSeen):
+                self.unconfirmed = tuple(part for part in self.unconfirmed if part.epoch > message.epoch)
             elif isinstance(message, m.Grant):
                 self._granted = max(self._granted, message.stop)
                 self.lr_factor = message.lr_factor
@@ -384,13 +382,6 @@ class CoordinatorClient:
             elif isinstance(message, m.Bye):
                 self._bye = True
             self._changed.notify_all()
-
-    def _flush(self, dealer: "zmq.Socket[Any]", outbox: deque[Any]) -> None:
-        """Sends what the socket takes; the rest stays for the next round."""
-        with contextlib.suppress(zmq.Again):
-            while outbox:
-                dealer.send(m.pack(outbox[0]), zmq.DONTWAIT)
-                outbox.popleft()
 
     def _send_progress(self, dealer: "zmq.Socket[Any]", full: bool) -> None:
         """Sends the latest progress, or drops it when the connection is congested."""

@@ -1,7 +1,7 @@
 """The coordinator: one thread in rank 0's process that all workers talk to.
 
-It hands out the stream in windows, gathers metrics and final payloads, notices lost workers, and makes one worker's
-failure (or one signal) reach all. It never touches a tensor, and no step waits for it: windows are granted ahead.
+It hands out the stream in windows, gathers metrics and final payloads, notices lost workers, and makes one failure (or
+signal) reach all. No tensor comes here, and no step waits: windows are granted ahead.
 """
 
 import threading
@@ -37,8 +37,7 @@ class Coordinator:
         stages: the layer names of each stage, in order; a worker that reports other layers fails the run.
         total: length of the stream; `first` is where it starts (above 0 after a resume).
         queue_depth: of the edges between stages; sets the smallest window.
-        host, port: where to listen; host is this machine's name or address (0.0.0.0: all), port 0 is any free one; or
-            `ipc://PATH`, a socket in the file system.
+        host, port: where to listen; this machine's name or address (0.0.0.0: all) or `ipc://PATH`; port 0: any free.
         advertise: the host name other machines reach this one by; default `host`, or this machine's name for 0.0.0.0.
         admits: whether a public key (Z85) is that of one of the run's processes; default: whoever knows `address` is.
             Called in the coordinator's thread, so it must not wait.
@@ -100,8 +99,7 @@ class Coordinator:
         self._send = Post(self._socket).send
         self._failures = Failures(self._roster.everybody, self._send, self._changed)
         how: dict[str, Any] = {"on_recovery": self._recovered, "silence": heartbeat_timeout, "door": self._door}
-        how["first"] = first
-        self._recoveries = Recoveries(self._roster, self._failures, send=self._send, **how)
+        self._recoveries = Recoveries(self._roster, self._failures, send=self._send, first=first, **how)
         self._edges = EdgeBook(self._roster, self._send)
         self._pulse = Pulse(self._roster, self._failures, self._recoveries, self._send, heartbeat_timeout)
         self._running, self._complete = True, False
@@ -246,7 +244,7 @@ class Coordinator:
         elif isinstance(order, m.Abort):
             self._failures.fail(order.message)
         elif isinstance(order, EpochResult) and self._gate is not None:  # it has been heard of
-            self._say(self._gate.observe(order.epoch, order.eval_loss))
+            self._gate.let_pass(order.epoch)
             self._policy.limit = self._gate.limit
             self._extend()
 
@@ -312,13 +310,15 @@ class Coordinator:
             self._callbacks.post(self._sink.on_step, message.step)
 
     def _epoch(self, member: Member, message: m.Epoch) -> None:
-        _, results = self._ledger.epoch(message.part)
-        for result in results:
+        for result in self._ledger.epoch(message.part)[1]:
             self._callbacks.post(self._sink.on_epoch, result)
+            if self._gate is not None:  # before any sink has heard: a snapshot of this place is to have the loss
+                self._say(self._gate.observe(result.epoch, result.eval_loss))
             if self._gate is not None and self._gate.for_sinks:
                 self._callbacks.post(self._mailbox.put, result)
             else:
                 self._obey(result)
+        self._send(member.identity, m.EpochSeen(epoch=message.part.epoch))
 
     def _snapshot(self, member: Member, message: m.SnapshotDone) -> None:
         files = self._ledger.snapshot(member.hello.stage, message.position, message.files)

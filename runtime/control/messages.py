@@ -27,6 +27,7 @@ __all__ = [
     "Died",
     "EdgeBroken",
     "Epoch",
+    "EpochSeen",
     "Failure",
     "Files",
     "Grant",
@@ -52,7 +53,7 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 CHUNK_BYTES = 128 << 10
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """A peer that sends a larger frame is disconnected, a stranger during the handshake too: nobody can make the
@@ -231,6 +232,13 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EpochSeen:
+    """The stage's parts of this epoch and of those before it have been counted."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotSeen:
     position: int
 
@@ -288,7 +296,7 @@ _KINDS: dict[str, type] = {
     for cls in (
         *(Hello, Supervise, Died, Replayed, Revive, Kept, EdgeBroken, Rejoin),
         *(Beat, Need, Progress, Step, Epoch, SnapshotDone, Failure, AbortSeen, StopRequest, Chunk),
-        *(Start, SnapshotSeen, Grant, Stop, ChunkSeen, Abort, Bye),
+        *(Start, EpochSeen, SnapshotSeen, Grant, Stop, ChunkSeen, Abort, Bye),
     )
 }
 

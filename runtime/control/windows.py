@@ -90,12 +90,14 @@ class EpochGate:
         self._open(epoch)
 
     def observe(self, epoch: int, loss: float | None) -> str | None:
-        """Takes the test loss of `epoch`, if it has one, and opens the next one; a line for the user if the rate
-        changes."""
-        text = None if loss is None else self._rate.observe(epoch, loss)
+        """Takes the test loss of `epoch`, if it has one, as soon as it is known: a snapshot behind that epoch tells it.
+        A line for the user if the rate changes."""
+        return None if loss is None else self._rate.observe(epoch, loss)
+
+    def let_pass(self, epoch: int) -> None:
+        """Whoever was to hear of `epoch` has: opens the next one."""
         if epoch + 1 < self._epochs:
             self._open(epoch + 1)
-        return text
 
     def _open(self, epoch: int) -> None:
         self.limit = self._end_of(epoch)

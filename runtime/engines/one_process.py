@@ -33,6 +33,7 @@ class LocalOutlet:
         self.epochs: list[EpochResult] = []
         self._sinks, self._aggregator = sinks, EpochAggregator(num_stages)
         self._lr_factor = lr_factor
+        self.unconfirmed: tuple[EpochPart, ...] = ()  # nothing can be lost
 
     def progress(self, progress: StageProgress) -> None:
         self._sinks.on_progress(progress)

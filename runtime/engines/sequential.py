@@ -16,7 +16,7 @@ from unlocked.runtime.engines.one_process import (
     threads_of,
     warn_of_threads,
 )
-from unlocked.runtime.engines.saver import RunSaver
+from unlocked.runtime.engines.saver import RunSaver, set_others_aside
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.metrics.reporter import StageReporter
 from unlocked.runtime.metrics.sinks import FanOut
@@ -93,6 +93,7 @@ def _run(job: Job, make_sinks: SinkMaker) -> RunResult:
     )
     if job.lr_factor.per_step:
         set_rates_per_step(reporter, stage, job.plan, job.lr_factor.at)
+    set_others_aside(job)
     position = job.start
     with StopSignals() as signals, contextlib.closing(RunSaver(job)) as saver:
 

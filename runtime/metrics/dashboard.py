@@ -50,7 +50,7 @@ class Dashboard(MetricsSink):
         self._last_line = ""
         self._closing = threading.Event()
         self._off = False
-        self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
+        self._thread: threading.Thread | None = None
 
     @property
     def off(self) -> bool:
@@ -58,8 +58,12 @@ class Dashboard(MetricsSink):
         return self._off
 
     def on_start(self, info: RunInfo) -> None:
+        self.close()  # of a run before
         with self._lock:
             self._view = View(info, time.monotonic())
+            self._history.clear()
+        self._last_line = ""
+        self._closing = threading.Event()
         if self._plain:
             self._lines.append(
                 f"{info.model} on {info.dataset}{info.task_told} | {info.rule} | "
@@ -69,6 +73,7 @@ class Dashboard(MetricsSink):
             self._lines.extend(f"  stage {i}: {', '.join(layers)}" for i, layers in enumerate(info.stages))
             if info.start:
                 self._lines.append(f"  resumed after {info.start / info.total:.0%} of the run")
+        self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
         self._thread.start()
 
     def on_progress(self, progress: StageProgress) -> None:
@@ -112,7 +117,7 @@ class Dashboard(MetricsSink):
     def close(self, timeout: float = 2.0) -> None:
         """Draws a last time and gives the terminal back. Idempotent; call it before ending the process by force."""
         self._closing.set()
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join(timeout)
 
     # --- the drawing thread

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from math import isfinite
+from numbers import Integral
+from typing import Any
 
 from unlocked.runtime.metrics.records import EpochResult, RunInfo
 from unlocked.runtime.metrics.sinks import MetricsSink
@@ -37,7 +39,8 @@ class EarlyStopping(MetricsSink):
     def __init__(
         self, patience: int, *, figure: str = "eval_loss", min_delta: float = 0.0, more_is_better: bool | None = None
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        count: Any = patience
+        if isinstance(count, bool) or not isinstance(count, Integral) or int(count) < 1:
             raise ValueError(f"patience is {patience!r}; it must be a whole number of at least 1")
         own = isinstance(figure, str) and figure.startswith("eval_")
         if figure not in FIGURES and not own:
@@ -56,6 +59,8 @@ class EarlyStopping(MetricsSink):
         if info is not None and self.figure not in FIGURES and self.figure.removeprefix("eval_") not in info.figures:
             valid = ", ".join([*FIGURES, *(f"eval_{name}" for name in info.figures)])
             raise ValueError(f"figure {self.figure!r} is not known to the task {info.task}; valid: {valid}")
+        if info is not None and not info.evaluates and self.figure.startswith("eval_"):
+            raise ValueError(f"an epoch has no {self.figure} without an evaluation; give fit(eval_data=...)")
 
     def on_epoch(self, result: EpochResult) -> None:
         known = self.figure in FIGURES

@@ -50,6 +50,8 @@ class RunInfo:
     """The figure of an evaluation by which epochs are ranked, and whether more of it is better."""
     figures: tuple[str, ...] = ()
     """What the task tells besides loss and accuracy."""
+    evaluates: bool = True
+    """There is an evaluation after every epoch."""
 
     @property
     def task_told(self) -> str:

@@ -27,6 +27,11 @@ _PROGRESS_SECONDS = 0.25
 class Outlet(Protocol):
     """Where a stage's records go: straight to the sinks, or over the wire to the coordinator."""
 
+    @property
+    def unconfirmed(self) -> Sequence[EpochPart]:
+        """What was said of epochs and may have been lost on its way."""
+        ...
+
     def progress(self, progress: StageProgress) -> None: ...
 
     def step(self, step: StepResult) -> None: ...
@@ -231,10 +236,11 @@ class StageReporter:
             "bases": [tuple(base) for base in bases],
             "seconds": now - self._run_began,
             "counts": (self._stage.images_this_epoch, self._stage.images_evaluated),
+            "unconfirmed": tuple(self._outlet.unconfirmed),
         }
 
     def take_over(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. What may not have been heard of epochs is said again."""
         now = time.perf_counter()
         self.images, self._epoch_lr, self._losses = state["images"], state["epoch_lr"], state["losses"]
         self._steps = state["steps"]
@@ -242,6 +248,8 @@ class StageReporter:
         self._epoch_base, self._recent = (base._replace(time=now - base.time) for base in bases)
         self._run_began = now - state["seconds"]
         self._stage.images_this_epoch, self._stage.images_evaluated = state["counts"]
+        for part in state["unconfirmed"]:
+            self._outlet.epoch(part)
 
     def _begin(self, item: Item) -> None:
         self._epoch_lr = item.epoch

@@ -43,6 +43,7 @@ class RunLog(MetricsSink):
         self._layers: tuple[str, ...] = ()
         self._scored: tuple[str, ...] = ()
         self._figures: tuple[str, ...] = ()
+        self._begun = False
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"save path {self.path} is a file; give a folder")
         present = [name for name in RUN_FILES if (self.path / name).exists()]
@@ -56,8 +57,11 @@ class RunLog(MetricsSink):
         """Writes `config.json` and the head of the other files.
 
         Raises:
-            ValueError: the run to be resumed has other layers.
+            ValueError: the run to be resumed has other layers; or the log is that of an earlier `fit`.
         """
+        if self._begun:
+            raise ValueError(f"{self.path} holds the run of an earlier fit; give every fit a RunLog of its own")
+        self._begun = True
         self._layers = info.layers
         self._scored = info.scored if len(info.scored) > 1 else ()
         self._figures = info.figures

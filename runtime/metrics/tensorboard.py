@@ -55,7 +55,8 @@ class TensorBoard(MetricsSink):
             ("seconds", recent.time),
             ("waiting", recent.data),
         ):
-            self._writer.add_scalar(f"steps/{name}", value, done)
+            if value is not None:  # a task without classes has no accuracy
+                self._writer.add_scalar(f"steps/{name}", value, done)
 
     def on_epoch(self, result: EpochResult) -> None:
         values = {

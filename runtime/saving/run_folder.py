@@ -16,6 +16,7 @@ from typing import Any
 from unlocked.runtime.saving.whole_file import json_text
 
 __all__ = [
+    "ASIDE",
     "CONFIG",
     "RUN_FILES",
     "check_experiment_name",
@@ -27,6 +28,8 @@ __all__ = [
     "saved_settings",
 ]
 
+ASIDE = "set-aside"
+"""How folders begin, beside a run's snapshots, of those that it does not go on from."""
 CONFIG = "config.json"
 RUN_FILES = ("train.log", "metrics.csv", CONFIG)
 """A folder that has one of them holds a run."""
@@ -79,9 +82,10 @@ def find_run(root: Path, name: str, *, settings: Mapping[str, Any] | None, resum
 
 
 def run_folder_of(path: Path) -> Path:
-    """The run's folder, of that or of its folder of snapshots or of one of those."""
+    """The run's folder, of that or of its folder of snapshots or of one of those. What was set aside is not the run's
+    any more: who goes on from there does so in another folder."""
     for folder in (path, path.parent):
-        if folder.name == "snapshots":
+        if folder.name == "snapshots" and not path.name.startswith(ASIDE):
             return folder.parent
     return path
 

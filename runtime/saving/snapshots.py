@@ -1,8 +1,9 @@
 """Snapshots: one file per layer, keyed by the layer's name, so that a run resumes with any number of stages.
 
-A snapshot is a folder `step-NNNNNNNN` below the run's snapshot folder. Every stage writes its layers' files when it
-reaches the mark in the stream (upstream stages are further on by then: nothing waits). When all have, the manifest is
-written; a folder without one does not count. Local rules keep no state across layers, so this is the whole run.
+A snapshot is a folder `step-NNNNNNNN` below the run's snapshot folder; where a run was stopped behind an evaluation,
+`step-NNNNNNNN-evaluated`. Every stage writes its layers' files when it reaches the mark in the stream (upstream stages
+are further on by then: nothing waits). When all have, the manifest is written; a folder without one does not count.
+Local rules keep no state across layers, so this is the whole run.
 
 Nothing in one can be exchanged for a part of another: the manifest has a checksum of its own and every file's, and the
 files name the run and the position that they belong to.
@@ -11,6 +12,7 @@ files name the run and the position that they belong to.
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ import torch
 
 from unlocked.runtime.saving.identity import differences
 from unlocked.runtime.saving.layer_files import UNREADABLE, LayerFile, damaged, layer_file_name, read_layer
-from unlocked.runtime.saving.whole_file import TEMPORARY, json_text, write_json
+from unlocked.runtime.saving.run_folder import ASIDE
+from unlocked.runtime.saving.whole_file import TEMPORARY, folder_reaches_disk, json_text, write_json
 from unlocked.workers.errors import NonFiniteWeightsError
 from unlocked.workers.layer import Layer
 
@@ -32,6 +35,7 @@ __all__ = [
     "newest_whole",
     "prune_snapshots",
     "reopen_snapshot",
+    "set_aside",
     "snapshot_folder",
     "sweep_unfinished",
     "write_manifest",
@@ -40,6 +44,7 @@ __all__ = [
 _MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
 _FORMAT = 3
+_NAME = re.compile(r"step-([0-9]+)(-evaluated)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +111,14 @@ class Snapshot:
             raise ValueError(damaged(path, error)) from error
 
 
-def snapshot_folder(root: Path, steps: int) -> Path:
-    """The folder of the snapshot after `steps` training micro-batches."""
-    return root / f"step-{steps:08d}"
+def snapshot_folder(root: Path, steps: int, *, evaluated: bool = False) -> Path:
+    """The folder of the snapshot after `steps` training micro-batches.
+
+    Args:
+        evaluated: and after the evaluation that follows them. That is another place of the stream: its snapshot must
+            not take the place of the complete one before it.
+    """
+    return root / f"step-{steps:08d}{'-evaluated' if evaluated else ''}"
 
 
 def reopen_snapshot(folder: Path) -> None:
@@ -145,7 +155,7 @@ def load_layers(snapshot: Snapshot, layers: Iterable[Layer]) -> None:
 
 
 def write_manifest(
-    root: Path,
+    folder: Path,
     *,
     run: str,
     position: int,
@@ -155,7 +165,7 @@ def write_manifest(
     test_losses: Iterable[tuple[int, float]] = (),
     threads: Mapping[str, int] | None = None,
 ) -> None:
-    """Declares the snapshot after `steps` complete."""
+    """Declares the snapshot in `folder`, which is after `steps`, complete."""
     content = {
         "format": _FORMAT,
         "run": run,
@@ -167,7 +177,7 @@ def write_manifest(
         "threads": dict(threads or {}),
     }
     content = json.loads(json_text(content))  # as it will be read
-    write_json(snapshot_folder(root, steps) / _MANIFEST, content | {_CHECKSUM: _digest(content)})
+    write_json(folder / _MANIFEST, content | {_CHECKSUM: _digest(content)})
 
 
 def find_snapshot(root: Path) -> Snapshot:
@@ -214,19 +224,54 @@ def prune_snapshots(root: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside(root: Path, resume: Snapshot | None) -> str | None:
+    """Moves the complete snapshots below `root` that a run from `resume` (None: from its start) does not go on from
+    into a folder beside them, into which nobody looks by himself. For whoever writes to `root` alone.
+
+    They are another branch's: of a run that was there before, or damaged ones that were passed over.
+    By their numbers they would count as newer than the run's own, which would be removed as soon as they are complete,
+    and a later start would go on with the branch that was left.
+
+    Returns:
+        A line for the user, that says where they are; None: there were none.
+
+    Raises:
+        OSError: they can't be moved.
+    """
+    last: tuple[int, ...] = ()  # the place up to which they are the run's own
+    if resume is not None and resume.folder.parent.resolve() == root.resolve():
+        last = _place(resume.folder) or (resume.steps, 1)
+    others = [folder for folder in _complete(root) if folder != root and _place(folder) > last]
+    if not others:
+        return None
+    number = 1
+    while (aside := root / f"{ASIDE}-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for folder in others:
+        folder.rename(aside / folder.name)
+    for folder in (aside, root):
+        folder_reaches_disk(folder)
+    names = [folder.name for folder in reversed(others)]
+    told = names[0] if len(names) == 1 else f"{len(names)} from {names[0]} to {names[-1]}"
+    return f"snapshots in {root} that this run does not go on from ({told}) are set aside in {aside}"
+
+
 def sweep_unfinished(folder: Path) -> None:
     """Removes what runs that were killed have left half below a run's folder: temporary files and snapshots that were
     not completed. For whoever holds the folder alone."""
     for path in folder.rglob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
     for path in folder.glob("snapshots/step-*"):
-        if path.is_dir() and not (path / _MANIFEST).exists():
+        if _place(path) and path.is_dir() and not (path / _MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _complete(root: Path) -> list[Path]:
     """The folders with a manifest, the newest first."""
-    folders = [root] if (root / _MANIFEST).is_file() else sorted(root.glob("step-*"), key=_by_number, reverse=True)
+    if (root / _MANIFEST).is_file():
+        return [root]
+    folders = sorted(filter(_place, root.glob("step-*")), key=_place, reverse=True)
     return [folder for folder in folders if (folder / _MANIFEST).is_file()]
 
 
@@ -265,7 +310,7 @@ def _check_files(snapshot: Snapshot) -> None:
 
 def _instead_of(folder: Path) -> str:
     """What to resume from where a snapshot is damaged."""
-    older = [other for other in _complete(folder.parent) if _by_number(other) < _by_number(folder)]
+    older = [other for other in _complete(folder.parent) if _place(other) < _place(folder)]
     for other in older:
         with contextlib.suppress(ValueError):
             _check_files(_read_manifest(other))
@@ -273,6 +318,7 @@ def _instead_of(folder: Path) -> str:
     return ""
 
 
-def _by_number(folder: Path) -> tuple[int, str]:
-    """Orders `step-NNNNNNNN` by its number, also beyond the eight digits that names are padded to."""
-    return len(folder.name), folder.name
+def _place(folder: Path) -> tuple[int, ...]:
+    """Orders snapshots of one run by their names; empty: this is none, but what a user has put there, say."""
+    match = _NAME.fullmatch(folder.name)
+    return () if match is None else (int(match[1]), int(match[2] is not None))

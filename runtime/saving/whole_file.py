@@ -11,7 +11,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TEMPORARY", "DiskFullError", "append_line", "json_text", "whole_file", "write_json", "write_whole"]
+__all__ = [
+    "TEMPORARY",
+    "DiskFullError",
+    "append_line",
+    "folder_reaches_disk",
+    "json_text",
+    "whole_file",
+    "write_json",
+    "write_whole",
+]
 
 TEMPORARY = ".writing-"
 """How the names of files begin that are being written, or were when their process was killed."""
@@ -78,7 +87,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"[:255])
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")  # any name that `path` may have can be longer
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
@@ -90,8 +99,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         if is_full:
             raise DiskFullError(path) from error
         raise
-    with contextlib.suppress(OSError):  # not every file system can do it for folders
-        _reach_disk(path.parent)
+    folder_reaches_disk(path.parent)
+
+
+def folder_reaches_disk(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where its file system can do that."""
+    with contextlib.suppress(OSError):
+        _reach_disk(folder)
 
 
 def append_line(path: Path, text: str) -> None:

@@ -7,10 +7,14 @@ the disk waits for it. What fails in the thread is the failure of the action tha
 
 import contextlib
 import copy
+import queue
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +28,16 @@ from unlocked.workers.stage import Stage
 __all__ = ["SnapshotWriter"]
 
 _CLOSE_SECONDS = 10.0  # for what is under way when a run fails
+_PATIENCE = 4  # timeouts that the disk may take for one layer's file: a large one takes minutes
 _Done = Callable[[Mapping[str, LayerFile]], None]
+
+
+class _Part(NamedTuple):
+    """A stage's part of a snapshot."""
+
+    written: "Future[None]"
+    stage: Stage
+    where: str
 
 
 class SnapshotWriter:
@@ -34,13 +47,15 @@ class SnapshotWriter:
     Args:
         run: whose layers these are.
         rank: for messages.
+        timeout: seconds, of which a wait for the disk lasts `_PATIENCE` times as many after the last file that it took.
     """
 
-    def __init__(self, run: str, *, rank: int = 0) -> None:
-        self._run, self._rank = run, rank
-        self._thread: ThreadPoolExecutor | None = None
+    def __init__(self, run: str, *, rank: int = 0, timeout: float = 300.0) -> None:
+        self._run, self._rank, self._limit = run, rank, _PATIENCE * timeout
+        self._thread: _Thread | None = None
         self._copies: dict[int, Any] = {}  # layer -> the memory of its state
-        self._written: dict[int, Future[None]] = {}  # stage -> its last part
+        self._parts: dict[int, _Part] = {}  # stage -> its last one
+        self._moved = time.monotonic()  # when the thread began a part, or the disk had taken a file
 
     def save(self, stage: Stage, folder: Path, position: int, done: _Done, *, epoch: int = 0) -> None:
         """Copies the stage's state as it is now; its files are written to `folder` from then on.
@@ -51,7 +66,7 @@ class SnapshotWriter:
             epoch: for messages.
 
         Raises:
-            StageError: an earlier part of this stage could not be written.
+            StageError: an earlier part of this stage could not be written, or the disk does not answer.
         """
         self._wait(stage.index)
         parts = []
@@ -64,34 +79,52 @@ class SnapshotWriter:
             copied = torch.cuda.Event()
             copied.record()
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+            self._thread = _Thread()
         where = f"{stage.index}SNAP{position - 1} (epoch {epoch}, the snapshot {folder})"
-        self._written[stage.index] = self._thread.submit(
-            self._write, stage, folder, position, parts, copied, done, where
-        )
+        written = self._thread.submit(partial(self._write, stage, folder, position, parts, copied, done, where))
+        self._parts[stage.index] = _Part(written, stage, where)
 
     def check(self) -> None:
         """Raises: StageError: a part could not be written."""
-        for index, written in tuple(self._written.items()):
-            if written.done():
+        for index, part in tuple(self._parts.items()):
+            if part.written.done():
                 self._wait(index)
 
     def finish(self) -> None:
-        """Waits until everything is on the disk. Raises: StageError: a part could not be written."""
-        for index in tuple(self._written):
+        """Waits until everything is on the disk.
+
+        Raises:
+            StageError: a part could not be written, or the disk does not answer.
+        """
+        for index in tuple(self._parts):
             self._wait(index)
 
     def close(self) -> None:
         """Ends the thread once it has written what it has; a disk that does not answer is given up. Idempotent."""
         if self._thread is not None:
-            wait(self._written.values(), _CLOSE_SECONDS)
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            wait([part.written for part in self._parts.values()], _CLOSE_SECONDS)
+            self._thread.end()
             self._thread = None
 
     def _wait(self, index: int) -> None:
-        written = self._written.pop(index, None)
-        if written is not None:
-            written.result()
+        part = self._parts.pop(index, None)
+        if part is None:
+            return
+        begun = time.monotonic()
+        while not part.written.done():
+            left = max(begun, self._moved) + self._limit - time.monotonic()
+            if left <= 0:
+                cause = TimeoutError(
+                    f"the disk has taken no layer's file for {self._limit:g} s ({_PATIENCE} times the timeout); see to "
+                    "it, or give another folder for snapshots"
+                )
+                raise self._failed(part.stage, part.where, cause) from cause
+            wait([part.written], left)
+        part.written.result()
+
+    def _failed(self, stage: Stage, where: str, cause: Exception) -> StageError:
+        layers = ", ".join(stage.layer_names)
+        return StageError(rank=self._rank, stage=stage.index, layers=layers, action=where, cause=cause)
 
     def _write(
         self,
@@ -104,6 +137,7 @@ class SnapshotWriter:
         where: str,
     ) -> None:
         """In the thread."""
+        self._moved = time.monotonic()
         try:
             if copied is not None:
                 copied.synchronize()
@@ -111,8 +145,7 @@ class SnapshotWriter:
                 layer.finite.check(state)
             done(self._write_files(folder, position, parts))
         except Exception as error:
-            layers = ", ".join(stage.layer_names)
-            raise StageError(rank=self._rank, stage=stage.index, layers=layers, action=where, cause=error) from error
+            raise self._failed(stage, where, error) from error
 
     def _write_files(
         self, folder: Path, position: int, parts: Sequence[tuple[Layer, Mapping[str, Any]]]
@@ -125,6 +158,7 @@ class SnapshotWriter:
             for layer, state in parts:
                 paths.append(folder / layer_file_name(layer.info.index, layer.name))
                 files[layer.name] = write_layer(paths[-1], state, run=self._run, position=position, layer=layer.name)
+                self._moved = time.monotonic()
         except OSError:
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -132,6 +166,36 @@ class SnapshotWriter:
                 folder.rmdir()
             raise
         return files
+
+
+class _Thread:
+    """Does one thing after the other. A process may end while it hangs in one: those of an executor are waited for."""
+
+    def __init__(self) -> None:
+        self._due: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._ended = False
+        threading.Thread(target=self._run, name="snapshots", daemon=True).start()
+
+    def submit(self, work: Callable[[], None]) -> "Future[None]":
+        future: Future[None] = Future()
+        self._due.put((future, work))
+        return future
+
+    def end(self) -> None:
+        """After what is under way; what has not begun is left undone. Does not wait."""
+        self._ended = True
+        self._due.put(None)
+
+    def _run(self) -> None:
+        while (due := self._due.get()) is not None:
+            future, work = due
+            if self._ended:
+                future.cancel()
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _copied(value: Any, memory: Any) -> Any:

@@ -94,14 +94,30 @@ def test_what_depends_on_the_epoch_alone_is_known() -> None:
 
     seeded = DataLoader(DATA, 8, shuffle=True, generator=torch.Generator())
     keyed = DataLoader(DATA, 8, sampler=Keyed(DATA))
-    assert [LoaderDataset.wrap(loader).is_keyed for loader in (seeded, keyed, DataLoader(DATA, 8), [batch()])] == [
-        False,
-        True,
-        True,
-        True,
-    ]
+    stays = DataLoader(DATA, 8, num_workers=1, persistent_workers=True)
+    loaders = (seeded, stays, keyed, DataLoader(DATA, 8), DataLoader(DATA, 8, num_workers=1), [batch()])
+    assert [LoaderDataset.wrap(loader).is_keyed for loader in loaders] == [False, False, True, True, True, True]
     LoaderDataset.wrap(keyed).batches(7)
     assert keyed.sampler.epoch == 7  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["torch's", "its own"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iteration_that_is_passed_over_draws_what_one_that_is_read_does(workers: int, own: bool) -> None:
+    def drawn(over: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if own else torch.default_generator
+        loader = DataLoader(DATA, 8, generator=generator if own else None, num_workers=workers)
+        data = LoaderDataset.wrap(loader)
+        for epoch in range(2):
+            if over:
+                data.pass_over(epoch)
+            else:
+                assert len(list(data.batches(epoch))) == 3
+        return generator.get_state()
+
+    assert torch.equal(drawn(True), drawn(False))
+    assert not torch.equal(drawn(True), torch.Generator().manual_seed(0).get_state())
 
 
 @pytest.mark.parametrize(

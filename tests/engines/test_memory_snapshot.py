@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from unlocked.runtime.engines.processes import supervised
 from unlocked.runtime.engines.processes.carried_errors import pack_error, unpack_error
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
 from unlocked.runtime.saving.whole_file import DiskFullError
@@ -135,3 +136,17 @@ def test_an_error_of_a_class_that_nobody_else_knows_comes_as_its_nearest_known_o
     found = unpack_error(pack_error(local_error()))
     assert type(found) is ValueError
     assert str(found) == "of a function"
+
+
+def test_what_a_worker_leaves_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read gives no more than it likes: the system's limit is 2 GiB, less a page."""
+    monkeypatch.setattr(supervised, "PIECE", 7)
+    file = os.memfd_create("test")
+    try:
+        os.write(file, bytes(range(100)))
+        assert supervised.read_all(file, 100) == bytes(range(100))
+        assert supervised.read_all(file, 0) == b""
+        with pytest.raises(OSError, match="ends after 100 of 101 bytes"):
+            supervised.read_all(file, 101)
+    finally:
+        os.close(file)

@@ -6,6 +6,8 @@ import mmap
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,3 +157,58 @@ def test_a_sender_is_not_held_up_by_the_half_message_of_a_dead_receiver(tmp_path
         assert bool((LAYOUT.views(message, 32)[0].view(torch.uint8) == 7).all())
         ends.links[0].closing = True
         ends.clients[0].wake()
+
+
+def test_a_sender_whose_stage_stands_still_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """Its threads live: they form every link anew, and heartbeats go on."""
+    layout, items = SlotLayout(4, (3,)), [Item(position, "train", 0, position, 4, False) for position in range(2)]
+    log, goes_on = SlotLog(mmap.mmap(-1, SlotLog.nbytes(layout, 4)), layout, 4), threading.Event()
+    with both_ends(tmp_path, 0.5, 0.5) as ends, ThreadPoolExecutor(2) as threads:
+        outbox = PairOutEdge(log, ends.links[0], ends.clients[0])
+        inbox = PairInEdge(layout, ends.links[1], ends.clients[1], depth=2, slots=4)
+        inbox.expect(items)
+
+        def stage() -> None:
+            for item in items:
+                outbox.reserve(item)[0].fill_(item.position)
+                outbox.send(item)
+                assert goes_on.wait(60)
+
+        outbox.start()
+        stands = threads.submit(stage)
+        assert inbox.receive(items[0])[0].sum() == 0
+        inbox.release()
+        begun = time.monotonic()
+        received = threads.submit(inbox.receive, items[1])
+        try:
+            with pytest.raises(LinkLostError, match="stage 0 handed nothing on within 1 s"):
+                received.result(30)
+            assert 1.0 <= time.monotonic() - begun < 10
+            assert not stands.done()
+            assert ends.clients[1].generations[1] >= 1, "the link was formed anew before"
+        finally:
+            goes_on.set()
+            ends.links[0].closing = ends.links[1].closing = True
+            ends.clients[0].wake()
+
+
+def test_a_senders_successor_has_that_time_from_its_own_beginning(tmp_path: Path) -> None:
+    layout, item = SlotLayout(4, (3,)), Item(0, "train", 0, 0, 4, True)
+    with both_ends(tmp_path, TIMEOUT, 2.0) as ends, ThreadPoolExecutor(1) as threads:
+        inbox = PairInEdge(layout, ends.links[1], ends.clients[1], depth=1, slots=4)
+        inbox.expect([item])
+        received = threads.submit(inbox.receive, item)
+        links = [ends.links[0]]
+        for _ in range(3):  # of which each is silent for half of the receiver's time
+            group = links[-1].form()
+            group.recv([torch.zeros(1, dtype=torch.int64)], 1, 1).wait()
+            until(lambda: ends.links[1].is_stale or received.done())
+            old, client = links[-1], ends.clients[0]
+            links.append(PairLink(ends.store, client, edge=1, side=0, timeout=TIMEOUT, neighbour="stage 1"))
+            links[-1]._generation = old._generation
+        assert not received.done()
+        group = links[-1].form()
+        group.recv([torch.zeros(1, dtype=torch.int64)], 1, 1).wait()
+        group.send([torch.full((layout.nbytes(4),), 7, dtype=torch.uint8)], 1, 0).wait()
+        values, _ = received.result(TIMEOUT)
+        assert bool((values.view(torch.uint8) == 7).all())

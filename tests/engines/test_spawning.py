@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -63,6 +64,24 @@ def test_a_script_goes_on_listens_nowhere_and_stops_in_order(tmp_path: Path) -> 
     assert found["stopped_by"] == 2
     assert 0 < found["stopped_steps"] < 600_000
     assert found["children"] == 0
+
+
+@pytest.mark.parametrize("name", ["a#b", "x" * 110], ids=["#", "long"])
+def test_any_temporary_folder_will_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between an address and its key may be part of a path, and a socket's path is short."""
+    with tempfile.TemporaryDirectory(prefix="un-", dir="/tmp") as short:
+        folder = Path(short) / name
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
+        results = []
+        for engine in (Processes(stages=2), "sequential"):
+            torch.manual_seed(0)
+            network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+            optimizer = partial(torch.optim.SGD, lr=0.1)
+            trainer = Trainer(network, rule=LLS(), optimizer=optimizer, engine=engine, threads=1)
+            results.append(trainer.fit((torch.rand(16, 12), torch.arange(16) % 3), epochs=1, batch_size=8))
+        assert results[0].weights_sha256 == results[1].weights_sha256
 
 
 class Breaks(nn.Module):

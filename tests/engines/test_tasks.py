@@ -1,7 +1,12 @@
 """Every task against a plain loop that knows nothing of this project, and equal on the engines of one process."""
 
+import csv
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sklearn.metrics as truth
 import torch
@@ -12,6 +17,8 @@ from torch import Tensor, nn
 from unlocked.data import epoch_order
 from unlocked.kernels.reference import make_basis
 from unlocked.runtime import Streams
+from unlocked.runtime.metrics.csv_file import CsvFile
+from unlocked.workers.stage import Stage
 
 
 def as_targets(name: str, data: Any) -> Tensor:
@@ -147,3 +154,37 @@ def test_predictions_are_the_networks_outputs(name: str) -> None:
             x = forward(block, x, data, slice(None))
     found = trainer.predict(data if isinstance(data, dict) else data[0])
     torch.testing.assert_close(found, x, atol=1e-6, rtol=1e-5)
+
+
+class OwnNumbers(Quantile):
+    """Its figures are of a type of one's own choice."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def figures(self, sums: Any, count: float) -> Any:
+        return {name: self._kind(value / count) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor, lambda value: np.array(value), Fraction])
+def test_a_figure_may_be_a_number_of_any_kind(kind: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(CASES, "own", replace(CASES["own"], task=OwnNumbers(kind)))  # type: ignore[arg-type]
+    trainer, result = train("own", "sequential", sinks=[CsvFile(tmp_path / "figures.csv")])
+    data, targets = CASES["own"].test
+    below = (targets < trainer.predict(data)[:, 0]).double().mean()
+    told = dict(result.epochs[-1].eval_figures)
+    assert type(told["below"]) is float
+    assert told["below"] == pytest.approx(float(below), abs=1e-7)
+    rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
+    assert float(rows[-1]["eval_below"]) == told["below"]
+
+
+@pytest.mark.parametrize("kind", [str, lambda value: None, lambda value: [value], lambda value: torch.ones(1), complex])
+def test_a_figure_that_is_no_number_is_one_line_before_the_first_step(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CASES, "own", replace(CASES["own"], task=OwnNumbers(kind)))  # type: ignore[arg-type]
+    monkeypatch.setattr(Stage, "update", lambda *_, **__: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=r"figure below of the task quantile is no number but .*; give a") as e:
+        train("own", "sequential")
+    assert "\n" not in str(e.value)

@@ -1,17 +1,19 @@
-"""One rank that trains from DataLoaders and writes what it read: python loader_worker.py OUT_FOLDER [SECONDS].
+"""One rank that trains from DataLoaders and writes what it read: python loader_worker.py OUT_FOLDER [SECONDS | faults].
 
 With SECONDS the training data takes that long for one sample of the second micro-batch, which is longer than the others
-wait.
+wait. With the word "faults" it trains from every pair of `WITHOUT_WORKERS`, and stage 0 is killed amid each run.
 """
 
 import json
 import os
+import random
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,8 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import RunResult, Trainer
+from unlocked.runtime.engines.processes import memory_saver
+from unlocked.runtime.faults import VARIABLE
 
-__all__ = ["fit", "samples", "seeded"]
+__all__ = ["FAULTS", "PAIRS", "WITHOUT_WORKERS", "fit", "pair", "samples", "seeded"]
+
+FAULTS = "kill@0SEND3,kill@0SEND8#1,kill@0SEND11#2,kill@0SEND20#3"
+"""Amid training, at the end of an epoch's evaluation, and twice amid training again: items 0 to 8 are epoch 0."""
 
 
 def samples(count: int) -> tuple[Tensor, Tensor]:
@@ -73,9 +80,80 @@ class Slow(TensorDataset):
         return super().__getitem__(index)
 
 
-def main(out: Path, seconds: float = 0.0) -> None:
+class Chance(TensorDataset):
+    """Makes every sample anew by all three generators of the process."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        factor = float(torch.rand(())) * random.random() * np.random.random()
+        return image * factor, label
+
+
+def pair(kind: str) -> tuple[DataLoader, DataLoader]:
+    """Training and evaluation data as a script makes them, one of `PAIRS`."""
+    torch.manual_seed(11)
+    random.seed(12)
+    np.random.seed(13)
+    train, test = TensorDataset(*samples(70)), TensorDataset(*samples(40))
+    one, other = (torch.Generator().manual_seed(seed) for seed in (7, 8))
+    return PAIRS[kind](train, test, one, other)
+
+
+PAIRS: dict[str, Any] = {
+    "one generator": lambda train, test, one, _: (
+        DataLoader(train, 16, shuffle=True, generator=one),
+        DataLoader(test, 25, shuffle=True, generator=one),
+    ),
+    "generators of their own": lambda train, test, one, other: (
+        DataLoader(train, 16, shuffle=True, generator=one),
+        DataLoader(test, 25, shuffle=True, generator=other),
+    ),
+    "no generator": lambda train, test, *_: (DataLoader(train, 16, shuffle=True), DataLoader(test, 25, shuffle=True)),
+    "no generator, evaluation in order": lambda train, test, *_: (
+        DataLoader(train, 16, shuffle=True),
+        DataLoader(test, 25),
+    ),
+    "no generator, evaluation in order by a worker": lambda train, test, *_: (
+        DataLoader(train, 16, shuffle=True),
+        DataLoader(test, 25, num_workers=1),
+    ),
+    "samples made by chance": lambda train, test, *_: (
+        DataLoader(Chance(*train.tensors), 16),
+        DataLoader(Chance(*test.tensors), 25),
+    ),
+    "samples made by chance in a worker": lambda train, test, *_: (
+        DataLoader(Chance(*train.tensors), 16, num_workers=1),
+        DataLoader(test, 25),
+    ),
+    "samples made by chance in a worker that stays": lambda train, test, *_: (
+        DataLoader(Chance(*train.tensors), 16, num_workers=1, persistent_workers=True),
+        DataLoader(test, 25),
+    ),
+}
+
+
+# A loader that forks while other threads run may get a child that hangs (in glibc's list of exit functions, say), and
+# which nobody ends once its parent was killed.
+WITHOUT_WORKERS = [kind for kind in PAIRS if "worker" not in kind]
+
+
+def under_faults(out: Path) -> None:
+    memory_saver._SHORTEST, memory_saver._SHARE = 0.0, 1e9  # a stage saves itself after every item
+    found = {}
+    for kind in WITHOUT_WORKERS:
+        os.environ[VARIABLE] = FAULTS
+        result = fit(*pair(kind), "processes", epochs=3)
+        recoveries = [(one.stage, one.position) for one in result.recoveries]
+        found[kind] = {"sha256": result.weights_sha256, "recoveries": recoveries}
+    (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def main(out: Path, how: str = "") -> None:
     torch.set_num_threads(1)
-    if seconds:
+    if how == "faults":
+        under_faults(out)
+        return
+    if seconds := float(how or 0):
         slow = Slow(*samples(70))
         slow.seconds = seconds
         fit(DataLoader(slow, 16), engine="processes", timeout=2.0)
@@ -86,4 +164,4 @@ def main(out: Path, seconds: float = 0.0) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,17 +3,22 @@
 python recovery_worker.py JOBS.json OUT.json
 
 A job has `engine`, `faults`, `transport`, `how` (one of `VARIANTS`) and `saves`: "rare" where a stage saves itself only
-when its log is half full, "always" where it does after every item. `built` in the output says which workers
+when its log is half full, "always" where it does after every item; `loses`: the stage whose first worker's report of an
+epoch gets lost. `built` in the output says which workers
 (processes) have built each layer: one per layer where nobody died.
 """
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import schedulefree
 import torch
@@ -22,8 +27,13 @@ from unlocked.data import load_dataset
 from unlocked.models import small_conv
 from unlocked.rules import DRTP, LLS, InfoPro, LayerInfo, LocalRule, TaskAndConsistency
 from unlocked.runtime import Processes, ReduceLROnPlateau, Sequential, Trainer
+from unlocked.runtime.control.client import CoordinatorClient
+from unlocked.runtime.control.mailbox import Mailbox
+from unlocked.runtime.control.messages import Epoch
 from unlocked.runtime.engines.processes import memory_saver
+from unlocked.runtime.engines.processes.memory_saver import MemorySaver
 from unlocked.runtime.faults import VARIABLE
+from unlocked.workers.actions import Item
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -57,7 +67,39 @@ class Witness:
         return repr(self.rule)
 
 
-def train(engine: str, faults: str, transport: str, how: str, saves: str, folder: Path) -> dict[str, Any]:
+@contextmanager
+def lost_report(stage: int) -> Iterator[None]:
+    """What the stage's first worker says of epoch 0 comes nowhere, as where its connection is cut. It saves itself
+    behind that, and dies."""
+    epoch, put, after = CoordinatorClient.epoch, Mailbox.put, MemorySaver.after
+    losing = False  # set in the worker alone
+
+    def lose(client: CoordinatorClient, part: Any) -> None:
+        nonlocal losing
+        losing = client.stage == stage and client._incarnation == 0
+        epoch(client, part)
+
+    def drop(mailbox: Mailbox, item: Any) -> None:
+        if not (losing and isinstance(item, Epoch)):
+            put(mailbox, item)
+
+    def die(saver: MemorySaver, item: Item) -> None:
+        after(saver, item)
+        if losing and saver._settle(True):
+            saver.save(item.position + 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with (
+        patch.object(CoordinatorClient, "epoch", lose),
+        patch.object(Mailbox, "put", drop),
+        patch.object(MemorySaver, "after", die),
+    ):
+        yield
+
+
+def train(
+    engine: str, faults: str, transport: str, how: str, saves: str, folder: Path, loses: str = ""
+) -> dict[str, Any]:
     """One run: digest, figures, recoveries, and who has built which layer."""
     os.environ[VARIABLE] = faults
     memory_saver._SHORTEST, memory_saver._SHARE = {"rare": (1e6, 1.0), "always": (0.0, 1e9)}[saves]
@@ -77,7 +119,8 @@ def train(engine: str, faults: str, transport: str, how: str, saves: str, folder
     made = Sequential() if engine == "sequential" else Processes(transport=transport, queue_depth=2)
     network = small_conv(in_channels=1, num_classes=10, image_size=8, dropout=0.1)
     trainer = Trainer(network, rule=Witness(rule, str(folder / "built")), engine=made, seed=3, threads=1, **options)
-    result = trainer.fit(train_data, epochs=EPOCHS, batch_size=25, eval_data=test_data, eval_batch_size=40)
+    with lost_report(int(loses)) if loses else nullcontext():
+        result = trainer.fit(train_data, epochs=EPOCHS, batch_size=25, eval_data=test_data, eval_batch_size=40)
     return {
         "faults": faults,
         "sha256": result.weights_sha256,

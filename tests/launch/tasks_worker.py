@@ -4,8 +4,8 @@ python tasks_worker.py MODULE SNAPSHOTS OUT.jsonl KINDS CASE...
 
 MODULE, of tests/, has `train(CASE, engine, ...)`.
 
-KINDS are some of plain, killed and resumed, by commas. SNAPSHOTS/CASE holds a snapshot from the middle of an epoch of a
-plain loop.
+KINDS are some of plain, killed (in training), evaluating (and killed in it) and resumed, by commas. SNAPSHOTS/CASE
+holds a snapshot from the middle of an epoch of a plain loop.
 """
 
 import importlib
@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unlocked.runtime import Processes
 from unlocked.runtime.faults import VARIABLE
 
+FAULTS = {"killed": "kill@1U4", "evaluating": "kill@2E9"}
+
 
 def main(module: str, snapshots: Path, out: Path, kinds: list[str], names: list[str]) -> None:
     train = importlib.import_module(module).train
@@ -27,10 +29,11 @@ def main(module: str, snapshots: Path, out: Path, kinds: list[str], names: list[
         jobs: dict[str, dict[str, Any]] = {
             "plain": {"engine": Processes(transport="group", queue_depth=2)},
             "killed": {"engine": Processes(transport="shared", queue_depth=2)},
+            "evaluating": {"engine": Processes(transport="shared", queue_depth=2)},
             "resumed": {"engine": Processes(transport="shared", queue_depth=2), "resume": snapshots / name},
         }
         for kind in kinds:
-            os.environ[VARIABLE] = "kill@1U4" if kind == "killed" else ""
+            os.environ[VARIABLE] = FAULTS.get(kind, "")
             _, result = train(name, **jobs[kind])
             if os.environ["RANK"] == "0":
                 last = result.epochs[-1]

@@ -148,8 +148,8 @@ def _with_settings(settings: dict[str, object]) -> Callable[[Path, Path], Path]:
     """A snapshot whose manifest is whole and has other settings."""
 
     def make(runs: Path, folder: Path) -> Path:
-        shutil.copytree(runs / "LLS_M" / "snapshots" / "step-00000024", folder / "step-00000024")
-        write_manifest(folder, run="other", position=26, steps=24, settings=settings, files={})
+        snapshot = Path(shutil.copytree(runs / "LLS_M" / "snapshots" / "step-00000024", folder / "step-00000024"))
+        write_manifest(snapshot, run="other", position=26, steps=24, settings=settings, files={})
         return folder
 
     return make

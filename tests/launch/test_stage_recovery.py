@@ -73,6 +73,8 @@ JOBS = {
     "a group's rule with a side channel": job(
         ["kill@0SEND9", "kill@1F2", "kill@1RECV9#1", "kill@2E8"], how="side channel of the input", transport="group"
     ),
+    "a report that is lost": job(saves="always", loses="2"),
+    "a lost report that a rate waits for": job(how="plateau", loses="1"),
     "a pause": job(["stop@1F5", "abort@0E6"], how="impatient"),
 }
 ALONE = ("plain", "plateau", "side channel", "side channel of the input")
@@ -112,6 +114,7 @@ def test_a_killed_worker_comes_back_alone(name: str, runs: dict[str, Any]) -> No
     assert run["epochs"] == expected["epochs"]
     assert run["snapshots"] == expected["snapshots"]
     deaths = Counter(int(fault.partition("@")[2][0]) for fault in faults if fault)
+    deaths.update(int(stage) for stage in JOBS[name].get("loses", ""))
     assert Counter(r["stage"] for r in run["recoveries"]) <= deaths, "one recovery may cover deaths amid replay"
     # Every stage had one worker, and one more for each of its own deaths: nobody else's process has changed.
     workers = Counter({layer: len({pid for name, pid in run["built"] if name == layer}) for layer, _ in run["built"]})

@@ -24,6 +24,7 @@ from unlocked.rules import LLS, RULES
 from unlocked.runtime import Trainer
 from unlocked.runtime.engines.processes.rendezvous import World
 from unlocked.runtime.fields import check, from_environment
+from unlocked.runtime.job import Job
 from unlocked.runtime.learning_rate import CosineAnnealingLR, MultiStepLR, ReduceLROnPlateau
 from unlocked.runtime.recipe import Recipe
 from unlocked.runtime.settings import Settings
@@ -229,3 +230,22 @@ def test_a_frozen_network_is_refused_by_name(rule: Any) -> None:
         fit(Trainer(blocks, rule=rule, optimizer=partial(torch.optim.SGD, lr=0.1)))
     blocks[0].requires_grad_(True)
     assert fit(Trainer(blocks, rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1)), max_steps=1).steps == 1
+
+
+class ByClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, ByClosure])
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_an_optimizer_that_steps_by_a_closure_is_refused_before_the_first_step(
+    kind: Any, of_layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Job, "stage", lambda *_, **__: pytest.fail("a stage was built"))
+    blocks = small_conv(3, 5, 16)
+    adam, last = partial(torch.optim.Adam, lr=0.1), partial(kind, lr=0.1)
+    optimizer = {block.name: adam for block in blocks} | {"output": last} if of_layers else last
+    with pytest.raises(ValueError, match=f"optimizer {kind.__name__} can't step without closure; ") as error:
+        fit(Trainer(blocks, rule=LLS(), optimizer=optimizer))
+    assert len(str(error.value).splitlines()) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import loader_worker
 import pytest
 import torch
-from loader_worker import fit, samples, seeded
+from loader_worker import FAULTS, PAIRS, WITHOUT_WORKERS, fit, pair, samples, seeded
 from ranks import ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -156,8 +156,32 @@ def test_a_resumed_run_skips_what_is_done(make: Callable[[], DataLoader], steps:
     got = fit(loader, test, resume=tmp_path, **options)
     assert got.weights_sha256 == expected.weights_sha256
     if isinstance(loader.sampler, Keyed):
-        # Of the epoch that the run was in, and of the whole second one; and twice the statistics' micro-batches.
-        assert loader.sampler.given == {3: 2 * 70 + 2 * 32, 8: 70 + 32}[steps]
+        # Of the epoch that the run was in, and of the whole second one; and twice the statistics' micro-batches. Of the
+        # epoch before one micro-batch, by which it is seen that reading moves no generator.
+        assert loader.sampler.given == {3: 2 * 70 + 2 * 32, 8: 16 + 70 + 32}[steps]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_resumed_run_finds_every_generator_where_it_was(kind: str, tmp_path: Path) -> None:
+    """From the middle of the first epoch of three, of the second, and of the third."""
+    options: dict[str, Any] = {"snapshot_every": 4, "snapshot_dir": tmp_path, "epochs": 3}
+    expected = fit(*pair(kind), **options)
+    for folder in sorted(tmp_path.glob("step-*"), reverse=True):
+        got = fit(*pair(kind), resume=folder, **{**options, "snapshot_dir": None, "snapshot_every": 0})
+        assert got.weights_sha256 == expected.weights_sha256, folder.name
+        assert got.epochs[-1].eval_loss == expected.epochs[-1].eval_loss, folder.name
+
+
+@pytest.mark.alone
+def test_a_later_worker_of_stage_0_reads_what_the_first_would_have(tmp_path: Path) -> None:
+    with ranks(2, [loader_worker.__file__, str(tmp_path), "faults"]) as started:
+        texts = [process.communicate(timeout=300)[1] for process in started]
+        assert [process.returncode for process in started] == [0, 0], texts
+    found = json.loads((tmp_path / "0.json").read_text())
+    for kind in WITHOUT_WORKERS:
+        expected = fit(*pair(kind), epochs=3)
+        assert found[kind]["sha256"] == expected.weights_sha256, kind
+        assert [stage for stage, _ in found[kind]["recoveries"]] == [0] * len(FAULTS.split(",")), kind
 
 
 def bad(third: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """What a trainer says of samples after a run, and before one."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
-from unlocked.data import ImageDataset
+from unlocked.data import ImageDataset, LoaderDataset
 from unlocked.models import small_conv
 from unlocked.rules import LLS
 from unlocked.runtime import Trainer
@@ -114,6 +116,62 @@ def test_samples_that_do_not_fit_are_refused(samples: Any, told: str) -> None:
     one.fit(images(), epochs=1, batch_size=10)
     with pytest.raises(ValueError, match=told):
         one.predict(samples)
+
+
+class Squares(Dataset[Any]):
+    """Indexable, and no tensors; its labels are those of no network here."""
+
+    def __init__(self, samples: torch.Tensor, label: Any) -> None:
+        self.samples, self.label = samples, label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index] if self.label is None else (self.samples[index], self.label)
+
+
+@pytest.mark.filterwarnings("ignore:the test data .Squares. is read through a DataLoader, one after the other")
+@pytest.mark.parametrize(
+    ("fitted", "label"),
+    [*itertools.product([False, True], [None, 2, 99, -1, 0.5]), (True, torch.ones(3))],
+    ids=str,
+)
+def test_a_datasets_labels_have_no_part_in_its_prediction(fitted: bool, label: Any) -> None:
+    x, labels = tabular()
+    torch.manual_seed(0)
+    one = trainer([nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 3)])
+    if fitted:
+        one.fit((x, labels), epochs=1, batch_size=8)
+    with torch.no_grad():
+        expected = one.module(x)
+    for given in (Squares(x, label), TensorDataset(x) if label is None else TensorDataset(x, torch.full((24,), 7))):
+        for rows in (None, 5, 99):
+            assert torch.allclose(one.predict(given, batch_size=rows), expected, atol=1e-6)
+    if isinstance(label, int) and fitted:
+        given = ImageDataset.from_tensors(x, labels + 4, 9)
+        assert torch.allclose(one.predict(given), expected, atol=1e-6)
+
+
+def test_before_a_fit_the_targets_tell_what_a_network_is_for() -> None:
+    torch.manual_seed(0)
+    one = trainer([nn.Embedding(7, 5), nn.Linear(5, 7)])
+    ids = torch.arange(24).view(6, 4) % 7
+    with torch.no_grad():
+        expected = one.module(ids)
+    for data in ([(ids, ids)], [ids]):
+        assert torch.allclose(one.predict(LoaderDataset.wrap(data)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, -3, 2.5, True, "8"])
+@pytest.mark.parametrize("data", [tabular(), TensorDataset(*tabular()), {"x": tabular()[0]}, Squares(tabular()[0], 1)])
+def test_rows_that_are_no_number_of_rows_are_refused(data: Any, rows: Any) -> None:
+    one = trainer([nn.Linear(6, 5), nn.Linear(5, 3)])
+    one.fit(tabular(), epochs=1, batch_size=8)
+    for call in (one.evaluate, one.predict):
+        samples = data[0] if call == one.predict and isinstance(data, tuple) else data
+        with pytest.raises(ValueError, match=rf"^batch_size is {rows!r}; it must be a whole number of at least 1$"):
+            call(samples, batch_size=rows)
 
 
 def test_labels_beyond_the_network_and_a_broken_network_are_refused() -> None:

@@ -61,7 +61,7 @@ class PlainEnd(Operation):
 
     def __init__(
         self,
-        tail: nn.Module,
+        tail: Callable[[Tensor], Tensor],
         latent_size: int | None,
         layout: Layout | None,
         casts: Casts,

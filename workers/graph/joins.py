@@ -43,7 +43,7 @@ from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Sta
 from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
 from unlocked.workers.graph.tails import pool_of, recognise
-from unlocked.workers.graph.tracing import Node, Untraceable, trace
+from unlocked.workers.graph.tracing import Node, Untraceable, gives_sparse, trace
 from unlocked.workers.graph.verifying import check_same_result
 
 if TYPE_CHECKING:
@@ -65,10 +65,12 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
     casts = Casts(layer.device.type, half=layer.computes_in_bfloat16)
     casts.transposed = backend.transposed if backend.ABILITIES.transposes else None
     part = layer.block.body if root is None else root
+    if gives_sparse(part):
+        raise Untraceable("its embedding gives sparse gradients")
     nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
         check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
-    tail, leaving = (layer.block.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
+    tail, leaving = (layer.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
     plain = (tail, None, layer.info.layout, casts, leaving) if opened else None
     trains = [(name, p) for name, p in (layer.block if root is None else root).named_parameters() if p.requires_grad]
     body = _Planner(layer, backend, casts, nodes, output, plain).body([p for _, p in trains])
@@ -128,7 +130,7 @@ class _Planner:
             ending.append(Node("tail", None))
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
-            plain = (layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            plain = (layer.tail, side, info.layout, self._casts, layer.leaving)
             grouping = (plain, ending, shape, self._operation, self._backend)
             call = grouped_end(self._output, *grouping) or self._summed(plain, ending)
             self._covered |= set(call.covers if call else ())

@@ -21,7 +21,7 @@ from unlocked.models.errors import first_line
 from unlocked.models.generators import SOURCES, GlobalGenerators
 from unlocked.workers.graph.expansions import expansion_of
 
-__all__ = ["Node", "Untraceable", "filled", "has_hooks", "in_training", "is_in_place", "trace"]
+__all__ = ["Node", "Untraceable", "filled", "gives_sparse", "has_hooks", "in_training", "is_in_place", "trace"]
 
 
 class Untraceable(Exception):
@@ -139,6 +139,11 @@ def _without_own_functions() -> Iterator[None]:
         yield
     finally:
         function.apply = original
+
+
+def gives_sparse(module: nn.Module) -> bool:
+    """Gradients of its parameters, or some of them, are sparse tensors: an embedding was asked for them."""
+    return any(getattr(one, "sparse", False) is True for one in module.modules())
 
 
 def has_hooks(module: nn.Module) -> bool:

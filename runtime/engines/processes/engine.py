@@ -44,6 +44,7 @@ from unlocked.runtime.engines.processes.spawn import has_launcher, run_spawned
 from unlocked.runtime.engines.processes.start_weights import agree_on_start_weights, remember_owners
 from unlocked.runtime.engines.processes.supervised import SupervisedWork
 from unlocked.runtime.engines.processes.telling import COORDINATOR, with_stage
+from unlocked.runtime.engines.saver import set_others_aside
 from unlocked.runtime.job import Job, SinkMaker
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.settings import Settings
@@ -109,6 +110,7 @@ class Processes(ProcessesOptions):
                 threads = _agree_on_threads(store, world, crew, self.start_timeout)
                 if hub is not None:
                     hub.learn_threads(parts, threads)
+                    set_others_aside(job)  # stage 0 waits for this rank, and all others for stage 0
                 crew.connect(store)
                 crew.wait_started()
             # From here on a signal asks for an orderly stop, also one that a launcher sends because another worker

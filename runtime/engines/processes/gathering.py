@@ -80,7 +80,7 @@ def bring_weights(store: dist.Store, world: World, own: Mapping[str, Tensor], ti
                 group.send([piece], 0, 0).wait(timedelta(seconds=timeout))
             await_keys(store, ["taken"], timeout, _pause)
         store.set("left", "")
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError, OSError) as error:
         raise RunFailed(f"rank 0 did not take this stage's final weights: {error}") from error
 
 
@@ -138,20 +138,29 @@ def _written(parts: Mapping[str, Tensor]) -> Iterator[str | None]:
     """The path of a file with all of them, which lasts as long as the block; None: there is no room for it."""
     folder = None
     try:
-        for place in dict.fromkeys([*memory_folders(), tempfile.gettempdir()]):
-            folder = tempfile.mkdtemp(prefix="unlocked-", dir=place)
+        for place in _places():
             try:
+                folder = tempfile.mkdtemp(prefix="unlocked-", dir=place)
                 with open(Path(folder) / "weights", "wb", buffering=0) as file:
                     for piece in _pieces(parts.values()):
                         _put(piece, file)
                 break
             except OSError:
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
                 folder = None
         yield None if folder is None else os.path.join(folder, "weights")
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _places() -> list[str]:
+    """Folders for a file, in memory if there are such; none where there is not even a temporary folder."""
+    try:
+        return list(dict.fromkeys([*memory_folders(), tempfile.gettempdir()]))
+    except OSError:  # no folder that can be written
+        return []
 
 
 def _buffer(piece: Tensor) -> memoryview:

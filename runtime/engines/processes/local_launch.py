@@ -24,6 +24,7 @@ from unlocked.runtime.engines.processes.rendezvous import MEETING
 __all__ = ["Started", "rank_environments", "start_processes"]
 
 _NO_PORT = 1  # nobody looks for anything there
+_LONGEST_PLACE = 73  # bytes: macOS allows 103 for a socket's path, and below it is /unlocked-12345678/coordinator
 _END_SECONDS = 5.0  # that all of them may take to leave once their work is done or they were told to
 
 
@@ -45,7 +46,8 @@ class Started:
 def rank_environments(count: int, *, threads: int) -> Iterator[list[dict[str, str]]]:
     """The environment of each of `count` processes, which find each other while the block lasts.
 
-    They have what torchrun's workers have there, and a folder of this process's.
+    They have what torchrun's workers have there, and a folder of this process's: below the temporary folder, or below
+    /tmp where that one's path is too long for a socket's.
 
     Args:
         threads: intra-op threads of each, where OMP_NUM_THREADS says nothing else.
@@ -53,12 +55,17 @@ def rank_environments(count: int, *, threads: int) -> Iterator[list[dict[str, st
     Raises:
         ValueError: there is no place for such a folder.
     """
+    place = "a temporary folder"
     try:
-        folder = tempfile.mkdtemp(prefix="unlocked-")  # mode 0700
+        place = tempfile.gettempdir()
+        if len(os.fsencode(place)) > _LONGEST_PLACE:
+            place = "/tmp"
+        folder = tempfile.mkdtemp(prefix="unlocked-", dir=place)  # mode 0700
     except OSError as error:
         raise ValueError(
-            f"the {count} processes of the pipeline would meet in a folder below {tempfile.gettempdir()}, but none can "
-            f"be made there ({error.strerror}); set TMPDIR to a folder that can be written"
+            f"the {count} processes of the pipeline would meet in a folder below {place}, but none can be made there "
+            f"({error.strerror}); set TMPDIR to a folder that can be written, with a path of at most {_LONGEST_PLACE} "
+            "bytes"
         ) from error
     run_id = uuid.uuid4().hex
     try:

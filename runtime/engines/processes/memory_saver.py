@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from unlocked.data import LoaderDataset
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
 from unlocked.runtime.job import Job
 from unlocked.runtime.metrics.reporter import StageReporter
@@ -83,6 +84,9 @@ class MemorySaver:
         self._memory, self._job, self._stage, self._settle = memory, job, stage, settle
         self._began = self._saved_at = time.perf_counter()
         self._interval = _SHORTEST
+        # What was read again has put the generators where the stream has them. The dead worker's, when it saved itself,
+        # stood where its read-ahead had come to.
+        self._reads_loaders = stage.index == 0 and any(isinstance(d, LoaderDataset) for d in (job.train, job.test))
 
     def connect(
         self, reporter: StageReporter, stopwatch: Stopwatch, inbox: LoggedInEdge | None, outbox: LoggedOutEdge | None
@@ -113,8 +117,9 @@ class MemorySaver:
             self._inbox.go_back(state["received"])
         if self._outbox is not None:
             self._outbox.go_back(state["sent"])
-        torch.set_rng_state(state["torch"])
-        random.setstate(state["random"])
+        if not self._reads_loaders:
+            torch.set_rng_state(state["torch"])
+            random.setstate(state["random"])
         seconds = float(state["seconds"])
         self._began -= seconds
         return seconds

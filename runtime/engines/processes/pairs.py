@@ -5,6 +5,7 @@ where the receiver wants it, so that a receiver that comes back is served whatev
 What of the log may be overwritten, and when a link is to be formed anew, comes by way of the coordinator.
 """
 
+import secrets
 import threading
 import time
 from collections import deque
@@ -30,7 +31,8 @@ __all__ = ["PairInEdge", "PairLink", "PairOutEdge"]
 _SENDER, _RECEIVER = 0, 1
 _FORM_SECONDS = 1.0  # of one of Gloo's about five attempts to connect; it waits for all of them if the other one dies
 _PAUSE = 0.005  # seconds between two looks for the other one
-_PATIENCE = 4  # timeouts that a receive may be posted, of which its stage waits for one
+_PATIENCE = 4  # timeouts that a receive may be posted, of which its stage waits for `_ROUNDS` at most
+_ROUNDS = 2  # timeouts that a stage waits for a micro-batch: by a silent link, then by that link formed anew
 _LONG = 3600.0  # seconds between two looks where every change is told
 _DATA, _PLACE = 0, 1  # tags
 
@@ -60,6 +62,9 @@ class PairLink:
         self._store, self._client, self._edge, self._side = store, client, edge, side
         self.timeout, self._neighbour = timedelta(seconds=timeout), neighbour
         self._generation = -1
+        self._name, self._met = secrets.token_hex(8), b""  # of this worker; of the other end's that was met last
+        self.began = time.monotonic()
+        """When the other end had its worker, as far as this end knows."""
         self.closing = False
         self.waiter: Waiter | None = None
         """Of the newest group's messages: it is told when that group is of the past."""
@@ -102,6 +107,10 @@ class PairLink:
         """A message has failed: the coordinator is asked for the next generation."""
         self._client.tell(EdgeBroken(edge=self._edge, generation=self._generation))
 
+    def silent(self) -> LinkLostError:
+        seconds = _ROUNDS * self.timeout.total_seconds()
+        return LinkLostError(f"{self._neighbour} handed nothing on within {seconds:g} s, over a link formed anew, too")
+
     def lost(self, error: Exception) -> LinkLostError:
         return LinkLostError(f"the link to {self._neighbour} broke ({first_line(error)})")
 
@@ -121,10 +130,13 @@ class PairLink:
         """
         assert self.waiter is not None
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while not (self.closing or self.is_stale) and (left := deadline - time.monotonic()) > 0:
-            word = self.waiter.next_word(min(left, 1.0))
+        while not (self.closing or self.is_stale):
+            left = deadline - time.monotonic()
+            word = self.waiter.next_word(min(max(left, 0.0), 1.0))
             if word is None:
                 self._client.await_news(lambda: True, 0.0)  # raises
+                if left <= 0:  # and a last look was had, as it may be this process that stood still
+                    return False
             elif word is not Word.LOOK:
                 return word is Word.DONE
         return False
@@ -138,12 +150,15 @@ class PairLink:
 
     def _meet(self, store: dist.Store, generation: int, deadline: float) -> bool:
         """Both are here, and about to connect; False: there is a newer generation, or no time left."""
-        store.set(f"here-{self._side}", "")
+        store.set(f"here-{self._side}", self._name)
         other = [f"here-{1 - self._side}"]
         while not store.check(other):
             if time.monotonic() > deadline or self._news(generation):
                 return False
             self._client.await_news(lambda: self._news(generation), _PAUSE)
+        met = store.get(other[0])
+        if met != self._met:
+            self._met, self.began = met, time.monotonic()
         return True
 
 
@@ -176,6 +191,13 @@ class PairInEdge:
             self._post()
 
     def receive(self, item: Item) -> Slot:
+        """Waits for `item`, `_ROUNDS` timeouts at most: a neighbour whose stage stands still while its threads live
+        forms every link that it is asked for. One that does a dead one's work again has that time from its beginning.
+
+        Raises:
+            LinkLostError: nothing came in time, or the link could not be formed.
+        """
+        begun = time.monotonic()
         while True:
             if self._group is None or self._link.is_stale:
                 self._join()
@@ -183,6 +205,8 @@ class PairInEdge:
             assert expected == item, f"expected {expected}, asked for {item}"
             if self._link.next():
                 break
+            if time.monotonic() - max(begun, self._link.began) >= _ROUNDS * self._link.timeout.total_seconds():
+                raise self._link.silent()
             if not self._link.is_stale:
                 self._link.broke()
             self._group = None
@@ -223,6 +247,8 @@ class PairInEdge:
             self._post()
             if self._posted or not self._expected:
                 return
+            if time.monotonic() > deadline:
+                raise self._link.silent()
 
     def _leave(self) -> None:
         """What had arrived by the last group is asked for again, into memory that this group can't write to."""

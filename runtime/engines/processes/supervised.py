@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import pickle
+import random
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,8 +38,10 @@ from unlocked.runtime.machine import occupy_cores
 from unlocked.runtime.tensors import unpack_tensors
 from unlocked.workers.slot_log import SlotLog
 
-__all__ = ["SupervisedWork"]
+__all__ = ["PIECE", "SupervisedWork", "read_all"]
 
+PIECE = 1 << 30
+"""Bytes of one read or write: the system takes no more than 2 GiB at once, less one page (read(2))."""
 _LONGEST_WORD = 8000  # characters of a reason that one message to the supervisor takes
 
 
@@ -57,6 +60,7 @@ class SupervisedWork:
         self._left = os.memfd_create("unlocked-result")  # what a worker leaves at its end
         if needs_compiler(task.job):
             prepare_process()  # once here instead of in every worker
+        self._random = random.getstate()  # which Python draws anew in every forked process
         self._zygote = Zygote(self._work)
         self._acts = contextlib.ExitStack()
         self._acts.enter_context(last_act(lambda _: self._zygote.let_go()))
@@ -100,7 +104,7 @@ class SupervisedWork:
     def run(self) -> Mapping[str, Any]:
         end = self._supervisor.run()
         self._check()
-        packed, state, loaders = pickle.loads(os.pread(self._left, end.content["length"], 0))
+        packed, state, loaders = pickle.loads(read_all(self._left, end.content["length"]))
         payload: dict[str, Any] = msgpack.unpackb(packed)
         adopt_weights(self._task.job, self._task.parts[self._task.world.rank], unpack_tensors(payload["weights"]))
         # What is drawn after the run goes on as if it had run here.
@@ -127,7 +131,7 @@ class SupervisedWork:
             text = str(end.content["text"])
             raise RunFailed(text if name in text else f"{name} failed: {text}")
         if end.what == "failure":
-            raise unpack_error(os.pread(self._left, end.content["length"], 0))
+            raise unpack_error(bytes(read_all(self._left, end.content["length"])))
         if end.what == "aborted":
             raise RunFailed(end.content["message"])
         raise RunFailed(f"{name} is lost: its worker {end.content['how']}")
@@ -135,6 +139,7 @@ class SupervisedWork:
     # --- in a worker
 
     def _work(self, line: WorkerLine) -> None:
+        random.setstate(self._random)
         try:
             self._in_own_thread(lambda: self._train(line))
         except BaseException as error:  # to be raised by the supervisor, whatever it is
@@ -212,7 +217,7 @@ class SupervisedWork:
         try:
             os.ftruncate(self._left, 0)
             while rest:  # a write may be a short one
-                place += os.pwrite(self._left, rest[: 1 << 30], place)
+                place += os.pwrite(self._left, rest[:PIECE], place)
                 rest = memoryview(data)[place:]
         except OSError as error:  # no memory for it, or a limit of this process's
             text = in_short or f"its {what} has no room: {error}"
@@ -241,6 +246,22 @@ class SupervisedWork:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def read_all(file: int, length: int) -> bytearray:
+    """The first `length` bytes of a file.
+
+    Raises:
+        OSError: it has fewer.
+    """
+    data = bytearray(length)
+    view, place = memoryview(data), 0
+    while place < length:
+        count = os.preadv(file, [view[place : place + PIECE]], place)
+        if not count:
+            raise OSError(f"the file ends after {place} of {length} bytes")
+        place += count
+    return data
 
 
 def _make_log(task: Assignment) -> SlotLog | None:

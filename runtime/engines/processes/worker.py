@@ -9,7 +9,6 @@ import torch
 from unlocked.runtime.control.client import CoordinatorClient
 from unlocked.runtime.control.messages import Replayed
 from unlocked.runtime.control.world import World
-from unlocked.runtime.engines.one_process import saves_stop
 from unlocked.runtime.engines.processes.memory_saver import MemorySaver
 from unlocked.runtime.engines.processes.memory_snapshot import MemorySnapshot
 from unlocked.runtime.engines.processes.options import ProcessesOptions
@@ -145,8 +144,8 @@ class Worker:
         self.reporter.poll(wait=True)
         seconds = time.perf_counter() - began
         self.reporter.check_weights(self.position)
-        if self.client.stopped and saves_stop(self.job, self.position):
-            self.saver.save(self.stage, self.position)
+        if self.client.stopped:
+            self.saver.save_stopped([self.stage], self.position, counted=self.client.saved)
         self.saver.finish()
         for layer in self.stage.layers:
             layer.set_mode("evaluate")  # a schedule-free optimizer leaves its evaluation weights behind

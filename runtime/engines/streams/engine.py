@@ -29,7 +29,7 @@ from unlocked.runtime.engines.one_process import (
     warn_of_threads,
 )
 from unlocked.runtime.engines.pipeline import AUTO, PipelineOptions
-from unlocked.runtime.engines.saver import RunSaver
+from unlocked.runtime.engines.saver import RunSaver, set_others_aside
 from unlocked.runtime.engines.streams.green import GREEN_CONTEXTS, make_streams
 from unlocked.runtime.engines.streams.tick_graph import TickGraph, capture
 from unlocked.runtime.fields import setting
@@ -174,6 +174,7 @@ class _Run:
             depth, ticks = self.options.queue_depth, self.options.graph_ticks
             ticks = 0 if self.job.lr_factor.per_step else ticks  # in one launch the rate is one
             self.graphs = capture(self.job, self.lanes, queue_depth=depth, graph_ticks=ticks, timed=self.traced)
+        set_others_aside(self.job)
         # Streams of the pool don't wait for the default one, on which layers, data and rings were made.
         self._synchronize()
 

@@ -69,6 +69,9 @@ def test_progress_and_epochs_reach_the_sink() -> None:
                         stage=stage, epoch=epoch, local_losses=losses, seconds=2.0, train=scores, evaluation=scores
                     )
                     client.epoch(part)
+                assert client.await_news(lambda: not client.unconfirmed, TIMEOUT)
+                client.epoch(part)  # as a later worker does, which can't know that it has come
+                assert client.await_news(lambda: not client.unconfirmed, TIMEOUT)
                 client.finish({})
 
         assert in_threads(work) == [None] * 3
@@ -78,6 +81,17 @@ def test_progress_and_epochs_reach_the_sink() -> None:
         assert sink.epochs[1].local_losses == tuple((layer, 1.25) for stage in LAYERS for layer in stage)
         assert sink.epochs[1].eval_acc1 == 80.0
         assert {progress.stage for progress in sink.progress} == {0, 1, 2}
+
+
+def test_an_address_is_read_back_whatever_is_in_path_and_key() -> None:
+    key = next(public for public, _ in iter(zmq.curve_keypair, None) if b"#" in public)
+    for endpoint in ("tcp://127.0.0.1:4711", "ipc:///tmp/a#b/coordinator"):
+        assert Address.parse(str(Address(endpoint, key))) == Address(endpoint, key)
+    for text in ("", "#", f"tcp://host:1{key.decode()}", "tcp://host:1#" + "#" * 40, "host:1#" + key.decode()):
+        with pytest.raises(
+            ValueError, match="is not a coordinator's address; valid: tcp://HOST:PORT#KEY, ipc://PATH#KEY"
+        ):
+            Address.parse(text)
 
 
 def test_snapshot_callback_runs_once_after_the_last_stage() -> None:

@@ -102,6 +102,8 @@ def test_the_run_that_goes_on_is_found(tmp_path: Path) -> None:
         assert run_folder_of(path) == tmp_path / "run-2"
         assert find_run(tmp_path, "run", settings=None, resume=path) == 2
         assert find_run(tmp_path / "other", "run", settings=None, resume=path) is None
+    for path in (inside.parent / "set-aside-1", inside.parent / "set-aside-1" / inside.name):
+        assert find_run(tmp_path, "run", settings=None, resume=path) is None, "it would put the run's own aside"
 
 
 def test_a_closed_save_path_is_a_users_mistake(tmp_path: Path) -> None:

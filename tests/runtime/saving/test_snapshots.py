@@ -18,7 +18,7 @@ from unlocked.rules import LLS_M_Random
 from unlocked.runtime import RunResult, Trainer
 from unlocked.runtime.saving import writer
 from unlocked.runtime.saving.layer_files import LayerFile, read_layer, state_digest, write_layer
-from unlocked.runtime.saving.snapshots import find_snapshot, snapshot_folder, write_manifest
+from unlocked.runtime.saving.snapshots import find_snapshot, prune_snapshots, snapshot_folder, write_manifest
 from unlocked.workers.errors import StageError
 
 TRAIN, TEST = load_synthetic(num_train=26, num_test=9, num_classes=4, image_size=8, seed=2)
@@ -101,7 +101,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
     for steps in (3, 6):
-        snapshot_folder(tmp_path, steps).mkdir()
         _declare(tmp_path, steps)
     snapshot_folder(tmp_path, 9).mkdir()
     found = find_snapshot(tmp_path)
@@ -112,7 +111,6 @@ def test_an_unfinished_snapshot_does_not_count(tmp_path: Path) -> None:
 
 def test_the_newest_is_found_beyond_the_digits_that_names_are_padded_to(tmp_path: Path) -> None:
     for steps in (99_999_999, 100_000_000):
-        snapshot_folder(tmp_path, steps).mkdir()
         _declare(tmp_path, steps)
     assert find_snapshot(tmp_path).steps == 100_000_000
 
@@ -187,7 +185,12 @@ def test_a_snapshot_of_another_release_is_refused(tmp_path: Path) -> None:
 
 
 def _declare(root: Path, steps: int) -> None:
-    write_manifest(root, run="run", position=steps + 1, steps=steps, settings={"seed": 0}, files={})
+    _declare_in(snapshot_folder(root, steps), steps)
+
+
+def _declare_in(folder: Path, steps: int = 3) -> None:
+    folder.mkdir(exist_ok=True)
+    write_manifest(folder, run="run", position=steps + 1, steps=steps, settings={"seed": 0}, files={})
 
 
 def _folder(root: Path) -> Path:
@@ -207,3 +210,15 @@ def test_every_other_setting_is_listed(tmp_path: Path) -> None:
     _fit(snapshot_every=11, snapshot_dir=tmp_path)
     with pytest.raises(ValueError, match="seed is 1 but was 0; precision is 'bf16' but was 'fp32'; give the same"):
         _fit(seed=1, precision="bf16", snapshot_dir=tmp_path, resume=tmp_path)
+
+
+def test_names_say_the_order(tmp_path: Path) -> None:
+    """Also of snapshots whose number is longer; what a user has put there counts for nothing, and is left alone."""
+    names = ["step-00000009", "step-00000010", "step-00000010-evaluated", "step-00000011", "step-100000000"]
+    for name in [*reversed(names), "step-00000010-mine", "step-", "step-200000000.bak"]:
+        _declare_in(tmp_path / name)
+    for count in range(len(names), 0, -1):
+        prune_snapshots(tmp_path, count)
+        assert find_snapshot(tmp_path).folder.name == names[-1]
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == sorted([*names[-count:], "step-00000010-mine", "step-", "step-200000000.bak"])

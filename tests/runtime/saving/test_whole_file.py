@@ -66,6 +66,14 @@ def test_the_new_file_takes_the_old_ones_place_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "я" * 120 + ".json", "語" * 85], ids=["one byte", "two bytes", "three"])
+def test_every_name_that_the_file_system_takes_can_be_written(name: str, tmp_path: Path) -> None:
+    """Its limit counts bytes: 255 of them."""
+    (tmp_path / name).write_text("the old text")
+    write_whole(tmp_path / name, "the new text")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "the new text")]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_the_mode_is_the_umasks(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)

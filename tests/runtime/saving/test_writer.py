@@ -1,6 +1,7 @@
 """A stage goes on while its snapshot is written, waits for the one before, and hears of what failed."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_memory_is_one_copy_and_the_next_snapshot_waits(stage: Stage, writer: Sn
     writer.save(stage, tmp_path / "c", 3, lambda files: None)
     writer.finish()
     assert [one.data_ptr() for one in _tensors(writer._copies)] == copies
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(stage: Stage, tmp_path: Path) -> None:
+    """Nor is it when the process ends, as the thread of an executor would be."""
+    before, writer = set(threading.enumerate()), SnapshotWriter("run", rank=2, timeout=0.1)
+    answers = threading.Event()
+    writer.save(stage, tmp_path / "a", 18, lambda files: assert_(answers.wait(LIMIT)))
+    begun = time.monotonic()
+    words = r"stage 0 \(rank 2: one, two\) failed in 0SNAP17 .*the disk has taken no layer's file for 0\.4 s"
+    with pytest.raises(StageError, match=words):
+        writer.save(stage, tmp_path / "b", 20, lambda files: None)
+    assert 0.4 <= time.monotonic() - begun < LIMIT / 2
+    writer.close()
+    [thread] = set(threading.enumerate()) - before
+    assert thread.daemon
+    answers.set()
+    thread.join(LIMIT)
+    assert not (tmp_path / "b").exists()
+
+
+def assert_(true: bool) -> None:
+    assert true
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
