@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from awkward_blocks import AWKWARD
 from block_modules import Attended, Attending, Channels, Placed, Residual, Shifted, Turning, Twofold, Viewed
 from grouped_blocks import GROUPED
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
     ),
     **{
         name: (seeded(make, **options), image(*shape), joined)
-        for name, (make, options, shape, joined) in GROUPED.items()
+        for name, (make, options, shape, joined) in (GROUPED | AWKWARD).items()
     },
     "silu": (
         seeded(
