@@ -53,6 +53,27 @@ class OneQueryHead(nn.Module):
         return result
 
 
+class Spelt(nn.Module):
+    """What comes between two maps, as someone spells it."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(15, 15), middle, nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.middle(self.first(x)))
+        return result
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "in a tuple": lambda y: torch.reshape(y, (y.shape[0], -1)),
+    "in a list": lambda y: y.view([y.size(0), -1]),
+    "by name": lambda y: y.reshape(shape=(y.size(0), -1)),
+    "of a dimension": lambda y: y.unflatten(-1, (3, y.shape[2] // 3)).flatten(1),
+    "summed": lambda y: y.view(y.shape[:1] + (y.shape[1] * 15,)),  # noqa: RUF005 - a proxy is not iterable
+    "of a slice": lambda y: y.reshape(y.shape[: y.dim() - 2] + (-1,)),  # noqa: RUF005
+}
+
 TOKENS = {"layout": "tokens"}
 AWKWARD: dict[str, Case] = {
     # Attention whose rows are not dense, or whose samples or heads are broadcast; few tokens are the library's.
@@ -65,5 +86,10 @@ AWKWARD: dict[str, Case] = {
     "learned keys of all samples": (partial(Asking, 16, 2, heads=2, asked=True), TOKENS, (16, 16), False),
     "one head of queries": (partial(OneQueryHead, 16), TOKENS, (12, 16), True),
     "one head of queries, many tokens": (partial(OneQueryHead, 16), TOKENS, (40, 16), True),
+    # Sizes that are asked for, inside of other arguments.
+    **{
+        f"a shape {name}": (partial(Spelt, spelt, 90), {"latent_size": 8}, (6, 15), False)
+        for name, spelt in SHAPES.items()
+    },
 }
 """By name, as the cases of `graph_blocks`."""
