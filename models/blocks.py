@@ -95,6 +95,7 @@ class Block(nn.Module):
         self.reduced_rank = reduced_rank
         self.is_output = is_output
         self.layout: Layout | None = layout
+        self._tail_writes: dict[bool, bool] = {}  # in training or not, as far as it was tried
         self.origin = Origin()
         self.start_key: tuple[int, int] | None = None
         """(seed, layer) that a network of the project drew the weights by; None: they are whoever's built the block."""
@@ -125,6 +126,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **beside: Tensor) -> Tensor:
         """The tail of the body; `beside`: tensors that the body's forward takes by name, such as a mask."""
         return cast(Tensor, self.tail(self.body(x, **beside)))
+
+    def finish(self, activations: Tensor) -> Tensor:
+        """The tail of activations that a rule is still to see: one that writes into what it is given has a copy.
+
+        Whether it does only a trial tells, whatever its forward() holds: the first time, in training and in evaluation.
+        """
+        writes = self._tail_writes.get(self.training)
+        if writes is False:
+            return cast(Tensor, self.tail(activations))
+        copied = activations.clone()
+        version = copied._version
+        result = cast(Tensor, self.tail(copied))
+        self._tail_writes[self.training] = writes or copied._version != version
+        return result
 
     def copy(self) -> "Block":
         """A block of its own, without the network that this one was cut from, which a deepcopy would copy as well."""

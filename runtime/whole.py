@@ -57,7 +57,7 @@ class _DirectFeedback(nn.Sequential):
             assert isinstance(block, Block)
             activations = block.body(x)
             pairs += [activations, self.get_buffer(f"projection{k}")]
-            x = block.tail(activations.detach())
+            x = block.finish(activations.detach())
         logits: Tensor = _ProjectError.apply(output(x), *pairs)
         return logits
 

@@ -208,7 +208,7 @@ class Layer:
             if hidden is not None:
                 return as_delivered(hidden(self._entering(x)).float()), None
             activations: Tensor = self.block.body(self._entering(x), **self.beside)
-            result: Tensor = self.block.tail(activations)
+            result = self.block.finish(activations)
         seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         return as_delivered(self.leaving(result)), self.rule.scores(seen) if self.classifies else seen
 
@@ -362,7 +362,7 @@ class AutogradStep:
             activations = layer.block.body(x.detach(), **layer.beside)
         self._activations = activations
         with torch.no_grad():
-            result = layer.leaving(layer.block.tail(activations.detach()))
+            result = layer.leaving(layer.block.finish(activations.detach()))
             return result if out is None else out.copy_(result)
 
     def update(self, labels: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class PassStep(AutogradStep):
             seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         self.begin_pass(x, seen)
         with torch.no_grad():
-            result = layer.leaving(layer.block.tail(activations.detach()))
+            result = layer.leaving(layer.block.finish(activations.detach()))
             return result if out is None else out.copy_(result)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class PassStep(AutogradStep):
         Raises:
             ValueError: the next layer reads the activations as they are, so that a rule can't write into them.
         """
-        delivered = self.layer.block.tail(changed.detach())
+        delivered = self.layer.block.finish(changed.detach())
         if delivered.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
             raise ValueError(
                 f"step() of {type(self.layer.rule).__name__} writes into the activations, which the next layer reads "

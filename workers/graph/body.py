@@ -55,13 +55,14 @@ class PlainEnd(Operation):
     """Latents of any activations, by the library; the block's tail makes the next layer's input of them.
 
     Args:
+        tail: of the activations, into which it does not write.
         latent_size: p; None: the activations [B, N] are class scores, and their own latents.
         leaving: puts the output into the type that the next layer reads.
     """
 
     def __init__(
         self,
-        tail: nn.Module,
+        tail: Callable[[Tensor], Tensor],
         latent_size: int | None,
         layout: Layout | None,
         casts: Casts,

@@ -70,7 +70,7 @@ def make_body(layer: "Layer", backend: ModuleType, *, opened: bool = False, root
     nodes, output = trace(part, layer.frozen)
     if layer.sample is not None and layer.device.type != "meta":
         check_same_result(part, layer.frozen, nodes, output, layer.sample.to(layer.device))
-    tail, leaving = (layer.block.tail, layer.leaving) if root is None else (nn.Identity(), _as_it_is)
+    tail, leaving = (layer.block.finish, layer.leaving) if root is None else (_as_it_is, _as_it_is)
     plain = (tail, None, layer.info.layout, casts, leaving) if opened else None
     trains = [(name, p) for name, p in (layer.block if root is None else root).named_parameters() if p.requires_grad]
     body = _Planner(layer, backend, casts, nodes, output, plain).body([p for _, p in trains])
@@ -130,7 +130,7 @@ class _Planner:
             ending.append(Node("tail", None))
         if norm is None or tail is None or self._output.users or len(shape) == 2 or layer.is_output:
             side = None if layer.is_output else info.latent_size
-            plain = (layer.block.tail, side, info.layout, self._casts, layer.leaving)
+            plain = (layer.block.finish, side, info.layout, self._casts, layer.leaving)
             grouping = (plain, ending, shape, self._operation, self._backend)
             call = grouped_end(self._output, *grouping) or self._summed(plain, ending)
             self._covered |= set(call.covers if call else ())
