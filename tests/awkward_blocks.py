@@ -65,6 +65,17 @@ class Spelt(nn.Module):
         return result
 
 
+class Across(nn.Module):
+    """A large product with a bias that is one column of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.biases = nn.Parameter(0.1 * torch.randn(96, 128)), nn.Parameter(torch.randn(96, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.biases.unbind(1)[0])
+
+
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "in a tuple": lambda y: torch.reshape(y, (y.shape[0], -1)),
     "in a list": lambda y: y.view([y.size(0), -1]),
@@ -86,6 +97,7 @@ AWKWARD: dict[str, Case] = {
     "learned keys of all samples": (partial(Asking, 16, 2, heads=2, asked=True), TOKENS, (16, 16), False),
     "one head of queries": (partial(OneQueryHead, 16), TOKENS, (12, 16), True),
     "one head of queries, many tokens": (partial(OneQueryHead, 16), TOKENS, (40, 16), True),
+    "a bias across": (Across, TOKENS, (64, 128), False),
     # Sizes that are asked for, inside of other arguments.
     **{
         f"a shape {name}": (partial(Spelt, spelt, 90), {"latent_size": 8}, (6, 15), False)

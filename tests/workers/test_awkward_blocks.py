@@ -4,10 +4,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from awkward_blocks import AWKWARD, Asking
 from graph_blocks import CASES, assert_close_to_float64, image, made_layer, seeded, step_of
 
 from unlocked.kernels import cpp, reference
+from unlocked.workers.graph import products
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -21,6 +23,18 @@ def test_learned_queries_may_be_expanded(backend: Any) -> None:
     """By autograd: `expand` is not in the table."""
     make = seeded(partial(Asking, 16, 1, 2, heads=2, expanded=True), layout="tokens")
     assert_close_to_float64(make, image(16, 16), backend)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize("bias", [lambda: torch.randn(96, 2)[:, 0], lambda: torch.randn(1).expand(96), lambda: None])
+@pytest.mark.parametrize("lies", [True, False])
+def test_products_by_onednn_take_any_strides(bias: Any, lies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
+    x, weight, added = torch.randn(6, 64, 128), torch.randn(96, 128), bias()
+    if not lies:
+        x, weight = torch.randn(6, 128, 64).transpose(1, 2), torch.randn(96, 256)[:, ::2]
+    expected = x.double() @ weight.double().T + (0 if added is None else added.double())
+    torch.testing.assert_close(products.product(x, weight, added).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in AWKWARD if "learned" in name or "head" in name or "few" in name])
