@@ -216,6 +216,14 @@ def test_zero_latents_and_huge_logits_stay_finite(kernel_device: str) -> None:
     assert torch.isfinite(result.latents_grad).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_classes_out_of_question_have_no_part(kernel_device: str, temperature: float) -> None:
+    """Logits masked with -inf."""
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    logits[0, 1:4] = logits[2, 5] = -float("inf")
+    _check((logits, torch.tensor([0, 1, 2]), None, None), kernel_device, normalize=False, temperature=temperature)
+
+
 def test_ties_count_for_the_first(kernel_device: str) -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], device=kernel_device)
     result = local_head(logits, torch.tensor([0, 1], device=kernel_device), None, normalize=False)
