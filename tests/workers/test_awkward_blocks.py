@@ -7,6 +7,7 @@ import pytest
 import torch
 from awkward_blocks import AWKWARD, Asking
 from graph_blocks import CASES, assert_close_to_float64, image, made_layer, seeded, step_of
+from torch import nn
 
 from unlocked.kernels import cpp, reference
 from unlocked.workers.graph import products
@@ -47,3 +48,24 @@ def test_attention_in_bfloat16_stays_near(name: str) -> None:
     for start, a, b in zip(before, single.parameters, half.parameters, strict=True):
         if float((a.detach() - start).norm()) > 1e-3:
             assert float((b - a).detach().norm() / (a.detach() - start).norm()) < 0.25
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "3.weight", "3.bias"])
+def test_what_is_frozen_has_no_copy_of_the_optimizers(frozen: str) -> None:
+    """In bfloat16, with one optimizer for all that trains."""
+    triton = pytest.importorskip("unlocked.kernels.triton")
+
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 12))
+        net.get_parameter(frozen).requires_grad_(False)
+        return net
+
+    block, x = seeded(make, latent_size=12), image(3, 6, 6)
+    fused, plain = (made_layer(block(), x, backend, precision="bf16") for backend in (triton, reference))
+    assert hasattr(fused.optimizer, "bfloat16_of")
+    for _ in range(2):  # the second reads the copies that the first has left
+        outputs = [step_of(layer, x).float() for layer in (fused, plain)]
+        torch.testing.assert_close(*outputs, rtol=0.03, atol=0.03)
+    for (name, value), (_, expected) in zip(fused.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0.03, atol=0.03, msg=name)
