@@ -186,7 +186,7 @@ def local_head(
     log_probs = F.log_softmax(scores / temperature, dim=1)
     target = torch.full_like(scores, label_smoothing / num_classes)
     target.scatter_(1, labels[:, None], 1.0 - label_smoothing + label_smoothing / num_classes)
-    loss_sum = -(target * log_probs).sum()
+    loss_sum = -(target * log_probs).masked_fill(target == 0, 0.0).sum()  # a class may be out of question, at -inf
     correct = ((scores.argmax(dim=1) == labels) & _can_hit(scores, labels)).sum()
 
     scores_grad = (log_probs.exp() - target) / (num_rows * temperature)

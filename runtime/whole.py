@@ -5,6 +5,7 @@ NeurIPS 2016), for comparison. Every layer waits for the output's error, so it i
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,15 +38,26 @@ def feedback_alignment_network(network: Network) -> Network:
     whole = backpropagation_network(network)
     names = [block.name for block in network.blocks]
     blocks: OrderedDict[str, nn.Module] = OrderedDict(zip(names, network.blocks, strict=True))
-    body = _DirectFeedback(blocks, network.infos[:-1])
+    body = _DirectFeedback(blocks, network.infos[:-1], _written_after(network))
     return replace(whole, blocks=[Block(whole.blocks[0].name, body, is_output=True)])
 
 
-class _DirectFeedback(nn.Sequential):
-    """Blocks in a row, between which no gradient flows."""
+def _written_after(network: Network) -> list[bool]:
+    return [one.activations or after.input for one, after in pairwise(network.writes)]
 
-    def __init__(self, blocks: "OrderedDict[str, nn.Module]", hidden: Sequence[LayerInfo]) -> None:
+
+class _DirectFeedback(nn.Sequential):
+    """Blocks in a row, between which no gradient flows.
+
+    Args:
+        copied: for every hidden block, whether the activations are written into by what comes after them.
+    """
+
+    def __init__(
+        self, blocks: "OrderedDict[str, nn.Module]", hidden: Sequence[LayerInfo], copied: Sequence[bool]
+    ) -> None:
         super().__init__(blocks)
+        self._copied = copied
         for k, info in enumerate(hidden):
             self.register_buffer(f"projection{k}", random_projection(info), persistent=False)
 
@@ -57,7 +69,8 @@ class _DirectFeedback(nn.Sequential):
             assert isinstance(block, Block)
             activations = block.body(x)
             pairs += [activations, self.get_buffer(f"projection{k}")]
-            x = block.tail(activations.detach())
+            handed = activations.detach()
+            x = block.tail(handed.clone() if self._copied[k] else handed)
         logits: Tensor = _ProjectError.apply(output(x), *pairs)
         return logits
 

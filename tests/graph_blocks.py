@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from awkward_blocks import AWKWARD
 from block_modules import Attended, Attending, Channels, Placed, Residual, Shifted, Turning, Twofold, Viewed
 from grouped_blocks import GROUPED
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from unlocked.kernels.reference import Layout
 from unlocked.models import Block
 from unlocked.models.generators import SOURCES
+from unlocked.models.overwriting import find_writes
 from unlocked.rules import LLS, CrossEntropy, LayerInfo, LocalRule, Rule, needs_pass
 from unlocked.workers.fused import FusedStep, fused_step
 from unlocked.workers.layer import Layer
@@ -68,6 +70,7 @@ def made_layer(
     step = None if backend is None else fused_step(backend)
     optimizer = partial(torch.optim.SGD, lr=0.5)
     options: dict[str, Any] = {"device": CPU, "step": step, "precision": precision, "sample": sample}
+    options["writes"] = find_writes(block, lambda: x.detach().clone())
     if needs_pass(built):
         return PassLayer(block, built, info, optimizer, sources=SOURCES, **options)
     return Layer(block, built, info, optimizer, **options)
@@ -214,7 +217,7 @@ CASES: dict[str, tuple[Callable[[], Block], Tensor, bool]] = {
     ),
     **{
         name: (seeded(make, **options), image(*shape), joined)
-        for name, (make, options, shape, joined) in GROUPED.items()
+        for name, (make, options, shape, joined) in (GROUPED | AWKWARD).items()
     },
     "silu": (
         seeded(

@@ -9,7 +9,7 @@ With bfloat16 inputs (`unlocked.kernels.precision`) bfloat16 are: the cast weigh
 gradients, the latents and their gradient, the output. The kernels compute in float32 and round what they store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -114,10 +114,9 @@ class FusedStep:
     def __init__(self, layer: Layer, backend: ModuleType, body: GraphBody) -> None:
         self.layer, self.backend, self.body = layer, backend, body
         self.counts: Sequence[nn.Module] = body.counts
-        keeps = getattr(layer.optimizer, "bfloat16_of", None)
-        self._takes_bfloat16 = keeps is not None
-        if keeps is not None:
-            body.casts.bfloat16_of = keeps
+        self._takes_bfloat16 = hasattr(layer.optimizer, "bfloat16_of")
+        if self._takes_bfloat16:
+            body.casts.bfloat16_of = _copies(layer.optimizer)
 
     @torch.no_grad()
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -149,6 +148,12 @@ class FusedStep:
         for parameter, grad in zip(self.layer.parameters, as_gradients(grads, self.layer.parameters), strict=True):
             parameter.grad = grad
         optimizer.step()
+
+
+def _copies(optimizer: Any) -> Callable[[Tensor], Tensor]:
+    """A weight in bfloat16: the copy that the optimizer keeps of what it trains; what is frozen is cast anew."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return lambda weight: optimizer.bfloat16_of(weight) if id(weight) in owned else weight.to(torch.bfloat16)
 
 
 class LogitsStep(AutogradStep):

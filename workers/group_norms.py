@@ -59,9 +59,16 @@ class _Asking(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _with_gradient(self, x: Tensor) -> Tensor:
-        if x.requires_grad or x.is_contiguous() or not torch.is_grad_enabled():
+        if x.requires_grad or _lies_plainly(x) or not torch.is_grad_enabled():
             return x
         x = x.detach().requires_grad_()
         if self.asked is not None:
             self.asked.append(x)
         return x
+
+
+def _lies_plainly(x: Tensor) -> bool:
+    """Contiguous, and nothing that torch may take for channels-last: of one channel or one pixel it may be both."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    ambiguous = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+    return x.is_contiguous() and not ambiguous

@@ -31,7 +31,8 @@ def norm_act_forward(
 ) -> NormActResult:
     """See `kernels.reference.norm_act_forward`: two passes over `conv`, one for the statistics, one for the rest."""
     shape = _shape(conv, latent_size)
-    fits = shape is not None and _pools(shape, pool, pool_size) and all(map(_is_vector, (weight, bias, running_mean)))
+    fits = shape is not None and _pools(shape, pool, pool_size)
+    fits = fits and _are_vectors(weight, bias, running_mean, running_var, conv_bias)
     fits = fits and (out is None or out.dtype == conv.dtype)
     if shape is None or not fits:
         return reference.norm_act_forward(
@@ -110,7 +111,7 @@ def norm_act_backward(
     """See `kernels.reference.norm_act_backward`: one pass."""
     shape = _shape(conv, latent_size)
     alike = latents_grad.dtype == conv.dtype and (out is None or out.stride() == conv.stride())
-    if shape is None or not latent_size or not alike:
+    if shape is None or not latent_size or not alike or not _are_vectors(mean, rstd, weight, bias):
         return reference.norm_act_backward(
             latents_grad,
             conv,
@@ -160,7 +161,8 @@ def norm_act_backward_full(
     """See `kernels.reference.norm_act_backward_full`: one reduction, one pass."""
     shape = _shape(conv, 0)
     alike = activations_grad.stride() == conv.stride() and (out is None or out.stride() == conv.stride())
-    if shape is None or not alike or activations_grad.dtype != conv.dtype:
+    alike = alike and activations_grad.dtype == conv.dtype
+    if shape is None or not alike or not _are_vectors(mean, rstd, weight, bias):
         return reference.norm_act_backward_full(
             activations_grad, conv, mean, rstd, weight, bias, negative_slope=negative_slope, out=out
         )
@@ -208,8 +210,9 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def _is_vector(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_contiguous()
+def _are_vectors(*given: Tensor | None) -> bool:
+    """As the kernels read them, which know of no strides."""
+    return all(one is None or (one.dtype == torch.float32 and one.is_contiguous()) for one in given)
 
 
 def _output_like(conv: Tensor, pool: str, pool_size: int) -> Tensor:

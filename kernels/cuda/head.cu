@@ -65,7 +65,8 @@ __device__ void softmax_row(const HeadArgs& a, int64_t image, const float* raw, 
     }
   }
   if (lane == 0) {
-    float loss = logf(sum) - (1.0f - a.smoothing) * (label_score - best.score) - rest * shifted_sum;
+    float loss = logf(sum) - (1.0f - a.smoothing) * (label_score - best.score);
+    if (rest != 0.0f) loss -= rest * shifted_sum; // a class may be out of question, at -inf
     if (label < 0 || label >= a.classes) loss = NAN; // a wrong label must not pass unseen
     a.losses[image] = loss;
     // What is not a number is never a hit.
@@ -208,7 +209,8 @@ __device__ __forceinline__ void back_to_latents(const HeadArgs& a, int64_t first
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       if (first_image + row < a.batch) {
-        const float grad = (sum[row] - z[row * pitch + d] * inverse[row] * along[row]) * inverse[row];
+        float grad = sum[row];
+        if (a.normalize) grad = (grad - z[row * pitch + d] * inverse[row] * along[row]) * inverse[row];
         static_cast<T*>(a.grad)[(first_image + row) * a.dim + d] = from_float<T>(grad);
       }
     }

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from unlocked.kernels import reference
 from unlocked.kernels.cuda.bindings import DTYPES, device_limits, floats, launch, pointer, require, require_cuda
 from unlocked.kernels.cuda.build import HEAD_THREADS
 from unlocked.kernels.reference import HeadResult
@@ -27,18 +28,31 @@ def local_head(
     totals: Tensor | None = None,
 ) -> HeadResult:
     """As `unlocked.kernels.reference.local_head`, which says what the arguments mean, in two launches (three with a
-    basis gradient). A label outside of [0, N) makes the loss NaN.
+    basis gradient). A label outside of [0, N) makes the loss NaN. A head whose row does not fit into a multiprocessor's
+    shared memory is the reference's.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit.
         RuntimeError: CUDA refuses a launch, or the first call can't compile the kernels.
     """
     batch, dim, rows, classes, strides = _check(latents, labels, basis, modulation, temperature, totals)
-    latents = latents.contiguous()
-    basis = None if basis is None else basis.contiguous()
     device, kinds = latents.device, 0 if modulation is None else modulation.dim()
     sms, shared_limit = device_limits(device.index)
     rows_per_block, shared_bytes = _block(batch, dim, rows, classes, kinds == 2, sms, shared_limit)
+    if not rows_per_block:
+        return reference.local_head(
+            latents,
+            labels,
+            basis,
+            modulation,
+            normalize=normalize,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            basis_gradient=basis_gradient,
+            totals=totals,
+        )
+    latents = latents.contiguous()
+    basis = None if basis is None else basis.contiguous()
 
     grad = torch.empty_like(latents)
     loss_sum, correct = floats((), latents), torch.empty((), dtype=torch.int64, device=device)
@@ -109,13 +123,11 @@ def _check(
 
 @lru_cache(maxsize=1024)
 def _block(batch: int, dim: int, rows: int, classes: int, matrix: bool, sms: int, shared_limit: int) -> tuple[int, int]:
-    """(images per block, bytes of shared memory): four images share each read of the basis once every SM has some."""
+    """(images per block, bytes of shared memory): four images share each read of the basis once every SM has some; none
+    if there is no room for one."""
     per_image = 4 * (-(-dim // 4) * 4 + 2 * rows + classes + (HEAD_THREADS if matrix else 0))
     limit = shared_limit - _STATIC_SHARED
     if per_image > limit:
-        raise ValueError(
-            f"a head of {dim} latents, {rows} rows and {classes} classes needs {per_image} bytes of shared memory, "
-            f"the device has {limit}; use --kernels torch"
-        )
+        return 0, 0
     images = 4 if batch >= 4 * sms and 4 * per_image <= limit else 1
     return images, images * per_image

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from unlocked.kernels import reference
 from unlocked.kernels.reference import HeadResult
 from unlocked.kernels.triton.aot_spec import AotSpec
 from unlocked.kernels.triton.arrivals import arrival_counter
@@ -47,16 +48,34 @@ def local_head(
     basis_gradient: bool = False,
     totals: Tensor | None = None,
 ) -> HeadResult:
-    """The LLS family's local head; arguments and result as `unlocked.kernels.reference.local_head`.
+    """The LLS family's local head; arguments and result as `unlocked.kernels.reference.local_head`, which runs itself
+    where there are more latents, basis rows or classes than `MAX_SIZE`.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or a size is beyond `MAX_SIZE`. Labels are checked on the
-            CPU only: on a GPU the check would wait for the device. There, a label out of range matches no class.
+        ValueError: a shape, dtype or device does not fit. Labels are checked on the CPU only: on a GPU the check would
+            wait for the device. There, a label out of range matches no class.
     """
+    if _is_too_large(latents, basis, modulation):
+        return reference.local_head(
+            latents,
+            labels,
+            basis,
+            modulation,
+            normalize=normalize,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            basis_gradient=basis_gradient,
+            totals=totals,
+        )
     pieces = LLS_PLAIN if modulation is None else LLS_VECTOR if modulation.dim() == 1 else LLS_MATRIX
     return _run(
         pieces, latents, labels, basis, modulation, normalize, temperature, label_smoothing, basis_gradient, totals
     )
+
+
+def _is_too_large(latents: Tensor, basis: Tensor | None, modulation: Tensor | None) -> bool:
+    shapes = (latents.shape[1:], *(one.shape for one in (basis, modulation) if one is not None))
+    return any(size > MAX_SIZE for shape in shapes for size in shape)
 
 
 def make_head(pieces: HeadPieces) -> Callable[..., HeadResult]:
@@ -64,7 +83,7 @@ def make_head(pieces: HeadPieces) -> Callable[..., HeadResult]:
 
     `normalize=False` leaves the pieces' latent map out. `temperature` and `label_smoothing` reach the loss as they
     are, and it may read them as it likes (a margin, say). `modulation` [N] or [R, N] is the rule's learned tensor:
-    see `unlocked.kernels.triton.pieces` for what its gradient is.
+    see `unlocked.kernels.triton.pieces` for what its gradient is. A size beyond `MAX_SIZE` is refused (ValueError).
     """
 
     def head(

@@ -151,7 +151,8 @@ def cross_entropy(scores, label, inside, CLASSES: tl.constexpr, temperature, lab
     log_probs = tl.where(inside, shifted - tl.log(tl.sum(tl.exp(shifted), axis=0)), 0.0)
     share = label_smoothing / CLASSES
     target = tl.where(index == label, 1.0 - label_smoothing + share, share)
-    loss = -tl.sum(tl.where(inside, target * log_probs, 0.0), axis=0)
+    counts = inside & (target != 0.0)  # a class may be out of question, at -inf
+    loss = -tl.sum(tl.where(counts, target * log_probs, 0.0), axis=0)
     scores_grad = (tl.exp(log_probs) - target) / temperature
     return loss, scores_grad, first_maximum_is(label, scores, inside)
 

@@ -98,6 +98,26 @@ def test_a_large_mean_does_not_spoil_the_variance() -> None:
     torch.testing.assert_close(got.rstd.double(), (var + 1e-5).rsqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "conv_bias"])
+def test_a_vector_may_lie_across_others(name: str) -> None:
+    values = norm_inputs(4, 8, 8)
+    expected, others = {k: v.clone() for k, v in values.items()}, torch.full((8, 3), 1e3)
+    others[:, 1] = values[name]
+    values[name] = others[:, 1]
+    results = []
+    for given in (values, expected):
+        got = cpp.norm_act_forward(**given, latent_size=4)
+        state = (given["conv"], got.mean, got.rstd, given["weight"], given["bias"])
+        back = cpp.norm_act_backward(
+            torch.ones_like(got.latents), *state, got.mask_sums, got.mask_xhat_sums, latent_size=4
+        )
+        full = cpp.norm_act_backward_full(torch.ones_like(given["conv"]), *state)
+        results.append([*got, *back, *full, given["running_mean"], given["running_var"]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert bool((others[:, [0, 2]] == 1e3).all())
+
+
 def test_results_do_not_depend_on_threads() -> None:
     before = torch.get_num_threads()
     results = []

@@ -76,6 +76,32 @@ def test_extreme_scores_and_ties(cuda_device: str) -> None:
     _check_head(scores, torch.tensor([1, 0, 1, 2]), None, None, {"normalize": False, "temperature": 0.5}, cuda_device)
 
 
+@pytest.mark.parametrize("batch", [3, 601])
+def test_classes_out_of_question_have_no_part(batch: int, cuda_device: str) -> None:
+    """Logits masked with -inf, as autograd in float64 has them."""
+    logits = torch.randn(batch, 6, generator=torch.Generator().manual_seed(0))
+    logits[0, 1:4] = logits[2, 5] = -float("inf")
+    labels = torch.arange(batch) % 3
+    truth = logits.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(truth / 0.5, labels)
+    loss.backward()
+    found = cuda.local_head(logits.to(cuda_device), labels.to(cuda_device), None, normalize=False, temperature=0.5)
+    torch.testing.assert_close(found.loss_sum.double().cpu(), batch * loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.latents_grad.double().cpu(), truth.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [None, 70_000])
+def test_what_has_no_room_in_shared_memory_is_the_references(classes: int | None, cuda_device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if classes is None:  # logits of a large output layer
+        logits = torch.randn(2, 70_000, generator=generator)
+        _check_head(logits, torch.tensor([3, 69_999]), None, None, {"normalize": False}, cuda_device)
+        return
+    latents, basis = torch.randn(2, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    modulation = torch.randn(3, classes, generator=generator)
+    _check_head(latents, torch.tensor([0, 69_999]), basis, modulation, {"normalize": True}, cuda_device)
+
+
 def test_wrong_label_is_seen(cuda_device: str) -> None:
     labels = torch.tensor([0, 3], device=cuda_device)
     result = cuda.local_head(torch.randn(2, 3, device=cuda_device), labels, None, normalize=False)

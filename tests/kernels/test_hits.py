@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,3 +44,18 @@ def test_a_row_without_a_finite_loss_is_a_miss(rows: int, classes: int, bad: lis
 def test_a_label_of_no_probability_is_a_miss() -> None:
     logits, labels = with_bad_rows(3, 3, [(1, 1, -float("inf"))])
     assert count_correct(logits, labels).tolist() == [2, 2], "though there are fewer than five classes"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_classes_out_of_question_have_no_part(name: str, temperature: float) -> None:
+    """Logits masked with -inf, as autograd in float64 has them."""
+    logits, labels = with_bad_rows(6, 5, [(0, 2, -float("inf")), (0, 3, -float("inf")), (4, 0, -float("inf"))])
+    truth = logits.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(truth / temperature, labels)
+    loss.backward()
+    totals = torch.zeros(3, dtype=torch.float64)
+    result = BACKENDS[name](logits, labels, None, None, normalize=False, temperature=temperature, totals=totals)
+    torch.testing.assert_close(result.loss_sum.double(), 6 * loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.latents_grad.double(), truth.grad, rtol=1e-5, atol=1e-7)
+    assert totals[1:].tolist() == [6, 6]

@@ -216,6 +216,14 @@ def test_zero_latents_and_huge_logits_stay_finite(kernel_device: str) -> None:
     assert torch.isfinite(result.latents_grad).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_classes_out_of_question_have_no_part(kernel_device: str, temperature: float) -> None:
+    """Logits masked with -inf."""
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    logits[0, 1:4] = logits[2, 5] = -float("inf")
+    _check((logits, torch.tensor([0, 1, 2]), None, None), kernel_device, normalize=False, temperature=temperature)
+
+
 def test_ties_count_for_the_first(kernel_device: str) -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], device=kernel_device)
     result = local_head(logits, torch.tensor([0, 1], device=kernel_device), None, normalize=False)
@@ -234,13 +242,24 @@ def test_ties_count_for_the_first(kernel_device: str) -> None:
         ({"temperature": 0.0}, "positive"),
         ({"totals": torch.zeros(2)}, r"float64 \[2\] or \[3\]"),
         ({"basis": None, "basis_gradient": True}, "needs a basis"),
-        ({"basis": torch.randn(8193, 4)}, "at most 8192"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     arguments = {"latents": torch.randn(2, 4), "labels": torch.tensor([0, 1]), "basis": torch.randn(3, 4)}
     with pytest.raises(ValueError, match=message):
         local_head(**(arguments | change))
+
+
+@pytest.mark.parametrize("case", [(3, 4, 8193, "none"), (3, 8193, 5, "vector"), (3, 8193, None, "none")])
+def test_sizes_beyond_the_kernels_are_the_references(case: Any, kernel_device: str) -> None:
+    _check(_case(*case), kernel_device, temperature=2.0, label_smoothing=0.1)
+    latents, labels, basis, _ = (_move(t, kernel_device) for t in _case(*case))
+    with pytest.raises(ValueError, match="at most 8192"):
+        make_head(HeadPieces())(latents, labels, basis)
+
+
+def test_a_matrix_may_have_more_classes_than_the_kernel_holds(kernel_device: str) -> None:
+    _check(_case(3, 4, 5, "matrix", classes=8193), kernel_device, temperature=2.0)
 
 
 # Rules of one's own

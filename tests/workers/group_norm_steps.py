@@ -61,18 +61,41 @@ class Frozen(PreActivation):
         return super().forward(self.first(x))
 
 
-KINDS: list[Callable[[], nn.Module]] = [PreActivation, Functional, Named, Deciding, Frozen]
+class OneChannel(nn.Sequential):
+    """Of grey images: their strides are those of channels-last ones, and contiguous too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GroupNorm(1, 1), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
+
+
+class OnePixel(nn.Sequential):
+    """Of images that are one pixel, likewise."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GroupNorm(4, 256), nn.Conv2d(256, 8, 3, padding=1), nn.ReLU())
+
+
+KINDS: list[Callable[[], nn.Module]] = [PreActivation, Functional, Named, Deciding, Frozen, OneChannel, OnePixel]
+
+
+def channels_last(*shape: int) -> Tensor:
+    """An image whose strides say so whatever its sizes."""
+    channels, height, width = shape
+    strides = (channels * height * width, 1, width * channels, channels)
+    return torch.empty_strided((6, *shape), strides).copy_(image(*shape))
 
 
 def main() -> None:
-    x = image(16, 6, 6)
-    assert not x.is_contiguous()
+    plain, one_channel, one_pixel = channels_last(16, 6, 6), channels_last(1, 24, 24), channels_last(256, 1, 1)
+    assert [x.is_contiguous() for x in (plain, one_channel, one_pixel)] == [False, True, True]
     for kind in KINDS:
+        x = {OneChannel: one_channel, OnePixel: one_pixel}.get(kind, plain)
+        make = seeded(kind, latent_size=1 if kind is OnePixel else 2)
         for rule in (None, Probe):
             closed: type = OpenStep if rule else FusedStep
             steps: list[tuple[Any, type]] = [(None, AutogradStep), (cpp, closed), (reference, closed)]
             for backend, step in steps[:1] if kind is Deciding else steps:
-                assert_close_to_float64(seeded(kind, latent_size=2), x, backend, rule=rule, kind=step)
+                assert_close_to_float64(make, x, backend, rule=rule, kind=step)
                 print(kind.__name__, step.__name__, flush=True)
 
 

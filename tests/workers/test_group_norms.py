@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from unlocked.workers.group_norms import GroupNormGuard
@@ -19,7 +20,19 @@ def test_blocks_that_begin_with_one_train() -> None:
         [sys.executable, script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
-    assert len(run.stdout.splitlines()) == 4 * 6 + 2
+    assert len(run.stdout.splitlines()) == 6 * 6 + 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((2, 1, 3, 3), (9, 1, 3, 1)), ((2, 4, 1, 1), (4, 1, 4, 4)), ((2, 1, 3, 3, 3), (27, 1, 9, 3, 1))],
+)
+def test_what_may_be_taken_for_channels_last_is_asked_for(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    x, asked = torch.empty_strided(shape, strides).zero_(), list[torch.Tensor]()
+    assert x.is_contiguous()
+    with GroupNormGuard("cpu").active(asked):
+        torch.group_norm(x, 1)
+    assert [one.data_ptr() for one in asked] == [x.data_ptr()]
 
 
 def test_a_block_without_one_pays_for_one_pass_alone() -> None:

@@ -232,6 +232,29 @@ def test_what_the_way_back_reads_may_not_be_changed_before_it_as_in_autograd(rul
         step_of(layer, x.clone())
 
 
+class _Shared(nn.Module):
+    """A linear map of the input whose weight comes again, in another call or as it is."""
+
+    def __init__(self, *, called: bool) -> None:
+        super().__init__()
+        self.map, self.called = nn.Linear(12, 12), called
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.map(x))
+        return self.map(y) if self.called else F.linear(y, self.map.weight)
+
+
+@pytest.mark.parametrize("backend", [cpp, None])
+@pytest.mark.parametrize("called", [True, False])
+def test_a_weight_that_comes_twice_is_read_on_the_way_back(called: bool, backend: Any) -> None:
+    """Of its first use alone, a map of the input, the gradient would be known without it."""
+    x = torch.randn(10, 12)
+    layer = made_layer(Block("layer", _Shared(called=called), latent_size=12), x, backend, rule=_Careless)
+    assert isinstance(layer.step, OpenPassStep if backend else PassStep)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step_of(layer, x)
+
+
 @pytest.mark.parametrize("backend", [cpp, None])
 def test_activations_that_the_next_layer_reads_are_not_to_be_written_into(backend: Any) -> None:
     body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16))

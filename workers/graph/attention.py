@@ -33,9 +33,9 @@ class Attention(Replaceable):
         self._casts, self._causal, self._scale = casts, causal, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[..., T, d], [..., S, d] and [..., S, d] -> [..., T, d]."""
+        """[..., T, d], [..., S, d] and [..., S, d] -> [..., T, d]; what stands before tokens may be broadcast."""
         self._by: ModuleType | None = None
-        q, k, v = (self._casts.value(x) for x in (q, k, v))
+        q, k, v = self._aligned(q, k, v)
         if self.backend is not None and self.backend.takes_attention(q, k, v):
             self._by = self.backend
             result, sums = self._by.attention_forward(q, k, v, causal=self._causal, scale=self._scale)
@@ -48,33 +48,52 @@ class Attention(Replaceable):
         self._kept = (q, k, v, result, sums)
         return result
 
+    def _aligned(self, *given: Tensor) -> list[Tensor]:
+        """q, k and v as kernels take them: in the type that is computed with, of one shape up to the tokens, rows
+        dense. Neither the library's kernel nor a product of rows looks whether they are."""
+        shapes = [x.shape for x in given]
+        common = torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
+        self._shapes = None if all(shape[:-2] == common for shape in shapes) else shapes
+        cast = (self._casts.value(x) for x in given)
+        return [_in_rows(x if self._shapes is None else x.expand(*common, *x.shape[-2:])) for x in cast]
+
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
+        grads = self._gradients(grad)
+        if self._shapes is not None:
+            grads = [g.sum_to_size(shape) for g, shape in zip(grads, self._shapes, strict=True)]
+        return grads, []
+
+    def _gradients(self, grad: Tensor) -> list[Tensor]:
+        """Of q, k and v as `_aligned` gave them."""
         if self._by is not None:
             out = [torch.empty_like(x) for x in self._kept[:3]]
-            self.write_gradients(grad, out)
-            return out, []
+            self._write(grad, out)
+            return out
         kept = self._kept
         del self._kept
         if len(kept) == 5:
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, *kept, 0.0, self._causal, scale=self._scale
             )
-            return list(grads), []
+            return list(grads)
         q, k, v, p = kept
         products = _rows(grad, p.shape)
         v_grad = torch.bmm(p.transpose(1, 2), products)
         p_grad = torch.bmm(products, v.transpose(1, 2))
         s_grad = aten._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(self._factor(q))
         grads = (torch.bmm(s_grad, k), torch.bmm(s_grad.transpose(1, 2), q), v_grad)
-        return [g.view(*grad.shape[:-2], *g.shape[1:]) for g in grads], []
+        return [g.view(*grad.shape[:-2], *g.shape[1:]) for g in grads]
 
     @property
-    def is_by_backend(self) -> bool:
-        """The last `forward` was, so that `write_gradients` is there for the way back."""
-        return self._by is not None
+    def writes_gradients(self) -> bool:
+        """The last `forward` was a backend's, of equal shapes: `write_gradients` is there for the way back."""
+        return self._by is not None and self._shapes is None
 
     def write_gradients(self, grad: Tensor, out: Sequence[Tensor]) -> None:
-        """`backward` into tensors that are there, in the shapes of q, k and v."""
+        """`backward` into tensors that are there, in the shapes of q, k and v. Where it `writes_gradients`."""
+        self._write(grad, out)
+
+    def _write(self, grad: Tensor, out: Sequence[Tensor]) -> None:
         kept = self._kept
         del self._kept
         assert self._by is not None
@@ -120,7 +139,7 @@ class SplitAttention(Replaceable):
         return self.attention.forward(*(parts[place] for place in self._order))
 
     def backward(self, grad: Tensor, wanted: Sequence[bool]) -> Gradients:
-        if not self.attention.is_by_backend:
+        if not self.attention.writes_gradients:
             grads, _ = self.attention.backward(grad, [True] * 3)
             given = [grads[self._order.index(place)] for place in range(3)]
             return self._split.backward(given, wanted)
@@ -138,6 +157,10 @@ def reader_of(parts: Sequence[Node]) -> Node | None:
     (reader,) = readers
     alone = all(len(part.users) == 1 for part in parts) and sorted(map(id, reader.inputs)) == sorted(map(id, parts))
     return reader if alone else None
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(grad: Tensor, shape: torch.Size) -> Tensor:

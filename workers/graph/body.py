@@ -55,6 +55,7 @@ class PlainEnd(Operation):
     """Latents of any activations, by the library; the block's tail makes the next layer's input of them.
 
     Args:
+        tail: of the activations, into which it does not write.
         latent_size: p; None: the activations [B, N] are class scores, and their own latents.
         leaving: puts the output into the type that the next layer reads.
     """
@@ -150,9 +151,13 @@ class GraphBody:
 
     @property
     def unread(self) -> set[int]:
-        """Ids of parameters that no way back reads: those of convolutions and linear maps of what needs no gradient."""
-        maps = [line for line in self._way if isinstance(line.operation, Convolution | Linear)]
-        return {id(p) for line in maps if not any(line.wanted) for p in line.operation.parameters}
+        """Ids of parameters that no way back reads: those of convolutions and linear maps of what needs no gradient,
+        and of nothing else, as a weight may be used twice."""
+        blind, others = set[int](), set[int]()
+        for line in (*self._way, self._final):
+            is_blind = isinstance(line.operation, Convolution | Linear) and not any(line.wanted)
+            (blind if is_blind else others).update(id(p) for p in line.operation.parameters)
+        return blind - others
 
     def note_rest(self) -> None:
         """Remembers what operations hold between two steps, for `drop`."""

@@ -38,7 +38,7 @@ from unlocked.workers.graph.normalized import ConvolvedEnd, Normalized, Normaliz
 from unlocked.workers.graph.operations import Add, Casts, Convolution, LayerNorm, Operation, Pool, geometry
 from unlocked.workers.graph.pools import HalvingPool
 from unlocked.workers.graph.products import Linear, Product
-from unlocked.workers.graph.shapes import Split, parts_of
+from unlocked.workers.graph.shapes import Reshaped, Sizes, Split, parts_of
 from unlocked.workers.graph.standardized import ScaledLinear, ScaledProduct, Standardized, readers_of
 from unlocked.workers.graph.sums import SumEnd
 from unlocked.workers.graph.table import operation_of, slope_of, usable_norm
@@ -325,7 +325,8 @@ class _Planner:
             return Call(Operation(), node.inputs, [node], [node], "autograd", operation)
         own = isinstance(operation, Convolution) and operation.backend is not None
         why = "by the backend's own convolution" if own else ""
-        return Call(operation, _arguments(node), [node], [node], "closed", why)
+        inputs = node.inputs if isinstance(operation, Reshaped | Sizes) else _arguments(node)
+        return Call(operation, inputs, [node], [node], "closed", why)
 
     def _grouped(self, calls: Sequence[Call], last: Sequence[Node]) -> list[Call]:
         """Calls that stand for autograd become pieces of as many as follow each other."""

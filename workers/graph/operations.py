@@ -42,7 +42,7 @@ class Casts:
         self.half, self.device = half, device
         """Products and convolutions take bfloat16, as inside torch.autocast."""
         self.bfloat16_of: Callable[[Tensor], Tensor] | None = None
-        """The optimizer's bfloat16 copy of a weight, where it keeps one: else it is cast in every `forward`."""
+        """A weight in bfloat16, where the optimizer keeps copies: else it is cast in every `forward`."""
         self.transposed: Callable[[Tensor, Tensor | None], Tensor] | None = None
         """A backend's own (`Abilities.transposes`); None: the library copies."""
 

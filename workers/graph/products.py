@@ -99,7 +99,7 @@ def _is_shared(grad: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightT + bias, [..., D_in] -> [..., D], of a weight [D, D_in] of any strides.
+    """x weightT + bias, [..., D_in] -> [..., D], of a weight [D, D_in] and a bias [D] of any strides.
 
     Large float32 products of tokens go to oneDNN on AMD's processors, where torch's other library, MKL, takes a fifth
     more time (docs/performance.md); which one depends on shapes and the processor alone. A weight's own gradient, whose
@@ -107,6 +107,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     large = x.dim() > 2 and x.numel() * weight.shape[0] >= _LARGE
     if large and x.dtype == torch.float32 and x.device.type == "cpu" and _prefers_onednn():
+        bias = None if bias is None else bias.contiguous()  # alone of the three it is read as if it were
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)

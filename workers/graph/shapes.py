@@ -41,10 +41,11 @@ def parts_of(node: Node) -> list[Node]:
 
 
 class _Filled(Operation):
-    """Of a node's own function or method, with the values of other nodes among its arguments."""
+    """Of a node's own function or method, with the values of other nodes among its arguments: a call of it reads
+    `node.inputs`, whatever tuples, lists and names those stand in."""
 
     def __init__(self, node: Node) -> None:
-        self.node, self._inputs = node, [value for value in node.args if isinstance(value, Node)]
+        self.node, self._inputs = node, node.inputs
         self._target = node.target
 
     def _result(self, inputs: Sequence[Any]) -> Any:
