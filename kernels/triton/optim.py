@@ -6,7 +6,7 @@ AdamWScheduleFree and SGDScheduleFree; `from_torch` takes over one of those. The
 
 import math
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from unlocked.kernels.optim import gradients_of, kind_of
+from unlocked.kernels.triton.optim_checks import SCHEDULE_FREE, beta1_of, check_options, check_params, matching_gradient
 from unlocked.kernels.triton.optim_kernels import AOT_SPECS, CHUNK, COUNTERS, HYPER, step_kernel
 
 __all__ = ["AOT_SPECS", "KINDS", "FusedOptimizer", "from_torch"]
@@ -40,7 +41,6 @@ _STATE_NAMES = {
     "schedule_free_adamw": ("z", "exp_avg_sq"),
     "schedule_free_sgd": ("z", ""),
 }
-_SCHEDULE_FREE = ("adamw_sf", "schedule_free_adamw", "schedule_free_sgd")
 # Entries that the library's groups need when they load one of our state dicts.
 _LIBRARY_ENTRIES: dict[str, dict[str, Any]] = {
     "sgd": {"dampening": 0.0},
@@ -76,10 +76,10 @@ class FusedOptimizer:
             raise ValueError(f"{kind} does not take {sorted(unknown)}; valid: {', '.join(KINDS[kind])}")
         self.kind = kind
         self._params = list(params)
-        _check_params(self._params)
-        self._schedule_free = kind in _SCHEDULE_FREE
+        check_params(self._params)
+        self._schedule_free = kind in SCHEDULE_FREE
         settings = {**KINDS[kind], **options}
-        _check_options(kind, settings)
+        check_options(kind, settings)
         self._momentum = kind == "sgd" and settings["momentum"] > 0
 
         device = self._params[0].device
@@ -104,7 +104,8 @@ class FusedOptimizer:
     def step(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Updates all parameters from `grads` (as many as parameters, float32 or bfloat16; default: their `.grad`).
 
-        A parameter whose gradient is None is left alone, its step count included.
+        A parameter whose gradient is None is left alone, its step count included; but a schedule-free optimizer counts,
+        as the library's, the steps of all together.
         """
         if self._schedule_free and not self.param_groups[0]["train_mode"]:
             raise ValueError("the schedule-free optimizer is in evaluation mode; call train() before step()")
@@ -116,7 +117,7 @@ class FusedOptimizer:
         first, second = self._states
         any_copy = next(iter(self._copies.values()), params[0])
         for launch in self._launches[present]:
-            matching = tuple(_matching(given, params, i) for i in launch.tensors)
+            matching = tuple(matching_gradient(given, params, i) for i in launch.tensors)
             narrow = tuple(int(g.dtype == torch.bfloat16) for g in matching)
             copied = tuple(int(i in self._copies) for i in launch.tensors)
             step_kernel[(launch.programs,)](
@@ -138,6 +139,18 @@ class FusedOptimizer:
                 CHUNK=CHUNK,
                 num_warps=4,
             )
+
+        if self._schedule_free:
+            self._count_without(present)
+
+    @torch.no_grad()
+    def _count_without(self, present: Sequence[bool]) -> None:
+        """A schedule-free step of the tensors that have no gradient in it."""
+        for i, p in enumerate(self._params):
+            if not present[i] and p.numel():
+                z = self._state_view(0, i)
+                z.copy_(torch.where(self._counter(i, 0) > 0, z, p))  # where it starts with the first gradient, too
+                _count_step(self._counters[self._first_chunk[i] : self._first_chunk[i + 1]], self._hyper, self.kind)
 
     @torch.no_grad()
     def bfloat16_of(self, param: Tensor) -> Tensor:
@@ -174,7 +187,7 @@ class FusedOptimizer:
         group = self.param_groups[0]
         if not self._schedule_free or group["train_mode"] == training:
             return
-        beta1 = _beta1(group)
+        beta1 = beta1_of(group)
         for i, p in enumerate(self._params):
             if p.numel():
                 # Before its first step a tensor has no z yet, and stays.
@@ -244,10 +257,13 @@ class FusedOptimizer:
                     )
                 view.copy_(state[name])
         rows = self._counters[self._first_chunk[i] : self._first_chunk[i + 1]]
-        if "counters" in state:
+        # To the last bit, unless steps of the library came since, which takes them along as they are.
+        if "counters" in state and float(state["counters"][0]) == group.get("k"):
             rows[:, :3] = torch.as_tensor(state["counters"]).to(rows)
-        elif self._schedule_free and state:
+        elif self._schedule_free and group.get("k"):
             rows[:, :3] = torch.tensor([group["k"], group["weight_sum"], group["lr_max"]], dtype=torch.float64).to(rows)
+            if not state:  # it had no gradient yet
+                self._state_view(0, i).copy_(self._params[i])
         elif "step" in state:
             rows[:, 0] = torch.as_tensor(state["step"]).to(rows)
 
@@ -277,10 +293,10 @@ class FusedOptimizer:
 
     def _push(self, group: "_Group") -> None:
         """Writes changed hyperparameters to the device, by fills: they carry their value in the launch."""
-        _check_options(self.kind, group)
+        check_options(self.kind, group)
         if self.kind == "sgd" and (group["momentum"] > 0) != self._momentum:
             raise ValueError(f"sgd was built {'with' if self._momentum else 'without'} momentum; build a new optimizer")
-        beta1, beta2 = _beta1(group), group["betas"][1] if "betas" in group else 0.0
+        beta1, beta2 = beta1_of(group), group["betas"][1] if "betas" in group else 0.0
         logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
         rest = [float(group.get(key, 0.0)) for key in ("eps", "weight_decay")]
         average = [float(group.get(key, 0.0)) for key in ("warmup_steps", "r", "weight_lr_power")]
@@ -309,11 +325,24 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer | None:
         fused = FusedOptimizer(params, kind, **options[0])
     except ValueError:
         return None
-    if optimizer.state:
+    if optimizer.state or modes[0]["k"]:
         fused.load_state_dict(optimizer.state_dict())
-    elif kind in _SCHEDULE_FREE:
+    elif kind in SCHEDULE_FREE:
         fused.param_groups[0]["train_mode"] = modes[0]["train_mode"]
     return fused
+
+
+def _count_step(rows: Tensor, hyper: Tensor, kind: str) -> None:
+    """Moves the counters [chunks, COUNTERS] of a tensor on by a schedule-free step in which it has no gradient, as
+    the kernel does those of the others. Nothing waits for the device."""
+    steps, weight_sum, lr_max = rows[:, 0], rows[:, 1], rows[:, 2]
+    warmup = hyper[7]
+    rate = hyper[0] * torch.where(steps < warmup, (steps + 1) / warmup.clamp_min(1), 1.0)
+    if kind == "adamw_sf":
+        rate *= (1 - hyper[2] ** (steps + 1)).sqrt()
+    lr_max.copy_(torch.maximum(rate, lr_max))
+    weight_sum += (steps + 1) ** hyper[8] * lr_max ** hyper[9]
+    steps += 1
 
 
 def _plain(value: Any) -> Any:
@@ -351,50 +380,3 @@ class _Group(UserDict[str, Any]):
             except ValueError:
                 super().__setitem__(key, before)
                 raise
-
-
-def _beta1(group: Mapping[str, Any]) -> float:
-    return float(group["betas"][0] if "betas" in group else group["momentum"])
-
-
-def _check_params(params: list[Tensor]) -> None:
-    if not params:
-        raise ValueError("the optimizer got no parameters")
-    for i, p in enumerate(params):
-        dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
-        if p.dtype != torch.float32 or p.device != params[0].device or not dense:
-            raise ValueError(
-                f"parameters must be contiguous or channels-last float32 tensors on {params[0].device}; parameter {i} "
-                f"is {p.dtype} {list(p.shape)} with strides {p.stride()} on {p.device}"
-            )
-
-
-def _check_options(kind: str, options: Mapping[str, Any]) -> None:
-    beta1 = _beta1(options)
-    beta2 = options["betas"][1] if "betas" in options else 0.0
-    for name in ("lr", "eps", "weight_decay", "warmup_steps"):
-        if not options.get(name, 0.0) >= 0:
-            raise ValueError(f"{name} must be at least 0, got {options[name]}")
-    if kind == "sgd":
-        if not beta1 >= 0:
-            raise ValueError(f"momentum must be at least 0, got {beta1}")
-        if options["nesterov"] and beta1 == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-    elif not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas (or momentum) must be at least 0 and below 1, got {beta1}, {beta2}")
-    elif kind in _SCHEDULE_FREE and beta1 == 0:
-        raise ValueError(f"{kind} needs a first beta (or momentum) above 0, got 0")
-
-
-def _matching(grads: Sequence[Tensor | None], params: list[Tensor], i: int) -> Tensor:
-    """The gradient of parameter i, copied only if its memory layout is not the parameter's."""
-    grad, param = grads[i], params[i]
-    assert grad is not None
-    if (grad.shape, grad.device) != (param.shape, param.device) or grad.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"the gradient of parameter {i} must be float32 or bfloat16, {list(param.shape)} on {param.device}, got "
-            f"{grad.dtype} {list(grad.shape)} on {grad.device}"
-        )
-    if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
-        return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)

@@ -191,6 +191,38 @@ def test_missing_gradients_empty_tensors_and_many_tensors(
     assert [fused.state_dict()["state"][i]["step"].item() for i in (late - 1, late, late + 1)] == [4, 2, 4]
 
 
+@pytest.mark.parametrize("make", [case for case in LIBRARY if "schedule" in str(case.id) or "sf" in str(case.id)])
+def test_schedule_free_steps_count_for_tensors_without_a_gradient(make: Maker, kernel_device: str) -> None:
+    """As the library's groups count them. One tensor of two chunks gets its first gradient late, one every other step,
+    one never; one step brings none at all. Half way each takes over the other's state."""
+    shapes = [(3,), (1300,), (4, 2), (5,)]
+    expected, actual = _params(kernel_device, shapes), _params(kernel_device, shapes)
+    library, fused = make(expected), optim.from_torch(make(actual))
+    for step in range(9):
+        library.train()
+        fused.train()
+        gradients: list[Tensor | None] = list(_gradients(expected, step))
+        absent = {0: step == 4, 1: step < 3 or step == 4, 2: step % 2 == 0, 3: True}
+        gradients = [None if absent[i] else gradient for i, gradient in enumerate(gradients)]
+        fused.step(gradients)
+        for p, g in zip(expected, gradients, strict=True):
+            p.grad = None if g is None else g.clone()  # the library writes into them
+        library.step()
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
+        if step in (1, 5):
+            states = library.state_dict(), fused.state_dict()
+            library, fused = make(expected), optim.from_torch(make(actual))
+            fused.load_state_dict(states[0])
+            library.load_state_dict(states[1])
+        if step % 3 == 0:
+            library.eval()
+            fused.eval()
+            torch.testing.assert_close(actual, expected, **TOLERANCE)
+    state = fused.state_dict()["param_groups"][0]
+    for name in ("k", "weight_sum", "lr_max"):
+        assert state[name] == pytest.approx(library.state_dict()["param_groups"][0][name], rel=1e-9)
+
+
 def test_a_gradient_in_another_memory_layout_is_understood(kernel_device: str) -> None:
     params = _params(kernel_device)
     gradient = _gradients(params, 0)[0]
@@ -284,7 +316,8 @@ def test_replays_of_a_graph_are_eager_steps(make: Maker) -> None:
         fused = optim.from_torch(make(actual))
         fused.train()
         gradients = [torch.zeros_like(p) for p in actual]
-        fused.step([None] * len(actual))
+        if "train_mode" not in fused.param_groups[0]:  # a schedule-free optimizer would count it
+            fused.step([None] * len(actual))
         warm_params = _params("cuda", shapes)  # compiles outside the capture, without touching the state
         warm = optim.from_torch(make(warm_params))
         warm.train()

@@ -1,5 +1,6 @@
 """Valid blocks with unusual strides, sizes and spellings, beyond what every operation's own tests ask of them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from awkward_blocks import AWKWARD, Asking
 from graph_blocks import CASES, assert_close_to_float64, image, made_layer, seeded, step_of
-from torch import nn
+from torch import Tensor, nn
 
 from unlocked.kernels import cpp, reference
 from unlocked.workers.graph import products
@@ -17,6 +18,88 @@ from unlocked.workers.graph import products
 def test_by_the_library_alone(name: str) -> None:
     make, x, _ = CASES[name]
     assert_close_to_float64(make, x, reference)
+
+
+class Apart(nn.Module):
+    """A function's several results, of which one is read before another is taken out of them."""
+
+    def __init__(self, function: Callable[[Tensor], Any], *, twice: bool = False) -> None:
+        super().__init__()
+        self.first, self.function, self.twice = nn.Linear(12, 12), function, twice
+        self.second, self.third = _maps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.function(self.first(x))
+        result = self.second(parts[0])
+        if self.twice:
+            result = torch.tanh(self.second(parts[0] * parts[1])) + result
+        return torch.tanh(self.third(parts[1])) + result
+
+
+class Slanted(nn.Module):
+    """A leaky ReLU whose slope is a buffer."""
+
+    def __init__(self, *, named: bool, last: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.named = nn.Linear(12, 8), nn.Identity() if last else nn.Linear(8, 8), named
+        self.register_buffer("slope", torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        leaky: Any = nn.functional.leaky_relu
+        y = self.first(x)
+        return self.last(leaky(y, negative_slope=self.slope) if self.named else leaky(y, self.slope))
+
+
+class Numbered(nn.Module):
+    """Adds a number that follows from sizes."""
+
+    def __init__(self, number: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.number = nn.Linear(12, 8), nn.Linear(8, 8), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(torch.tanh(y + self.number(y)))
+
+
+class Recurrent(nn.Module):
+    """Its output and, later, its last cells, which stand in a tuple inside of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.net, self.second, self.third = nn.Linear(12, 12), nn.LSTM(12, 6), *_maps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.net(self.first(x))
+        result = self.second(found[0])
+        return torch.tanh(self.third(found[1][1])) + result
+
+
+def _maps() -> list[nn.Module]:
+    return [nn.Linear(6, 8), nn.Linear(6, 8)]
+
+
+LEFT: dict[str, Callable[[], nn.Module]] = {
+    "a split by name": lambda: Apart(lambda y: torch.chunk(input=y, chunks=2, dim=-1)),
+    "parts": lambda: Apart(lambda y: torch.tensor_split(y, 2, -1)),
+    "parts, one of them twice": lambda: Apart(lambda y: torch.tensor_split(y, 2, -1), twice=True),
+    "values and indices": lambda: Apart(lambda y: (y.sort(-1)[0][:, :6], y[:, 6:])),
+    "a size added": lambda: Numbered(lambda y: y.shape[1]),
+    "a recurrent net": Recurrent,
+    "a count added": lambda: Numbered(lambda y: y.numel()),
+    **{
+        f"a slope, named={named}, last={last}": partial(Slanted, named=named, last=last)
+        for named in (False, True)
+        for last in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("backend", [cpp, reference])
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_to_autograd_has_all_its_gradients(name: str, backend: Any) -> None:
+    tested = assert_close_to_float64(seeded(LEFT[name], latent_size=8), image(12), backend)
+    assert "autograd" in {how for how, _, _ in tested.step.body.rows}
 
 
 @pytest.mark.parametrize("backend", [cpp, reference])

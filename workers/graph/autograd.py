@@ -1,10 +1,12 @@
 """What the table does not have: neighbouring operations of a body as one piece that runs through autograd."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from unlocked.workers.graph.operations import Casts, Gradients, Operation
 from unlocked.workers.graph.tracing import Node, filled, is_in_place
@@ -28,8 +30,23 @@ class Read(Operation):
         return [], [grad]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The gradient of a value that is several tensors: one of each, or None."""
+
+    found: Sequence[Tensor | None]
+
+    def __add__(self, other: "Parts") -> "Parts":
+        pairs = zip(self.found, other.found, strict=True)
+        return Parts([b if a is None else a if b is None else a + b for a, b in pairs])
+
+    def to(self, kind: torch.dtype | None) -> "Parts":
+        """As it is: every tensor has its own type."""
+        return self
+
+
 class AutogradPiece(Operation):
-    """Neighbours in a body's order. What goes in and out of it is detached.
+    """Neighbours in a body's order. What goes in and out of it is detached, tensors in tuples and the like as well.
 
     Args:
         nodes: the operations, in order.
@@ -59,19 +76,16 @@ class AutogradPiece(Operation):
 
     def forward(self, *inputs: Any) -> Any:
         """The values of `outputs`: the one, or a tuple of several."""
-        self._entered = [
-            x.detach().requires_grad_(needed) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x, needed in zip(inputs, self._needed, strict=True)
-        ]
+        self._entered = [_detached(x, needed) for x, needed in zip(inputs, self._needed, strict=True)]
         values: dict[Node, Any] = {}
         self._asked = []
         with torch.enable_grad(), self._casts.autocast(), self._group_norms.active(self._asked):
             for node, x in zip(self._inputs, self._entered, strict=True):
-                values[node] = x.clone() if self._writes and isinstance(x, Tensor) else x
+                values[node] = _pytree.tree_map_only(Tensor, Tensor.clone, x) if self._writes else x
             for node in self._nodes:
                 values[node] = call(node, values)
         self._made = [values[node] for node in self._outputs]
-        given = tuple(x.detach() if isinstance(x, Tensor) else x for x in self._made)
+        given = tuple(_detached(x) for x in self._made)
         return given[0] if len(given) == 1 else given
 
     def backward(self, grad: Any, wanted: Sequence[bool]) -> Gradients:
@@ -80,23 +94,37 @@ class AutogradPiece(Operation):
         self._entered, self._made, self._asked = [], [], []
         grads = grad if isinstance(grad, list | tuple) else [grad]
         pairs = [
-            (x, g)
+            (one, of_one)
             for x, g in zip(made, grads, strict=True)
-            if g is not None and isinstance(x, Tensor) and x.requires_grad
+            for one, of_one in zip(_tensors(x), g.found if isinstance(g, Parts) else [g], strict=False)  # None: of all
+            if one.requires_grad and of_one is not None
         ]
-        leaves = [x for x in entered if isinstance(x, Tensor) and x.requires_grad]
+        leaves = [one for x in entered for one in _tensors(x) if one.requires_grad]
         targets: list[Tensor] = [*leaves, *self.parameters, *asked]
         found: Sequence[Tensor | None] = [None] * len(targets)
         if pairs and targets:
             outputs, of_outputs = zip(*((x, g.to(x.dtype)) for x, g in pairs), strict=True)
             found = torch.autograd.grad(outputs, targets, of_outputs, allow_unused=True)
         by_leaf = iter(found[: len(leaves)])
-        of_inputs = [next(by_leaf) if _has_graph(x) else None for x in entered]
+        of_inputs: list[Any] = []
+        for x in entered:
+            mine = [next(by_leaf) if one.requires_grad else None for one in _tensors(x)]
+            of_inputs.append(mine[0] if isinstance(x, Tensor) else Parts(mine) if mine else None)
         return of_inputs, found[len(leaves) : len(leaves) + len(self.parameters)]
 
 
-def _has_graph(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
+def _tensors(value: Any) -> list[Tensor]:
+    """A value's tensors, in order: itself, or what stands in its tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [one for one in _pytree.tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _detached(value: Any, needed: bool = False) -> Any:
+    """`value` apart from the graph, each of its tensors with a gradient of its own if `needed`."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(needed and value.is_floating_point())
+    return _pytree.tree_map_only(Tensor, lambda one: _detached(one, needed), value)
 
 
 def _is_of_torch(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ def is_size(node: Node) -> bool:
     """Its value is a number, or several, that follow from shapes alone."""
     if node.target is builtins.getattr:
         return node.args[1:] in (("shape",), ("ndim",))
-    if node.target in ("size", "dim"):
+    if node.target in ("size", "dim", "numel", "nelement"):
         return True
     return not isinstance(node.target, Tensor) and _is_arithmetic(node) and all(map(is_size, node.inputs))
 
@@ -37,7 +37,8 @@ def parts_of(node: Node) -> list[Node]:
     if isinstance(node.target, torch.nn.Module | Tensor) or node.target not in _SPLITTING:
         return []
     plain = [user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users]
-    return list(node.users) if node.users and all(plain) and len(node.inputs) == 1 else []
+    known = node.inputs == list(node.args[:1])  # the tensor alone, and not by its name
+    return list(node.users) if node.users and all(plain) and known else []
 
 
 class _Filled(Operation):

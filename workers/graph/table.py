@@ -69,7 +69,7 @@ def slope_of(node: Node) -> float | None:
         return 0.0
     if node.kind is F.leaky_relu:
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return float(slope)
+        return None if isinstance(slope, Node) else float(slope)
     return None
 
 
@@ -130,7 +130,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _add(node: Node, casts: Casts) -> Operation | None:
     both = len(node.args) == 2 and not node.kwargs and all(isinstance(value, Node) for value in node.args)
-    return Add() if both else None
+    return Add() if both and not any(map(is_size, node.inputs)) else None
 
 
 def _flatten(node: Node, casts: Casts) -> Operation | None:
