@@ -177,7 +177,7 @@ class TracedOptimizer:
 
     def __init__(self, parameters: Sequence[Tensor], recorder: Recorder) -> None:
         self._parameters, self._recorder = list(parameters), recorder
-        self.param_groups: list[dict[str, Any]] = []
+        self.param_groups: list[dict[str, Any]] = [{"params": self._parameters, "lr": 0.0}]
 
     def step(self, grads: Any = None) -> None:
         for first in range(0, len(self._parameters), _OPTIMIZER_TENSORS):

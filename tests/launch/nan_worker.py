@@ -115,7 +115,8 @@ def run(engine: str, way: str, value: float, folder: Path, **options: Any) -> No
     spoil, _ = WAYS[way]
     spoil(given, value)
     train, test, max_steps = (given.pop(name) for name in ("train", "test", "max_steps"))
-    saved = {"best_dir": folder / "best", "snapshot_dir": folder / "snapshots", "snapshot_every": 1}
+    saved: dict[str, Any] = {"snapshot_dir": folder / "snapshots", "snapshot_every": 1}
+    saved |= {} if test is None else {"best_dir": folder / "best"}
     rows = {} if isinstance(train, list) else {"batch_size": ROWS}
     trainer = Trainer(engine=as_engine(engine), print_freq=50, **saved, **given | options)
     trainer.fit(train, epochs=3, eval_data=test, max_steps=max_steps, **rows)

@@ -91,7 +91,7 @@ def test_what_is_no_record_is_refused(value: object) -> None:
 def test_the_bytes_on_the_wire_are_a_map_of_fields() -> None:
     """Workers of one protocol version understand each other, whatever library reads the records."""
     packed = m.pack(m.Hello(stage=1, rank=2, pid=3, host="h", layers=("conv1", "conv2")))
-    body = {"v": 7, "kind": "Hello", "stage": 1, "rank": 2, "pid": 3, "host": "h", "layers": ["conv1", "conv2"]}
+    body = {"v": 8, "kind": "Hello", "stage": 1, "rank": 2, "pid": 3, "host": "h", "layers": ["conv1", "conv2"]}
     body["incarnation"] = 0
     assert packed == msgpack.packb(body)
 
