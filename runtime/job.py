@@ -64,6 +64,8 @@ class Job:
     """Of each layer's gradients; None: they are taken as they are."""
     resume: Snapshot | None = None
     """Where the run goes on from."""
+    generators: Mapping[str, Any] = field(default_factory=dict)
+    """Where those stood that loaders may draw from, as the run began; its snapshots carry them."""
     names: Mapping[str, str] = field(default_factory=dict)
     """How the model, the data and the rule are called in logs: keys model, dataset, rule."""
 

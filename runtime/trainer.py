@@ -63,6 +63,7 @@ from unlocked.runtime.prediction import Evaluation, Trained, as_samples, rows_as
 from unlocked.runtime.result import RunResult
 from unlocked.runtime.rule_trial import check_rules, check_trainable
 from unlocked.runtime.saving.fingerprint import describe_lr_factor, describe_optimizer, describe_rule, learning_rates
+from unlocked.runtime.saving.generators import generator_states, set_generators
 from unlocked.runtime.saving.identity import describe_network
 from unlocked.runtime.saving.snapshots import Snapshot
 from unlocked.runtime.schedules.stream import StreamPlan
@@ -372,6 +373,7 @@ class Trainer(Settings):
         resume = self._resume
         if resume is not None:
             check_resume(resume, fingerprint, plan)
+            set_generators(resume.generators, train_set, test_set)
         return Job(
             network=network,
             rule=[] if isinstance(self.rule, str) else self.rule,
@@ -392,5 +394,6 @@ class Trainer(Settings):
             },
             run=secrets.token_hex(8) if resume is None else resume.run,
             resume=resume,
+            generators=generator_states(train_set, test_set),
             names=self.names or {},
         )

@@ -112,6 +112,7 @@ def complete_snapshot(
         files={name: LayerFile(*files[name]) for name in job.network.names},
         test_losses=job.lr_factor.losses_before(epoch),
         threads=threads,
+        generators=job.generators,
     )
     if job.settings.kept_snapshots is not None:
         prune_snapshots(root, job.settings.kept_snapshots)

@@ -60,6 +60,7 @@ class Snapshot:
         files: layer -> what was written.
         test_losses: (epoch, test loss) of the epochs before, where the learning rate depends on them.
         threads: layer -> intra-op threads of its process.
+        generators: where those stood that loaders may draw from, as the run began (`generator_states`).
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Snapshot:
     files: Mapping[str, LayerFile]
     test_losses: tuple[tuple[int, float], ...] = ()
     threads: Mapping[str, int] = field(default_factory=dict)
+    generators: Mapping[str, Any] = field(default_factory=dict)
 
     def other_threads(self, threads: Mapping[str, int]) -> str | None:
         """What a user must know where layers have other numbers of threads now; None: they are the same."""
@@ -164,6 +166,7 @@ def write_manifest(
     files: Mapping[str, LayerFile],
     test_losses: Iterable[tuple[int, float]] = (),
     threads: Mapping[str, int] | None = None,
+    generators: Mapping[str, Any] | None = None,
 ) -> None:
     """Declares the snapshot in `folder`, which is after `steps`, complete."""
     content = {
@@ -175,6 +178,7 @@ def write_manifest(
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()},
         "test_losses": list(test_losses),
         "threads": dict(threads or {}),
+        "generators": dict(generators or {}),
     }
     content = json.loads(json_text(content))  # as it will be read
     write_json(folder / _MANIFEST, content | {_CHECKSUM: _digest(content)})
@@ -285,6 +289,7 @@ def _read_manifest(folder: Path) -> Snapshot:
         position, steps, settings = int(content["position"]), int(content["steps"]), dict(content["settings"])
         losses = tuple((int(epoch), float(loss)) for epoch, loss in content.get("test_losses", ()))
         threads = {str(name): int(count) for name, count in content.get("threads", {}).items()}
+        generators = dict(content.get("generators", {}))
         files = {
             str(name): LayerFile(int(one["size"]), str(one["sha256"])) for name, one in content.get("files", {}).items()
         }
@@ -292,7 +297,7 @@ def _read_manifest(folder: Path) -> Snapshot:
         raise ValueError(f"snapshot manifest {path} is damaged: {error}") from error
     if written != _FORMAT:
         raise ValueError(f"snapshot {folder} has format {written}, this release reads {_FORMAT}; start anew")
-    return Snapshot(folder, str(content.get("run")), position, steps, settings, files, losses, threads)
+    return Snapshot(folder, str(content.get("run")), position, steps, settings, files, losses, threads, generators)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def seeded(data: TensorDataset, workers: int = 0) -> DataLoader:
     return DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(7), num_workers=workers)
 
 
-def fit(train: Any, test: Any = None, engine: str = "sequential", **options: Any) -> RunResult:
+def fit(train: Any, test: Any = None, engine: Any = "sequential", **options: Any) -> RunResult:
     of_run = ("epochs", "batch_size", "eval_batch_size", "max_steps", "steps_per_epoch")
     trainer = Trainer(
         small_conv(3, 5, 16),

@@ -1,6 +1,7 @@
 """Training from a DataLoader or an iterable: the numbers are those of what it yields, in every engine."""
 
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import loader_worker
+import numpy as np
 import pytest
 import torch
 from loader_worker import FAULTS, PAIRS, WITHOUT_WORKERS, fit, pair, samples, seeded
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from unlocked.data import ImageDataset, LoaderDataset
 from unlocked.kernels.images import load_batch
 from unlocked.rules import LLS
-from unlocked.runtime import Trainer
+from unlocked.runtime import Processes, Trainer
 from unlocked.runtime.schedules.stream import StreamPlan
 from unlocked.workers.errors import StageError
 from unlocked.workers.source import BatchSource
@@ -170,6 +172,36 @@ def test_a_resumed_run_finds_every_generator_where_it_was(kind: str, tmp_path: P
         got = fit(*pair(kind), resume=folder, **{**options, "snapshot_dir": None, "snapshot_every": 0})
         assert got.weights_sha256 == expected.weights_sha256, folder.name
         assert got.epochs[-1].eval_loss == expected.epochs[-1].eval_loss, folder.name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PAIRS if "stays" not in kind])
+def test_a_run_is_resumed_in_the_process_that_it_was_interrupted_in(kind: str, tmp_path: Path) -> None:
+    """As in a notebook: with the loaders at hand, whose generators that run has moved, and with torch's own, Python's
+    and NumPy's where it left them. So does a script that has drawn something before it resumes."""
+    options: dict[str, Any] = {"snapshot_every": 4, "snapshot_dir": tmp_path, "epochs": 3}
+    loaders = pair(kind)
+    expected = fit(*loaders, **options)
+    after = torch.rand(4), random.random(), np.random.random()
+    for folder in sorted(tmp_path.glob("step-*"), reverse=True)[::2]:
+        random.gauss(0.0, 1.0), np.random.standard_normal()  # half of what is drawn is kept for the next draw
+        got = fit(*loaders, resume=folder, **{**options, "snapshot_dir": None, "snapshot_every": 0})
+        assert got.weights_sha256 == expected.weights_sha256, folder.name
+        assert got.epochs[-1].eval_loss == expected.epochs[-1].eval_loss, folder.name
+        now = torch.rand(4), random.random(), np.random.random()
+        assert torch.equal(now[0], after[0]), folder.name
+        assert now[1:] == after[1:], folder.name
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("kind", ["no generator", "one generator"])
+def test_processes_resume_with_the_loaders_at_hand(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"snapshot_every": 4, "snapshot_dir": tmp_path, "epochs": 3}
+    expected = fit(*pair(kind), epochs=3)
+    loaders = pair(kind)
+    assert fit(*loaders, Processes(stages=2), **options).weights_sha256 == expected.weights_sha256
+    first = min(tmp_path.glob("step-*"))
+    got = fit(*loaders, Processes(stages=2), resume=first, **{**options, "snapshot_dir": None, "snapshot_every": 0})
+    assert got.weights_sha256 == expected.weights_sha256
 
 
 @pytest.mark.alone

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unlocked.models.errors import first_line
 from unlocked.runtime.job import Job
+from unlocked.runtime.saving.generators import loader_generators
 
 __all__ = ["global_state", "loader_states", "pack_data", "pack_job", "set_global_state", "set_loader_states", "unpack"]
 
@@ -97,23 +98,13 @@ def set_global_state(state: Mapping[str, Any], *, switches: bool = True) -> None
 
 def loader_states(job: Job) -> list[Tensor]:
     """Where the generators of the data's loaders stand, which choose the order of a shuffling DataLoader."""
-    return [generator.get_state() for generator in _generators(job)]
+    return [generator.get_state() for generator in loader_generators(job.train, job.test)]
 
 
 def set_loader_states(job: Job, states: list[Tensor]) -> None:
     """Puts the caller's loaders where those of rank 0 ended: the next run goes on as it would in one process."""
-    for generator, state in zip(_generators(job), states, strict=True):
+    for generator, state in zip(loader_generators(job.train, job.test), states, strict=True):
         generator.set_state(state)
-
-
-def _generators(job: Job) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
-    for data in (job.train, job.test):
-        loader = getattr(data, "loader", None)
-        holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-        candidates = [getattr(holder, "generator", None) for holder in holders]
-        found += [one for one in candidates if isinstance(one, torch.Generator) and all(one is not f for f in found)]
-    return found
 
 
 def _pack(content: Any, parts: Mapping[str, Any]) -> bytes:
