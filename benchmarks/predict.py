@@ -237,13 +237,15 @@ def _ahead(prefix: str, wanted: str, archs: Sequence[str]) -> str:
 def _spills() -> str:
     rows = []
     for prefix, what in (("aot_triton", "Triton"), ("aot_nvcc", "CUDA C++")):
-        for arch in sorted({r["arch"] for r in _newest(prefix)}):
-            found = [r for r in _newest(prefix) if r["arch"] == arch]
-            registers = [r["registers"] for r in found]
-            spilled = sum(r["spills"] > 0 for r in found)
-            rows.append(
-                [what, _name(prefix), arch, str(len(found)), f"{min(registers)} .. {max(registers)}", str(spilled)]
-            )
+        for report in _reports(prefix):
+            kernels: list[dict[str, Any]] = json.loads(report.read_text())
+            for arch in sorted({r["arch"] for r in kernels}):
+                found = [r for r in kernels if r["arch"] == arch]
+                registers = [r["registers"] for r in found]
+                spilled = [f"{r['name']}: {r['spills']} bytes" for r in found if r["spills"] > 0]
+                count = f"{len(spilled)} ({', '.join(spilled)})" if spilled else "0"
+                span = f"{min(registers)} .. {max(registers)}"
+                rows.append([what, report.name, arch, str(len(found)), span, count])
     return _table(["compiler", "report", "target", "kernels", "registers", "kernels that spill"], rows, "lllrrr")
 
 
@@ -298,15 +300,16 @@ def _is_small(node: Node) -> bool:
 
 
 def _newest(prefix: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((RESULTS / _name(prefix)).read_text())
+    rows: list[dict[str, Any]] = json.loads(_reports(prefix)[-1].read_text())
     return rows
 
 
-def _name(prefix: str) -> str:
-    found = sorted(RESULTS.glob(f"{prefix}-*.json"))
+def _reports(prefix: str) -> list[Path]:
+    """One for each version of a compiler, the newest last."""
+    found = sorted(RESULTS.glob(f"{prefix}-*.json"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
     if not found:
         raise ValueError(f"no {prefix}-*.json in {RESULTS}; run python benchmarks/ahead_of_time.py")
-    return found[-1].name
+    return found
 
 
 def _range(values: Sequence[float], digits: int) -> str:

@@ -97,7 +97,9 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     count = columns * shape.channels
     block_s = min(power_of_2(splits), SUM_TILE // LEAST_TILE)
     block_e = SUM_TILE // block_s
+    # Of 16-bit values a step has twice as many: in four warps Triton 3.6 spills half a kilobyte of each thread's.
+    num_warps = 8 if shape.itemsize < 4 else 4
     return WeightGradGeometry(
-        reduction, (*tiles, splits), 4, num_windows, num_steps, steps_per_split, constants,
+        reduction, (*tiles, splits), num_warps, num_windows, num_steps, steps_per_split, constants,
         (divide_up(count, block_e), 1), {**kernel, "BLOCK_S": block_s, "BLOCK_E": block_e},
     )  # fmt: skip
