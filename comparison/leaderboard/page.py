@@ -133,10 +133,16 @@ def _learned(row: Row, reference: Row | None) -> list[str]:
         _number(row.mean, "{:.2f}"),
         f"± {row.deviation:.2f} ({row.seeds_told})" if row.deviation is not None else f"({row.seeds_told})",
         _number(apart, "{:+.2f}"),
-        _NONE if math.isnan(row.p) else f"{row.p:.3f}{'*' if row.p < LEVEL else ''}",
+        _chance(row.p),
         _locality(_inspection(row)),
         row.trainings[0].weights_sha256[:12] if row.trainings else _NONE,
     ]
+
+
+def _chance(p: float) -> str:
+    if math.isnan(p):
+        return _NONE
+    return f"{'< 0.001' if p < 0.001 else f'{p:.3f}'}{'*' if p < LEVEL else ''}"
 
 
 def _costs(row: Row, joules: bool) -> list[str]:

@@ -116,6 +116,15 @@ def test_the_page_has_losers_and_failures_and_nothing_to_fetch(options: Leaderbo
     assert len(ids) == len(set(ids))
 
 
+def test_a_tiny_p_is_below_a_bound_not_zero(options: LeaderboardOptions, tmp_path: Path) -> None:
+    for seed in range(3):
+        _keep(options, Key("digits", "SmallConv", "LLS"), seed, _training(10.0 + seed / 10))
+    write_page(read_board(options), options, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "&lt; 0.001*" in text
+    assert "0.000" not in text
+
+
 def test_joules_are_a_column_where_they_were_measured(options: LeaderboardOptions, tmp_path: Path) -> None:
     _keep(options, Key("digits", "SmallConv", "LLS"), "measures", _measures([], joules=0.0125))
     write_page(read_board(options), options, tmp_path / "page.html")
