@@ -27,6 +27,7 @@ def environment() -> Environment:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    versions["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the package's version may lack
     if torch.cuda.is_available():
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return Environment(

@@ -110,6 +110,11 @@ class _TimedStage(PipelineStage):
             self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in grads)
         return super().get_bwd_send_ops(bwd_chunk_id)
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Without those to this process itself, which Gloo has no connection to: the two stages at the foot of a V."""
+        rank = dist.get_rank()
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != rank]
+
     def perform_reduce_grad(self, *args: Any, **kw: Any) -> Any:
         return self.clock.timed("update", self.stage_index, None, super().perform_reduce_grad, *args, **kw)
 
@@ -313,9 +318,9 @@ class BpPipeline:
         shapes = [self.network.input_shape, *self.network.output_shapes]
         shape = self._travelling(shapes[start]) if stage else shapes[start]
         dtype = torch.float32 if stage else self.network.input_dtype
-        inputs = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
-        if stage == 0 and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        # Strides, too, as they will come, which some releases compare: of a single channel `contiguous` leaves others.
+        layout = torch.channels_last if stage == 0 and len(shape) == 3 else torch.contiguous_format
+        inputs = torch.empty(rows, *shape, dtype=dtype, device=self.device, memory_format=layout)
         outputs = torch.empty(rows, *self._travelling(shapes[stop]), device=self.device)
         made = _TimedStage(
             self.modules[stage],
