@@ -97,6 +97,12 @@ __forceinline__ To same_bits(From value) {
 __forceinline__ float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
 __forceinline__ unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
 
+// By names of their own: a torch for CUDA has loaded functions of the usual ones, which the kernels would call instead.
+#define cudaSetDevice emulated_cudaSetDevice
+#define cudaGetLastError emulated_cudaGetLastError
+#define cudaGetErrorName emulated_cudaGetErrorName
+#define cudaGetErrorString emulated_cudaGetErrorString
+#define cudaDeviceGetAttribute emulated_cudaDeviceGetAttribute
 extern "C" {
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetLastError();
