@@ -7,6 +7,7 @@ The output never carries a gradient, so nothing can come back from later layers.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -187,7 +188,7 @@ class Layer(BlockCalls):
     def infer(self, x: Tensor, mode: str) -> Tensor:
         """Forward without an update: `statistics` re-estimates BatchNorm in train mode, `evaluate` is eval mode."""
         self.set_mode(mode)
-        with self.autocast():
+        with self.autocast(), self._convolving():
             hidden = getattr(self.step, "hidden", None) if mode == "statistics" else None  # of which nobody asks scores
             result: Tensor = (
                 self.block(self.own(self._entering(x)), **self.beside) if hidden is None else hidden(self._entering(x))
@@ -202,13 +203,18 @@ class Layer(BlockCalls):
         if not self.has_scores and hidden is None:
             return self.infer(x, "evaluate"), None
         self.set_mode("evaluate")
-        with self.autocast():
+        with self.autocast(), self._convolving():
             if hidden is not None:
                 return as_delivered(hidden(self._entering(x)).float()), None
             activations = self.body(self._entering(x))
             result = self.tail(activations)
         seen = activations.float() if activations.dtype == torch.bfloat16 else activations
         return as_delivered(self.leaving(result)), self.rule.scores(seen) if self.classifies else seen
+
+    def _convolving(self) -> AbstractContextManager[None]:
+        """Inside, convolutions are the backend's own where those of training steps are."""
+        own = getattr(getattr(self.step, "body", None), "convolves", False)
+        return convolving(self.kernels if own else None)
 
     @torch.no_grad()
     def score(self, scores: Tensor, labels: Tensor) -> Tensor:

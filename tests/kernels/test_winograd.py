@@ -1,6 +1,8 @@
 """Convolutions by minimal filtering, against float64, against the library, and whole runs against each other."""
 
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -189,3 +191,17 @@ def test_engines_agree_and_the_step_is_made_of_it() -> None:
         assert _error(value.double(), theirs[name].double()) < 1e-3, name
     calls = [call for layer in sequential.explain(dataset(70), batch_size=16).layers for call in layer.calls]
     assert sum("own convolution" in call.why for call in calls) == 4
+
+
+@pytest.mark.parametrize(("rule", "convolutions"), [(LLS(), 4), ("BP", 0)])
+def test_an_evaluation_is_made_as_the_training_is(rule: Any, convolutions: int) -> None:
+    """Of two micro-batches, after two that re-estimate BatchNorm's statistics: each has four 3 x 3 convolutions."""
+
+    def filtered(**evaluation: Any) -> int:
+        settings: dict[str, Any] = {"statistics_batches": 2, "optimizer": partial(torch.optim.SGD, lr=0.01)}
+        trainer = Trainer(_blocks(), rule=rule, kernels="cpp_winograd", seed=5, **settings)
+        with patch.object(winograd, "_filtered", wraps=winograd._filtered) as calls:
+            trainer.fit(dataset(70), epochs=1, batch_size=16, **evaluation)
+        return calls.call_count
+
+    assert filtered(eval_data=dataset(40), eval_batch_size=25) - filtered() == (2 + 2) * convolutions

@@ -124,6 +124,9 @@ class GraphBody:
         self._dropout = dropout
         self._ends_plainly = isinstance(self.end, PlainEnd)  # that one says itself what leaves in which type
         self.counts: Sequence[nn.Module] = [n for call in calls for n in call.operation.counts]
+        own = (call.operation for call in calls if isinstance(call.operation, Convolution))
+        self.convolves = any(operation.backend is not None for operation in own)
+        """Some of its convolutions are the backend's own."""
         self.trained = list(trained)
         self._places = {id(p): place for place, p in enumerate(self.trained)}
         self._way, self._last_slots = self._numbered(source)
