@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def rows(options: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One run after the other, printed as they end; `given`: the trainer's options instead of the usual ones."""
     train, test = load_dataset("digits")
-    for kernels in BACKENDS[options.device]:
+    for kernels in options.kernels or BACKENDS[options.device]:
         for name, engine in ENGINES.items():
             row: dict[str, Any] = {"kernels": kernels, "engine": name}
             began = time.perf_counter()
@@ -125,6 +125,7 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[str]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=tuple(BACKENDS))
+    parser.add_argument("--kernels", nargs="*", metavar="NAME", help="only these kernel backends")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every run")

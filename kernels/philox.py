@@ -64,7 +64,9 @@ def philox_int(seed: int, purpose: Purpose, *counter: int) -> int:
     return (int(high) & 0x7FFFFFFF) << 32 | int(low)
 
 
-def keyed_uniform(seed: int, purpose: Purpose, counter: Tensor, major: Tensor | int, minor: int = 0) -> Tensor:
+def keyed_uniform(
+    seed: int, purpose: Purpose, counter: Tensor, major: Tensor | int, minor: int = 0, *, high: int = 0
+) -> Tensor:
     """Uniform float32 numbers in [0, 1) with 24 random bits, four for every counter.
 
     Args:
@@ -72,6 +74,8 @@ def keyed_uniform(seed: int, purpose: Purpose, counter: Tensor, major: Tensor | 
         counter: int64 [...], the finest index (sample or element).
         major: int64 scalar tensor (on the device, so that a CUDA graph can advance it) or int: epoch or micro-batch.
         minor: a second index, such as the layer.
+        high: counts from high * 2**32 on. (Added to `counter` it would be right as well, but torch.compile adds a
+            number to an arange in 32 bits on a GPU, and fails.)
 
     Returns:
         float32 [..., 4].
@@ -79,9 +83,10 @@ def keyed_uniform(seed: int, purpose: Purpose, counter: Tensor, major: Tensor | 
     device = counter.device
     major = torch.as_tensor(major, dtype=torch.int64, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    low, high = counter & _MASK, (counter >> 32) & _MASK
-    seed_words = _key(seed, purpose, device)
-    words = philox4x32((low, high + zero, major & _MASK, zero + minor), seed_words)
+    words = philox4x32(
+        (counter & _MASK, ((counter >> 32) + (zero + high)) & _MASK, major & _MASK, zero + minor),
+        _key(seed, purpose, device),
+    )
     return torch.stack([(word >> 8).to(torch.float32) * 2.0**-24 for word in words], dim=-1)
 
 

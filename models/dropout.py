@@ -12,8 +12,8 @@ from unlocked.kernels.philox import Purpose, keyed_uniform
 
 __all__ = ["KeyedDropout", "kept_dropout_keys", "replace_dropout", "set_dropout_keys"]
 
-# Elements are counted from index * 2**40, so that no two dropouts of a layer share a stream.
-_INDEX_BITS = 40
+# Elements are counted from index * 2**40, so that no two dropouts of a layer share a stream: in units of 2**32.
+_APART = 1 << 8
 _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -79,9 +79,9 @@ class KeyedDropout(nn.Dropout):
             )
         shape = torch.Size((*x.shape[:2], *[1] * (x.dim() - 2))) if self.per_channel else x.shape
         count = shape.numel()
-        counter = torch.arange(-(-count // 4), device=x.device) + (self.index << _INDEX_BITS)
+        counter = torch.arange(-(-count // 4), device=x.device)
         seed, layer, microbatch = self._key
-        draws = keyed_uniform(seed, Purpose.DROPOUT, counter, major=microbatch, minor=layer)
+        draws = keyed_uniform(seed, Purpose.DROPOUT, counter, major=microbatch, minor=layer, high=self.index * _APART)
         keep = draws.reshape(-1)[:count].view(shape) >= self.p
         scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
         return (keep * scale).to(x.dtype)

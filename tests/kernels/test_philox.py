@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unlocked.kernels.philox import Purpose, keyed_uniform, philox4x32, philox_int
+from unlocked.models.dropout import KeyedDropout
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [
@@ -73,6 +74,13 @@ def test_every_part_of_the_key_changes_the_numbers() -> None:
     assert torch.equal(base[40], keyed_uniform(1, Purpose.AUGMENT, torch.tensor(40), 2, 3))
 
 
+@pytest.mark.parametrize("high", [0, 1, 768, 2**31 - 1])
+def test_counting_from_a_high_word_on_is_a_longer_counter(high: int) -> None:
+    index = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32])
+    expected = keyed_uniform(3, Purpose.DROPOUT, index + high * 2**32, 2, 1)
+    assert torch.equal(keyed_uniform(3, Purpose.DROPOUT, index, 2, 1, high=high), expected)
+
+
 def test_uniforms_are_spread_evenly() -> None:
     """65536 draws; the bounds are five standard deviations of the exact distribution, and the draws are fixed."""
     draws = keyed_uniform(7, Purpose.SHUFFLE, torch.arange(16384), 0).double()
@@ -108,3 +116,14 @@ def test_the_same_numbers_on_the_device_and_in_a_captured_graph() -> None:
         epoch.fill_(step)
         graph.replay()
         assert torch.equal(draws.cpu(), keyed_uniform(5, Purpose.DROPOUT, index.cpu(), step, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_compiled_dropout_draws_the_same_mask(index: int) -> None:
+    """Of every index: where numbers of over 32 bits met an arange, the compiler's code for the GPU failed."""
+    dropout = KeyedDropout(0.3, index=index)
+    dropout.set_key(7, 2, torch.tensor(4, device="cuda"))
+    x = torch.ones(9, 65, device="cuda")
+    assert torch.equal(torch.compile(dropout)(x), dropout(x))

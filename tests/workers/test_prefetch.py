@@ -171,7 +171,7 @@ def fit(prefetch: int | None, streamed: bool | None = None, engine: str = "seque
         statistics_batches=2,
         **{
             name: options.pop(name)
-            for name in ("stages", "resume", "snapshot_dir", "snapshot_every")
+            for name in ("stages", "resume", "snapshot_dir", "snapshot_every", "device")
             if name in options
         },
     )
