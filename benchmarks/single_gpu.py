@@ -102,6 +102,8 @@ CONTENDERS = [
     _streams("LLS streams bf16, joined", precision="bf16", kernels="triton_joined"),
     _bp("BP graph bf16", precision="bf16"),
     _streams("LLS streams, four channels", four_channels=True),
+    _streams("LLS streams, joined, four channels", kernels="triton_joined", four_channels=True),
+    _bp("BP graph, four channels", four_channels=True),
     _streams("LLS streams bf16, four channels", precision="bf16", four_channels=True),
     _streams("LLS streams fp32", precision="fp32"),
     _bp("BP graph fp32", precision="fp32"),
@@ -211,6 +213,9 @@ def measure(contender: Contender, options: argparse.Namespace) -> dict[str, Any]
             trace=trace,
             **{**usual, **given},
         )
+        if contender.options is None and options.device == "cuda":
+            # A plain loop warms up nothing: kernels would be compiled and algorithms chosen in its first steps' time.
+            trainer.fit(train, epochs=1, batch_size=contender.batch_size, max_steps=30)
         began = time.perf_counter()
         steps = contender.steps if options.max_steps is None else options.max_steps
         result: RunResult = trainer.fit(
