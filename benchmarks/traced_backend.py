@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unlocked.kernels import reference
-from unlocked.kernels.abilities import Abilities
+from unlocked.kernels import reference, triton
+from unlocked.kernels.triton import joined as triton_joined
 from unlocked.kernels.triton.gelu import gelu_backward_launches, gelu_forward_launch
 from unlocked.kernels.triton.max_pool import max_pool_backward_launch, max_pool_forward_launch
 from unlocked.kernels.triton.norm_act import Launch
@@ -46,7 +47,8 @@ class TracedBackend:
 
     def __init__(self, recorder: Recorder, *, joined: bool) -> None:
         self._recorder = recorder
-        self.ABILITIES = Abilities(frozenset({"meta"}), weight_gradient=joined, gelu=True, sums=True, pools=True)
+        own = triton_joined.ABILITIES if joined else triton.ABILITIES
+        self.ABILITIES = replace(own, devices=frozenset({"meta"}), optimizers=None, partial_gradients=False)
 
     def norm_act_forward(self, conv: Tensor, *args: Any, **options: Any) -> reference.NormActResult:
         with self._recorder.silence():

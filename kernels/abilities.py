@@ -14,8 +14,8 @@ class Abilities:
         closed_form: its operations are worth a local step in closed form; else layers train through autograd.
         in_place: `norm_act_backward` and `norm_act_backward_full` take `out`, which may be the very `conv` they read.
         optimizers: the backend whose fused optimizers go with it, by its name; None: the library's stay.
-        weight_gradient: it has `norm_act_weight_grad`, which a local step is to take for `norm_act_backward` and the
-            library's weight gradient.
+        weight_gradient: up to so many kernel elements of an output channel (C_in kh kw), a convolution's local step is
+            to take `norm_act_weight_grad` for `norm_act_backward` and the library's weight gradient; 0: of none.
         gelu: it has `gelu_forward` and `gelu_backward`.
         silu: it has `silu_forward`, whose way back is `gelu_backward`.
         groups: it has `group_act_forward` and `group_act_backward`.
@@ -34,7 +34,7 @@ class Abilities:
     in_place: bool = False
     optimizers: str | None = None
     partial_gradients: bool = False
-    weight_gradient: bool = False
+    weight_gradient: int = 0
     gelu: bool = False
     silu: bool = False
     groups: bool = False

@@ -161,6 +161,9 @@ def build_network(
             key reaches (names layer and module); a tensor of the data beside its samples that nothing reads.
     """
     blocks = blocks_of(model)
+    for block in blocks:  # an earlier run, or the user, may have left it on a GPU; set-up makes its trials on the host
+        if any(tensor.device.type not in ("cpu", "meta") for tensor in (*block.parameters(), *block.buffers())):
+            block.cpu()
     if early := [block.name for block in blocks[:-1] if block.is_output]:
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True

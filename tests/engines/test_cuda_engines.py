@@ -107,6 +107,23 @@ def test_green_contexts_change_no_bit_or_say_why_not(kind: str) -> None:
         assert got.weights_sha256 == fit().weights_sha256
 
 
+@pytest.mark.parametrize("engine", ["sequential", "streams"])
+def test_a_second_fit_goes_on_from_what_the_first_has_left_on_the_gpu(engine: str) -> None:
+    one = trainer(engine, device="cuda")
+    first = one.fit(TRAIN, epochs=1, batch_size=8)
+    assert next(one.module.parameters()).is_cuda
+    second = one.fit(TRAIN, epochs=1, batch_size=8)
+    assert second.epochs[-1].train_loss < first.epochs[-1].train_loss
+    assert one.predict(TEST.images[:3]).isfinite().all()
+
+
+def test_a_model_that_lies_on_the_gpu_trains_as_one_that_does_not() -> None:
+    expected, one = fit(), trainer("sequential", device="cuda")
+    one.module.cuda()
+    got = one.fit(TRAIN, eval_data=TEST, epochs=2, batch_size=8, eval_batch_size=16)
+    assert got.weights_sha256 == expected.weights_sha256
+
+
 def test_two_runs_in_one_process_leave_each_other_alone() -> None:
     first = fit(**STREAMS)
     assert fit(**STREAMS).weights_sha256 == first.weights_sha256

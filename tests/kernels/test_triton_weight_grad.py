@@ -150,8 +150,8 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
 def _network() -> list[Any]:
     torch.manual_seed(0)
     return [
-        ConvBlock(1, 3, name="first", pool="max", latent_size=2),
-        ConvBlock(3, 4, name="second", latent_size=1),
+        ConvBlock(1, 8, name="first", pool="max", latent_size=2),
+        ConvBlock(8, 4, name="second", latent_size=1),  # 72 elements of a kernel: more than Triton's own backend joins
         OutputBlock(16, 2),
     ]
 
@@ -173,7 +173,7 @@ def test_training_takes_it_and_every_engine_gives_its_bits(monkeypatch: pytest.M
         trainer = Trainer(_network(), rule=LLS(), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
         digests.append(trainer.fit(data, epochs=1, batch_size=3).weights_sha256)
         weights.append([p.detach().clone() for p in trainer.module.parameters()])
-        assert set(calls) == (set() if kernels == "triton" else {(3, 1, 3, 3), (4, 3, 3, 3)})
+        assert set(calls) == {(8, 1, 3, 3)} | ({(4, 8, 3, 3)} if kernels == "triton_joined" else set())
         calls.clear()
     assert digests[1] == digests[2]
     for a, b in zip(weights[0], weights[1], strict=True):
@@ -181,8 +181,7 @@ def test_training_takes_it_and_every_engine_gives_its_bits(monkeypatch: pytest.M
 
 
 def test_the_joined_backend_is_tritons_but_for_one_ability() -> None:
-    assert joined.ABILITIES.weight_gradient
-    assert not fused.ABILITIES.weight_gradient
+    assert joined.ABILITIES.weight_gradient > fused.ABILITIES.weight_gradient > 0
     for name in set(joined.__all__) - {"ABILITIES"}:
         assert getattr(joined, name) is getattr(fused, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -26,7 +26,7 @@ __all__ = [
     "unavailable",
 ]
 
-ABILITIES = replace(reference.ABILITIES, closed_form=True, weight_gradient=True)
+ABILITIES = replace(reference.ABILITIES, closed_form=True, weight_gradient=40)
 unavailable = reference.unavailable
 
 

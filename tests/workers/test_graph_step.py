@@ -141,9 +141,9 @@ def test_an_error_in_any_way_back_is_found(kind: type, monkeypatch: pytest.Monke
         assert_close_to_float64(make, x, backend, limit=1e-2)
 
 
-def _chain(*before: Callable[[], nn.Module], groups: int = 1, frozen: bool = False) -> Block:
+def _chain(*before: Callable[[], nn.Module], groups: int = 1, frozen: bool = False, rows: int = 3) -> Block:
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, 3, padding=(1, 0), stride=(1, 2), groups=groups)
+    conv = nn.Conv2d(4, 6, (rows, 3), padding=(rows // 2, 0), stride=(1, 2), groups=groups)
     conv.weight.requires_grad_(not frozen)
     return Block(
         "chain",
@@ -159,6 +159,7 @@ def _chain(*before: Callable[[], nn.Module], groups: int = 1, frozen: bool = Fal
         (_chain, True),
         (lambda: _chain(groups=2), False),
         (lambda: _chain(frozen=True), False),
+        (lambda: _chain(rows=5), False),  # 60 elements of a kernel, and the backend joins up to 40
         (lambda: _chain(lambda: nn.Conv2d(4, 4, 1)), False),  # asks for the gradient of the last one's input
         (lambda: _chain(nn.ReLU), False),
     ],

@@ -9,7 +9,8 @@
 | a sum of images, (leaky) ReLU, the latents, at the   | likewise, by a backend that has it                 |
 | block's end; or the last two alone                   | (`Abilities.sums`, `Abilities.lone_ends`)          |
 | the same and a convolution of the block's input      | likewise, and its weight gradient, by a backend    |
-|                                                      | that has it (`Abilities.weight_gradient`)          |
+|                                                      | that has it for so many of a kernel's elements     |
+|                                                      | (`Abilities.weight_gradient`)                      |
 | a split into parts, and those who take them          | one call                                           |
 | the same and the attention whose q, k, v they are    | likewise; a backend that has it writes gradients   |
 |                                                      | into the whole (`Abilities.attention`)             |
@@ -185,10 +186,11 @@ class _Planner:
         """The convolution before the block's last BatchNorm, where the backend makes its weight gradient on the way
         back through that: of the block's input, which needs no gradient."""
         operation = self._operations.get(node)
-        if not isinstance(operation, Convolution) or not self._backend.ABILITIES.weight_gradient:
+        if not isinstance(operation, Convolution):
             return None
         module = operation.conv
         plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.weight.requires_grad
+        plain = plain and module.weight[0].numel() <= self._backend.ABILITIES.weight_gradient
         alone = len(node.users) == 1 and node.inputs == [self._nodes[0]]
         return operation if plain and alone else None
 
