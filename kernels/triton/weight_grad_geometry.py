@@ -15,7 +15,10 @@ from unlocked.kernels.triton.norm_act_geometry import (
 
 __all__ = ["Convolution", "WeightGradGeometry", "weight_grad_geometry"]
 
-STEP_BYTES = 128  # of one step's pixels of a channel: 32 of float32, 64 of bfloat16; with twice as many ptxas spills
+# Of one step's pixels of a channel: 64 of float32, 128 of bfloat16. Half as many in half the warps took 17.2 us in place
+# of 11.8 on an H200 (SmallConv's first layer in tf32), as many in half the warps spill; and so do 16-bit values whose
+# channels lie apart (Triton 3.6).
+STEP_BYTES, APART_STEP_BYTES, NUM_WARPS = 256, 128, 8
 TILE_CHANNELS = 64  # of a program's product
 # Its columns, as many as registers hold beside what they are made of. Few of them: the output is read more often.
 TF32_COLUMNS, HALF_COLUMNS, PLAIN_COLUMNS = 128, 64, 32
@@ -71,7 +74,8 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     """
     windows = shape.cells(latent_size)
     num_windows, pixels = shape.batch * latent_size**2, windows.win_h * windows.win_w
-    step_pixels = STEP_BYTES // shape.itemsize
+    apart = shape.itemsize < 4 and not shape.channels_last
+    step_pixels = (APART_STEP_BYTES if apart else STEP_BYTES) // shape.itemsize
     block_k = min(power_of_2(pixels), step_pixels)
     block_q = step_pixels // block_k
     num_steps = divide_up(num_windows, block_q) * divide_up(pixels, block_k)
@@ -97,9 +101,7 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     count = columns * shape.channels
     block_s = min(power_of_2(splits), SUM_TILE // LEAST_TILE)
     block_e = SUM_TILE // block_s
-    # Of 16-bit values a step has twice as many: in four warps Triton 3.6 spills half a kilobyte of each thread's.
-    num_warps = 8 if shape.itemsize < 4 else 4
     return WeightGradGeometry(
-        reduction, (*tiles, splits), num_warps, num_windows, num_steps, steps_per_split, constants,
+        reduction, (*tiles, splits), NUM_WARPS, num_windows, num_steps, steps_per_split, constants,
         (divide_up(count, block_e), 1), {**kernel, "BLOCK_S": block_s, "BLOCK_E": block_e},
     )  # fmt: skip
