@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from step_trace import Node, StepTrace
+from traced_backend import JOINED
 
 __all__ = ["PLANS", "Plan"]
 
@@ -55,7 +56,7 @@ def without_gradient(stage: Sequence[Node]) -> list[Node]:
     return _joined(
         stage,
         (_BACKWARD, _WEIGHT),
-        "BatchNorm backward, weight gradient",
+        JOINED,
         # Written once and read once; the backward pass reads the output once, as the joined kernel does.
         saved=lambda nodes: 2 * (nodes[0].bytes // 2),
     )
@@ -102,6 +103,7 @@ def _joined(
         bytes=sum(n.bytes for n in parts) - saved(parts),
         flops=product.flops,  # all else is done by other units, at the same time
         trips=max(n.trips for n in parts) + 1,
+        few_channels=False,
     )
     return [node if n is parts[-1] else n for n in stage if n not in parts[:-1]]
 

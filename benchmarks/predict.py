@@ -1,12 +1,12 @@
-"""Predicted times of the local step on an H200, without a GPU: the tables of docs/feasibility.md.
+"""Predicted times of the local step on an H200, beside those that one has measured: the tables of docs/feasibility.md.
 
     python benchmarks/predict.py                             # a short summary
     python benchmarks/predict.py --update docs/feasibility.md  # rewrites the tables between the document's marks
     python benchmarks/predict.py --json predictions.json
 
-Nothing here is measured. The kernels are those that the workers launch (step_trace.py), their times come from the cost
-model (cost_model.py) and the pipeline's from `unlocked.runtime.schedules.simulate`. The ahead-of-time tables are read
-from benchmarks/results (ahead_of_time.py writes them).
+The kernels are those that the workers launch (step_trace.py), their times come from the cost model (cost_model.py) and
+the pipeline's from `unlocked.runtime.schedules.simulate`. What was measured (measured.py), and the ahead-of-time tables
+(ahead_of_time.py), are read from benchmarks/results.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from cost_model import CASES, H200, Machine, Prediction, floor_us, node_us, predict
+from measured import NOT_MEASURED, measured_node, measured_plan, measured_step
 from plans import PLANS
 from step_trace import Node, StepTrace, trace_backpropagation, trace_local
 
@@ -102,18 +103,24 @@ def _us(prediction: Prediction, streamed: bool) -> float:
 
 
 def _assumptions() -> str:
-    sheet, guess = "vendor datasheet", "assumed, for these sizes"
+    sheet, fitted = "vendor datasheet", "fitted to SmallConv's layers on an H200"
     numbers: list[tuple[str, str, Callable[[Machine], float], str]] = [
-        ("device-to-device copy", "TB/s", lambda m: m.bandwidth / 1e12, "assumed: 90 % of the datasheet's 4.8"),
+        ("device-to-device copy", "TB/s", lambda m: m.bandwidth / 1e12, "measured on an H200"),
         ("tf32, dense", "TFLOP/s", lambda m: m.tf32 / 1e12, sheet),
         ("fp32", "TFLOP/s", lambda m: m.fp32 / 1e12, sheet),
         ("multiprocessors", "", lambda m: m.multiprocessors, sheet),
-        ("library's share of the tf32 rate", "", lambda m: m.efficiency_tf32, guess),
-        ("library's share of the fp32 rate", "", lambda m: m.efficiency_fp32, guess),
+        ("library's share of the tf32 rate", "", lambda m: m.efficiency_tf32, "assumed"),
+        ("library's share of the fp32 rate", "", lambda m: m.efficiency_fp32, fitted),
+        ("the same of convolutions of three channels", "", lambda m: m.efficiency_few, fitted),
+        ("joined weight gradient's share of the tf32 rate", "", lambda m: m.efficiency_joined, fitted),
+        ("a convolution besides", "us", lambda m: m.ramp, fitted),
+        ("a weight gradient besides", "us", lambda m: m.weight_ramp, fitted),
+        ("a joined weight gradient besides", "us", lambda m: m.joined_ramp, fitted),
         ("latency of a graph node", "us", lambda m: m.node, "assumed"),
         ("a load that others wait for", "us", lambda m: m.trip, "assumed"),
         ("gap between two captured graphs", "us", lambda m: m.block_gap, "assumed"),
         ("a micro-batch issued outside of a graph, per stage", "us", lambda m: m.tick, "assumed"),
+        ("work of stages side by side over one after the other", "", lambda m: m.overlap, "measured on an H200: 1.58"),
     ]
     body = [[name, unit, *(f"{value(m):g}" for m in CASES.values()), source] for name, unit, value, source in numbers]
     return _table(["number", "unit", *CASES, "source"], body, "ll" + "r" * len(CASES) + "l")
@@ -129,7 +136,8 @@ def _steps(model: str = "SmallConv", batch: int = 64) -> str:
         runs = [found[case].run_seconds(machine, streamed=streamed) for case, machine in CASES.items()]
         ratios = [base[case] / _us(found[case], streamed) for case in CASES]
         row = [name, str(found["middle"].nodes), _range(times, 1), f"{fp32:.1f}", _range(ratios, 1)]
-        rows.append([*row, *([_range(runs, 2)] if model == "SmallConv" else []), "not measured"])
+        rows.append([*row, *([_range(runs, 2)] if model == "SmallConv" else [])])
+        rows[-1].append(measured_step(name) if model == "SmallConv" else NOT_MEASURED)
     heads = ["contender", "kernels per step", "us/step, tf32", "us/step, fp32", "BP graph / this"]
     heads += ["25 epochs, s"] if model == "SmallConv" else []
     return _table([*heads, "measured"], rows, "lr" + "r" * (len(heads) - 2) + "l")
@@ -142,9 +150,9 @@ def _stages() -> str:
     for k, stage in enumerate(trace.stages):
         kinds = [sum(n.kind == kind for n in stage) for kind in ("fused", "conv", "matmul", "torch")]
         times = _range([found[case].stages[k] for case in CASES], 1)
-        rows.append([stage[0].layer, *map(str, kinds), str(len(stage)), times, "not measured"])
+        rows.append([stage[0].layer, *map(str, kinds), str(len(stage)), times, NOT_MEASURED])
     device = _range([f.device for f in found.values()], 1)
-    rows.append(["device, all stages", "", "", "", "", str(found["middle"].nodes), device, "not measured"])
+    rows.append(["device, all stages", "", "", "", "", str(found["middle"].nodes), device, NOT_MEASURED])
     heads = ["stage", "ours", "convolution", "matrix product", "other torch", "kernels", "us", "measured"]
     return _table(heads, rows, "lrrrrrrl")
 
@@ -156,7 +164,7 @@ def _pieces() -> str:
         floor = floor_us(node, H200) * count
         name = f"{node.name} ({count})" if count > 1 else node.name
         moved, work = f"{node.bytes * count / 1e6:.3g}", f"{node.flops * count / 1e6:.3g}"
-        rows.append([node.layer, name, node.kind, moved, work, f"{floor:.2f}", times, "not measured"])
+        rows.append([node.layer, name, node.kind, moved, work, f"{floor:.2f}", times, measured_node(node)])
     heads = ["layer", "kernel", "kind", "MB", "MFLOP", "floor, us", "predicted, us", "measured"]
     return _table(heads, rows, "lllrrrrl")
 
@@ -173,7 +181,7 @@ def _plans() -> str:
         row = [plan.name, str(len(trace.nodes)), f"{moved:.0f}", f"{floor:.1f}", f"{middle.device:.1f}"]
         row += [f"{trace.stages[slowest][0].layer}: {middle.stages[slowest]:.1f}"]
         row += [_range([f.streamed for f in found.values()], 1), f"{100 * (1 - middle.streamed / now):.0f} %"]
-        rows.append([*row, f"{middle.run_seconds(H200, streamed=True):.2f}", "not measured"])
+        rows.append([*row, f"{middle.run_seconds(H200, streamed=True):.2f}", measured_plan(plan.name)])
     heads = ["plan", "kernels", "MB", "floor, us", "device, us", "slowest chain, us", "us/step, tf32", "less"]
     return _table([*heads, "25 epochs, s", "measured"], rows, "lrrrrlrrrl")
 
@@ -190,7 +198,7 @@ def _layers(model: str) -> str:
         moved, work = sum(n.bytes for n in stage) / 1e6, sum(n.flops for n in stage) / 1e9
         total = _range([sum(node_us(n, machine) for n in stage) for machine in CASES.values()], 0)
         step = "closed form" if fused else "autograd"
-        rows.append([stage[0].layer, step, f"{moved:.0f}", f"{work:.2f}", *cells, total, "not measured"])
+        rows.append([stage[0].layer, step, f"{moved:.0f}", f"{work:.2f}", *cells, total, NOT_MEASURED])
     heads = ["layer", "step", "MB", "GFLOP", "library", "ours", "other torch", "us", "measured"]
     return _table(heads, rows, "llrrrrrrl")
 
@@ -203,14 +211,14 @@ def _rules() -> str:
         kernels = "/".join(str(len(stage)) for stage in trace.stages)
         extra = sorted(_names(trace) - _names(_local("SmallConv", 64)))
         step = "closed form" if all(trace.fused) else "autograd"
-        rows.append([rule, step, kernels, ", ".join(extra) or "-", f"{prediction.streamed:.1f}", "not measured"])
+        rows.append([rule, step, kernels, ", ".join(extra) or "-", f"{prediction.streamed:.1f}", NOT_MEASURED])
     heads = ["rule", "step", "kernels per stage", "beyond those of LLS", "us/step", "measured"]
     return _table(heads, rows, "llrlrl")
 
 
 def _heads() -> str:
     rows = [
-        [r["name"], r["arch"], *(str(r[k]) for k in _HEAD_COLUMNS), "not measured"] for r in _newest("aot_heads_triton")
+        [r["name"], r["arch"], *(str(r[k]) for k in _HEAD_COLUMNS), NOT_MEASURED] for r in _newest("aot_heads_triton")
     ]
     heads = ["head", "target", *(k.replace("_", " ") for k in _HEAD_COLUMNS), "time"]
     return _table(heads, rows, "ll" + "r" * len(_HEAD_COLUMNS) + "l")

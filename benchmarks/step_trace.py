@@ -50,6 +50,7 @@ class Node:
         flops: multiply and add count as two.
         programs: independent blocks of work, so how many multiprocessors it can use.
         trips: loads that depend on each other, plus the reductions across programs.
+        few_channels: a library's convolution whose input has no whole vectors of four channels: not on tensor cores.
     """
 
     layer: str
@@ -60,6 +61,7 @@ class Node:
     flops: int
     programs: int
     trips: int = 1
+    few_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,17 @@ class _Recorder(TorchDispatchMode):
     def mark(self, what: str) -> None:
         self._phase = "U" if what in ("U", "end") else "F"
 
-    def add(self, name: str, kind: str, num_bytes: int, flops: int, programs: int, trips: int = 1) -> None:
-        self.nodes.append(Node(self._layer, self._phase, name, kind, num_bytes, flops, programs, trips))
+    def add(
+        self,
+        name: str,
+        kind: str,
+        num_bytes: int,
+        flops: int,
+        programs: int,
+        trips: int = 1,
+        few_channels: bool = False,
+    ) -> None:
+        self.nodes.append(Node(self._layer, self._phase, name, kind, num_bytes, flops, programs, trips, few_channels))
 
     @contextmanager
     def silence(self) -> Iterator[None]:
@@ -226,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
         pixels = out.numel() // out.shape[1]
         programs = _divide_up(pixels, 64) * _divide_up(out.shape[1], 64)
-        self.add(_conv_name("forward", args[8]), "conv", moved, flops, programs, 2)
+        self.add(_conv_name("forward", args[8]), "conv", moved, flops, programs, 2, _few_channels(args[0], args[8]))
         if bias is not None:
             self.add("convolution's bias", "torch", 8 * out.numel(), out.numel(), _divide_up(out.numel(), 1024), 1)
 
@@ -241,7 +252,7 @@ class _Recorder(TorchDispatchMode):
             self.add(_conv_name("input gradient", groups), "conv", sum(sizes), flops, programs, 2)
         if mask[1]:
             # The sum over pixels is long: split over the chip, then added up by a second kernel.
-            self.add(_conv_name("weight gradient", groups), "conv", sum(sizes), flops, 132, 2)
+            self.add(_conv_name("weight gradient", groups), "conv", sum(sizes), flops, 132, 2, _few_channels(x, groups))
             self.add(_conv_name("weight gradient's sum", groups), "conv", 8 * sizes[2], 8 * weight.numel(), 64, 1)
         if mask[2]:
             self.add("convolution's bias gradient", "torch", sizes[0], grad.numel(), 132, 2)
@@ -265,6 +276,10 @@ class _Source(BatchSource):
 
 def _conv_name(what: str, groups: int) -> str:
     return f"{'depthwise ' if groups > 1 else ''}convolution {what}"
+
+
+def _few_channels(x: Tensor, groups: int) -> bool:
+    return groups == 1 and x.shape[1] % 4 != 0
 
 
 def _divide_up(number: int, divisor: int) -> int:

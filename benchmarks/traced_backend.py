@@ -18,7 +18,9 @@ from unlocked.kernels.triton.norm_act_geometry import Geometry, Shape, backward_
 from unlocked.kernels.triton.sum_act import sum_act_backward_launch, sum_act_forward_launch
 from unlocked.kernels.triton.weight_grad_geometry import Convolution, weight_grad_geometry
 
-__all__ = ["TracedBackend", "TracedOptimizer", "head_work"]
+__all__ = ["JOINED", "TracedBackend", "TracedOptimizer", "head_work"]
+
+JOINED = "BatchNorm backward, weight gradient"
 
 _OPTIMIZER_TENSORS = 32  # of one launch of the fused optimizer
 _ADAM_WORDS = 7  # parameter, gradient and two moments read; parameter and two moments written
@@ -99,7 +101,7 @@ class TracedBackend:
         pixels = g.num_steps * g.constants["BLOCK_Q"] * g.constants["BLOCK_K"]
         flops = 2 * pixels * g.grid[0] * g.constants["BLOCK_N"] * g.grid[1] * g.constants["BLOCK_C"]
         moved = g.grid[0] * _size(conv, grad) + g.grid[1] * _size(source) + partials
-        add("BatchNorm backward, weight gradient", "conv", moved, flops, g.grid[0] * g.grid[1] * g.splits, 3)
+        add(JOINED, "conv", moved, flops, g.grid[0] * g.grid[1] * g.splits, 3)
         add("weight gradient's sum", "fused", partials + _size(kernel), partials // 4, g.sum_grid[0], 1)
         return torch.empty_like(kernel), torch.empty_like(weight), torch.empty_like(bias)
 

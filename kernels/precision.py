@@ -13,12 +13,13 @@ What is what, in every engine:
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PRECISIONS", "check_precision", "float32_products", "storage_dtype"]
+__all__ = ["PRECISIONS", "check_precision", "float32_products", "repeatable_kernels", "storage_dtype"]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -58,6 +59,27 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         before.write()
+
+
+@contextlib.contextmanager
+def repeatable_kernels(device: torch.device | str) -> Iterator[None]:
+    """Inside, cuDNN's and cuBLAS's kernels on a CUDA device give the same bits in every run. Elsewhere nothing changes:
+    a CPU's do with equal numbers of threads. Torch's own kernels that add by chance, such as those of `index_add_`,
+    are left to `torch.use_deterministic_algorithms`.
+
+    Set CUBLAS_WORKSPACE_CONFIG=:4096:8 yourself where this process has multiplied on the device before: cuBLAS looks
+    at it once.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
 class _Flags(NamedTuple):

@@ -51,7 +51,17 @@ TOPICS: Mapping[str, Sequence[str]] = {
         *("summary", "trace"),
     ),
     "what is told while it runs": ("print_freq", "plain", "tensorboard", "mlflow", "wandb", "trackio"),
-    "how it is computed": ("seed", "device", "kernels", "precision", "compile", "threads", "prefetch", "timeout"),
+    "how it is computed": (
+        "seed",
+        "device",
+        "kernels",
+        "precision",
+        "deterministic",
+        "compile",
+        "threads",
+        "prefetch",
+        "timeout",
+    ),
 }
 """Heading of the help -> the recipe's settings below it."""
 

@@ -161,9 +161,7 @@ def build_network(
             key reaches (names layer and module); a tensor of the data beside its samples that nothing reads.
     """
     blocks = blocks_of(model)
-    for block in blocks:  # an earlier run, or the user, may have left it on a GPU; set-up makes its trials on the host
-        if any(tensor.device.type not in ("cpu", "meta") for tensor in (*block.parameters(), *block.buffers())):
-            block.cpu()
+    _take_to_host(blocks)
     if early := [block.name for block in blocks[:-1] if block.is_output]:
         raise ValueError(f"only the last layer is the output, but is_output is set for {', '.join(early)}")
     blocks[-1].is_output = True
@@ -303,6 +301,13 @@ class RoutedBlocks(nn.Sequential):
             x = block(x, **{name: beside[name] for name in names})
         inner = cast(SplitBody, split_body(cast(Block, last[0])))
         return inner.hidden(x, **{name: beside[name] for name in last[1]})
+
+
+def _take_to_host(blocks: Sequence[Block]) -> None:
+    """An earlier run, or the user, may have left them on a GPU; set-up makes its trials on the host."""
+    for block in blocks:
+        if any(tensor.device.type not in ("cpu", "meta") for tensor in (*block.parameters(), *block.buffers())):
+            block.cpu()
 
 
 def build_layer(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from unlocked.data import Dataset, ImageDataset, LoaderDataset
-from unlocked.kernels.precision import float32_products
 from unlocked.models.dropout import kept_dropout_keys
 from unlocked.rules import CLASS_NUMBER, NO_TARGETS, TargetForm
 from unlocked.runtime.exporting import export
@@ -210,7 +209,7 @@ class Trained:
         try:
             with kept_dropout_keys(network.blocks):
                 stage = make_stage(network, data, data, plan, 1, settings.device, settings.precision)
-                with float32_products(settings.precision), closing(stage), torch.no_grad():
+                with settings.library_kernels(), closing(stage), torch.no_grad():
                     yield stage, plan
         finally:
             for module, training in modes:

@@ -1,8 +1,9 @@
 """How a run is executed, on any engine: the settings that belong to no engine and no dataset."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _tried_precision(device: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to run, on any engine; nothing here changes a result, save `seed`, and `precision`, `kernels`, `device`,
-    `compile` and `threads` by rounding."""
+    `deterministic`, `compile` and `threads` by rounding."""
 
     seed: int = setting(0, "keys initialisation, shuffling, augmentation and dropout", at_least=0, at_most=LARGEST_SEED)
     device: str = setting("cpu", "cpu, cuda or cuda:INDEX")
@@ -59,6 +60,10 @@ class Settings:
         "fp32, tf32 (GPU) or bf16, in which weights, optimizer and statistics stay float32; auto: bf16 where a trial "
         "product on the device is faster in it, else fp32",
         choices=_precisions,
+    )
+    deterministic: bool = setting(
+        False,
+        "on a GPU, cuDNN's and cuBLAS's kernels that give the same bits in every run and engine, as a CPU's do",
     )
     compile: bool | str = setting(
         False, "torch.compile for what trains through autograd (all of BP); in Python a string names its backend"
@@ -121,6 +126,17 @@ class Settings:
             Period.of(self.snapshot_every)
         if self.precision == "auto":
             object.__setattr__(self, "precision", _tried_precision(self.device))
+
+    @contextlib.contextmanager
+    def library_kernels(self) -> Iterator[None]:
+        """Inside, the library computes as these settings ask for."""
+        from unlocked.kernels.precision import float32_products, repeatable_kernels
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(float32_products(self.precision))
+            if self.deterministic:
+                stack.enter_context(repeatable_kernels(self.device))
+            yield
 
     @property
     def snapshot_period(self) -> Period:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unlocked.data import Dataset
-from unlocked.kernels.precision import check_precision, float32_products
+from unlocked.kernels.precision import check_precision
 from unlocked.models import plain_module
 from unlocked.rules import CrossEntropy, Rule, Task
 from unlocked.runtime.arguments import (
@@ -232,7 +232,7 @@ class Trainer(Settings):
                 sinks.add([BestWeights(self.best_dir, job.plan[job.start].epoch)])
             return [sinks]
 
-        with freed_memory_returned(), sinks, float32_products(self.precision), kept_modes(job.network):
+        with freed_memory_returned(), sinks, self.library_kernels(), kept_modes(job.network):
             result = self._engine.run(job, make_sinks)
             result.setup_seconds += prepared
             sinks.on_finish(result.figures())
@@ -248,7 +248,7 @@ class Trainer(Settings):
         rows = rows_per_batch(train, batch_size)
         plan = StreamPlan(epochs=1, train_size=len(train), batch_size=rows, eval_size=0, eval_batch_size=rows)
         job = replace(self, resume=None, lr_factor=constant)._job(train, None, plan)
-        with float32_products(self.precision), kept_modes(job.network):
+        with self.library_kernels(), kept_modes(job.network):
             return explain(job, rows)
 
     @property

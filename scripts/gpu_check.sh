@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in three calls of under 500 seconds each: does it run, how fast is each part, the rest.
+# Everything that needs a GPU, in three calls of under 280 seconds each: does it run, how fast is each part, the rest.
 #
 #   scripts/gpu_check.sh 1|2|3 [FOLDER]      # FOLDER: default $OUT, else benchmarks/results/latest
 #

@@ -2,7 +2,7 @@
 
     scripts/gpu_check.sh 1 [FOLDER]            # does it run, is it exact, first numbers
     scripts/gpu_check.sh 2 [FOLDER]            # kernels one by one, the contenders that matter most
-    scripts/gpu_check.sh 3 [FOLDER]            # CUDA C++, compiled rivals, evaluated runs, scaling on the CPU's cores
+    scripts/gpu_check.sh 3 [FOLDER]            # evaluated runs, compiled rivals, CUDA C++, scaling on the CPU's cores
     scripts/gpu_check.sh 1 FOLDER --dry-run    # the same steps in the form that a machine without a GPU can run
 
 A machine may be lent for minutes and lose everything between two calls. So: the most important step comes first; every
@@ -28,7 +28,7 @@ from typing import Any
 __all__ = ["CALLS", "LONGEST_CALL", "Driver", "Step", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_CALL = 500
+LONGEST_CALL = 280
 """Seconds that all limits of a call may add up to."""
 _GRACE = 10.0  # seconds between SIGINT and SIGKILL
 _LARGEST_PACK = 15 * 2**20  # bytes of caches.tar.gz; more is not brought back
@@ -50,12 +50,24 @@ class Step:
     """Whether a failure means that something is wrong, and not only unmeasured."""
 
 
-def _tests(name: str, limit: int, *paths: str, workers: int = 8, dry: tuple[str, ...] = ()) -> Step:
+def _together(name: str, limit: int, commands: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> Step:
+    """Checks that run side by side: name -> (command, the same without a GPU). Nothing of them is timed."""
+
+    def words(which: int) -> tuple[str, ...]:
+        found = ["scripts/side_by_side.py"]
+        for one, pair in commands.items():
+            found += [f"{one}:", *pair[which], "+"]
+        return tuple(found)
+
+    return Step(name=name, limit=limit, command=words(0), dry=words(1), checks=True)
+
+
+def _tests(*paths: str, workers: int, dry: tuple[str, ...] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """`dry`: what is run instead without a GPU; nothing: the tests are only found."""
     pytest = ("-m", "pytest", "-p", "no:cacheprovider")
-    common = (*pytest, "-m", "gpu", *paths)
+    common = (*pytest, "-m", "gpu", "--tb=short", *paths)
     without = (*pytest, *dry) if dry else (*common, "--collect-only")
-    return Step(name=name, limit=limit, command=(*common, "-n", str(workers)), dry=without, checks=True)
+    return (*common, "-n", str(workers)), without
 
 
 def _contenders(name: str, limit: int, *contenders: str, rounds: int = 1, dry_device: str = "cpu") -> Step:
@@ -69,61 +81,73 @@ def _contenders(name: str, limit: int, *contenders: str, rounds: int = 1, dry_de
     )
 
 
+def _placements(what: str, case: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    common = ("benchmarks/gpu_placements.py", "--json", f"{{folder}}/placements_{what}.json", "--what", what)
+    return common, (*common, "--device", "cpu", "--only", case)
+
+
 _EXACT = ("benchmarks/gpu_exact.py", "--json", "{folder}/gpu_exact.json")
-_KERNELS = ("benchmarks/kernels.py",)
+_KERNELS = ("benchmarks/kernels.py", "--quick")
 _SCALING = ("benchmarks/pipeline_scaling.py", "--repeats", "1", "--json", "{folder}/pipeline_scaling.json")
 
 # Without a GPU the first call takes the engine's device side all the same, on the stand-in for one that its tests use:
 # so do the tests, a run of each road that they take on a GPU.
 _STAND_IN = ("tests/engines/test_streams_on_stand_in.py", "-k", "plateau or resumed")
 
+# On 16 cores and an H200 all checks took 150 seconds side by side, the networks the longest; a contender 12 to 15, of
+# which most are imports and compilation, one that is compiled by torch 45.
 CALLS: dict[int, list[Step]] = {
     1: [
-        Step(
-            name="exact",
-            limit=130,
-            command=_EXACT,
-            dry=(*_EXACT, "--device", "stand-in", "--epochs", "1", "--max-steps", "6"),
-            checks=True,
+        _together(
+            "checks",
+            180,
+            {
+                "exact": (_EXACT, (*_EXACT, "--device", "stand-in", "--epochs", "1", "--max-steps", "6")),
+                "rules": _placements("rules", "LLS"),
+                "models": _placements("models", "MLP"),
+                "options": _placements("options", "SGD"),
+                "tests of Triton": _tests("tests/kernels", "--ignore-glob=*test_cuda_*", workers=5),
+                "tests of CUDA C++": _tests("tests/kernels", "-k", "test_cuda_", workers=2),
+                "tests of engines": _tests("tests/engines", "tests/workers", workers=2, dry=_STAND_IN),
+            },
         ),
         _contenders(
-            "first_numbers",
-            130,
-            *("LLS streams", "BP graph", "LLS sequential graph", "BP eager"),
-            dry_device="stand-in",
+            "first_numbers", 90, "LLS streams", "BP graph", "LLS streams bf16", "BP eager", dry_device="stand-in"
         ),
-        _tests("tests_triton", 140, "tests/kernels", "--ignore-glob=*test_cuda_*"),
-        _tests("tests_engines", 100, "tests/engines", "tests/workers", workers=4, dry=_STAND_IN),
     ],
     2: [
         Step(
             name="kernels",
-            limit=190,
-            command=(*_KERNELS, "--time-limit", "170", "--json", "{folder}/kernels.json"),
-            dry=(*_KERNELS, "--check", "--only", "local_head"),
+            limit=80,
+            command=(*_KERNELS, "--time-limit", "65", "--json", "{folder}/kernels.json"),
+            dry=("benchmarks/kernels.py", "--check", "--only", "local_head"),
         ),
         _contenders(
             "contenders",
-            290,
-            *("LLS streams", "BP graph", "LLS streams, joined", "LLS streams, four channels", "BP eager"),
-            *("LLS sequential graph", "LLS streams bf16", "BP graph bf16", "LLS streams bf16, joined"),
-            *("LLS streams, traced", "LLS streams fp32", "BP graph fp32", "VGG8 LLS streams", "VGG8 BP graph"),
-            rounds=2,
+            195,
+            *("LLS streams", "BP graph", "VGG8 LLS streams", "VGG8 BP graph", "LLS sequential graph"),
+            *(
+                "LLS streams bf16",
+                "BP graph bf16",
+                "LLS streams, joined",
+                "LLS streams bf16, joined",
+                "LLS streams fp32",
+            ),
+            *("BP graph fp32", "LLS_MxM streams", "BP compiled graph"),
         ),
     ],
     3: [
-        _tests("tests_cuda", 110, "tests/kernels", "-k", "cuda"),
         _contenders(
             "more_contenders",
-            240,
-            *("BP compiled graph", "LLS streams, CUDA C++ kernels", "LLS_M streams", "LLS_MxM streams"),
-            *("LLS streams, evaluated", "LLS sequential graph, evaluated", "LLS streams, green sms"),
-            *("LLS streams, green queues", "BP compiled"),
+            215,
+            *("LLS streams, evaluated", "BP graph, evaluated", "BP compiled graph bf16", "VGG8 LLS streams bf16"),
+            *("VGG8 BP graph bf16", "LLS streams, green sms", "LLS streams, green queues", "LLS streams, traced"),
+            *("LLS streams, CUDA C++ kernels", "VGG8 BP compiled graph", "BP compiled"),
         ),
         Step(
             name="scaling",
-            limit=140,
-            command=(*_SCALING, "--models", "SmallConv:5:150", "VGG8:8:32", "MobileNetV1:16:48"),
+            limit=60,
+            command=(*_SCALING, "--models", "SmallConv:5:150"),
             dry=(*_SCALING, "--models", "SmallConv:2:2"),
         ),
     ],

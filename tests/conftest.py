@@ -3,9 +3,12 @@
 Property tests search anew in every run, save in CI: there the same examples tell whether a change is to blame.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +53,13 @@ register_random(_numbers)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Any]:
+    """Imports modules of benchmarks/ when a test asks (triton has to be imported after tests/kernels/conftest.py)."""
+    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, benchmarks)
+    sys.modules.pop("kernels", None)  # the folder of that name, which something may have taken for a package
+    yield importlib.import_module
+    sys.path.remove(benchmarks)

@@ -54,6 +54,26 @@ def test_the_contenders_of_the_plan_exist_and_fit(steps: ModuleType, monkeypatch
                 assert known[names[0]].budget < step.limit - 12
 
 
+def test_checks_side_by_side_are_told_apart_and_one_failure_counts(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "side_by_side.py")
+    words = ["good:", "-c", "print(6 * 7)", "+", "bad:", "-c", "import sys; print('why'); sys.exit(3)"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "---- good\n42\n" in done.stdout
+    assert "---- bad\nwhy\n" in done.stdout
+    assert done.stdout.endswith("good: exit status 0\nbad: exit status 3\n")
+    for wrong in (["-c", "1"], ["one:", "-c", "1", "+", "one:", "-c", "1"]):
+        refused = subprocess.run([sys.executable, script, *wrong], capture_output=True, text=True, check=False)
+        assert "begins with a new name" in refused.stderr
+
+
+def test_the_scripts_of_the_plan_exist(steps: ModuleType) -> None:
+    words = {word for call in steps.CALLS.values() for step in call for word in (*step.command, *step.dry)}
+    paths = {word.split("::")[0] for word in words if word.startswith(("benchmarks/", "scripts/", "tests/"))}
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+
+
 @no_gpu
 def test_it_refuses_with_one_line(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0

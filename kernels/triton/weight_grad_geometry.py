@@ -15,8 +15,8 @@ from unlocked.kernels.triton.norm_act_geometry import (
 
 __all__ = ["Convolution", "WeightGradGeometry", "weight_grad_geometry"]
 
-# Of one step's pixels of a channel: 64 of float32, 128 of bfloat16. Half as many in half the warps took 17.2 us in place
-# of 11.8 on an H200 (SmallConv's first layer in tf32), as many in half the warps spill; and so do 16-bit values whose
+# Of one step's pixels of a channel: 64 of float32, 128 of bfloat16. Half as many in half the warps took 17.2 us, not
+# 11.8, on an H200 (SmallConv's first layer in tf32); as many in half the warps spill, and so do 16-bit values whose
 # channels lie apart (Triton 3.6).
 STEP_BYTES, APART_STEP_BYTES, NUM_WARPS = 256, 128, 8
 TILE_CHANNELS = 64  # of a program's product

@@ -49,6 +49,13 @@ def test_placement_and_graphs_change_no_bit(options: dict[str, Any]) -> None:
     assert figures(got) == figures(expected)
 
 
+def test_what_is_asked_for_by_the_setting_gives_equal_bits() -> None:
+    torch.backends.cudnn.deterministic = False
+    digests = {fit(**options, deterministic=True).weights_sha256 for options in ({}, STREAMS, {**STREAMS, "stages": 2})}
+    assert len(digests) == 1
+    assert not torch.backends.cudnn.deterministic
+
+
 def test_a_gpu_computes_what_a_cpu_does() -> None:
     """Within what float32 sums in another order make of 76 steps of Adam."""
     there, here = fit(**STREAMS), fit("cpu")

@@ -1,6 +1,7 @@
 """What is computed in which type, that every placement computes it alike, and how far bfloat16 is from the truth."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from unlocked.kernels import cpp
 from unlocked.kernels.dispatch import get_backend
-from unlocked.kernels.precision import check_precision, float32_products
+from unlocked.kernels.precision import check_precision, float32_products, repeatable_kernels
 from unlocked.models import Block, ConvBlock, DepthwiseBlock, LinearBlock, OutputBlock
 from unlocked.rules import LLS, RULES, CrossEntropy, LayerInfo, LLS_MxM
 from unlocked.runtime import Streams, Trainer
 from unlocked.runtime.network import backpropagation_network, build_network
+from unlocked.runtime.settings import Settings
 from unlocked.workers.fused import FusedStep, choose_step
 from unlocked.workers.layer import AutogradStep, Layer
 
@@ -277,6 +279,32 @@ def test_what_float32_products_mean_is_said_and_put_back(precision: str, inside:
         fail()
     assert [setting.fp32_precision for setting in settings] == before
     assert older() == before_older
+
+
+def test_repeatable_kernels_are_asked_for_inside_and_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+
+    def fail(wanted: bool) -> None:
+        assert cudnn.deterministic == wanted
+        assert not (wanted and cudnn.benchmark)
+        raise KeyError
+
+    with pytest.raises(KeyError), repeatable_kernels("cpu"):
+        fail(before[0])
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    cudnn.benchmark = True
+    try:
+        with pytest.raises(KeyError), repeatable_kernels("cuda:1"):
+            fail(True)
+        assert (cudnn.deterministic, cudnn.benchmark) == (before[0], True)
+    finally:
+        cudnn.benchmark = before[1]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    for wanted in (False, True):
+        with Settings(device="cuda", deterministic=wanted).library_kernels():
+            assert cudnn.deterministic == (wanted or before[0])
 
 
 def test_switches_that_disagree_already_are_put_back_as_they_were() -> None:

@@ -126,7 +126,6 @@ def _run(caller: _Caller) -> None:
     # Imported here: torch takes seconds.
     from dataclasses import replace
 
-    from unlocked.kernels.precision import float32_products
     from unlocked.runtime.engines.processes.parcel import global_state, loader_states, set_global_state, unpack
     from unlocked.runtime.machine import set_threads
     from unlocked.runtime.network import kept_modes
@@ -137,7 +136,7 @@ def _run(caller: _Caller) -> None:
         job = replace(job, train=train, test=test)
     set_global_state(state)
     set_threads(job.settings.threads)
-    with float32_products(job.settings.precision), kept_modes(job.network):
+    with job.settings.library_kernels(), kept_modes(job.network):
         result = engine.run(job, lambda: [_Forward(caller)])
     if result.is_complete:
         caller.send("result", result, global_state(), loader_states(job))
