@@ -19,7 +19,7 @@ SCRIPTS = (
     *("ahead_of_time", "channel_division", "coordinator_load", "cpu_step", "data_input", "host_per_tick"),
     *("own_networks", "pipeline_scaling", "plain_lls", "kernels", "models", "plain_reproduce", "predict"),
     *("recovery", "reproduce", "rule_costs", "scale", "single_gpu", "snapshots", "start_up", "two_checkouts"),
-    *("precision", "winograd", "zero_lock", "language", "gpu_exact", "gpu_placements"),
+    *("precision", "winograd", "zero_lock", "language", "gpu_exact", "gpu_placements", "launches"),
 )
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
