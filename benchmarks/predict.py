@@ -211,7 +211,16 @@ def _rules() -> str:
         kernels = "/".join(str(len(stage)) for stage in trace.stages)
         extra = sorted(_names(trace) - _names(_local("SmallConv", 64)))
         step = "closed form" if all(trace.fused) else "autograd"
-        rows.append([rule, step, kernels, ", ".join(extra) or "-", f"{prediction.streamed:.1f}", NOT_MEASURED])
+        rows.append(
+            [
+                rule,
+                step,
+                kernels,
+                ", ".join(extra) or "-",
+                f"{prediction.streamed:.1f}",
+                measured_step(f"{rule} streams"),
+            ]
+        )
     heads = ["rule", "step", "kernels per stage", "beyond those of LLS", "us/step", "measured"]
     return _table(heads, rows, "llrlrl")
 
