@@ -31,7 +31,7 @@ class Machine:
     multiprocessors: int
     efficiency_tf32: float  # of a convolution or matrix product, of its multiprocessors' rate
     efficiency_fp32: float
-    efficiency_few: float  # of the library's convolution of too few channels for whole vectors, of the fp32 rate
+    efficiency_few: float  # of the library's convolution of fewer than eight channels, of the fp32 rate
     efficiency_joined: float  # of our weight gradient with BatchNorm's way back inside
     ramp: float  # what a convolution takes besides, however small
     weight_ramp: float  # a weight gradient of the library's

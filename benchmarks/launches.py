@@ -23,6 +23,7 @@ from gpu_timing import capture, measure_in_turns
 from torch import Tensor
 
 from unlocked.comparison.environment import environment
+from unlocked.kernels.reference import PoolKind
 from unlocked.kernels.triton import norm_act_geometry, weight_grad_geometry
 from unlocked.kernels.triton.norm_act import Launch, backward_launches, forward_launches, run_launches, shape_of
 from unlocked.kernels.triton.weight_grad import weight_grad_launches
@@ -68,7 +69,9 @@ def variants() -> Iterator[Variant]:
     for partials, programs, warps in itertools.product((32, 64, 128), (256, 512), (4, 8)):
         yield Variant("moments", forward, 0, {"PARTIALS_SMALL": partials, "REDUCING_PROGRAMS": programs}, warps)
     for steps, size, warps in itertools.product((16, 8, 4, 2), (128, 256), (4, 8)):
-        yield Variant("wgrad", joined, 1, {"STEPS_OF_A_WAVE": steps, "STEP_BYTES": size}, warps)
+        yield Variant(
+            "wgrad", joined, 1, {"STEPS_OF_A_WAVE": steps, "STEP_BYTES": size, "SMALL_STEP_BYTES": size}, warps
+        )
     for kernel, make, index in (
         *(("moments", forward, 0), ("pass", forward, 1), ("window totals", joined, 0), ("back pass", backward, 1)),
         *(("wgrad", joined, 1), ("wgrad sum", joined, 2)),
@@ -130,7 +133,8 @@ def one(layer: str, variant: Variant, batch: int, device: torch.device, *, timed
 
 def forward(layer: str, batch: int, device: torch.device) -> tuple[list[Launch], Tensor]:
     _, _, conv, vectors, _, _, side = _tensors(layer, batch, device)
-    return forward_launches(conv, *vectors, None, side, "max", 1, 0.1, 1e-5, 0.01, None)[1], conv
+    pool: PoolKind = "average" if layer == "conv3" else "max"  # what SmallConv's layers end in
+    return forward_launches(conv, *vectors, None, side, pool, side, 0.1, 1e-5, 0.01, None)[1], conv
 
 
 def backward(layer: str, batch: int, device: torch.device) -> tuple[list[Launch], Tensor]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cost_model import CASES, H200, Machine, Prediction, floor_us, node_us, predict
-from measured import NOT_MEASURED, measured_node, measured_plan, measured_step
+from measured import NOT_MEASURED, measured_head, measured_node, measured_plan, measured_step
 from plans import PLANS
 from step_trace import Node, StepTrace, trace_backpropagation, trace_local
 
@@ -111,11 +111,11 @@ def _assumptions() -> str:
         ("multiprocessors", "", lambda m: m.multiprocessors, sheet),
         ("library's share of the tf32 rate", "", lambda m: m.efficiency_tf32, "assumed"),
         ("library's share of the fp32 rate", "", lambda m: m.efficiency_fp32, fitted),
-        ("the same of convolutions of three channels", "", lambda m: m.efficiency_few, fitted),
+        ("the same of convolutions of fewer than eight channels", "", lambda m: m.efficiency_few, fitted),
         ("joined weight gradient's share of the tf32 rate", "", lambda m: m.efficiency_joined, fitted),
-        ("a convolution besides", "us", lambda m: m.ramp, fitted),
-        ("a weight gradient besides", "us", lambda m: m.weight_ramp, fitted),
-        ("a joined weight gradient besides", "us", lambda m: m.joined_ramp, fitted),
+        ("fixed time of a convolution", "us", lambda m: m.ramp, fitted),
+        ("fixed time of a weight gradient", "us", lambda m: m.weight_ramp, fitted),
+        ("fixed time of a joined weight gradient", "us", lambda m: m.joined_ramp, fitted),
         ("latency of a graph node", "us", lambda m: m.node, "assumed"),
         ("a load that others wait for", "us", lambda m: m.trip, "assumed"),
         ("gap between two captured graphs", "us", lambda m: m.block_gap, "assumed"),
@@ -227,7 +227,8 @@ def _rules() -> str:
 
 def _heads() -> str:
     rows = [
-        [r["name"], r["arch"], *(str(r[k]) for k in _HEAD_COLUMNS), NOT_MEASURED] for r in _newest("aot_heads_triton")
+        [r["name"], r["arch"], *(str(r[k]) for k in _HEAD_COLUMNS), measured_head(r["name"], r["arch"])]
+        for r in _newest("aot_heads_triton")
     ]
     heads = ["head", "target", *(k.replace("_", " ") for k in _HEAD_COLUMNS), "time"]
     return _table(heads, rows, "ll" + "r" * len(_HEAD_COLUMNS) + "l")

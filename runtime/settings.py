@@ -122,6 +122,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.deterministic and self.device.startswith("cuda"):  # before anything multiplies: cuBLAS looks at it once
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.snapshot_every is not None:
             Period.of(self.snapshot_every)
         if self.precision == "auto":

@@ -47,4 +47,4 @@ _FIGURES = (
     *("test_acc1", "test_loss", "local_losses", "layer_acc1", "weights_sha256", "peak_memory_bytes", "busy_fraction"),
     *("predicted_stage_seconds", "measured_stage_seconds", "stopped_by", "stop_reason"),
 )
-_TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision")
+_TOLD = ("model", "training_mode", "dataset", "batch_size", "drop_last", "seed", "device", "precision", "deterministic")

@@ -242,7 +242,7 @@ class Trainer(Settings):
 
     def explain(self, data: Data, *, batch_size: int | None = None) -> Explanation:
         """Which operations of each layer run in closed form, joined, or through autograd and why; what a step costs.
-        Trains nothing; arguments and errors are those of `fit`."""
+        Trains nothing, but takes a model to the host; arguments and errors are those of `fit`."""
         set_threads(self.threads)
         train = as_dataset(data, "train", batch_size=batch_size, seed=self.seed, task=self.task)
         rows = rows_per_batch(train, batch_size)

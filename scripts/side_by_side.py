@@ -2,7 +2,7 @@
 
     python scripts/side_by_side.py exact: benchmarks/gpu_exact.py + tests: -m pytest tests/engines
 
-A name with a colon begins a command, a plus ends it. Exit status: the largest of theirs; 130 after an interrupt, which
+A name with a colon begins a command, a plus ends it. Exit status: 1 if one has failed; 130 after an interrupt, which
 reaches all of them, as they are of one process group, and leaves each a few seconds to say where it was.
 """
 
@@ -23,7 +23,7 @@ def commands(words: Sequence[str]) -> dict[str, list[str]]:
     """Name -> its command.
 
     Raises:
-        ValueError: a command without a name, or of a name that was given before.
+        ValueError: no command, one without a name, or of a name that was given before.
     """
     found: dict[str, list[str]] = {}
     current: list[str] | None = None
@@ -36,6 +36,8 @@ def commands(words: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"a command begins with a new name and a colon, got {word!r} after {sorted(found)}")
         else:
             current = found[word[:-1]] = []
+    if not found:
+        raise ValueError("no command was given")
     return found
 
 
@@ -52,7 +54,7 @@ def main(words: Sequence[str]) -> int:
             print(f"---- {name}\n{output.read().decode(errors='replace')}", flush=True)
         codes = {name: process.poll() for name, (process, _) in running.items()}
     print("\n".join(f"{name}: exit status {code}" for name, code in codes.items()), flush=True)
-    return 130 if interrupted else max(abs(code or 0) for code in codes.values())
+    return 130 if interrupted else 1 if any(codes.values()) else 0
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
@@ -63,8 +65,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     except KeyboardInterrupt:
         end = time.monotonic() + _GRACE
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         return True
     return False
 

@@ -58,7 +58,7 @@ def test_checks_side_by_side_are_told_apart_and_one_failure_counts(tmp_path: Pat
     script = str(ROOT / "scripts" / "side_by_side.py")
     words = ["good:", "-c", "print(6 * 7)", "+", "bad:", "-c", "import sys; print('why'); sys.exit(3)"]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 3
+    assert done.returncode == 1
     assert "---- good\n42\n" in done.stdout
     assert "---- bad\nwhy\n" in done.stdout
     assert done.stdout.endswith("good: exit status 0\nbad: exit status 3\n")

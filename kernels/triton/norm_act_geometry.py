@@ -172,7 +172,8 @@ def _pass(
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     # Where a tile is a corner of the windows, two warps took 4.7 us and four 6.3 on an H200 (SmallConv's first layer).
-    num_warps = 2 if step == 2 and shape.channels_last else 4
+    # Where a program holds all rows, that many values don't fit two warps' registers.
+    num_warps = 2 if step == 2 and shape.channels_last and not whole else 4
     return Pass((programs, channel_blocks), num_warps, num_windows, num_tiles, constants | extra)
 
 

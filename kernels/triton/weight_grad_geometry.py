@@ -15,10 +15,10 @@ from unlocked.kernels.triton.norm_act_geometry import (
 
 __all__ = ["Convolution", "WeightGradGeometry", "weight_grad_geometry"]
 
-# Of one step's pixels of a channel: 64 of float32, 128 of bfloat16. Half as many in half the warps took 17.2 us, not
-# 11.8, on an H200 (SmallConv's first layer in tf32); as many in half the warps spill, and so do 16-bit values whose
-# channels lie apart (Triton 3.6).
-STEP_BYTES, APART_STEP_BYTES, NUM_WARPS = 256, 128, 8
+# Of one step's pixels of a channel: 64 of float32, 128 of bfloat16, in eight warps. Half as many in four took 17.2 us
+# in place of 11.8 on an H200 (SmallConv's first layer in tf32); as many in four spill. Beside a wide tile they would
+# need more shared memory than GPUs of 99 KiB have; and 16-bit values whose channels lie apart spill (Triton 3.6).
+STEP_BYTES, NARROW, SMALL_STEP_BYTES = 256, 64, 128
 TILE_CHANNELS = 64  # of a program's product
 # Its columns, as many as registers hold beside what they are made of. Few of them: the output is read more often.
 TF32_COLUMNS, HALF_COLUMNS, PLAIN_COLUMNS = 128, 64, 32
@@ -74,15 +74,16 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     """
     windows = shape.cells(latent_size)
     num_windows, pixels = shape.batch * latent_size**2, windows.win_h * windows.win_w
-    apart = shape.itemsize < 4 and not shape.channels_last
-    step_pixels = (APART_STEP_BYTES if apart else STEP_BYTES) // shape.itemsize
-    block_k = min(power_of_2(pixels), step_pixels)
-    block_q = step_pixels // block_k
-    num_steps = divide_up(num_windows, block_q) * divide_up(pixels, block_k)
     columns = convolution.columns
     block_c = max(LEAST_TILE, min(power_of_2(shape.channels), TILE_CHANNELS))
     most_columns = HALF_COLUMNS if shape.itemsize < 4 else TF32_COLUMNS if tf32 else PLAIN_COLUMNS
     block_n = max(LEAST_TILE, min(power_of_2(columns), most_columns))
+    apart = shape.itemsize < 4 and not shape.channels_last
+    step_bytes = SMALL_STEP_BYTES if apart or block_n > NARROW else STEP_BYTES
+    step_pixels = step_bytes // shape.itemsize
+    block_k = min(power_of_2(pixels), step_pixels)
+    block_q = step_pixels // block_k
+    num_steps = divide_up(num_windows, block_q) * divide_up(pixels, block_k)
     tiles = divide_up(columns, block_n), divide_up(shape.channels, block_c)
     all_tiles = tiles[0] * tiles[1]
     waves = min(MOST_WAVES, max(1, all_tiles * num_steps // (PROGRAMS * STEPS_OF_A_WAVE)))
@@ -102,6 +103,6 @@ def weight_grad_geometry(shape: Shape, latent_size: int, convolution: Convolutio
     block_s = min(power_of_2(splits), SUM_TILE // LEAST_TILE)
     block_e = SUM_TILE // block_s
     return WeightGradGeometry(
-        reduction, (*tiles, splits), NUM_WARPS, num_windows, num_steps, steps_per_split, constants,
+        reduction, (*tiles, splits), 4 if block_n > NARROW else 8, num_windows, num_steps, steps_per_split, constants,
         (divide_up(count, block_e), 1), {**kernel, "BLOCK_S": block_s, "BLOCK_E": block_e},
     )  # fmt: skip

@@ -40,4 +40,5 @@ def test_kernels_compile_and_smallconv_spills_nothing(tmp_path: Path) -> None:
     for row in rows:
         assert row["spills"] <= known.get(row["name"], 0), row
         assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= 99 * 1024, row  # what compute capabilities 8.6, 8.9 and 12.0 have
         assert row["name"] in done.stdout
